@@ -1,0 +1,62 @@
+"""The configuration tree. Knows the standard library, tyro and pydantic; never jax."""
+
+from t5x_like.config.batch import ArraySpec, BatchSpec, batch_spec
+from t5x_like.config.data import CorpusConfig, DataConfig, TokenizerConfig
+from t5x_like.config.errors import (
+    EXIT_OK,
+    EXIT_REFUSED,
+    EXIT_RESUMABLE,
+    EXIT_UNEXPECTED,
+    EXIT_USAGE,
+    ConfigError,
+    DataError,
+    Problem,
+    RefusedError,
+    UserError,
+)
+from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption, ul2
+from t5x_like.config.run import (
+    CheckpointConfig,
+    EvaluationConfig,
+    MonitoringConfig,
+    PartitioningConfig,
+    RunConfig,
+)
+from t5x_like.config.training import Adafactor, AdamW, Schedule, TrainingConfig
+
+__all__ = [
+    "EXIT_OK",
+    "EXIT_REFUSED",
+    "EXIT_RESUMABLE",
+    "EXIT_UNEXPECTED",
+    "EXIT_USAGE",
+    "Adafactor",
+    "AdamW",
+    "ArraySpec",
+    "BatchSpec",
+    "CausalLM",
+    "CheckpointConfig",
+    "ConfigError",
+    "CorpusConfig",
+    "DataConfig",
+    "DataError",
+    "EvaluationConfig",
+    "MaskedLM",
+    "ModelConfig",
+    "MonitoringConfig",
+    "Objective",
+    "PartitioningConfig",
+    "PrefixLM",
+    "Problem",
+    "RefusedError",
+    "RunConfig",
+    "Schedule",
+    "SpanCorruption",
+    "StackConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "UserError",
+    "batch_spec",
+    "ul2",
+]

@@ -1,0 +1,69 @@
+"""Exit codes, and the errors that users see.
+
+Every error a user can cause is a ``UserError``: one message that says what was found, what was expected and what to
+do. The command line prints it without a traceback and leaves with its exit code; anything else is a defect of ours
+and leaves with a traceback and ``EXIT_UNEXPECTED``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+EXIT_OK = 0
+"""The job did what it was asked to do."""
+EXIT_UNEXPECTED = 1
+"""An exception that is not a ``UserError``: a traceback is printed."""
+EXIT_USAGE = 2
+"""Wrong usage, configuration or input; nothing was started and restarting cannot help."""
+EXIT_REFUSED = 3
+"""Refused for safety: another configuration or tokenizer, a corrupt checkpoint, no room on the disk."""
+EXIT_RESUMABLE = 42
+"""Stopped on purpose after a committed save (SIGTERM, SIGINT): the same command resumes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration.
+
+    Attributes:
+      where: Dotted path of the field, for example ``data.inputs_length``.
+      found: What stands there.
+      expected: What would be accepted.
+      fix: What the user can do about it; may be empty where ``expected`` says it all.
+    """
+
+    where: str
+    found: str
+    expected: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: found {self.found}, expected {self.expected}"
+        return f"{text}; {self.fix}" if self.fix else text
+
+
+class UserError(Exception):
+    """Something the user can mend. ``exit_code`` is what the process returns."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UserError):
+    """A configuration with one or more problems, all of them listed."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"the configuration has {count}:\n{lines}")
+
+
+class DataError(UserError):
+    """Input data that cannot be used: unreadable, empty, of another shape than stated."""
+
+
+class RefusedError(UserError):
+    """Going on would lose or mix up something, so nothing was done."""
+
+    exit_code = EXIT_REFUSED

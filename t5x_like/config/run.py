@@ -1,0 +1,74 @@
+"""A run: everything that decides what `train` computes and where it keeps it."""
+
+from __future__ import annotations
+
+from t5x_like.config.base import configuration
+from t5x_like.config.data import DataConfig
+from t5x_like.config.model import ModelConfig
+from t5x_like.config.training import TrainingConfig
+
+
+@configuration
+class PartitioningConfig:
+    """Degrees of the mesh axes; their product is the number of devices. One of them may be -1: it takes the rest."""
+
+    data: int = 1
+    """Copies of the model, each with its share of the batch."""
+    fsdp: int = -1
+    """Shares of the batch that also share out the parameters."""
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+    """Shares of heads, MLP and vocabulary."""
+    parameter_rules: tuple[tuple[str, str | None], ...] = ()
+    """(logical axis, mesh axis or none) pairs that take precedence over the standard table for parameters."""
+    activation_rules: tuple[tuple[str, str | None], ...] = ()
+    """The same for activations."""
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        return {
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "expert": self.expert,
+            "context": self.context,
+            "tensor": self.tensor,
+        }
+
+
+@configuration
+class CheckpointConfig:
+    save_every_steps: int = 1000
+    keep_last: int = 3
+    """Newest checkpoints that stay."""
+    keep_every_steps: int | None = None
+    """Checkpoints at multiples of this stay for good."""
+
+
+@configuration
+class EvaluationConfig:
+    every_steps: int | None = None
+    """Evaluate on held-out text during training, at multiples of this; None only after the last step."""
+    num_batches: int = 8
+    """Held-out batches per objective and for the prefix-LM bits per byte."""
+
+
+@configuration
+class MonitoringConfig:
+    log_every_steps: int = 10
+    """Steps between two lines of metrics; the values are sums over those steps."""
+    tensorboard: bool = True
+    samples: int = 4
+    """Held-out examples that are decoded into the run report."""
+
+
+@configuration
+class RunConfig:
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    partitioning: PartitioningConfig = PartitioningConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
