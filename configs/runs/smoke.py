@@ -1,0 +1,80 @@
+"""UL2 in minutes on two CPU cores: one small model in four architectures on the embedded corpus.
+
+`configs/runs/smoke.py` is the encoder-decoder; `configs/runs/smoke.py:decoder`, `:prefix_lm` and `:encoder` are the same
+size as a causal decoder, a prefix-LM under the same denoisers, and a masked-LM encoder.
+"""
+
+import dataclasses
+
+from t5x_like.config import (
+    AdamW,
+    CausalLM,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    MaskedLM,
+    RunConfig,
+    Schedule,
+    TokenizerConfig,
+    TrainingConfig,
+    ul2,
+)
+from t5x_like.models import presets
+
+
+def recipe() -> RunConfig:
+    """The encoder-decoder under UL2's seven denoisers."""
+    return RunConfig(
+        name="smoke",
+        model=presets.smoke("encoder_decoder"),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(vocab_size=4096, num_sentinels=64),
+            layout="encoder_decoder",
+            mixture=ul2(),
+            inputs_length=128,
+            targets_length=128,
+        ),
+        training=TrainingConfig(
+            num_train_steps=1200,
+            batch_size=32,
+            optimizer=AdamW(rms_scaled=True, weight_decay=0.0),
+            schedule=Schedule(kind="cosine", learning_rate=2e-2, warmup_steps=100, final_fraction=0.01),
+        ),
+        checkpoints=CheckpointConfig(save_every_steps=300),
+        evaluation=EvaluationConfig(every_steps=300, num_batches=4),
+    )
+
+
+def prefix_lm() -> RunConfig:
+    """One stack with a bidirectional prefix, under the same denoisers."""
+    run = recipe()
+    return dataclasses.replace(
+        run,
+        name="smoke_prefix_lm",
+        model=presets.smoke("prefix_lm"),
+        data=dataclasses.replace(run.data, layout="prefix_lm"),
+    )
+
+
+def decoder() -> RunConfig:
+    """A causal language model."""
+    run = recipe()
+    return dataclasses.replace(
+        run,
+        name="smoke_decoder",
+        model=presets.smoke("decoder"),
+        data=dataclasses.replace(run.data, layout="causal_lm", mixture=(CausalLM(),)),
+    )
+
+
+def encoder() -> RunConfig:
+    """A masked language model, as BERT."""
+    run = recipe()
+    return dataclasses.replace(
+        run,
+        name="smoke_encoder",
+        model=presets.smoke("encoder"),
+        data=dataclasses.replace(
+            run.data, layout="encoder", mixture=(MaskedLM(),), inputs_length=256, targets_length=0
+        ),
+    )

@@ -1,0 +1,128 @@
+"""The one place where the rooms are wired together: a run and some devices make a program."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from t5x_like.config import BatchSpec, ConfigError, RunConfig, batch_spec
+from t5x_like.models.build import ModelSpec, abstract, build, merge
+from t5x_like.models.model import Model
+from t5x_like.partitioning.check import check_partitioning
+from t5x_like.partitioning.constrain import activation_context
+from t5x_like.partitioning.mesh import make_mesh
+from t5x_like.partitioning.rules import Rules, standard
+from t5x_like.partitioning.shardings import batch_shardings, tree_shardings
+from t5x_like.training.optimizers import make_optimizer, state_logical_axes
+from t5x_like.training.schedules import make_schedule
+from t5x_like.training.state import init_state
+from t5x_like.training.step import make_eval_step, make_train_step
+
+Tree = Any
+Batch = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything that a run computes, compiled for a mesh or ready to be.
+
+    Attributes:
+      abstract_state: The training state {params, opt_state, step, rng} as `jax.ShapeDtypeStruct`s with shardings:
+        what a checkpoint is restored into.
+      train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
+      eval_step: (params, batch) -> metrics, jitted, for held-out batches of any number of rows.
+    """
+
+    run: RunConfig
+    mesh: jax.sharding.Mesh
+    rules: Rules
+    spec: ModelSpec
+    optimizer: optax.GradientTransformation
+    batch_spec: BatchSpec
+    abstract_state: Tree
+    logical_axes: Tree
+    train_step: Callable[[Tree, Batch], tuple[Tree, Mapping[str, Any]]]
+    eval_step: Callable[[Tree, Batch], Mapping[str, Any]]
+
+    @property
+    def abstract_params(self) -> Tree:
+        return self.abstract_state["params"]
+
+    def init(self) -> Tree:
+        """A fresh training state, made where it will live: no host holds the whole of it."""
+        return init_program_state(self)
+
+    def model(self, params: Tree) -> Model:
+        """The model with these parameters; call it within `activations()`."""
+        return merge(self.spec.graphdef, params)
+
+    @contextlib.contextmanager
+    def activations(self) -> Iterator[None]:
+        """While tracing in here, the model's activations are constrained to this program's mesh."""
+        with activation_context(self.mesh, self.rules):
+            yield
+
+    def put(self, batch: Batch) -> Batch:
+        """A host's rows of a global batch, placed on the mesh without waiting for it."""
+        shardings = batch_shardings(self.mesh, self.rules, batch)
+        return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, shardings)
+
+
+def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
+    """Wires a run for `devices`, which may be described only (a topology to compile for).
+
+    Raises:
+      ConfigError: the run does not fit the devices; all problems are listed.
+    """
+    mesh = make_mesh(run.partitioning, devices)
+    rules = standard(run.partitioning)
+    spec = abstract(run.model)
+    shape = batch_spec(run)
+    problems = check_partitioning(run, mesh, rules, spec.logical_axes, spec.params)
+    if problems:
+        raise ConfigError(problems)
+    schedule = make_schedule(run.training)
+    optimizer = make_optimizer(run.training, spec.logical_axes)
+
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, run.training.seed), spec.params)
+    axes = {
+        "params": spec.logical_axes,
+        "opt_state": state_logical_axes(state["opt_state"], spec.params, spec.logical_axes),
+        "step": (),
+        "rng": (None,),
+    }
+    shardings = tree_shardings(mesh, rules, axes, state)
+    abstract_state = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+    )
+
+    def apply(params: Tree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> jax.Array:
+        with activation_context(mesh, rules):
+            return merge(spec.graphdef, params)(batch, dropout_rng=dropout_rng)
+
+    inputs = batch_shardings(mesh, rules, shape)
+    train_step = jax.jit(
+        make_train_step(run, apply, optimizer, schedule),
+        in_shardings=(shardings, inputs),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(make_eval_step(run, apply), in_shardings=(shardings["params"], inputs))
+    return Program(run, mesh, rules, spec, optimizer, shape, abstract_state, axes, train_step, eval_step)
+
+
+def init_program_state(program: Program) -> Tree:
+    run = program.run
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+
+    def make() -> Tree:
+        params = build(run.model, jax.random.key(run.training.seed))
+        return init_state(params, program.optimizer, run.training.seed)
+
+    return jax.jit(make, out_shardings=shardings)()

@@ -1,0 +1,109 @@
+"""A run's directory: who may write there, for which configuration, and how the last process ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
+from t5x_like.config.serialization import differences, from_json, to_json
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+EXIT = "exit.json"
+
+FREE_TO_CHANGE = ("checkpoints.", "evaluation.", "monitoring.", "data.prefetch", "data.store", "partitioning.", "name")
+"""Fields that do not decide what is computed (a changed mesh restores the same state), so a run may resume with others."""
+
+
+def may_change(path: str, run: RunConfig) -> bool:
+    """Whether a run may be resumed with another value of the field at `path`."""
+    if path == "training.num_train_steps":
+        # A schedule that ends with the run would take other values at steps already taken.
+        schedule = run.training.schedule
+        return schedule.kind in ("constant", "rsqrt") or schedule.decay_steps is not None
+    return any(path == free or (free.endswith(".") and path.startswith(free)) for free in FREE_TO_CHANGE)
+
+
+def read_config(directory: Path) -> RunConfig:
+    """The configuration of the run in `directory`.
+
+    Raises:
+      ConfigError: there is no run, or its config.json cannot be read.
+    """
+    path = directory / CONFIG
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        found = "no such file" if directory.is_dir() else "no such directory"
+        raise ConfigError([Problem(str(path), found, "a run directory written by `t5x-like train`")]) from None
+    return from_json(text, source=str(path))
+
+
+def claim_config(directory: Path, run: RunConfig) -> None:
+    """Writes config.json, or checks that the one that is there describes the same run.
+
+    Raises:
+      RefusedError: the directory holds a run with another configuration; the differences are listed.
+    """
+    path = directory / CONFIG
+    if path.exists():
+        kept = from_json(path.read_text(), source=str(path))
+        changed = differences(kept, run)
+        refused = {field: values for field, values in changed.items() if not may_change(field, run)}
+        if refused:
+            lines = "\n".join(f"  {field}: {old!r} in the run, {new!r} now" for field, (old, new) in refused.items())
+            raise RefusedError(
+                f"{directory} holds a run with another configuration:\n{lines}\n"
+                "Take another --workdir, or the run's own values."
+            )
+    write_atomically(path, to_json(run))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is either there in whole or as it was before."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_exit(directory: Path, *, code: int, reason: str, step: int | None) -> None:
+    """Says how the process ended, for people and for launchers."""
+    with contextlib.suppress(OSError):
+        write_atomically(directory / EXIT, json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the directory for this process. The lock goes with the process, however that ends.
+
+    Raises:
+      RefusedError: another process trains in this directory, or it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / "lock").open("a+")
+    except OSError as error:
+        raise RefusedError(f"cannot write to the run directory {directory}: {error}; take another --workdir") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise RefusedError(
+                f"another process (pid {holder}) trains in {directory}; stop it or take another --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,62 @@
+"""The training loop: what the host does around the compiled step.
+
+The order inside the loop is fixed: evaluate, save, next batch, dispatch the step, write what earlier steps have measured,
+leave if asked to. A save comes before the data moves on, so that a checkpoint at step n continues with batch n.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+from t5x_like import run_directory
+from t5x_like.config import EXIT_OK, EXIT_RESUMABLE, RunConfig, UserError
+from t5x_like.interruption import Interruption, interruption
+from t5x_like.session import Session, finished_step, open_session
+
+
+def train(run: RunConfig, workdir: Path) -> int:
+    """Trains `run` in `workdir` up to its last step, from its newest checkpoint if there is one.
+
+    Returns:
+      The process's exit code: EXIT_OK when the last step is saved, EXIT_RESUMABLE when a signal stopped the run after a
+      save and the same command goes on with it.
+
+    Raises:
+      UserError: the run cannot start or go on; exit.json in `workdir` says the same.
+    """
+    with run_directory.locked(workdir), interruption() as stop:
+        run_directory.claim_config(workdir, run)
+        step: int | None = finished_step(run, workdir)
+        if step is not None:
+            print(f"{workdir}: step {step} of {run.training.num_train_steps} is saved; nothing to train")
+            return EXIT_OK
+        try:
+            with open_session(run, workdir) as session:
+                loop(session, stop)
+                step = session.step
+        except UserError as error:
+            run_directory.write_exit(workdir, code=error.exit_code, reason=str(error), step=None)
+            raise
+        code = EXIT_OK if step == run.training.num_train_steps else EXIT_RESUMABLE
+        reason = "finished" if code == EXIT_OK else f"stopped by {stop.signal.name if stop.signal else 'request'}"
+        run_directory.write_exit(workdir, code=code, reason=reason, step=step)
+        return code
+
+
+def loop(session: Session, stop: Interruption) -> None:
+    """Steps until the last one or until asked to stop; the state is saved when it returns."""
+    run = session.run
+    evaluate_every = run.evaluation.every_steps
+    start = session.step
+    while session.step < run.training.num_train_steps and not stop.requested:
+        step = session.step
+        if step > start:
+            if evaluate_every and step % evaluate_every == 0:
+                session.evaluate()
+            if step % run.checkpoints.save_every_steps == 0:
+                session.save()
+        batch = session.next_batch()
+        session.dispatch(batch)
+        session.write_metrics()
+    session.finish(evaluate=not stop.requested)
