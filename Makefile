@@ -1,0 +1,72 @@
+# Two commands matter: `make smoke` (train, evaluate and sample a small UL2 model on real text) and `make test`.
+# Both make their own virtual environment and need nothing but python3 (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+RECIPE ?= configs/runs/smoke.py
+WORKDIR ?= runs/smoke
+PROMPT ?= The function returns a
+# Tests of one file stay in one process, so that they share what they compiled.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN := $(BIN)/t5x-like
+
+.PHONY: smoke test lint format install install-dev install-hf constraints clean
+
+smoke: install
+	$(RUN) prepare $(RECIPE)
+	$(RUN) train $(RECIPE) --workdir $(WORKDIR)
+	$(RUN) eval $(WORKDIR)
+	$(RUN) generate $(WORKDIR) --prompt "$(PROMPT)"
+	@echo
+	@echo "Curves, samples and configuration: $(WORKDIR)/report.html"
+
+test: install-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+install-hf: $(VENV)/.installed-hf
+
+# --clear: an environment that was left half made is made anew.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# Installed again only when the requirements changed.
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-hf: $(VENV)/.installed-dev
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,hf]'
+	@touch $@
+
+# Resolves the newest versions anew, for Python 3.11 and for the newer ones in one file. torch's CUDA packages are left
+# out: they are not needed for the tests of parity, and a build of torch for the CPU does not ask for them.
+constraints: install-dev
+	$(PIP) install --quiet uv
+	{ sed -n '/^#/p' constraints.txt; echo 'torch==2.13.0' \
+	  | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --extra dev --extra hf \
+	      --override - --no-emit-package triton pyproject.toml --upgrade \
+	  | grep -v -E '^(nvidia|cuda)-'; } > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist

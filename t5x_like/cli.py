@@ -1,0 +1,206 @@
+"""The command line, thin: reads arguments, calls one function, turns errors into messages and exit codes.
+
+Neither jax nor TensorFlow is imported before a command's own function is called, so that `--help` and every refusal of
+a configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import t5x_like
+from t5x_like.config import EXIT_OK, EXIT_USAGE, ConfigError, RunConfig, UserError
+
+EXIT_INTERRUPTED = 130
+"""Ctrl-C where no checkpoint is at stake: the shell's 128 + SIGINT."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code of the process."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    try:
+        options, extra = parser.parse_known_args(arguments)
+        if extra and not options.overrides:
+            options.parser.error(f"unrecognized arguments: {' '.join(extra)}")
+        command: Callable[[argparse.Namespace, list[str]], int] = options.run
+        return command(options, extra)
+    except UserError as error:
+        print(f"t5x-like: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("t5x-like: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    run = _configured_run(options, overrides)
+    if options.print_config:
+        from t5x_like.config.serialization import to_json
+
+        print(to_json(run), end="")
+        return EXIT_OK
+    if options.devices is not None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    from t5x_like.trainer import train
+
+    return train(run, options.workdir or Path("runs") / run.name)
+
+
+def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
+    run = _configured_run(options, overrides)
+    # TensorFlow, which seqio brings, announces itself on stderr; what it has to say of GPUs is no matter here.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from t5x_like.data.prepare import prepare
+
+    prepare(run.data, report=print)
+    return EXIT_OK
+
+
+def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
+    run = _configured_run(options, overrides)
+    from t5x_like.data.describe import inspect
+
+    inspect(run, rows=options.rows)
+    return EXIT_OK
+
+
+def _eval(options: argparse.Namespace, _: list[str]) -> int:
+    from t5x_like.evaluation.command import evaluate_run
+
+    return evaluate_run(
+        options.run_dir, steps=tuple(options.step), num_batches=options.num_batches, output=options.output
+    )
+
+
+def _generate(options: argparse.Namespace, _: list[str]) -> int:
+    from t5x_like.decoding.command import generate_command
+
+    return generate_command(
+        options.run_dir,
+        prompt=options.prompt,
+        input_path=options.input,
+        mode=options.mode,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        num_samples=options.num_samples,
+        step=options.step,
+    )
+
+
+def _configured_run(options: argparse.Namespace, overrides: list[str]) -> RunConfig:
+    """The recipe with its overrides, checked.
+
+    Raises:
+      UserError: no such recipe, a wrong override, or a configuration with problems, all of which are listed.
+    """
+    from t5x_like.config.recipes import apply_overrides, load_recipe
+    from t5x_like.config.validate import validate
+
+    run = apply_overrides(load_recipe(options.recipe), overrides)
+    problems = validate(run)
+    if problems:
+        raise ConfigError(problems)
+    return run
+
+
+class _Parser(argparse.ArgumentParser):
+    """Spells options in full, and answers a mistyped one with the nearest."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, **keywords)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+        hint = f" (perhaps you meant {', '.join(near)})" if near else ""
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"t5x-like: {message}{hint}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="t5x-like", description=t5x_like.__doc__)
+    parser.add_argument("--version", action="version", version=f"t5x-like {t5x_like.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    train = _recipe_command(commands, "train", _train, "pre-train or go on training; the same command again resumes")
+    train.add_argument("--workdir", type=Path, metavar="DIR", help="the run's directory (default: runs/NAME)")
+    train.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and leave")
+    train.add_argument("--devices", type=_positive, metavar="N", help="train on N simulated CPU devices")
+
+    _recipe_command(commands, "prepare", _prepare, "turn the recipe's corpus into a store of tokens")
+
+    inspect = _recipe_command(commands, "inspect", _inspect, "show rows of the first batch as text, masks in colour")
+    inspect.add_argument("--rows", type=_positive, default=8, metavar="N", help="rows to show (default: 8)")
+
+    evaluate = _run_command(commands, "eval", _eval, "score a run's checkpoints on held-out text")
+    evaluate.add_argument("--step", type=int, nargs="+", default=[], metavar="N", help="checkpoints (default: the newest)")
+    evaluate.add_argument("--num-batches", type=_positive, metavar="N", help="batches per objective (default: the run's)")
+    evaluate.add_argument("--output", type=Path, metavar="PATH", help="where to write (default: DIR/evaluation.json)")
+
+    generate = _run_command(commands, "generate", _generate, "continue or fill in prompts, read from stdin by default")
+    source = generate.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="a single prompt")
+    source.add_argument("--input", type=Path, metavar="FILE", help='JSON lines {"prompt": ...}; answered in JSON lines')
+    generate.add_argument("--mode", choices=("R", "S", "X"), help="mode token in front of the prompt (default: S if trained)")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="(default: 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    generate.add_argument("--top-k", type=_positive, metavar="K", help="sample from the K likeliest tokens only")
+    generate.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of joint probability P")
+    generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
+    generate.add_argument("--num-samples", type=_positive, default=1, metavar="N", help="answers per prompt (default: 1)")
+    generate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., int], summary: str, **keywords: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{summary}.", **keywords)
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def _recipe_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        name,
+        run,
+        summary,
+        epilog="Any field of the recipe can be set: --training.num-train-steps 200 --data.corpus.files 'texts/*.jsonl'. "
+        "`t5x-like train RECIPE --print-config` shows them all.",
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a Python recipe (FILE.py[:FUNCTION]), a config.json, or the name of a shipped one"
+    )
+    parser.set_defaults(overrides=True)
+    return parser
+
+
+def _run_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
+    parser = _command(commands, name, run, summary)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, as given to `train --workdir`")
+    parser.set_defaults(overrides=False)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {value}, expected a number above 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
