@@ -57,84 +57,87 @@ class Rules:
 
 
 def standard(config: PartitioningConfig) -> Rules:
-    """The standard tables, with the pairs of the configuration in front."""
+    """The standard tables, with the pairs of the configuration in front.
 
-    def merged(table: Table, pairs: Sequence[tuple[str, str | None]]) -> Table:
+    Raises:
+      ConfigError: a pair for an unknown logical axis, or one that names no mesh axis.
+    """
+    found: list[Problem] = []
+
+    def merged(table: Table, where: str, pairs: Sequence[tuple[str, str | None]]) -> Table:
+        for name, axis in pairs:
+            if name not in table:
+                found.append(Problem(where, f"the logical axis '{name}'", f"one of {', '.join(table)}"))
+            if axis is not None and axis not in config.degrees:
+                found.append(Problem(where, f"the mesh axis '{axis}'", f"one of {', '.join(config.degrees)}, or None"))
         return {**table, **{name: () if axis is None else (axis,) for name, axis in pairs}}
 
-    return Rules(
-        parameters=merged(PARAMETERS, config.parameter_rules),
-        activations=merged(ACTIVATIONS, config.activation_rules),
+    rules = Rules(
+        parameters=merged(PARAMETERS, "partitioning.parameter_rules", config.parameter_rules),
+        activations=merged(ACTIVATIONS, "partitioning.activation_rules", config.activation_rules),
     )
+    if found:
+        raise ConfigError(found)
+    return rules
 
 
 def split_axes(name: str | None, table: Table, size: int, mesh: Mesh) -> MeshAxes:
-    """The mesh axes of more than one device that split a dimension of `size`; () if they do not divide it."""
-    axes = tuple(axis for axis in table.get(name, ()) if mesh.shape[axis] > 1) if name is not None else ()
+    """The mesh axes that split a dimension of `size`; () if they do not divide it."""
+    axes = _wanted(name, table, mesh)
     return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
 
 
 def spec(names: LogicalAxes, table: Table, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How an array of `shape` is split over `mesh`.
 
-    Mesh axes of one device are left out. A dimension that its mesh axes do not divide stays whole; for parameters,
-    `problems` reports it.
+    Mesh axes of one device are left out. A dimension that its mesh axes do not divide stays whole: right for an
+    activation, and for a parameter `problems` reports it.
 
     Raises:
-      ConfigError: a name without a rule, a rule that names no mesh axis, or a mesh axis twice in one array.
+      ConfigError: a name without a rule, or a mesh axis twice in one array.
     """
     if len(names) != len(shape):
         raise ValueError(f"{len(names)} logical axes {names} for an array of shape {tuple(shape)}")
-    found = _rule_problems(str(names), names, table, mesh)
+    found = _unknown(f"axes {names}", names, table)
     if found:
         raise ConfigError(found)
     dimensions = [split_axes(name, table, size, mesh) for name, size in zip(names, shape, strict=True)]
-    used = [axis for axes in dimensions for axis in axes]
-    if len(set(used)) != len(used):
-        raise ConfigError([_twice(str(names), names, used)])
+    found = _twice(f"axes {names}", [axis for axes in dimensions for axis in axes])
+    if found:
+        raise ConfigError(found)
     return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in dimensions))
 
 
 def problems(path: str, names: LogicalAxes, table: Table, shape: Sequence[int], mesh: Mesh) -> list[Problem]:
-    """All that is wrong with the partitioning of the parameter (or optimizer state) at `path`."""
-    found = _rule_problems(path, names, table, mesh)
+    """All that is wrong with the partitioning of the parameter, or the part of optimizer state, at `path`."""
+    if len(names) != len(shape):
+        raise ValueError(f"{path}: {len(names)} logical axes {names} for an array of shape {tuple(shape)}")
+    found = _unknown(path, names, table)
     if found:
         return found
-    used = []
+    used: list[str] = []
     for name, size in zip(names, shape, strict=True):
-        wanted = [axis for axis in table.get(name, ()) if mesh.shape[axis] > 1] if name is not None else []
-        ways = math.prod(mesh.shape[axis] for axis in wanted)
-        if size % ways == 0:
-            used += wanted
-        elif name not in MAY_STAY_WHOLE:
-            found.append(
-                Problem(
-                    f"{path}: {name}",
-                    f"{size}",
-                    f"a multiple of {ways} ({' x '.join(f'{axis}={mesh.shape[axis]}' for axis in wanted)})",
-                    f"choose other degrees, or leave this axis whole with partitioning.parameter_rules ('{name}', None)",
-                )
-            )
-    return found if len(set(used)) == len(used) else [*found, _twice(path, names, used)]
+        axes = split_axes(name, table, size, mesh)
+        used += axes
+        wanted = _wanted(name, table, mesh)
+        if axes != wanted and name not in MAY_STAY_WHOLE:
+            ways = math.prod(mesh.shape[axis] for axis in wanted)
+            product = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)
+            fix = f"choose other degrees, or leave the axis whole: partitioning.parameter_rules ('{name}', None)"
+            found.append(Problem(f"{path}, axis {name}", str(size), f"a multiple of {ways} ({product})", fix))
+    return found + _twice(path, used)
 
 
-def _rule_problems(where: str, names: LogicalAxes, table: Table, mesh: Mesh) -> list[Problem]:
-    found = []
-    for name in names:
-        if name is None:
-            continue
-        if name not in table:
-            known = ", ".join(sorted(table))
-            found.append(Problem(where, f"the logical axis '{name}'", f"an axis that has a rule ({known})"))
-        for axis in table.get(name, ()):
-            if axis not in mesh.shape:
-                expected = f"one of {', '.join(mesh.shape)}"
-                found.append(Problem(where, f"a rule that splits '{name}' over '{axis}'", expected))
-    return found
+def _wanted(name: str | None, table: Table, mesh: Mesh) -> MeshAxes:
+    return tuple(axis for axis in table[name] if mesh.shape[axis] > 1) if name is not None else ()
 
 
-def _twice(where: str, names: LogicalAxes, used: Sequence[str]) -> Problem:
+def _unknown(where: str, names: LogicalAxes, table: Table) -> list[Problem]:
+    unknown = dict.fromkeys(name for name in names if name is not None and name not in table)
+    expected = f"an axis that has a rule ({', '.join(table)})"
+    return [Problem(where, f"the logical axis '{name}'", expected) for name in unknown]
+
+
+def _twice(where: str, used: Sequence[str]) -> list[Problem]:
     twice = sorted({axis for axis in used if used.count(axis) > 1})
-    return Problem(
-        where, f"mesh axis {', '.join(twice)} twice for axes {names}", "each mesh axis at most once per array"
-    )
+    return [Problem(where, f"mesh axis '{axis}' twice", "each mesh axis at most once per array") for axis in twice]

@@ -1,0 +1,75 @@
+"""What is wrong with a partitioning, all of it, before anything is compiled."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax.sharding import Mesh
+
+from t5x_like.config import Problem, RunConfig, batch_spec
+from t5x_like.partitioning.rules import Rules, problems, spec
+from t5x_like.partitioning.shardings import Leaf, leaves
+
+Tree = Any
+
+LARGE = 2**24
+"""Elements (64 MiB in float32) above which a parameter may not be whole on every device of a mesh that shares
+parameters out."""
+
+
+def check_partitioning(
+    run: RunConfig, mesh: Mesh, rules: Rules, logical_axes: Tree, abstract_params: Tree
+) -> list[Problem]:
+    """All problems of `run` on `mesh`; empty if it can be compiled.
+
+    Checked: each logical axis has a rule, no mesh axis splits an array twice, mesh axes divide the dimensions they
+    split (key/value heads excepted: see `rules.MAY_STAY_WHOLE`), no large parameter is left whole where parameters are
+    shared out, no mesh axis is without work, and the rows of every part of a batch divide by the data axes.
+
+    Args:
+      run: The run.
+      mesh: Its mesh.
+      rules: Its rules.
+      logical_axes: A tuple of names per parameter, in a tree like `abstract_params`.
+      abstract_params: The parameters or their shapes.
+    """
+    table = rules.parameters
+    found = []
+    for leaf in leaves(logical_axes, abstract_params):
+        here = problems(leaf.path, leaf.axes, table, leaf.array.shape, mesh)
+        found += here
+        if not here and _left_whole(leaf, rules, mesh):
+            size = " x ".join(map(str, leaf.array.shape))
+            expected = f"parameters of more than {LARGE} elements to be split on a mesh that shares parameters out"
+            found.append(Problem(leaf.path, f"{size} whole on every device", expected, "give one of its axes a rule"))
+    return [*found, *_idle_axes(mesh, rules), *_batch_problems(run, mesh, rules)]
+
+
+def _left_whole(leaf: Leaf, rules: Rules, mesh: Mesh) -> bool:
+    sharing = any(mesh.shape[axis] > 1 for axes in rules.parameters.values() for axis in axes)
+    whole = not any(spec(leaf.axes, rules.parameters, leaf.array.shape, mesh))
+    return sharing and whole and math.prod(leaf.array.shape) > LARGE
+
+
+def _idle_axes(mesh: Mesh, rules: Rules) -> list[Problem]:
+    used = {axis for table in (rules.parameters, rules.activations) for axes in table.values() for axis in axes}
+    return [
+        Problem(f"partitioning.{axis}", str(degree), "1", "no rule uses this axis: its devices would repeat each other")
+        for axis, degree in mesh.shape.items()
+        if degree > 1 and axis not in used
+    ]
+
+
+def _batch_problems(run: RunConfig, mesh: Mesh, rules: Rules) -> list[Problem]:
+    parts = run.training.gradient_accumulation_steps
+    axes = [axis for axis in rules.activations["batch"] if mesh.shape[axis] > 1]
+    ways = math.prod(mesh.shape[axis] for axis in axes)
+    found = []
+    for name, features in batch_spec(run).items():
+        rows = next(iter(features.values())).shape[0]
+        if rows % (parts * ways):
+            split = " x ".join([*(f"{axis}={mesh.shape[axis]}" for axis in axes), f"{parts} accumulation steps"])
+            where = "training.batch_size" if name == "main" else f"rows of the sub-batch '{name}'"
+            found.append(Problem(where, str(rows), f"a multiple of {parts * ways} ({split})"))
+    return found
