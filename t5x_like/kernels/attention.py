@@ -1,0 +1,263 @@
+"""Attention behind one function. Masks and T5's relative bias are described, not built, by the caller.
+
+A backend turns the description into what it needs (`prepare`), once for all layers that share it, and attends. The
+backends here materialise: an additive bias [1 or B, H, Q, K] and a mask that is as small as the description allows,
+[1 or B, 1, 1 or Q, K].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from t5x_like.kernels.random import keep_mask
+
+Implementation = Literal["reference", "xla", "cudnn"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["bidirectional", "max_distance"]
+)
+@dataclasses.dataclass(frozen=True)
+class RelativeBias:
+    """T5's relative position bias: one learned number per head and bucket of (key position - query position).
+
+    Attributes:
+      table: [num_buckets, H].
+      bidirectional: Half of the buckets are for keys to the right; otherwise those share the bucket of distance 0.
+      max_distance: Distances from here on share the last bucket.
+    """
+
+    table: Array
+    bidirectional: bool
+    max_distance: int
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "q_prefix", "kv_prefix"],
+    meta_fields=["causal", "window"],
+)
+@dataclasses.dataclass(frozen=True)
+class MaskSpec:
+    """Who sees whom; every condition that is given must hold.
+
+    Attributes:
+      causal: A query sees keys at its own position and before.
+      window: A query sees keys at distance window - 1 at most, to either side (to the left where causal).
+      q_positions, kv_positions: [B, Q], [B, K]; None counts cells from 0. Packed rows need none: within a segment the
+        difference of cells is the difference of positions.
+      q_segment_ids, kv_segment_ids: [B, Q], [B, K]. With both, a query sees the keys of its own id, so padding (0) sees
+        padding; with keys' ids alone, keys of id 0 are hidden. A query that sees nothing gets the mean of all values:
+        a number, to be ignored.
+      q_prefix, kv_prefix: bool [B, Q], [B, K]. Where both are set `causal` is lifted (seqio's
+        `decoder_causal_attention`).
+    """
+
+    causal: bool = False
+    window: int | None = None
+    q_positions: Array | None = None
+    kv_positions: Array | None = None
+    q_segment_ids: Array | None = None
+    kv_segment_ids: Array | None = None
+    q_prefix: Array | None = None
+    kv_prefix: Array | None = None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["bias", "mask"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A mask and a bias in the form that the materialising backends use.
+
+    Attributes:
+      bias: Float, [1 or B, H, Q, K], or None.
+      mask: bool, True where a query sees a key, [1 or B, 1, 1 or Q, K], or None where all see all.
+    """
+
+    bias: Array | None
+    mask: Array | None
+
+
+def relative_position_buckets(
+    relative_position: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Array:
+    """Bucket of each (key position - query position), as in T5 (Raffel et al. 2020, `mesh_tensorflow`'s
+    `_relative_position_bucket`): the first half of the buckets exact, the rest logarithmic up to `max_distance`."""
+    n = -relative_position
+    offset: Array | int = 0
+    if bidirectional:
+        num_buckets //= 2
+        offset = (n < 0).astype(jnp.int32) * num_buckets
+        n = jnp.abs(n)
+    else:
+        n = jnp.maximum(n, 0)
+    exact = num_buckets // 2
+    log_ratio = jnp.log(jnp.maximum(n, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
+    logarithmic = exact + (log_ratio * (num_buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(n < exact, n, jnp.minimum(logarithmic, num_buckets - 1))
+
+
+def prepare(mask: MaskSpec, relative_bias: RelativeBias | None, q_length: int, kv_length: int) -> Prepared:
+    """Materialises a description. Layers that share it call this once and hand the result to `attention`."""
+    return Prepared(
+        bias=None if relative_bias is None else _dense_bias(mask, relative_bias, q_length, kv_length),
+        mask=dense_mask(mask, q_length, kv_length),
+    )
+
+
+def _positions(mask: MaskSpec, q_length: int, kv_length: int) -> tuple[Array, Array]:
+    """Positions of queries [1 or B, Q] and keys [1 or B, K]."""
+    q = jnp.arange(q_length)[None] if mask.q_positions is None else mask.q_positions
+    kv = jnp.arange(kv_length)[None] if mask.kv_positions is None else mask.kv_positions
+    return q, kv
+
+
+def dense_mask(mask: MaskSpec, q_length: int, kv_length: int) -> Array | None:
+    """The description as a bool array [1 or B, 1, 1 or Q, K], True where seen; None where all see all."""
+    q_1or_BxQ, kv_1or_BxK = _positions(mask, q_length, kv_length)
+    distance = q_1or_BxQ[:, :, None] - kv_1or_BxK[:, None, :]
+    conditions = []
+    if mask.causal:
+        seen = distance >= 0
+        if mask.q_prefix is not None and mask.kv_prefix is not None:
+            seen = seen | (mask.q_prefix[:, :, None] & mask.kv_prefix[:, None, :])
+        conditions.append(seen)
+    if mask.window is not None:
+        conditions.append(jnp.abs(distance) < mask.window)
+    if mask.kv_segment_ids is not None:
+        kv_ids = mask.kv_segment_ids[:, None, :]
+        conditions.append(kv_ids != 0 if mask.q_segment_ids is None else mask.q_segment_ids[:, :, None] == kv_ids)
+    return functools.reduce(jnp.logical_and, conditions)[:, None] if conditions else None
+
+
+def _dense_bias(mask: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_length: int) -> Array:
+    """[1 or B, H, Q, K]."""
+    table = relative_bias.table
+
+    def lookup(relative_position: Array) -> Array:
+        buckets = relative_position_buckets(
+            relative_position,
+            bidirectional=relative_bias.bidirectional,
+            num_buckets=table.shape[0],
+            max_distance=relative_bias.max_distance,
+        )
+        return jnp.take(table, buckets, axis=0)
+
+    if mask.q_positions is None and mask.kv_positions is None:
+        # Constant along diagonals: look up each distance once, then lay the row of distances out as a Toeplitz matrix
+        # by reshaping. Its transpose is reshapes and sums, where that of a gather of [Q, K] is a slow scatter.
+        distances = q_length + kv_length - 1
+        row_DxH = lookup(jnp.arange(distances) - (q_length - 1))
+        row_HxD1 = jnp.pad(row_DxH.T, ((0, 0), (0, 1)))
+        tiled = jnp.tile(row_HxD1, (1, q_length))[:, : q_length * distances].reshape(-1, q_length, distances)
+        return tiled[:, ::-1, :kv_length][None]
+    q_1or_BxQ, kv_1or_BxK = _positions(mask, q_length, kv_length)
+    return jnp.moveaxis(lookup(kv_1or_BxK[:, None, :] - q_1or_BxQ[:, :, None]), -1, 1)
+
+
+def attention(
+    q_BxQxHxh: Array,
+    k_BxKxGxh: Array,
+    v_BxKxGxh: Array,
+    mask: MaskSpec | Prepared,
+    *,
+    scale: float,
+    relative_bias: RelativeBias | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Array | None = None,
+    dropout_broadcast_length: bool = False,
+    implementation: Implementation = "reference",
+) -> Array:
+    """softmax(scale * q k + bias) v over the keys that the mask shows; the softmax is in float32.
+
+    Query head i uses key and value head i // (H / G).
+
+    Args:
+      mask: Who sees whom; or that and the bias, prepared by `prepare`.
+      relative_bias: T5's bias; not with a prepared mask.
+      dropout_rate: Of the probabilities; without dropout_rng there is none.
+      dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
+      implementation: "reference" (einsums), "xla" (`jax.nn.dot_product_attention`) or "cudnn" (the same function on
+        NVIDIA's kernels, half precision only). The last two can drop probabilities only where the mask is shared over
+        queries and H = G.
+
+    Returns:
+      [B, Q, H, h] in the type of q.
+
+    Raises:
+      ValueError: H is no multiple of G, or the backend cannot do what is asked.
+    """
+    heads, kv_heads = q_BxQxHxh.shape[2], k_BxKxGxh.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key and value heads")
+    if isinstance(mask, MaskSpec):
+        mask = prepare(mask, relative_bias, q_BxQxHxh.shape[1], k_BxKxGxh.shape[1])
+    if dropout_rate == 0.0:
+        dropout_rng = None
+    if dropout_rng is not None and dropout_broadcast_length and heads == kv_heads:
+        # sum_k p_qk m_k v_k: a mask without a query axis belongs to the values, which are far fewer numbers.
+        keep = keep_mask(dropout_rng, 1.0 - dropout_rate, (*v_BxKxGxh.shape[:3], 1))
+        v_BxKxGxh = jnp.where(keep, v_BxKxGxh / (1.0 - dropout_rate), 0).astype(v_BxKxGxh.dtype)
+        dropout_rng = None
+    if implementation == "reference":
+        return _reference(
+            q_BxQxHxh,
+            k_BxKxGxh,
+            v_BxKxGxh,
+            mask,
+            scale=scale,
+            dropout_rate=dropout_rate,
+            dropout_rng=dropout_rng,
+            dropout_broadcast_length=dropout_broadcast_length,
+        )
+    if dropout_rng is not None:
+        raise ValueError(
+            f'attention="{implementation}" cannot drop single probabilities (dropout_rate {dropout_rate}): set '
+            "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
+            'attention="reference"'
+        )
+    return jax.nn.dot_product_attention(
+        q_BxQxHxh,
+        k_BxKxGxh,
+        v_BxKxGxh,
+        bias=None if mask.bias is None else mask.bias.astype(q_BxQxHxh.dtype),
+        mask=mask.mask,
+        scale=scale,
+        implementation=implementation,
+    )
+
+
+def _reference(
+    q_BxQxHxh: Array,
+    k_BxKxGxh: Array,
+    v_BxKxGxh: Array,
+    prepared: Prepared,
+    *,
+    scale: float,
+    dropout_rate: float,
+    dropout_rng: Array | None,
+    dropout_broadcast_length: bool,
+) -> Array:
+    rows, q_length, heads, head_dim = q_BxQxHxh.shape
+    kv_length, kv_heads = k_BxKxGxh.shape[1:3]
+    shape = (kv_heads, heads // kv_heads)
+    q = (q_BxQxHxh * scale if scale != 1.0 else q_BxQxHxh).reshape(rows, q_length, *shape, head_dim)
+    scores = jnp.einsum("bqgrh,bkgh->bgrqk", q, k_BxKxGxh, preferred_element_type=jnp.float32)
+    if prepared.bias is not None:
+        bias = prepared.bias
+        scores = scores + bias.reshape(bias.shape[0], *shape, *bias.shape[2:])
+    if prepared.mask is not None:
+        scores = jnp.where(prepared.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(scores, axis=-1).astype(q_BxQxHxh.dtype)
+    if dropout_rng is not None:
+        keep_shape = (rows, *shape, 1 if dropout_broadcast_length else q_length, kv_length)
+        keep = keep_mask(dropout_rng, 1.0 - dropout_rate, keep_shape)
+        probabilities = jnp.where(keep, probabilities / (1.0 - dropout_rate), 0).astype(probabilities.dtype)
+    mixed = jnp.einsum("bgrqk,bkgh->bqgrh", probabilities, v_BxKxGxh)
+    return mixed.reshape(q_BxQxHxh.shape)

@@ -1,0 +1,154 @@
+"""The layers that everything is made of. Parameters are float32; each layer computes in the type of its input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from t5x_like.config.model import Activation, StackConfig
+from t5x_like.kernels.random import keep_mask
+from t5x_like.partitioning.constrain import constrain
+
+LogicalAxes = tuple[str, ...]
+
+
+def param(value: Array, axes: LogicalAxes) -> nnx.Param:
+    """A parameter with its logical axes as metadata. Stacked layers get "layers" in front when the tree is read."""
+    return nnx.Param(value, logical=axes)
+
+
+class Dense(nnx.Module):
+    """Contracts the last dimensions of x with the first ones of the kernel."""
+
+    def __init__(
+        self,
+        inputs: Sequence[tuple[str, int]],
+        outputs: Sequence[tuple[str, int]],
+        *,
+        stddev: float,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+    ):
+        """Args:
+        inputs, outputs: (logical axis, size) of each dimension.
+        stddev: Of the kernel at the start.
+        """
+        axes, shape = zip(*inputs, *outputs, strict=True)
+        self.contracted = len(inputs)
+        self.kernel = param(stddev * jax.random.normal(rngs.params(), shape), axes)
+        self.bias = param(jnp.zeros(shape[len(inputs) :]), axes[len(inputs) :]) if use_bias else None
+
+    def __call__(self, x: Array, dtype: jnp.dtype | None = None) -> Array:
+        """`dtype` is that of the result; by default that of x."""
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contracted, preferred_element_type=dtype or x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, looked up by id."""
+
+    def __init__(self, rows: tuple[str, int], columns: tuple[str, int], *, stddev: float, rngs: nnx.Rngs):
+        self.embedding = param(stddev * jax.random.normal(rngs.params(), (rows[1], columns[1])), (rows[0], columns[0]))
+
+    def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
+        """[...] ids to [..., columns]."""
+        return jnp.take(self.embedding[...], ids, axis=0, mode="clip").astype(dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm (scale only) or LayerNorm (with a bias if the stack has biases); statistics in float32."""
+
+    def __init__(self, config: StackConfig):
+        self.centred = config.norm == "layernorm"
+        self.epsilon = config.norm_epsilon
+        self.scale = param(jnp.ones(config.d_model), ("norm",))
+        self.bias = param(jnp.zeros(config.d_model), ("norm",)) if self.centred and config.use_bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = x.astype(jnp.float32)
+        if self.centred:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """activation(x wi) wo, or gated: (activation(x wi_0) * (x wi_1)) wo."""
+
+    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        embed, mlp = ("embed", config.d_model), ("mlp", config.d_ff)
+        stddev = config.d_model**-0.5
+
+        def inner() -> Dense:
+            return Dense([embed], [mlp], stddev=stddev, use_bias=config.use_bias, rngs=rngs)
+
+        if config.mlp_gated:
+            self.wi_0, self.wi_1 = inner(), inner()
+        else:
+            self.wi = inner()
+        self.wo = Dense([mlp], [embed], stddev=config.d_ff**-0.5, use_bias=config.use_bias, rngs=rngs)
+
+    def __call__(self, x_BxLxd: Array, *, dropout_rng: Array | None) -> Array:
+        if self.config.mlp_gated:
+            hidden = activate(self.wi_0(x_BxLxd), self.config.mlp_activation) * self.wi_1(x_BxLxd)
+        else:
+            hidden = activate(self.wi(x_BxLxd), self.config.mlp_activation)
+        hidden = dropout(hidden, self.config, dropout_rng)
+        return self.wo(constrain(hidden, ("batch", "length", "mlp")))
+
+
+def activate(x: Array, activation: Activation) -> Array:
+    match activation:
+        case "relu":
+            return jax.nn.relu(x)
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+
+
+def dropout(x_BxLxD: Array, config: StackConfig, rng: Array | None) -> Array:
+    """Zeroes numbers with the stack's rate and scales the rest up; x itself without a key."""
+    if rng is None or config.dropout_rate == 0.0:
+        return x_BxLxD
+    rows, length, width = x_BxLxD.shape
+    keep_probability = 1.0 - config.dropout_rate
+    keep = keep_mask(rng, keep_probability, (rows, 1 if config.dropout_broadcast_length else length, width))
+    return jnp.where(keep, x_BxLxD / keep_probability, 0).astype(x_BxLxD.dtype)
+
+
+def rope(positions_BxL: Array, head_dim: int, base: float) -> tuple[Array, Array]:
+    """(cosines, sines), float32 [B, L, 1, head_dim / 2], of rotary positions (Su et al. 2021)."""
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BxL[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxLxHxh: Array, cos_sin: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (i, i + h / 2): the rotate-half layout of Llama and Hugging Face files."""
+    cos, sin = cos_sin
+    first, second = jnp.split(x_BxLxHxh.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxLxHxh.dtype)
+
+
+def attention_stddevs(config: StackConfig) -> tuple[float, float, float]:
+    """Standard deviations of query, of key and value, and of output kernels at the start.
+
+    T5 has no factor on its scores: with attention_scale 1 it is folded into the query kernel (Mesh TensorFlow's
+    `attention_params`).
+    """
+    d, h = config.d_model, config.head_dim
+    query = (d * h) ** -0.5 if config.attention_scale == 1.0 else d**-0.5
+    return query, d**-0.5, (config.num_heads * h) ** -0.5
+
+
+def attention_scale(config: StackConfig) -> float:
+    return 1.0 / math.sqrt(config.head_dim) if config.attention_scale is None else config.attention_scale

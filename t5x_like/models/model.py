@@ -1,0 +1,265 @@
+"""The model: a token table, one or two stacks, a head. Which architecture it is follows from the stacks that are there.
+
+How padding is known, in a batch without segment ids:
+  Encoders hide the tokens with id 0, which is padding and nothing else.
+  Decoders need no padding mask. Rows are padded on the right, a query sees what is on its left, and what
+  `decoder_causal_attention` adds are cells of the prefix, which has no padding inside. So states at real positions do
+  not depend on padding, and id 0 can be the start token, as it is in T5.
+With segment ids, queries see the keys of their own segment, also across from decoder to encoder.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from t5x_like.config.errors import ConfigError, DataError, Problem
+from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.kernels.attention import MaskSpec
+from t5x_like.models.cache import Cache
+from t5x_like.models.layers import Dense, Embedding, Norm, activate, param
+from t5x_like.models.stacks import LayerCaches, Stack
+from t5x_like.partitioning.constrain import constrain
+
+
+class Head(nnx.Module):
+    """From states to logits: BERT's transform if asked for, then the token table or an own kernel, then a bias."""
+
+    def __init__(self, config: ModelConfig, stack: StackConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.activation = stack.mlp_activation
+        embed = ("embed", stack.d_model)
+        stddev = stack.d_model**-0.5
+        if config.head_transform:
+            self.transform = Dense([embed], [("mlp", stack.d_model)], stddev=stddev, use_bias=stack.use_bias, rngs=rngs)
+            self.transform_norm = Norm(stack)
+        if not config.tie_embeddings:
+            shape = (stack.d_model, config.vocab_size)
+            self.kernel = param(stddev * jax.random.normal(rngs.params(), shape), ("embed", "vocab"))
+        if config.head_bias:
+            self.bias = param(jnp.zeros(config.vocab_size), ("vocab",))
+
+    def __call__(self, x_BxLxd: Array, table_Vxd: Array) -> Array:
+        """float32 [B, L, V]."""
+        x = x_BxLxd
+        if self.config.head_transform:
+            x = self.transform_norm(activate(self.transform(x), self.activation))
+        if self.config.scale_logits:
+            x = x * x.shape[-1] ** -0.5
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if self.config.tie_embeddings:
+            logits = product("bld,vd->blv", x, table_Vxd.astype(x.dtype))
+        else:
+            logits = product("bld,dv->blv", x, self.kernel[...].astype(x.dtype))
+        if self.config.head_bias:
+            logits = logits + self.bias[...]
+        return constrain(logits, ("batch", "length", "vocab"))
+
+
+class Model(nnx.Module):
+    """Maps a batch of features to logits; encodes; decodes through a cache."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        """Raises ConfigError where the stacks do not fit together."""
+        problems = stack_problems(config)
+        if problems:
+            raise ConfigError(problems)
+        self.config = config
+        self.dtype = jnp.dtype(config.dtype)
+        output = next(reversed(config.stacks.values()))
+        table = ("vocab", config.vocab_size), ("embed", output.d_model)
+        self.token_embedder = Embedding(*table, stddev=config.embedding_stddev, rngs=rngs)
+        if config.encoder is not None:
+            self.encoder = Stack(config.encoder, config, encoder_width=None, rngs=rngs)
+        if config.decoder is not None:
+            width = None if config.encoder is None else config.encoder.d_model
+            self.decoder = Stack(config.decoder, config, encoder_width=width, rngs=rngs)
+        self.head = Head(config, output, rngs=rngs)
+
+    def __call__(self, batch: Mapping[str, Array], *, dropout_rng: Array | None = None) -> Array:
+        """Logits, float32 [B, T, V], of one sub-batch under seqio's feature names.
+
+        Reads `encoder_input_tokens` and `decoder_input_tokens` as far as there are such stacks; where present
+        `*_segment_ids` and `*_positions` of packed rows and, in decoders, `decoder_causal_attention`. Positions restart
+        in each segment and count its cells; learned and rotary positions read them, order and distance are those of the
+        cells.
+
+        Args:
+          dropout_rng: Key; None for no dropout.
+
+        Raises:
+          DataError: a feature that the architecture needs is missing.
+        """
+        rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
+        encoder_ids = batch.get("encoder_segment_ids")
+        encoded = None
+        if self.config.encoder is not None:
+            encoded = self.encode(
+                _feature(batch, "encoder_input_tokens", self.config),
+                segment_ids=encoder_ids,
+                positions=batch.get("encoder_positions"),
+                dropout_rng=rngs[0],
+            )
+        if self.config.decoder is None:
+            assert encoded is not None
+            return self._logits(encoded)
+
+        tokens = _feature(batch, "decoder_input_tokens", self.config)
+        decoder_ids = batch.get("decoder_segment_ids")
+        prefix = batch.get("decoder_causal_attention")
+        prefix = None if prefix is None else prefix != 0
+        mask = MaskSpec(
+            causal=True, q_segment_ids=decoder_ids, kv_segment_ids=decoder_ids, q_prefix=prefix, kv_prefix=prefix
+        )
+        cross_mask = None
+        if self.config.encoder is not None:
+            if encoder_ids is None or decoder_ids is None:
+                valid = batch["encoder_input_tokens"] != 0 if encoder_ids is None else encoder_ids
+                cross_mask = MaskSpec(kv_segment_ids=valid.astype(jnp.int32))
+            else:
+                cross_mask = MaskSpec(q_segment_ids=decoder_ids, kv_segment_ids=encoder_ids)
+        states, _ = self.decoder(
+            self._embed(tokens),
+            mask,
+            positions=batch.get("decoder_positions"),
+            encoded=encoded,
+            cross_mask=cross_mask,
+            dropout_rng=rngs[1],
+        )
+        return self._logits(states)
+
+    def encode(
+        self,
+        tokens_BxS: Array,
+        *,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+        dropout_rng: Array | None = None,
+    ) -> Array:
+        """The encoder's states [B, S, d]. Without segment ids, tokens with id 0 are padding."""
+        if segment_ids is None:
+            mask = MaskSpec(kv_segment_ids=(tokens_BxS != 0).astype(jnp.int32))
+        else:
+            mask = MaskSpec(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+        return self.encoder(self._embed(tokens_BxS), mask, positions=positions, dropout_rng=dropout_rng)[0]
+
+    def init_cache(self, rows: int, length: int, *, encoder_length: int = 0) -> Cache:
+        """An empty cache for `length` tokens per row; with an encoder, `start_decoding` makes one that is ready."""
+        assert self.config.decoder is not None
+        decoder = self.config.decoder
+        slots = (decoder.num_layers, rows, length, decoder.num_kv_heads, decoder.head_dim)
+        cross = None
+        if self.config.encoder is not None:
+            cross_slots = (*slots[:2], encoder_length, *slots[3:])
+            cross = (jnp.zeros(cross_slots, self.dtype), jnp.zeros(cross_slots, self.dtype))
+        return Cache(
+            keys=jnp.zeros(slots, self.dtype),
+            values=jnp.zeros(slots, self.dtype),
+            positions=jnp.zeros((rows, length), jnp.int32),
+            valid=jnp.zeros((rows, length), jnp.bool_),
+            next_slot=jnp.zeros((), jnp.int32),
+            cross_keys=None if cross is None else cross[0],
+            cross_values=None if cross is None else cross[1],
+            encoder_segment_ids=None if cross is None else jnp.zeros((rows, encoder_length), jnp.int32),
+        )
+
+    def start_decoding(self, encoded: Array | None, encoder_segment_ids: Array | None, rows: int, length: int) -> Cache:
+        """A cache for `length` tokens per row, with each layer's cross-attention keys and values computed, once.
+
+        Args:
+          encoded: [B, S, d] from `encode`; None for a decoder alone.
+          encoder_segment_ids: [B, S], 0 where the encoder's tokens are padding; None: no padding.
+        """
+        cache = self.init_cache(rows, length, encoder_length=0 if encoded is None else encoded.shape[1])
+        if encoded is None:
+            return cache
+        if encoder_segment_ids is None:
+            encoder_segment_ids = jnp.ones(encoded.shape[:2], jnp.int32)
+        keys, values = jax.lax.map(lambda block: block.cross_attention.keys_values(encoded), self.decoder.layers)
+        return cache._replace(
+            cross_keys=keys, cross_values=values, encoder_segment_ids=encoder_segment_ids.astype(jnp.int32)
+        )
+
+    def decode(
+        self,
+        tokens_BxT: Array,
+        positions_BxT: Array,
+        valid_BxT: Array,
+        cache: Cache,
+        *,
+        bidirectional: bool = False,
+    ) -> tuple[Array, Cache]:
+        """Logits of T more tokens per row, and the cache with them: a prompt (T = its length) or a step (T = 1).
+
+        The tokens take the cache's next T slots. A row with a shorter prompt has slots that are not valid: nobody sees
+        them, and positions, not slots, decide about order and distance.
+
+        Args:
+          positions_BxT: Position of each token in its row, from 0.
+          valid_BxT: bool, False for padding.
+          bidirectional: The valid tokens of this call see each other, as the prefix of a prefix-LM does; such a prefix
+            is given in one call.
+
+        Returns:
+          (float32 [B, T, V], cache).
+        """
+        valid = valid_BxT.astype(jnp.bool_)
+        cache = cache.remember(positions_BxT, valid)
+        slots = jnp.arange(cache.length)
+        new_slots = (slots >= cache.next_slot) & (slots < cache.next_slot + tokens_BxT.shape[1])
+        mask = MaskSpec(
+            causal=True,
+            q_positions=positions_BxT,
+            kv_positions=cache.positions,
+            kv_segment_ids=cache.valid.astype(jnp.int32),
+            q_prefix=valid if bidirectional else None,
+            kv_prefix=cache.valid & new_slots if bidirectional else None,
+        )
+        cross = None
+        if cache.cross_keys is not None and cache.cross_values is not None:
+            cross = (cache.cross_keys, cache.cross_values)
+        states, new_keys_values = self.decoder(
+            self._embed(tokens_BxT),
+            mask,
+            positions=positions_BxT,
+            cross_mask=None if cross is None else MaskSpec(kv_segment_ids=cache.encoder_segment_ids),
+            caches=LayerCaches((cache.keys, cache.values), cross, cache.next_slot),
+        )
+        return self._logits(states), cache.append(new_keys_values)
+
+    def _embed(self, tokens: Array) -> Array:
+        return constrain(self.token_embedder(tokens, self.dtype), ("batch", "length", "embed"))
+
+    def _logits(self, states: Array) -> Array:
+        return self.head(states, self.token_embedder.embedding[...])
+
+
+def _feature(batch: Mapping[str, Array], name: str, config: ModelConfig) -> Array:
+    if name not in batch:
+        raise DataError(
+            f"the batch has no feature {name!r}, which a model of architecture {config.architecture!r} reads; "
+            f"found {sorted(batch)}; choose the data layout that belongs to the model"
+        )
+    return batch[name]
+
+
+def stack_problems(config: ModelConfig) -> list[Problem]:
+    """What is wrong with the stacks and how they fit together."""
+    problems = []
+    if not config.stacks:
+        problems.append(Problem("model", "neither an encoder nor a decoder", "at least one of them"))
+    for name, stack in config.stacks.items():
+        if stack.num_kv_heads < 1 or stack.num_heads % stack.num_kv_heads:
+            expected = f"a divisor of num_heads, {stack.num_heads}"
+            problems.append(Problem(f"model.{name}.num_kv_heads", str(stack.num_kv_heads), expected))
+        if stack.positions == "rope" and stack.head_dim % 2:
+            problems.append(Problem(f"model.{name}.head_dim", str(stack.head_dim), "an even number, for rotary pairs"))
+    if config.encoder is not None and config.decoder is not None and config.encoder.d_model != config.decoder.d_model:
+        expected = f"that of the encoder, {config.encoder.d_model}, since both read one token table"
+        problems.append(Problem("model.decoder.d_model", str(config.decoder.d_model), expected))
+    return problems
