@@ -20,6 +20,9 @@ from t5x_like.config import EXIT_OK, EXIT_USAGE, ConfigError, RunConfig, UserErr
 EXIT_INTERRUPTED = 130
 """Ctrl-C where no checkpoint is at stake: the shell's 128 + SIGINT."""
 
+EXIT_BROKEN_PIPE = 141
+"""The shell's 128 + SIGPIPE."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
@@ -37,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("t5x-like: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read stdout (`| head`) has left. What Python would still write at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("t5x-like: the reader of the output has gone", file=sys.stderr)
+        return EXIT_BROKEN_PIPE
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -109,11 +117,24 @@ def _configured_run(options: argparse.Namespace, overrides: list[str]) -> RunCon
     from t5x_like.config.recipes import apply_overrides, load_recipe
     from t5x_like.config.validate import validate
 
-    run = apply_overrides(load_recipe(options.recipe), overrides)
+    run = apply_overrides(load_recipe(options.recipe), overrides, options=options.parser.option_strings)
     problems = validate(run)
     if problems:
         raise ConfigError(problems)
     return run
+
+
+class _RecipeHelp(argparse.Action):
+    """`--help`: of the command; after a recipe also of all its fields."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        parser.print_help()
+        if namespace.recipe:
+            from t5x_like.config.recipes import apply_overrides, load_recipe
+
+            print()
+            apply_overrides(load_recipe(namespace.recipe), ["--help"])
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -122,10 +143,13 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **keywords: Any) -> None:
         super().__init__(allow_abbrev=False, **keywords)
 
+    @property
+    def option_strings(self) -> list[str]:
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
     def error(self, message: str) -> NoReturn:
         unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1)]
+        near = [match for word in unknown for match in difflib.get_close_matches(word, self.option_strings, n=1)]
         hint = f" (perhaps you meant {', '.join(near)})" if near else ""
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, f"t5x-like: {message}{hint}\n")
@@ -147,27 +171,41 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--rows", type=_positive, default=8, metavar="N", help="rows to show (default: 8)")
 
     evaluate = _run_command(commands, "eval", _eval, "score a run's checkpoints on held-out text")
-    evaluate.add_argument("--step", type=int, nargs="+", default=[], metavar="N", help="checkpoints (default: the newest)")
-    evaluate.add_argument("--num-batches", type=_positive, metavar="N", help="batches per objective (default: the run's)")
+    evaluate.add_argument(
+        "--step", type=int, nargs="+", default=[], metavar="N", help="checkpoints (default: the newest)"
+    )
+    evaluate.add_argument(
+        "--num-batches", type=_positive, metavar="N", help="batches per objective (default: the run's)"
+    )
     evaluate.add_argument("--output", type=Path, metavar="PATH", help="where to write (default: DIR/evaluation.json)")
 
     generate = _run_command(commands, "generate", _generate, "continue or fill in prompts, read from stdin by default")
     source = generate.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="a single prompt")
     source.add_argument("--input", type=Path, metavar="FILE", help='JSON lines {"prompt": ...}; answered in JSON lines')
-    generate.add_argument("--mode", choices=("R", "S", "X"), help="mode token in front of the prompt (default: S if trained)")
+    generate.add_argument(
+        "--mode", choices=("R", "S", "X"), help="mode token in front of the prompt (default: S if trained)"
+    )
     generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="(default: 64)")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     generate.add_argument("--top-k", type=_positive, metavar="K", help="sample from the K likeliest tokens only")
-    generate.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of joint probability P")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens of joint probability P"
+    )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
-    generate.add_argument("--num-samples", type=_positive, default=1, metavar="N", help="answers per prompt (default: 1)")
+    generate.add_argument(
+        "--num-samples", type=_positive, default=1, metavar="N", help="answers per prompt (default: 1)"
+    )
     generate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[..., int], summary: str, **keywords: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=f"{summary}.", **keywords)
+def _command(
+    commands: Any, name: str, run: Callable[..., int], summary: str, **keywords: Any
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", **keywords
+    )
     parser.set_defaults(run=run, parser=parser)
     return parser
 
@@ -178,11 +216,17 @@ def _recipe_command(commands: Any, name: str, run: Callable[..., int], summary: 
         name,
         run,
         summary,
-        epilog="Any field of the recipe can be set: --training.num-train-steps 200 --data.corpus.files 'texts/*.jsonl'. "
-        "`t5x-like train RECIPE --print-config` shows them all.",
+        epilog="Any field of the recipe can be set: --training.batch-size 64 --data.corpus.files 'texts/*.jsonl'. "
+        f"`t5x-like {name} RECIPE --help` lists them.",
+        add_help=False,
     )
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a Python recipe (FILE.py[:FUNCTION]), a config.json, or the name of a shipped one"
+        "-h", "--help", action=_RecipeHelp, nargs=0, help="show this message and, of a RECIPE, all fields"
+    )
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a Python recipe (FILE.py[:FUNCTION]), a config.json, or the name of a shipped one",
     )
     parser.set_defaults(overrides=True)
     return parser
@@ -190,7 +234,9 @@ def _recipe_command(commands: Any, name: str, run: Callable[..., int], summary: 
 
 def _run_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
     parser = _command(commands, name, run, summary)
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, as given to `train --workdir`")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, as given to `train --workdir`"
+    )
     parser.set_defaults(overrides=False)
     return parser
 

@@ -10,7 +10,7 @@ from t5x_like.config.objectives import Layout, Objective
 
 @configuration
 class CorpusConfig:
-    """A source of documents. At most one of `files`, `tfds` and `task` is set; with none, the embedded corpus is read."""
+    """A source of documents: one of `files`, `tfds` and `task`, or with none of them the embedded corpus."""
 
     files: tuple[str, ...] = ()
     """The user's own text, by path or glob: .txt (a document per file), .jsonl, .jsonl.gz or .parquet (one per row)."""

@@ -123,10 +123,13 @@ def raw_window_length(objective: Objective, layout: Layout, inputs_length: int, 
     mode = 0 if objective.mode is None else 1
     if isinstance(objective, SpanCorruption):
         length = 2
-        if any(n > limit for n, limit in zip(corrupted_lengths(objective, 2), (inputs_length, targets_length), strict=True)):
+        if any(
+            n > limit for n, limit in zip(corrupted_lengths(objective, 2), (inputs_length, targets_length), strict=True)
+        ):
             return 0
         while all(
-            n <= limit for n, limit in zip(corrupted_lengths(objective, length + 1), (inputs_length, targets_length), strict=True)
+            n <= limit
+            for n, limit in zip(corrupted_lengths(objective, length + 1), (inputs_length, targets_length), strict=True)
         ):
             length += 1
         return length

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import pydantic
+import pydantic_core
 
 from t5x_like.config.errors import ConfigError, Problem
 from t5x_like.config.run import RunConfig
@@ -42,7 +43,7 @@ def from_json(text: str, *, source: str) -> RunConfig:
     """
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError([Problem(source, f"no JSON ({error})", "a config.json written by t5x-like")]) from None
     if not isinstance(document, dict):
         raise ConfigError([Problem(source, f"a JSON {type(document).__name__}", "a JSON object")])
@@ -52,15 +53,31 @@ def from_json(text: str, *, source: str) -> RunConfig:
     try:
         return _adapter().validate_json(json.dumps(document))
     except pydantic.ValidationError as error:
-        problems = [
-            Problem(
-                f"{source}: {'.'.join(str(part) for part in detail['loc'])}",
-                repr(detail["input"])[:80],
-                detail["msg"],
-            )
-            for detail in error.errors()
-        ]
-        raise ConfigError(problems) from None
+        raise ConfigError([_problem(source, document, detail) for detail in error.errors()]) from None
+
+
+def _problem(source: str, document: Any, detail: pydantic_core.ErrorDetails) -> Problem:
+    """pydantic's finding in the words of a `Problem`."""
+    path, value = [], document
+    for part in detail["loc"]:
+        # A location also holds the tags of unions ("adamw"), which are no part of the document.
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside or part == detail["loc"][-1]:
+            path.append(str(part))
+            value = value[part] if inside else None
+    where = f"{source}: {'.'.join(path)}"
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "missing":
+            return Problem(where, "nothing", "a value: this field has no default")
+        case "unexpected_keyword_argument":
+            return Problem(where, "an unknown field", f"only fields of schema version {SCHEMA_VERSION}")
+        case "union_tag_invalid":
+            return Problem(f"{where}.kind", repr(context["tag"]), f"one of {context['expected_tags']}")
+        case "union_tag_not_found":
+            return Problem(f"{where}.kind", "nothing", "the name of a class, which decides the other fields")
+    expected = detail["msg"].removeprefix("Input should be ")
+    return Problem(where, repr(detail["input"])[:80], expected[:1].lower() + expected[1:])
 
 
 def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:

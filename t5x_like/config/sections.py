@@ -1,0 +1,247 @@
+"""What can be wrong within one section of a configuration: numbers out of range, fields that contradict each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from t5x_like.config.data import CorpusConfig, TokenizerConfig
+from t5x_like.config.errors import Problem
+from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.objectives import MaskedLM, Objective, PrefixLM, SpanCorruption
+from t5x_like.config.run import CheckpointConfig, EvaluationConfig, MonitoringConfig, PartitioningConfig
+from t5x_like.config.training import Adafactor, AdamW, Schedule, TrainingConfig
+
+Problems = Iterator[Problem]
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+SMALLEST_SENTENCEPIECE = 260
+"""pad, eos, unk, a piece for each byte and one for the newline: what `prepare` needs before the first character."""
+
+
+def above(where: str, value: float | None, bound: float) -> Problems:
+    if value is not None and not (math.isfinite(value) and value > bound):
+        yield Problem(where, f"{value:g}", f"a number above {bound:g}")
+
+
+def at_least(where: str, value: int | None, bound: int, fix: str = "") -> Problems:
+    if value is not None and value < bound:
+        yield Problem(where, str(value), f"{bound} or more", fix)
+
+
+def within(where: str, value: float | None, low: float, high: float, *, ends: str = "[]") -> Problems:
+    """Problems unless `value` lies in the interval; `ends` says which of its ends belong to it."""
+    if value is None:
+        return
+    above = value >= low if ends[0] == "[" else value > low
+    below = value <= high if ends[1] == "]" else value < high
+    if not (above and below):
+        yield Problem(where, f"{value:g}", f"a number in {ends[0]}{low:g}, {high:g}{ends[1]}")
+
+
+def model_problems(model: ModelConfig) -> Problems:
+    if not model.stacks:
+        yield Problem("model", "neither an encoder nor a decoder", "at least one stack")
+    for name, stack in model.stacks.items():
+        yield from _stack(f"model.{name}", stack)
+    encoder, decoder = model.encoder, model.decoder
+    if encoder and decoder and encoder.d_model != decoder.d_model:
+        yield Problem(
+            "model.decoder.d_model",
+            f"{decoder.d_model} beside model.encoder.d_model {encoder.d_model}",
+            "equal widths: the stacks share the token table, and cross-attention reads the encoder's output",
+        )
+    if encoder and encoder.positions == "relative_bias" and not encoder.relative_bias_bidirectional:
+        yield degenerate_buckets("model.encoder", "an encoder sees")
+    yield from at_least("model.vocab_size", model.vocab_size, 1)
+    yield from above("model.embedding_stddev", model.embedding_stddev, 0)
+    if model.scale_logits and not model.tie_embeddings:
+        yield Problem(
+            "model.scale_logits",
+            "True with model.tie_embeddings False",
+            "a tied table: the factor makes up for the size of a token table that also is the head",
+            "tie the embeddings, or leave the logits unscaled",
+        )
+
+
+def _stack(where: str, stack: StackConfig) -> Problems:
+    for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_positions"):
+        yield from at_least(f"{where}.{name}", getattr(stack, name), 1)
+    if stack.num_kv_heads > 0 and stack.num_heads % stack.num_kv_heads:
+        yield Problem(
+            f"{where}.num_kv_heads",
+            f"{stack.num_kv_heads} for {stack.num_heads} heads",
+            "a divisor of num_heads, so that each key and value head serves as many queries",
+        )
+    if stack.positions == "rope":
+        if stack.head_dim % 2:
+            yield Problem(f"{where}.head_dim", str(stack.head_dim), "an even number: rope turns pairs of dimensions")
+        yield from above(f"{where}.rope_base", stack.rope_base, 1)
+    if stack.positions == "relative_bias":
+        yield from _relative_bias(where, stack)
+    yield from above(f"{where}.norm_epsilon", stack.norm_epsilon, 0)
+    yield from above(f"{where}.attention_scale", stack.attention_scale, 0)
+    yield from within(f"{where}.dropout_rate", stack.dropout_rate, 0, 1, ends="[)")
+
+
+def _relative_bias(where: str, stack: StackConfig) -> Problems:
+    """T5's buckets: half of them for each direction, of these half for exact distances and the rest by logarithm."""
+    directions = 2 if stack.relative_bias_bidirectional else 1
+    buckets = stack.relative_bias_buckets
+    if buckets < 2 * directions or buckets % directions:
+        expected = "an even number of 4 or more for two directions" if directions == 2 else "2 or more"
+        yield Problem(f"{where}.relative_bias_buckets", str(buckets), expected)
+        return
+    exact = buckets // directions // 2
+    if stack.relative_bias_max_distance <= exact:
+        yield Problem(
+            f"{where}.relative_bias_max_distance",
+            str(stack.relative_bias_max_distance),
+            f"more than {exact}, the distances that have a bucket of their own among {buckets}",
+        )
+
+
+def degenerate_buckets(where: str, who: str) -> Problem:
+    return Problem(
+        f"{where}.relative_bias_bidirectional",
+        "False",
+        f"True: {who} keys to the right, which would all share the bucket of distance 0",
+    )
+
+
+def corpus_problems(corpus: CorpusConfig) -> Problems:
+    sources = {"files": corpus.files, "tfds": corpus.tfds, "task": corpus.task}
+    given = [name for name, value in sources.items() if value]
+    if len(given) > 1:
+        yield Problem("data.corpus", " and ".join(given), "one source of documents", "leave the others out")
+    if corpus.module and not corpus.task:
+        yield Problem("data.corpus.module", f"{corpus.module!r} without a task", "the task that this module registers")
+    for pattern in corpus.files:
+        # What a wildcard stands for is known only when the files are listed.
+        suffix = pattern[pattern.rfind("*") + 1 :]
+        concrete = "*" not in pattern or "." in suffix
+        if not pattern or (concrete and not pattern.endswith(TEXT_SUFFIXES)):
+            yield Problem(
+                "data.corpus.files",
+                repr(pattern),
+                f"paths or globs of files in {', '.join(TEXT_SUFFIXES)}",
+                f"of a folder, name its files: '{pattern.rstrip('/')}/*.txt'" if "." not in pattern else "",
+            )
+    if not corpus.text_field:
+        yield Problem("data.corpus.text_field", "nothing", "the name of a field")
+    yield from within("data.corpus.validation_fraction", corpus.validation_fraction, 0, 1, ends="()")
+    yield from at_least("data.corpus.max_documents", corpus.max_documents, 2, "one for training, one held out")
+
+
+def tokenizer_problems(tokenizer: TokenizerConfig) -> Problems:
+    where = "data.tokenizer"
+    if tokenizer.kind == "bytes" and tokenizer.path:
+        yield Problem(f"{where}.path", repr(tokenizer.path), "none: bytes have no model file", "or kind sentencepiece")
+    yield from at_least(f"{where}.vocab_size", tokenizer.vocab_size, SMALLEST_SENTENCEPIECE)
+    yield from at_least(f"{where}.num_sentinels", tokenizer.num_sentinels, 0)
+
+
+def objective_problems(where: str, objective: Objective) -> Problems:
+    if isinstance(objective, SpanCorruption):
+        yield from within(f"{where}.noise_density", objective.noise_density, 0, 1, ends="()")
+        span_length = objective.mean_noise_span_length
+        if not (math.isfinite(span_length) and span_length >= 1):
+            yield Problem(f"{where}.mean_noise_span_length", f"{span_length:g}", "1 or more tokens")
+    if isinstance(objective, PrefixLM):
+        yield from within(f"{where}.min_target_fraction", objective.min_target_fraction, 0, 1)
+        low = max(objective.min_target_fraction, 0)
+        yield from within(f"{where}.max_target_fraction", objective.max_target_fraction, low, 1)
+    if isinstance(objective, MaskedLM):
+        yield from within(f"{where}.mask_rate", objective.mask_rate, 0, 1, ends="(]")
+        yield from within(f"{where}.replace_with_mask", objective.replace_with_mask, 0, 1)
+        left = 1 - min(max(objective.replace_with_mask, 0), 1)
+        if objective.replace_with_random < 0 or objective.replace_with_random > left + 1e-9:
+            yield Problem(
+                f"{where}.replace_with_random",
+                f"{objective.replace_with_random:g}",
+                f"a number in [0, {left:g}], what replace_with_mask {objective.replace_with_mask:g} leaves",
+            )
+
+
+def training_problems(training: TrainingConfig) -> Problems:
+    where = "training"
+    yield from at_least(f"{where}.num_train_steps", training.num_train_steps, 1)
+    yield from at_least(f"{where}.batch_size", training.batch_size, 1)
+    parts = training.gradient_accumulation_steps
+    yield from at_least(f"{where}.gradient_accumulation_steps", parts, 1)
+    if parts > 0 and training.batch_size % parts:
+        yield Problem(
+            f"{where}.batch_size",
+            f"{training.batch_size} rows in {parts} parts",
+            f"a multiple of gradient_accumulation_steps, {parts}",
+        )
+    yield from _optimizer(f"{where}.optimizer", training.optimizer)
+    yield from _schedule(f"{where}.schedule", training.schedule)
+    yield from above(f"{where}.max_gradient_norm", training.max_gradient_norm, 0)
+    yield from within(f"{where}.z_loss", training.z_loss, 0, 1)
+    yield from within(f"{where}.label_smoothing", training.label_smoothing, 0, 1, ends="[)")
+    yield from within(f"{where}.seed", training.seed, 0, 2**32 - 1)
+
+
+def _optimizer(where: str, optimizer: Adafactor | AdamW) -> Problems:
+    yield from within(f"{where}.weight_decay", optimizer.weight_decay, 0, math.inf, ends="[)")
+    if isinstance(optimizer, Adafactor):
+        yield from above(f"{where}.decay_rate", optimizer.decay_rate, 0)
+        yield from above(f"{where}.clipping_threshold", optimizer.clipping_threshold, 0)
+        yield from above(f"{where}.epsilon1", optimizer.epsilon1, 0)
+        yield from above(f"{where}.epsilon2", optimizer.epsilon2, 0)
+        yield from at_least(f"{where}.min_dim_size_to_factor", optimizer.min_dim_size_to_factor, 1)
+        yield from within(f"{where}.momentum", optimizer.momentum, 0, 1, ends="[)")
+    else:
+        yield from within(f"{where}.b1", optimizer.b1, 0, 1, ends="[)")
+        yield from within(f"{where}.b2", optimizer.b2, 0, 1, ends="[)")
+        yield from above(f"{where}.eps", optimizer.eps, 0)
+
+
+def _schedule(where: str, schedule: Schedule) -> Problems:
+    yield from above(f"{where}.learning_rate", schedule.learning_rate, 0)
+    yield from at_least(f"{where}.warmup_steps", schedule.warmup_steps, 0)
+    yield from at_least(f"{where}.decay_steps", schedule.decay_steps, 1)
+    yield from within(f"{where}.cooldown_fraction", schedule.cooldown_fraction, 0, 1, ends="(]")
+    yield from within(f"{where}.final_fraction", schedule.final_fraction, 0, 1)
+    end = schedule.decay_steps
+    if schedule.kind in ("cosine", "wsd") and end is not None and 0 < end < schedule.warmup_steps:
+        yield Problem(f"{where}.warmup_steps", f"{schedule.warmup_steps}, beyond decay_steps {end}", f"{end} or fewer")
+
+
+def partitioning_problems(partitioning: PartitioningConfig) -> Problems:
+    degrees = partitioning.degrees
+    for axis, degree in degrees.items():
+        if degree < 1 and degree != -1:
+            yield Problem(f"partitioning.{axis}", str(degree), "1 or more, or -1 for the devices that are left")
+    free = [axis for axis, degree in degrees.items() if degree == -1]
+    if len(free) > 1:
+        yield Problem("partitioning", f"-1 for {' and '.join(free)}", "at most one degree of -1")
+    for field in ("parameter_rules", "activation_rules"):
+        for logical, axis in getattr(partitioning, field):
+            if axis is not None and axis not in degrees:
+                found = f"mesh axis {axis!r} for {logical!r}"
+                yield Problem(f"partitioning.{field}", found, f"one of {', '.join(degrees)}, or none")
+
+
+def checkpoints_problems(checkpoints: CheckpointConfig) -> Problems:
+    every, kept = checkpoints.save_every_steps, checkpoints.keep_every_steps
+    yield from at_least("checkpoints.save_every_steps", every, 1)
+    yield from at_least("checkpoints.keep_last", checkpoints.keep_last, 1)
+    yield from at_least("checkpoints.keep_every_steps", kept, 1)
+    if kept is not None and every > 0 and kept % every:
+        yield Problem(
+            "checkpoints.keep_every_steps",
+            f"{kept} with saves every {every} steps",
+            f"a multiple of save_every_steps, {every}: other steps are never saved",
+        )
+
+
+def evaluation_problems(evaluation: EvaluationConfig) -> Problems:
+    yield from at_least("evaluation.every_steps", evaluation.every_steps, 1)
+    yield from at_least("evaluation.num_batches", evaluation.num_batches, 1)
+
+
+def monitoring_problems(monitoring: MonitoringConfig) -> Problems:
+    yield from at_least("monitoring.log_every_steps", monitoring.log_every_steps, 1)
+    yield from at_least("monitoring.samples", monitoring.samples, 0)

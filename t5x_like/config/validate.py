@@ -1,0 +1,179 @@
+"""Everything that can be known to be wrong with a run before a device or a file is touched, all at once."""
+
+from __future__ import annotations
+
+import re
+
+from t5x_like.config.data import DataConfig, TokenizerConfig
+from t5x_like.config.errors import Problem
+from t5x_like.config.model import Architecture, ModelConfig
+from t5x_like.config.objectives import (
+    MODES,
+    CausalLM,
+    Layout,
+    MaskedLM,
+    Objective,
+    PrefixLM,
+    SpanCorruption,
+    raw_window_length,
+    sentinels_needed,
+)
+from t5x_like.config.run import RunConfig
+from t5x_like.config.sections import (
+    Problems,
+    above,
+    at_least,
+    checkpoints_problems,
+    corpus_problems,
+    degenerate_buckets,
+    evaluation_problems,
+    model_problems,
+    monitoring_problems,
+    objective_problems,
+    partitioning_problems,
+    tokenizer_problems,
+    training_problems,
+    within,
+)
+
+ARCHITECTURE_OF_LAYOUT: dict[Layout, Architecture] = {
+    "encoder_decoder": "encoder_decoder",
+    "prefix_lm": "decoder",
+    "causal_lm": "decoder",
+    "encoder": "encoder",
+}
+_BYTE_VOCABULARY = 3 + 256
+"""pad, eos and unk, then the bytes."""
+
+
+def validate(run: RunConfig) -> list[Problem]:
+    """All problems of a configuration that follow from it alone; none if it is sound.
+
+    What depends on the devices (the mesh, the rows per device) is checked when they are known; what depends on files
+    (the corpus, a given vocabulary) when they are read.
+    """
+    problems: list[Problem] = []
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run.name):
+        problems.append(Problem("name", repr(run.name), "letters, digits and -_., which name the run's directory"))
+    problems += model_problems(run.model)
+    problems += _data(run.data)
+    problems += _model_and_data(run.model, run.data)
+    problems += training_problems(run.training)
+    problems += partitioning_problems(run.partitioning)
+    problems += checkpoints_problems(run.checkpoints)
+    problems += evaluation_problems(run.evaluation)
+    problems += monitoring_problems(run.monitoring)
+    return problems
+
+
+def _data(data: DataConfig) -> Problems:
+    yield from corpus_problems(data.corpus)
+    yield from tokenizer_problems(data.tokenizer)
+    lengths = [*_lengths(data)]
+    yield from lengths
+    if not data.mixture:
+        yield Problem("data.mixture", "no objectives", "at least one")
+    names = [objective.name for objective in data.mixture]
+    for index, objective in enumerate(data.mixture):
+        where = f"data.mixture.{index}"
+        if not objective.name or names.index(objective.name) < index:
+            yield Problem(f"{where}.name", repr(objective.name), "a name of its own: each objective has its own curve")
+        yield from above(f"{where}.rate", objective.rate, 0)
+        own = [*objective_problems(where, objective), *_objective_in_layout(where, objective, data.layout)]
+        yield from own
+        if not own and not lengths:
+            # The arithmetic of windows makes sense only for lengths and densities that do.
+            yield from _window(where, objective, data)
+    yield from within("data.seed", data.seed, 0, 2**32 - 1)
+    yield from at_least("data.prefetch", data.prefetch, 1)
+    if not data.store:
+        yield Problem("data.store", "nothing", "the path of a folder")
+
+
+def _objective_in_layout(where: str, objective: Objective, layout: Layout) -> Problems:
+    found = f"{objective.kind} in layout {layout}"
+    if (layout == "encoder") != isinstance(objective, MaskedLM):
+        expected = "masked_lm, which predicts in place" if layout == "encoder" else "an objective with a decoder"
+        yield Problem(f"{where}.kind", found, expected, "masked_lm and the layout encoder go together")
+    elif layout == "encoder_decoder" and isinstance(objective, CausalLM):
+        yield Problem(
+            f"{where}.kind", found, "an objective with inputs for the encoder", "or layout causal_lm or prefix_lm"
+        )
+
+
+def _lengths(data: DataConfig) -> Problems:
+    """Cells that the layout and the objectives need; whether a window fits into them is for `_windows`."""
+    if data.layout == "encoder":
+        yield from at_least("data.inputs_length", data.inputs_length, 1)
+        if data.targets_length:
+            yield Problem(
+                "data.targets_length", str(data.targets_length), "0: an encoder predicts where its inputs are"
+            )
+        return
+    two_parts = data.layout == "encoder_decoder" or any(
+        isinstance(objective, SpanCorruption | PrefixLM) for objective in data.mixture
+    )
+    yield from at_least("data.inputs_length", data.inputs_length, 1 if two_parts else 0)
+    yield from at_least("data.targets_length", data.targets_length, 1 if two_parts else 0)
+
+
+def _window(where: str, objective: Objective, data: DataConfig) -> Problems:
+    """A window that does not fit its row, or that can need more sentinels than the tokenizer has."""
+    window = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length)
+    if window < 2:
+        yield Problem(
+            where,
+            f"no room for {objective.name!r}: inputs_length {data.inputs_length}, targets_length {data.targets_length}",
+            "a row that holds at least two tokens with their end, mode and sentinels",
+            "raise data.inputs_length or data.targets_length",
+        )
+        return
+    needed = sentinels_needed(objective, data.layout, data.inputs_length, data.targets_length)
+    if needed > data.tokenizer.num_sentinels:
+        yield Problem(
+            where,
+            f"{objective.name!r}, which can need {needed} sentinels in a window of {window} tokens",
+            f"no more than data.tokenizer.num_sentinels, {data.tokenizer.num_sentinels}",
+            f"raise data.tokenizer.num_sentinels to {needed}, or mask fewer or longer spans",
+        )
+
+
+def _model_and_data(model: ModelConfig, data: DataConfig) -> Problems:
+    expected = ARCHITECTURE_OF_LAYOUT[data.layout]
+    if model.stacks and model.architecture != expected:
+        stacks = {
+            "encoder_decoder": "an encoder and a decoder",
+            "decoder": "a decoder only",
+            "encoder": "an encoder only",
+        }
+        yield Problem(
+            "data.layout", f"{data.layout!r} with {stacks[model.architecture]}", f"a model with {stacks[expected]}"
+        )
+    decoder = model.decoder
+    if decoder and data.layout == "prefix_lm" and decoder.positions == "relative_bias":
+        if not decoder.relative_bias_bidirectional:
+            yield degenerate_buckets("model.decoder", "within its prefix a token sees")
+    decoder_length = data.targets_length if data.layout == "encoder_decoder" else data.row_length
+    rows = {"encoder": data.inputs_length, "decoder": decoder_length}
+    for name, stack in model.stacks.items():
+        if stack.positions == "learned" and stack.max_positions < rows[name]:
+            yield Problem(
+                f"model.{name}.max_positions",
+                f"{stack.max_positions} for rows of {rows[name]} cells",
+                f"{rows[name]} or more",
+            )
+    needed = required_vocabulary(data.tokenizer)
+    if needed is not None and 1 <= model.vocab_size < needed:
+        yield Problem(
+            "model.vocab_size",
+            str(model.vocab_size),
+            f"{needed} or more: the tokenizer's ids with its {data.tokenizer.num_sentinels} sentinels and the modes",
+        )
+
+
+def required_vocabulary(tokenizer: TokenizerConfig) -> int | None:
+    """Ids of a tokenizer with its sentinels and mode tokens; None where only a model file knows."""
+    if tokenizer.path:
+        return None
+    pieces = tokenizer.vocab_size if tokenizer.kind == "sentencepiece" else _BYTE_VOCABULARY
+    return pieces + tokenizer.num_sentinels + len(MODES)
