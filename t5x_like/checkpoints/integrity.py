@@ -45,7 +45,7 @@ def check(directory: Path, wanted: Callable[[str], bool] = lambda name: True) ->
 
     Args:
       directory: A directory that `seal` has closed.
-      wanted: Which files to read, by their path relative to `directory`. Missing and unlisted files are always found.
+      wanted: Which files to look at, by their path relative to `directory`.
     """
     try:
         text = (directory / SUMS).read_text(encoding="utf-8")
@@ -54,9 +54,11 @@ def check(directory: Path, wanted: Callable[[str], bool] = lambda name: True) ->
     except (OSError, UnicodeDecodeError) as error:
         return [f"{SUMS}: not readable ({error})"]
     lines = [_LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
-    listed = {line[2]: line[1] for line in lines if line}
-    if not text.endswith("\n") or len(listed) != len(lines):
+    if not text.endswith("\n") or not all(lines):
         return [f"{SUMS}: damaged, it is no list of checksums"]
+    listed = {line[2]: line[1] for line in lines if line and wanted(line[2])}
+    if not listed:
+        return [f"{SUMS}: lists none of the files"]
 
     def problem(name: str) -> str | None:
         try:
@@ -64,10 +66,10 @@ def check(directory: Path, wanted: Callable[[str], bool] = lambda name: True) ->
         except OSError as error:
             return f"not readable ({error})"
 
-    present = set(_file_names(directory))
+    present = set(filter(wanted, _file_names(directory)))
     problems = {name: "missing" for name in listed if name not in present}
     problems |= {name: f"not listed in {SUMS}" for name in present if name not in listed}
-    names = [name for name in listed if name in present and wanted(name)]
+    names = [name for name in listed if name in present]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = zip(names, pool.map(problem, names), strict=True)
         problems |= {name: text for name, text in found if text is not None}

@@ -41,9 +41,11 @@ FORMAT = 1
 _META = "meta.json"
 _PARAMS = "params"
 _TRAINING = "training"
-_LEFTOVER = re.compile(r"\d+\.(saving|deleting)\b.*")
+_LEFTOVER = re.compile(r"\d+\.(saving|deleting)(\..*)?")
 
 _logger = logging.getLogger(__name__)
+# Orbax logs the traceback of an error in each of its threads before it raises it; we say what happened, once.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
 class CheckpointManager:
@@ -201,8 +203,8 @@ class CheckpointManager:
         free = shutil.disk_usage(self.directory).free
         return RefusedError(
             f"the checkpoint of step {step} was not written to {self.directory}: {reason}. A checkpoint needs about "
-            f"{size:,} bytes, {free:,} are free now that its remains are removed. Intact before it: "
-            f"{self.steps() or 'none'}. Free some space and run the same command again."
+            f"{size:,} bytes, {free:,} are free now that its remains are removed. Steps that were saved "
+            f"before and are untouched: {self.steps() or 'none'}. Free some space and run the same command again."
         )
 
     def _choose(
