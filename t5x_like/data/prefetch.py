@@ -1,0 +1,60 @@
+"""Batches made ahead of the step by one thread.
+
+One is enough and two would be slower: the work is NumPy's, which holds the interpreter lock most of the time.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+from t5x_like.data.features import Features
+from t5x_like.data.stream import Stream
+
+
+class Prefetcher(Iterator[dict[str, Features]]):
+    """An endless iterator over a stream's batches from `start_step` on.
+
+    What goes wrong while making a batch is raised by the `next` that would have returned it. `close` stops the thread
+    and waits for it; the iterator can be used as a context manager.
+    """
+
+    def __init__(self, stream: Stream, start_step: int, host: int = 0, hosts: int = 1):
+        self._stream = stream
+        self._place = (host, hosts)
+        self._queue: queue.Queue[dict[str, Features] | BaseException] = queue.Queue(max(stream.data.prefetch, 1))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(start_step,), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> dict[str, Features]:
+        if self._stop.is_set():
+            raise StopIteration
+        result = self._queue.get()
+        if isinstance(result, BaseException):
+            self.close()
+            raise result
+        return result
+
+    def close(self) -> None:
+        self._stop.set()
+        while self._thread.is_alive():
+            try:  # make room for a thread that waits to put its batch
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _work(self, step: int) -> None:
+        try:
+            while not self._stop.is_set():
+                self._queue.put(self._stream.batch(step, *self._place))
+                step += 1
+        except BaseException as error:  # handed over to the consumer, whatever it is
+            self._queue.put(error)

@@ -1,0 +1,243 @@
+"""From a corpus to a token store: once, resumably by redoing, and found again by what it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5x_like.config.data import DataConfig
+from t5x_like.config.errors import DataError
+from t5x_like.data import corpora, tokenizers
+from t5x_like.data.store import FORMAT_VERSION, SPLITS, Store, StoreWriter, is_committed
+from t5x_like.data.tokenizers import SentencePieceTokenizer, Tokenizer
+
+Report = Callable[[str], None]
+
+TRAINING_BYTES = 6 * 10**6
+"""Text that a SentencePiece model is trained on at most: more takes longer and changes little at such vocabularies."""
+_BATCH_BYTES = 2**22
+_ENCODING_THREADS = 2
+
+
+def store_path(data: DataConfig) -> Path:
+    """Where the store of this corpus and tokenizer is, or will be.
+
+    The name has a digest of the configuration and one of the sources: paths, sizes and times of the user's files, the
+    contents of a tokenizer file. Changed sources make another store. Where the user's files are no longer there, the
+    one store that was made from this configuration is taken. The embedded corpus goes by Python's version alone: an
+    upgraded dependency must not change the data of a run that is to be resumed.
+
+    Raises:
+      DataError: the sources are missing and so is a store made from them.
+    """
+    config = {
+        "format": FORMAT_VERSION,
+        "corpus": dataclasses.asdict(data.corpus),
+        "tokenizer": dataclasses.asdict(data.tokenizer),
+        "python": list(sys.version_info[:2]) if data.corpus.name == "python_docs" else None,
+    }
+    name = f"{re.sub(r'[^A-Za-z0-9]+', '_', data.corpus.name)}-{_digest(config)[:12]}"
+    root = Path(data.store)
+    try:
+        return root / f"{name}-{_digest(_sources(data))[:8]}"
+    except DataError:
+        made = [path for path in sorted(root.glob(f"{name}-*")) if is_committed(path)]
+        if len(made) != 1:
+            raise
+        return made[0]
+
+
+def _sources(data: DataConfig) -> list[Any]:
+    sources: list[Any] = []
+    if data.corpus.files:
+        from t5x_like.data import text_files
+
+        for path in text_files.matching(data.corpus.files):
+            status = path.stat()
+            sources.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    if data.tokenizer.kind == "sentencepiece" and data.tokenizer.path:
+        path = Path(data.tokenizer.path)
+        try:
+            sources.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        except OSError as error:
+            raise DataError(f"{path}: unreadable ({error.strerror}), expected a SentencePiece model") from None
+    return sources
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(data: DataConfig, report: Report = print) -> Store:
+    """Makes the token store of `data`, or finds it made.
+
+    Interrupted at any moment, the next call starts over and leaves nothing behind; two calls at once wait for each
+    other.
+
+    Args:
+      data: Names the corpus, the tokenizer and the folder of the stores.
+      report: Gets a line now and then.
+
+    Raises:
+      DataError: the corpus or tokenizer cannot be used, or the store cannot be written.
+    """
+    path = store_path(data)
+    if is_committed(path):
+        report(f"{path}: prepared already")
+        return Store.open(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path, report):
+            if not is_committed(path):
+                _build(data, path, report)
+    except OSError as error:
+        fix = "free some space or set --data.store" if error.errno == errno.ENOSPC else "set --data.store"
+        raise DataError(f"{path}: the store cannot be written ({error.strerror or error}); {fix}") from None
+    return Store.open(path)
+
+
+def open_store(data: DataConfig) -> Store:
+    """The prepared store of `data`.
+
+    Raises:
+      DataError: it is missing or half-written; the message names the command that makes it.
+    """
+    return Store.open(store_path(data))
+
+
+@contextlib.contextmanager
+def _lock(path: Path, report: Report) -> Iterator[None]:
+    """One process at a time makes a store. The system lets go of the lock when the process dies."""
+    with open(path.with_name(path.name + ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"{path}: another process prepares it; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(data: DataConfig, path: Path, report: Report) -> None:
+    report(f"{path}: preparing {data.corpus.name}")
+    started = time.monotonic()
+    tokenizer = _tokenizer(data, report)
+    reading = corpora.Reading()
+    source = hashlib.blake2b(digest_size=16)
+    with StoreWriter(path, vocab_size=tokenizer.vocab_size) as writer:
+        meter = _Meter(report)
+        for documents in _batches(corpora.read(data.corpus, reading)):
+            texts = [document.text for document in documents]
+            encoded = tokenizer.encode_batch(texts, num_threads=_ENCODING_THREADS)
+            ended = [np.append(ids, tokenizer.eos_id) for ids in encoded]
+            for split in SPLITS:
+                chosen = [index for index, document in enumerate(documents) if document.split == split]
+                if chosen:
+                    size = sum(len(texts[index].encode()) for index in chosen)
+                    writer.append(split, [ended[index] for index in chosen], size)
+            for document in documents:
+                source.update(f"{document.split} {len(document.text)} ".encode() + document.text.encode())
+            meter.add(len(texts), sum(map(len, ended)), reading.progress)
+        info = {
+            "corpus": dataclasses.asdict(data.corpus),
+            "tokenizer": dataclasses.asdict(data.tokenizer),
+            "vocabulary": dataclasses.asdict(tokenizer.vocabulary),
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "source_fingerprint": source.hexdigest(),
+            "left_out": dict(reading.left_out),
+        }
+        model = tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else None
+        writer.commit(info, tokenizer_model=model)
+    _summarise(Store.open(path), time.monotonic() - started, report)
+
+
+def _summarise(store: Store, seconds: float, report: Report) -> None:
+    for name in SPLITS:
+        split = store.split(name)
+        report(f"{name}: {split.num_documents:,} documents, {split.num_bytes:,} bytes, {split.num_tokens:,} tokens")
+    for reason, count in store.info["left_out"].items():
+        report(f"left out: {count:,} documents ({reason})")
+    if not store.split("validation").num_tokens:
+        report("no text is held out: data.corpus.validation_fraction is 0 or the corpus is too small to divide")
+    report(f"{store.path}: prepared in {seconds:.1f} s, vocabulary of {store.vocabulary.vocab_size:,}")
+
+
+def _tokenizer(data: DataConfig, report: Report) -> Tokenizer:
+    config = data.tokenizer
+    if config.kind == "bytes" or config.path:
+        return tokenizers.load(config, Path(config.path) if config.path else None)
+    report(f"training a SentencePiece vocabulary of {config.vocab_size:,}")
+    started = time.monotonic()
+    texts = (document.text for document in corpora.read(data.corpus, corpora.Reading()) if document.split == "train")
+    model = tokenizers.train_sentencepiece(_sample(texts, TRAINING_BYTES), config.vocab_size)
+    report(f"trained it in {time.monotonic() - started:.1f} s")
+    return SentencePieceTokenizer(model, config.num_sentinels, "the trained model")
+
+
+def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """About `limit` bytes: of the first 16 times as much text, every so-manieth stretch of lines."""
+    read = list(_until(texts, 16 * limit))
+    total = sum(map(len, read))
+    if total <= limit:
+        yield from read
+        return
+    stretch = 2000
+    every = -(-total // limit)
+    parts = (text[start : start + stretch] for text in read for start in range(0, len(text), stretch))
+    yield from itertools.islice(parts, 0, None, every)
+
+
+def _until(texts: Iterable[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        if limit <= 0:
+            return
+        yield text[:limit]
+        limit -= len(text)
+
+
+def _batches(documents: Iterable[corpora.Document]) -> Iterator[list[corpora.Document]]:
+    """Documents in lists of some megabytes, so that encoding them in parallel pays and memory stays bounded."""
+    batch: list[corpora.Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Meter:
+    """Says every few seconds how far and how fast it goes."""
+
+    def __init__(self, report: Report, every_seconds: float = 5.0):
+        self._report = report
+        self._every = every_seconds
+        self._start = self._last = time.monotonic()
+        self._documents = self._tokens = 0
+
+    def add(self, documents: int, tokens: int, progress: float | None) -> None:
+        self._documents += documents
+        self._tokens += tokens
+        now = time.monotonic()
+        if now - self._last < self._every:
+            return
+        self._last = now
+        elapsed = now - self._start
+        left = f", {elapsed / progress - elapsed:,.0f} s left" if progress else ""
+        speed = self._tokens / elapsed
+        self._report(f"{self._documents:,} documents, {self._tokens:,} tokens, {speed:,.0f} tokens/s{left}")
