@@ -1,0 +1,167 @@
+"""Meshes, rules, shardings and the checks before compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from t5x_like.config import (
+    CausalLM,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    PartitioningConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from t5x_like.partitioning import check, rules
+from t5x_like.partitioning.constrain import activation_context, constrain
+from t5x_like.partitioning.mesh import make_mesh
+from t5x_like.partitioning.shardings import batch_shardings, report, tree_shardings
+
+
+def mesh_of(**degrees: int) -> Mesh:
+    return make_mesh(PartitioningConfig(**{"fsdp": 1, **degrees}), jax.devices())
+
+
+def run_with(**changes: Any) -> RunConfig:
+    training = TrainingConfig(num_train_steps=1, batch_size=changes.pop("batch_size", 16), **changes)
+    data = DataConfig(layout="causal_lm", mixture=(CausalLM(),), inputs_length=0, targets_length=8)
+    model = ModelConfig(encoder=None, decoder=None, vocab_size=8)
+    return RunConfig(name="t", model=model, data=data, training=training)
+
+
+def shape(*dims: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, jnp.float32)
+
+
+def test_minus_one_takes_the_rest_and_axes_are_auto() -> None:
+    mesh = mesh_of(data=2, fsdp=-1)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert len(set(mesh.devices.flat)) == 8
+
+
+@pytest.mark.parametrize(
+    ("degrees", "said"),
+    [
+        ({"data": 3}, ["data=3 x fsdp=1", "product 3", "number of devices, 8"]),
+        ({"data": 3, "fsdp": -1}, ["product 3", "divides the number of devices, 8"]),
+        ({"data": -1, "fsdp": -1}, ["-1 for data and fsdp"]),
+        ({"tensor": 0, "data": -3}, ["partitioning.tensor: found 0", "partitioning.data: found -3"]),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused_with_both_numbers(degrees: dict[str, int], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        mesh_of(**degrees)
+    assert all(words in str(error.value) for words in said), str(error.value)
+
+
+def test_fsdp_splits_parameters_by_embed_and_activations_by_rows_only() -> None:
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    table = rules.standard(PartitioningConfig())
+    query = ("layers", "embed", "heads", "head_dim")
+    assert rules.spec(query, table.parameters, (4, 64, 4, 16), mesh) == PartitionSpec(None, "fsdp", "tensor", None)
+    hidden = ("batch", "length", "embed")
+    assert rules.spec(hidden, table.activations, (8, 16, 64), mesh) == PartitionSpec(("data", "fsdp"), None, None)
+
+
+def test_an_axis_of_one_device_is_not_named() -> None:
+    table = rules.standard(PartitioningConfig())
+    assert rules.spec(("batch",), table.activations, (8,), mesh_of(fsdp=8)) == PartitionSpec("fsdp")
+
+
+def test_overrides_come_first_and_are_checked() -> None:
+    table = rules.standard(PartitioningConfig(parameter_rules=(("embed", None), ("mlp", "fsdp"))))
+    assert rules.spec(("embed", "mlp"), table.parameters, (8, 16), mesh_of(fsdp=8)) == PartitionSpec(None, "fsdp")
+    with pytest.raises(ConfigError) as error:
+        rules.standard(PartitioningConfig(parameter_rules=(("embd", "fsdp"),), activation_rules=(("mlp", "tp"),)))
+    assert "'embd'" in str(error.value) and "'tp'" in str(error.value)
+
+
+def test_tree_shardings_lists_every_problem() -> None:
+    mesh = mesh_of(fsdp=2, tensor=4)
+    table = rules.standard(PartitioningConfig(parameter_rules=(("norm", "tensor"),)))
+    axes = {"a": ("embed", "mlp"), "b": ("colour",), "c": ("heads", "norm"), "d": ("embed", "kv_heads")}
+    arrays = {"a": shape(3, 6), "b": shape(2), "c": shape(4, 8), "d": shape(4, 2)}
+    with pytest.raises(ConfigError) as error:
+        tree_shardings(mesh, table, axes, arrays)
+    text = str(error.value)
+    assert "a, axis embed: found 3, expected a multiple of 2 (fsdp=2)" in text
+    assert "a, axis mlp: found 6, expected a multiple of 4 (tensor=4)" in text
+    assert "b: found the logical axis 'colour'" in text
+    assert "c: found mesh axis 'tensor' twice" in text
+    assert len(error.value.problems) == 4, "fewer key heads than the tensor degree are not a problem"
+
+
+def test_report_counts_the_bytes_of_a_shard() -> None:
+    mesh = mesh_of(fsdp=2, tensor=4)
+    table = rules.standard(PartitioningConfig())
+    tree = {"head": {"kernel": shape(64, 512)}, "norm": {"scale": shape(64)}, "step": shape()}
+    axes = {"head": {"kernel": ("embed", "vocab")}, "norm": {"scale": ("norm",)}, "step": ()}
+    rows = {row.path: row for row in report(axes, tree, mesh, table)}
+    assert rows["head/kernel"].bytes_per_device == 64 * 512 * 4 // 8
+    assert rows["norm/scale"].bytes_per_device == 64 * 4
+    placed = jax.device_put(jnp.zeros((64, 512)), tree_shardings(mesh, table, axes, tree)["head"]["kernel"])
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(32, 128)}
+
+
+def test_batch_is_split_by_rows_over_data_and_fsdp() -> None:
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    batch = {"main": {"decoder_input_tokens": shape(8, 16), "denoiser_ids": shape(8)}}
+    shardings = batch_shardings(mesh, rules.standard(PartitioningConfig()), batch)["main"]
+    assert shardings["decoder_input_tokens"].shard_shape((8, 16)) == (2, 16)
+    assert shardings["denoiser_ids"].shard_shape((8,)) == (2,)
+
+
+def test_check_finds_what_cannot_be_divided_or_would_idle() -> None:
+    table = rules.standard(PartitioningConfig())
+    axes, arrays = {"head": ("embed", "vocab")}, {"head": shape(64, 512)}
+    clean = check.check_partitioning(run_with(batch_size=16), mesh_of(fsdp=8), table, axes, arrays)
+    assert clean == []
+    rows = check.check_partitioning(
+        run_with(batch_size=24, gradient_accumulation_steps=2), mesh_of(data=2, fsdp=4), table, axes, arrays
+    )
+    assert [(p.where, p.found) for p in rows] == [("training.batch_size", "24")]
+    assert "16 (data=2 x fsdp=4 x 2 accumulation steps)" in rows[0].expected
+    idle = check.check_partitioning(run_with(), mesh_of(expert=8), table, axes, arrays)
+    assert [p.where for p in idle] == ["partitioning.expert"]
+
+
+def test_a_large_parameter_left_whole_is_a_problem_where_parameters_are_shared_out() -> None:
+    table = rules.standard(PartitioningConfig(parameter_rules=(("vocab", None),)))
+    axes, arrays = {"table": ("vocab", None)}, {"table": shape(2**18, 128)}
+    found = check.check_partitioning(run_with(), mesh_of(fsdp=8), table, axes, arrays)
+    assert [p.where for p in found] == ["table"]
+    assert check.check_partitioning(run_with(), mesh_of(data=8), table, axes, arrays) == []
+
+
+def test_constrain_places_activations_within_a_context_only() -> None:
+    mesh = mesh_of(data=2, tensor=4)
+    table = rules.standard(PartitioningConfig())
+    x = jnp.zeros((4, 2, 8, 6))
+    names = ("batch", "length", "heads", "head_dim")
+    assert constrain(x, names) is x
+
+    @jax.jit
+    def f(x: jax.Array) -> jax.Array:
+        with activation_context(mesh, table):
+            return constrain(x + 1, names)
+
+    assert f(x).sharding.shard_shape(x.shape) == (2, 2, 2, 6)
+    few_heads = jnp.zeros((4, 2, 3, 6))
+    assert f(few_heads).sharding.shard_shape(few_heads.shape) == (2, 2, 3, 6), "an indivisible activation stays whole"
+    assert constrain(x, names) is x
+    with activation_context(mesh, table), pytest.raises(ConfigError, match="colour"):
+        constrain(x, (None, None, None, "colour"))
+
+
+def test_rules_are_immutable_data() -> None:
+    table = rules.standard(PartitioningConfig())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        table.parameters = {}  # type: ignore[misc]
