@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
-EXIT = "exit.json"
 
 FREE_TO_CHANGE = ("checkpoints.", "evaluation.", "monitoring.", "data.prefetch", "data.store", "partitioning.", "name")
 """Fields that do not decide what is computed (a changed mesh restores the same state), so a run may resume with others."""
@@ -74,12 +72,6 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def write_exit(directory: Path, *, code: int, reason: str, step: int | None) -> None:
-    """Says how the process ended, for people and for launchers."""
-    with contextlib.suppress(OSError):
-        write_atomically(directory / EXIT, json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
 
 
 @contextlib.contextmanager

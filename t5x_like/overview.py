@@ -1,0 +1,125 @@
+"""What is said of a run before its first step: sizes, costs, devices, and the first batch as text."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from t5x_like.config import RunConfig, batch_spec
+from t5x_like.models.parameters import count_parameters, forward_flops
+from t5x_like.monitoring.summary import Part, StartSummary, print_summary
+from t5x_like.monitoring.throughput import Peak, known_peak, measured_peak
+from t5x_like.program import Program
+
+_PACKAGES = ("t5x-like", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide the numbers, as far as they are installed by name."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def training_flops(run: RunConfig) -> float:
+    """Model FLOPs of a training step: three times those of the forward pass; what remat repeats is not counted."""
+    return 3.0 * sum(forward_flops(run.model, features) for features in batch_spec(run).values())
+
+
+def tokens_per_step(run: RunConfig) -> int:
+    """Cells of a global batch, padding included: inputs of the encoder and of the decoder."""
+    return sum(
+        math.prod(array.shape)
+        for features in batch_spec(run).values()
+        for name, array in features.items()
+        if name.endswith("_input_tokens")
+    )
+
+
+def peak(program: Program) -> Peak:
+    """What the program's devices could do: from the table of accelerators, or measured where they are CPUs."""
+    devices = program.mesh.devices.flatten()
+    known = known_peak(devices[0].device_kind, devices.size)
+    return known if known is not None else measured_peak(_matrix_product_rate())
+
+
+def _matrix_product_rate(size: int = 1024, repeats: int = 8) -> float:
+    """FLOP/s of a float32 matrix product on the default device: the best of a few, since others may use the machine."""
+    product = jax.jit(jnp.matmul)
+    matrix = jnp.ones((size, size))
+    jax.block_until_ready(product(matrix, matrix))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(product(matrix, matrix))
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(seconds)
+
+
+def show(program: Program, workdir: Path, step: int, console: Console) -> None:
+    """Prints the tables at the start of a run."""
+    run = program.run
+    total = run.training.num_train_steps
+    devices = program.mesh.devices.flatten()
+    counts = count_parameters(run.model)
+    summary = StartSummary(
+        name=run.name,
+        model=_model(run),
+        run_dir=str(workdir),
+        resume=f"resumes from step {step} of {total}" if step else f"new run of {total} steps",
+        parts={name: Part(count, 4 * count) for name, count in counts.items() if count},
+        total_steps=total,
+        tokens_per_step=tokens_per_step(run),
+        flops_per_step=training_flops(run),
+        memory=_memory(program),
+        devices=f"{devices.size} x {devices[0].device_kind}",
+        mesh=dict(program.mesh.shape),
+        versions=versions(),
+    )
+    print_summary(summary, console)
+
+
+def _model(run: RunConfig) -> str:
+    stacks = [
+        f"{name} of {stack.num_layers} layers, d_model {stack.d_model}, {stack.num_heads} heads"
+        for name, stack in run.model.stacks.items()
+    ]
+    return f"{run.model.architecture} ({'; '.join(stacks)}), vocabulary {run.model.vocab_size}, {run.data.layout}"
+
+
+def _memory(program: Program) -> Mapping[str, int]:
+    """Bytes per device that can be counted without compiling: the state, its gradients, and the logits with theirs."""
+
+    def per_device(tree: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    params = per_device(program.abstract_params)
+    run = program.run
+    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"] * program.mesh.shape["tensor"]
+    targets = [
+        math.prod(array.shape)
+        for features in batch_spec(run).values()
+        for name, array in features.items()
+        if name.endswith("_target_tokens")
+    ]
+    logits = 2 * 4 * sum(targets) * run.model.vocab_size // (ways * run.training.gradient_accumulation_steps)
+    return {
+        "parameters": params,
+        "optimizer state": per_device(program.abstract_state["opt_state"]),
+        "gradients": params,
+        "logits": logits,
+    }

@@ -1,0 +1,246 @@
+"""A running training job: its program, data, checkpoints and records, opened together and closed together."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from t5x_like import overview, run_directory
+from t5x_like.checkpoints.manager import CheckpointManager
+from t5x_like.checkpoints.space import require_free_space, state_bytes
+from t5x_like.config import RefusedError, RunConfig
+from t5x_like.config.serialization import to_dict
+from t5x_like.data.prefetch import Prefetcher
+from t5x_like.data.prepare import open_store
+from t5x_like.data.store import Store
+from t5x_like.data.stream import Stream
+from t5x_like.evaluation.command import evaluate_and_record
+from t5x_like.monitoring.clock import Clock, goodput
+from t5x_like.monitoring.logs import logging_to
+from t5x_like.monitoring.metrics import Mean, add, value
+from t5x_like.monitoring.progress import Progress
+from t5x_like.monitoring.report import write_report
+from t5x_like.monitoring.throughput import Peak, rates
+from t5x_like.monitoring.writers import JsonlWriter, TensorBoardWriter, Writer, Writers
+from t5x_like.program import Program, assemble
+
+STEPS_IN_FLIGHT = 4
+"""Steps that the host may be ahead of the device. Their batches wait in the device's memory."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Session:
+    """What the loop works with. `step` counts the steps that have been dispatched."""
+
+    run: RunConfig
+    workdir: Path
+    program: Program
+    store: Store
+    batches: Prefetcher
+    fingerprint: str
+    checkpoints: CheckpointManager
+    writers: Writers
+    progress: Progress
+    clock: Clock
+    flops_per_step: float
+    tokens_per_step: int
+    peak: Peak | None
+    state: Any
+    step: int
+    interval: dict[str, Mean]
+    """Sums, on the host, over the steps of the current interval of the log. Saved, so that a resumed run logs what an
+    undisturbed one would have logged."""
+    pending: collections.deque[dict[str, Mean]] = dataclasses.field(default_factory=collections.deque)
+    """Metrics, on the device, of the steps since."""
+    compiled: bool = False
+    evaluated: int | None = None
+    """Step of the last evaluation."""
+
+    def next_batch(self) -> Any:
+        """The next global batch, on its way to the devices."""
+        with self.clock.state("data_wait"):
+            return self.program.put(next(self.batches))
+
+    def dispatch(self, batch: Any) -> None:
+        """Starts a training step; returns before it is done."""
+        with self.clock.state("step" if self.compiled else "compile"):
+            self.state, metrics = self.program.train_step(self.state, batch)
+        self.compiled = True
+        self.step += 1
+        self.pending.append(metrics)
+        self.progress.advance(self.step)
+
+    def write_metrics(self) -> None:
+        """Writes the interval that ended before the newest step, while that step runs."""
+        done = self.step - 1
+        if done > 0 and done % self.run.monitoring.log_every_steps == 0 and len(self.pending) > 1:
+            newest = self.pending.pop()
+            self._write_interval(done)
+            self.pending.append(newest)
+        elif len(self.pending) > STEPS_IN_FLIGHT:
+            jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT])
+
+    def save(self) -> None:
+        """Starts to save the state; the files are written while training goes on."""
+        with self.clock.state("save"):
+            self._collect()
+            if self.interval and self._at_end_of_interval():
+                self._write_interval(self.step)
+            meta = {
+                "config": to_dict(self.run),
+                "data": {"step": self.step, "fingerprint": self.fingerprint},
+                "interval": {name: list(mean) for name, mean in self.interval.items()},
+                "seconds": self.clock.totals(),
+                "mesh": dict(self.program.mesh.shape),
+                "versions": overview.versions(),
+            }
+            if self.checkpoints.save(self.step, self.state, meta):
+                self.progress.status(f"saving step {self.step}")
+
+    def evaluate(self) -> None:
+        """Scores the parameters on held-out text, into evaluations.jsonl and the report."""
+        if self.evaluated == self.step:
+            return
+        self.progress.status(f"evaluating step {self.step}")
+        with self.clock.state("eval"):
+            result = evaluate_and_record(self.program, self.state["params"], self.store, self.workdir, self.step)
+        self.evaluated = self.step
+        _LOG.info("held-out scores at step %d: %s", self.step, result)
+        self.progress.status("")
+
+    def finish(self, *, evaluate: bool) -> None:
+        """Saves, waits until that is on the disk, and evaluates if the run is over."""
+        self.save()
+        self.checkpoints.wait()
+        if evaluate:
+            self.evaluate()
+        write_report(self.workdir)
+
+    def _collect(self) -> None:
+        """Waits for the pending steps and adds their metrics to the interval, in the order of the steps."""
+        with self.clock.state("step"):
+            steps = jax.device_get(list(self.pending))
+        self.pending.clear()
+        for metrics in steps:
+            floats = {name: Mean(float(mean.sum), float(mean.weight)) for name, mean in metrics.items()}
+            self.interval = add(self.interval, floats)
+
+    def _at_end_of_interval(self) -> bool:
+        last = self.step == self.run.training.num_train_steps
+        return last or self.step % self.run.monitoring.log_every_steps == 0
+
+    def _write_interval(self, step: int) -> None:
+        self._collect()
+        metrics = {name: value(mean) for name, mean in self.interval.items()}
+        steps = round(self.interval["learning_rate"].weight)
+        self.interval = {}
+        seconds = self.clock.lap()
+        metrics |= rates(
+            seconds,
+            steps=steps,
+            tokens=self.tokens_per_step * steps,
+            flops_per_step=self.flops_per_step,
+            peak=self.peak,
+        )
+        metrics["goodput"] = goodput(self.clock.totals())
+        self.writers.write(step, metrics)
+        if metrics["nonfinite"] == 1.0:
+            raise RefusedError(
+                f"no step from {step - steps} to {step} had a finite gradient, and none of them was applied; the last "
+                "checkpoint is sound. Lower training.schedule.learning_rate, or look at the data of these steps with "
+                "`t5x-like inspect`."
+            )
+        if metrics["nonfinite"] > 0:
+            _LOG.warning("%d of the last %d steps had no finite gradient", round(metrics["nonfinite"] * steps), steps)
+
+
+def finished_step(run: RunConfig, workdir: Path) -> int | None:
+    """The last step of the run, if it is saved and evaluated already; None if there is something left to do."""
+    directory = workdir / run_directory.CHECKPOINTS
+    latest = CheckpointManager(directory, run.checkpoints, read_only=True).latest()
+    done = latest == run.training.num_train_steps and (workdir / "evaluation.json").exists()
+    return latest if done else None
+
+
+@contextlib.contextmanager
+def open_session(run: RunConfig, workdir: Path) -> Iterator[Session]:
+    """Opens everything that training needs, restores the newest checkpoint, and prints what will be done.
+
+    Raises:
+      UserError: the data is not prepared, the devices or the disk do not fit the run, or the checkpoint belongs to
+        other data.
+    """
+    console = Console()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(logging_to(workdir / "log.txt", console))
+        clock = Clock()
+        store = open_store(run.data)
+        stream = Stream(store, run.data, run.training.batch_size, "train")
+        program = assemble(run, jax.devices())
+        directory = workdir / run_directory.CHECKPOINTS
+        require_free_space(
+            directory, state_bytes(program.abstract_state), run.checkpoints, run.training.num_train_steps
+        )
+        checkpoints = CheckpointManager(directory, run.checkpoints)
+        stack.callback(checkpoints.close)
+        restored = checkpoints.latest() is not None
+        step, state, interval = 0, None, {}
+        if restored:
+            step, state, meta = checkpoints.restore(program.abstract_state)
+            _require_same_data(meta["data"], stream.fingerprint)
+            interval = {name: Mean(*pair) for name, pair in meta["interval"].items()}
+            clock = Clock(before=meta["seconds"])
+        else:
+            state = program.init()
+        restored_step = step if restored else None
+        overview.show(program, stream, store, workdir, step, console)
+        progress = Progress(run.training.num_train_steps, console=console, step=step)
+        writers = _open_writers(run, workdir, restored_step, progress)
+        stack.callback(writers.close)
+        batches = Prefetcher(stream, start_step=step, depth=run.data.prefetch)
+        stack.callback(batches.close)
+        yield Session(
+            run=run,
+            workdir=workdir,
+            program=program,
+            store=store,
+            batches=batches,
+            fingerprint=stream.fingerprint,
+            checkpoints=checkpoints,
+            writers=writers,
+            progress=progress,
+            clock=clock,
+            flops_per_step=overview.training_flops(run),
+            tokens_per_step=overview.tokens_per_step(run),
+            peak=overview.peak(program),
+            state=state,
+            step=step,
+            interval=interval,
+        )
+
+
+def _open_writers(run: RunConfig, workdir: Path, restored_step: int | None, progress: Progress) -> Writers:
+    record = JsonlWriter(workdir / run_directory.METRICS, restored_step=restored_step)
+    others: list[Writer] = [progress]
+    if run.monitoring.tensorboard:
+        others.append(TensorBoardWriter(workdir / run_directory.TENSORBOARD, restored_step=restored_step))
+    return Writers(record, others)
+
+
+def _require_same_data(saved: Mapping[str, Any], fingerprint: str) -> None:
+    if saved["fingerprint"] != fingerprint:
+        raise RefusedError(
+            f"the checkpoint was trained on data with the fingerprint {saved['fingerprint']}, the run's data has "
+            f"{fingerprint}: another corpus, tokenizer or version of the data. Bring the prepared store back, or begin "
+            "anew in another --workdir."
+        )
