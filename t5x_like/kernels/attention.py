@@ -150,13 +150,14 @@ def _dense_bias(mask: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_l
         return jnp.take(table, buckets, axis=0)
 
     if mask.q_positions is None and mask.kv_positions is None:
-        # Constant along diagonals: look up each distance once, then lay the row of distances out as a Toeplitz matrix
-        # by reshaping. Its transpose is reshapes and sums, where that of a gather of [Q, K] is a slow scatter.
-        distances = q_length + kv_length - 1
-        row_DxH = lookup(jnp.arange(distances) - (q_length - 1))
-        row_HxD1 = jnp.pad(row_DxH.T, ((0, 0), (0, 1)))
-        tiled = jnp.tile(row_HxD1, (1, q_length))[:, : q_length * distances].reshape(-1, q_length, distances)
-        return tiled[:, ::-1, :kv_length][None]
+        # Constant along diagonals: look up each distance once and lay the row of distances 0 .. K-1, -Q .. -1 out as a
+        # Toeplitz matrix by reading its repetition in rows one shorter. The gradient is then a pad and a sum, where
+        # that of a lookup of [Q, K] is a slow scatter.
+        period = q_length + kv_length
+        cells = jnp.arange(period)
+        row_PxH = lookup(jnp.where(cells < kv_length, cells, cells - period))
+        repeated = jnp.tile(row_PxH.T, (1, q_length))[:, : q_length * (period - 1)]
+        return repeated.reshape(-1, q_length, period - 1)[None, :, :, :kv_length]
     q_1or_BxQ, kv_1or_BxK = _positions(mask, q_length, kv_length)
     return jnp.moveaxis(lookup(kv_1or_BxK[:, None, :] - q_1or_BxQ[:, :, None]), -1, 1)
 
