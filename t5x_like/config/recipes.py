@@ -131,7 +131,8 @@ def _place(error: Exception, path: Path) -> str:
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{kind} at {error.filename}:{error.lineno}: {error.msg}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     place = f" at {path}:{lines[-1]}" if lines else ""
     return f"{kind}{place}: {error}"
 

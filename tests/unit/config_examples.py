@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,10 @@ def changed(run: Any, path: str, value: Any) -> Any:
 
 
 def shipped_recipes() -> list[str]:
-    """`FILE.py:FUNCTION` of every recipe under configs/runs."""
+    """`configs/runs/FILE.py:FUNCTION` of every recipe."""
     references = []
     for path in sorted((REPOSITORY / "configs/runs").glob("*.py")):
-        scope: dict[str, Any] = {"__name__": path.stem}
-        exec(compile(path.read_text(), str(path), "exec"), scope)
-        for name, value in scope.items():
-            if inspect.isfunction(value) and value.__module__ == path.stem and not name.startswith("_"):
-                if inspect.signature(value).return_annotation in (RunConfig, "RunConfig"):
-                    references.append(f"configs/runs/{path.name}:{name}")
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and not node.args.args and not node.name.startswith("_"):
+                references.append(f"{path}:{node.name}")
     return references

@@ -1,0 +1,231 @@
+"""Where recipes come from, what is said when they cannot be read, and overrides of single fields."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_examples import REPOSITORY, changed, example, shipped_recipes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t5x_like.config import AdamW, ConfigError, UserError
+from t5x_like.config.recipes import _fields, apply_overrides, load_recipe
+from t5x_like.config.serialization import differences, from_json, to_json
+from t5x_like.config.validate import validate
+
+RECIPE = """
+from t5x_like.config import *
+import beside
+
+def recipe():
+    stack = StackConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64)
+    return RunConfig(
+        name="mine",
+        model=ModelConfig(encoder=stack, decoder=stack, vocab_size=beside.VOCABULARY),
+        data=DataConfig(layout="encoder_decoder", mixture=ul2(), inputs_length=64, targets_length=64),
+        training=TrainingConfig(num_train_steps=10, batch_size=8),
+    )
+
+def ill_typed():
+    run = recipe()
+    training = TrainingConfig(num_train_steps=1.5, batch_size="8", optimizer=AdamW(b1="high"))
+    return RunConfig(name="mine", model=run.model, data=run.data, training=training)
+
+def not_plain():
+    run = recipe()
+    return RunConfig(name=object(), model=run.model, data=run.data, training=run.training)
+
+def number():
+    return 5
+
+def raises():
+    return recipe().learning_rate
+
+def _hidden():
+    pass
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with recipes in configs/runs."""
+    runs = tmp_path / "configs/runs"
+    runs.mkdir(parents=True)
+    (runs / "mine.py").write_text(RECIPE)
+    (runs / "beside.py").write_text("VOCABULARY = 5000\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("reference", shipped_recipes())
+def test_shipped_recipes_are_sound(reference: str) -> None:
+    run = load_recipe(reference)
+    assert validate(run) == []
+    assert from_json(to_json(run), source="config.json") == run
+
+
+def test_shipped_recipes_have_names_of_their_own() -> None:
+    names = [load_recipe(reference).name for reference in shipped_recipes()]
+    assert len(names) == len(set(names)) >= 4
+
+
+def test_a_recipe_by_file_function_name_and_json(folder: Path) -> None:
+    run = load_recipe("configs/runs/mine.py")
+    assert run.name == "mine" and run.model.vocab_size == 5000
+    assert load_recipe("configs/runs/mine.py:recipe") == load_recipe("mine") == load_recipe("mine:recipe") == run
+    (folder / "config.json").write_text(to_json(run))
+    assert load_recipe("config.json") == run
+
+
+def test_shipped_recipes_are_found_from_anywhere(folder: Path) -> None:
+    shipped = load_recipe(str(REPOSITORY / "configs/runs/smoke.py"))
+    assert load_recipe("smoke") == load_recipe("configs/runs/smoke.py") == shipped
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("configs/runs/mini.py", "perhaps configs/runs/mine.py"),
+        ("mien", "perhaps configs/runs/mine.py"),
+        ("elsewhere/xyz.py", "configs/runs/mine.py"),
+        ("confg.json", "no such recipe"),
+        ("configs/runs", "found a directory"),
+        ("mine:recipes", "perhaps configs/runs/mine.py:recipe"),
+        ("mine:zzz", "functions there: recipe, ill_typed, not_plain, number, raises"),
+        ("mine:number", "found a int, expected a RunConfig"),
+        ("mine:raises", "AttributeError at configs/runs/mine.py:27: 'RunConfig' object has no attribute"),
+        ("mine:not_plain", "not JSON serializable"),
+    ],
+)
+def test_what_cannot_be_read(folder: Path, reference: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(reference)
+    assert says in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_recipe_with_a_syntax_error(folder: Path) -> None:
+    (folder / "broken.py").write_text("def recipe():\n    return (\n")
+    with pytest.raises(UserError, match=r"SyntaxError at .*broken.py:2"):
+        load_recipe("broken.py")
+
+
+def test_a_directory_with_a_configuration_says_so(folder: Path) -> None:
+    (folder / "config.json").write_text(to_json(example()))
+    with pytest.raises(ConfigError, match="config.json"):
+        load_recipe(str(folder))
+
+
+def test_wrong_types_in_a_recipe_are_all_listed(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("mine:ill_typed")
+    assert {problem.where.partition(": ")[2] for problem in caught.value.problems} == {
+        "training.num_train_steps",
+        "training.batch_size",
+        "training.optimizer.b1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "value"),
+    [
+        ("--training.num-train-steps 200", "training.num_train_steps", 200),
+        ("--training.num_train_steps=200", "training.num_train_steps", 200),
+        ("--data.corpus.files texts/*.jsonl b.txt", "data.corpus.files", ("texts/*.jsonl", "b.txt")),
+        ("--data.corpus.files a=b.txt c.txt", "data.corpus.files", ("a=b.txt", "c.txt")),
+        ("--data.mixture.2.rate 3", "data.mixture.2.rate", 3.0),
+        ("--training.optimizer.decay-rate 0.9", "training.optimizer.decay_rate", 0.9),
+        ("--training.max-gradient-norm None", "training.max_gradient_norm", None),
+        ("--partitioning.data -1", "partitioning.data", -1),
+        ("--monitoring.tensorboard False", "monitoring.tensorboard", False),
+        ("--model.decoder.positions rope", "model.decoder.positions", "rope"),
+        ("--data.mixture.0.mode None", "data.mixture.0.mode", None),
+        (
+            "--partitioning.parameter-rules embed tensor mlp fsdp",
+            "partitioning.parameter_rules",
+            (("embed", "tensor"), ("mlp", "fsdp")),
+        ),
+    ],
+)
+def test_overrides_are_typed(arguments: str, path: str, value: Any) -> None:
+    assert apply_overrides(example(), arguments.split()) == changed(example(), path, value)
+
+
+def test_overrides_keep_the_class_that_the_recipe_chose() -> None:
+    run = changed(example(), "training.optimizer", AdamW())
+    assert apply_overrides(run, ["--training.optimizer.b1", "0.5"]).training.optimizer == AdamW(b1=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestions"),
+    [
+        ("--training.num-train-step 3", ["--training.num-train-steps"]),
+        ("--training.learnin-rate 3", ["--training.schedule.learning-rate"]),
+        ("--optim.lr 1", ["--training.schedule.learning-rate"]),
+        ("optim.lr=1", ["--training.schedule.learning-rate"]),
+        ("--learning_rate=1", ["--training.schedule.learning-rate"]),
+        ("--batchsize 3", ["--training.batch-size"]),
+        ("training.batch_size=3", ["--training.batch-size 3"]),
+        ("--seed 3", ["--data.seed", "--training.seed"]),
+        ("--data.mixture.9.rate 3", ["--data.mixture.0.rate"]),
+        ("--training.optimizer adafactor", ["--training.optimizer.decay-rate"]),
+        ("--worker-dir x", ["--workdir"]),
+    ],
+)
+def test_mistyped_keys_are_refused_with_a_suggestion(arguments: str, suggestions: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(example(), arguments.split(), options=["--workdir"])
+    (problem,) = caught.value.problems
+    assert all(suggestion in str(problem) for suggestion in suggestions), problem
+
+
+def test_all_mistyped_keys_at_once() -> None:
+    arguments = "x=3 --a.b 1 --training.batch-size 8 stray --data.sed 2 --data.seed 4"
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(example(), arguments.split())
+    assert [problem.where for problem in caught.value.problems] == ["x", "--a.b", "stray", "--data.sed"]
+
+
+def test_a_value_of_the_wrong_type_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        apply_overrides(example(), ["--training.batch-size", "many"])
+    assert caught.value.code == 2
+    assert "--training.batch-size" in capsys.readouterr().err
+
+
+def test_known_fields_are_those_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Our list of fields, which suggestions are drawn from, against tyro's own."""
+    run = changed(example(), "training.optimizer", AdamW())
+    with pytest.raises(SystemExit) as caught:
+        apply_overrides(run, ["--help"])
+    assert caught.value.code == 0
+    theirs = set(re.findall(r"^\W*(--[a-z][a-z0-9.-]+)", capsys.readouterr().out, flags=re.MULTILINE))
+    ours = {f"--{path}".replace("_", "-") for path, _ in _fields(run)}
+    assert theirs - {"--help"} == ours
+
+
+def value_at(run: Any, path: str) -> Any:
+    for name in path.split("."):
+        run = run[int(name)] if isinstance(run, tuple) else getattr(run, name)
+    return run
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_number_can_be_overridden_and_comes_back_from_json(data: st.DataObject) -> None:
+    run = example()
+    numbers = [path for path, _ in _fields(run) if type(value_at(run, path)) in (int, float)]
+    paths = data.draw(st.lists(st.sampled_from(numbers), min_size=1, max_size=3, unique=True))
+    expected, arguments = run, []
+    for path in paths:
+        integer = isinstance(value_at(run, path), int)
+        value = data.draw(st.integers(-9, 10**9) if integer else st.floats(allow_nan=False, allow_infinity=False))
+        expected = changed(expected, path, value)
+        arguments.append(f"--{path}={value!r}")
+    found = apply_overrides(run, arguments)
+    assert found == expected
+    assert from_json(to_json(found), source="config.json") == expected
+    assert differences(run, found).keys() <= set(paths)

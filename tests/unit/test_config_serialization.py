@@ -1,0 +1,108 @@
+"""config.json: exact both ways, strict, and nothing but data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from config_examples import changed, example
+
+from t5x_like.config import AdamW, ConfigError
+from t5x_like.config.objectives import Layout
+from t5x_like.config.recipes import load_recipe
+from t5x_like.config.serialization import SCHEMA_VERSION, differences, from_json, to_dict, to_json
+
+
+@pytest.mark.parametrize("layout", ["encoder_decoder", "prefix_lm", "causal_lm", "encoder"])
+def test_round_trip(layout: Layout) -> None:
+    run = changed(example(layout), "training.optimizer", AdamW(b2=0.1 + 0.2))
+    run = changed(run, "partitioning.parameter_rules", (("embed", None), ("mlp", "tensor")))
+    again = from_json(to_json(run), source="config.json")
+    assert again == run and to_json(again) == to_json(run)
+    assert hash(again) == hash(run), "lists must come back as tuples"
+
+
+def broken(path: str, value: Any) -> str:
+    """The example's JSON with a value set at a dotted path; the value `...` removes it."""
+    document = to_dict(changed(example(), "training.optimizer", AdamW()))
+    *parents, last = path.split(".")
+    node: Any = document
+    for name in parents:
+        node = node[int(name)] if isinstance(node, list) else node[name]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "where", "says"),
+    [
+        ("lerning_rate", 1, "lerning_rate", "an unknown field"),
+        ("training.optimizer.momentm", 1, "training.optimizer.momentm", "an unknown field"),
+        ("model.encoder.rotary", True, "model.encoder.rotary", "an unknown field"),
+        ("data.mixture.3.rates", 1, "data.mixture.3.rates", "an unknown field"),
+        ("training.batch_size", ..., "training.batch_size", "found nothing"),
+        ("training.batch_size", "8", "training.batch_size", "found '8', expected a valid integer"),
+        ("training.batch_size", 8.5, "training.batch_size", "found 8.5"),
+        ("model.tie_embeddings", 1, "model.tie_embeddings", "expected a valid boolean"),
+        ("data.layout", "decoder", "data.layout", "'causal_lm'"),
+        ("training.optimizer.kind", "lion", "training.optimizer.kind", "'adafactor', 'adamw'"),
+        ("data.mixture.0.kind", ..., "data.mixture.0.kind", "found nothing"),
+        ("schema_version", 99, "schema_version", f"found 99, expected {SCHEMA_VERSION}"),
+        ("schema_version", ..., "schema_version", "found None"),
+    ],
+)
+def test_what_is_refused(path: str, value: Any, where: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json(broken(path, value), source="config.json")
+    (problem,) = caught.value.problems
+    assert problem.where == f"config.json: {where}"
+    assert says in str(problem)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '{"schema_version": 1}', "[" * 100_000])
+def test_what_is_no_configuration(text: str) -> None:
+    with pytest.raises(ConfigError, match="config.json"):
+        from_json(text, source="config.json")
+
+
+TRAPS = [
+    "__import__('pathlib').Path({marker!r}).touch()",
+    "!!python/object/apply:os.system ['touch {marker}']",
+    "$(touch {marker})",
+    "@{marker}",
+]
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_configuration_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str) -> None:
+    """Code in values, a module to import named in them, Python files beside: all of it stays text."""
+    marker = tmp_path / "executed"
+    code = f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n"
+    for name in ("config.py", "recipe.py", "sitecustomize.py", "evil_tasks.py", "conftest.py"):
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    text = trap.format(marker=str(marker))
+    run = changed(changed(example(), "data.corpus.module", "evil_tasks"), "data.corpus.task", text)
+    run = changed(run, "data.store", text)
+    path = tmp_path / "config.json"
+    path.write_text(to_json(run))
+    assert load_recipe(str(path)) == run
+    document = to_dict(run)
+    document["__reduce__"] = document["model"]["__class__"] = document["data"]["py/object"] = text
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="3 problems"):
+        load_recipe(str(path))
+    assert not marker.exists()
+
+
+def test_differences_name_the_leaves() -> None:
+    run = example()
+    other = changed(changed(run, "training.batch_size", 16), "data.mixture.1.rate", 2.0)
+    assert differences(run, other) == {"training.batch_size": (8, 16), "data.mixture.1.rate": (1.0, 2.0)}
+    shorter = changed(run, "data.mixture", run.data.mixture[:-1])
+    assert {path.rsplit(".", 1)[0] for path in differences(run, shorter)} == {"data.mixture.6"}
