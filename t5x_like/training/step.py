@@ -76,7 +76,7 @@ def make_train_step(
         grads, metrics = summed_gradient(state["params"], batch, rng)
         weight = metrics["loss"].weight
         per_token = jnp.where(weight > 0, 1.0 / weight, 0.0)
-        norm = optax.global_norm(grads) * per_token
+        norm = optax.tree.norm(grads) * per_token
         finite = jnp.isfinite(norm)
         scale = per_token
         if training.max_gradient_norm is not None:
