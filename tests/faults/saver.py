@@ -14,16 +14,17 @@ from pathlib import Path
 
 from test_checkpoint_faults import digest, make_state
 
-from t5x_like.checkpoints import integrity, manager
+from t5x_like.checkpoints import integrity
+from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import CheckpointConfig
 
 
-def die(*_: object) -> None:
+def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(directory: str, moment: str) -> None:
-    checkpoints = manager.CheckpointManager(directory, CheckpointConfig(keep_last=2))
+    checkpoints = CheckpointManager(directory, CheckpointConfig(keep_last=2))
     first = (checkpoints.latest() or 0) + 1
     for step in range(first, first + 1000):
         state = make_state(step, size=4096)
@@ -31,7 +32,7 @@ def main(directory: str, moment: str) -> None:
         if step == first + 3 and moment != "any":
             checkpoints.wait()
             owner, name = moment.split(".")
-            setattr({"integrity": integrity, "manager": manager, "Path": Path}[owner], name, die)
+            setattr({"integrity": integrity, "Path": Path, "os": os}[owner], name, die)
         checkpoints.save(step, state, {})
 
 

@@ -178,7 +178,7 @@ def assert_sound(directory: Path, log: dict[int, str]) -> int:
 def test_killed_at_random_moments(tmp_path: Path):
     """Each life goes on from what the one before left."""
     rng, log, newest = random.Random(0), {}, 0
-    for _ in range(6):
+    for _ in range(5):
         run_and_kill(tmp_path, log, "any", delay=rng.uniform(0.15, 0.6))
         now = assert_sound(tmp_path, log)
         assert now > newest
@@ -191,14 +191,14 @@ def test_killed_at_random_moments(tmp_path: Path):
         "integrity._sha256",  # the arrays are committed, there are no checksums
         "integrity.sync_directory",  # the checksums are written, the name is still the preliminary one
         "Path.rename",  # everything is written but the name
-        "manager._remove",  # an old checkpoint is renamed and about to be removed
+        "os.rmdir",  # an old checkpoint is half removed
     ],
 )
 def test_killed_at_a_chosen_moment(tmp_path: Path, moment: str):
     log: dict[int, str] = {}
     run_and_kill(tmp_path, log, moment, delay=0)
     # The fourth save died: before its renaming it does not count, after it does.
-    assert assert_sound(tmp_path, log) == (4 if moment == "manager._remove" else 3)
+    assert assert_sound(tmp_path, log) == (4 if moment == "os.rmdir" else 3)
 
 
 def assert_full_disk_is_survived(directory: Path, saved: list[int], reason: str) -> None:
