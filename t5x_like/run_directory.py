@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
@@ -15,6 +16,7 @@ CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+EXIT = "exit.json"
 
 FREE_TO_CHANGE = ("checkpoints.", "evaluation.", "monitoring.", "data.prefetch", "data.store", "partitioning.", "name")
 """Fields that do not decide what is computed (a changed mesh restores the same state), so a run may resume with others."""
@@ -66,12 +68,28 @@ def claim_config(directory: Path, run: RunConfig) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file that is either there in whole or as it was before."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_exit(directory: Path, *, code: int, reason: str, step: int | None, seconds: Mapping[str, float]) -> None:
+    """Says in exit.json how the process left its run: for people, schedulers and the report.
+
+    Args:
+      directory: The run directory.
+      code: Exit code of the process.
+      reason: One sentence.
+      step: The step that was saved last; None if this process saved none.
+      seconds: Wall-clock seconds by state (`Clock.totals`).
+    """
+    document = {"code": code, "reason": reason, "step": step, "seconds": dict(seconds)}
+    # A full disk, say, is why the process leaves: failing to say so must not hide it.
+    with contextlib.suppress(OSError):
+        write_atomically(directory / EXIT, json.dumps(document) + "\n")
 
 
 @contextlib.contextmanager

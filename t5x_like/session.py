@@ -27,7 +27,6 @@ from t5x_like.monitoring.clock import Clock, goodput
 from t5x_like.monitoring.logs import logging_to
 from t5x_like.monitoring.metrics import Mean, add, value
 from t5x_like.monitoring.progress import Progress
-from t5x_like.monitoring.report import write_report
 from t5x_like.monitoring.throughput import Peak, rates
 from t5x_like.monitoring.writers import JsonlWriter, TensorBoardWriter, Writer, Writers
 from t5x_like.program import Program, assemble
@@ -124,7 +123,6 @@ class Session:
         self.checkpoints.wait()
         if evaluate:
             self.evaluate()
-        write_report(self.workdir)
 
     def _collect(self) -> None:
         """Waits for the pending steps and adds their metrics to the interval, in the order of the steps."""
@@ -173,7 +171,7 @@ def finished_step(run: RunConfig, workdir: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def open_session(run: RunConfig, workdir: Path) -> Iterator[Session]:
+def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Session]:
     """Opens everything that training needs, restores the newest checkpoint, and prints what will be done.
 
     Raises:
@@ -183,7 +181,6 @@ def open_session(run: RunConfig, workdir: Path) -> Iterator[Session]:
     console = Console()
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(workdir / "log.txt", console))
-        clock = Clock()
         store = open_store(run.data)
         stream = Stream(store, run.data, run.training.batch_size, "train")
         program = assemble(run, jax.devices())
@@ -199,15 +196,15 @@ def open_session(run: RunConfig, workdir: Path) -> Iterator[Session]:
             step, state, meta = checkpoints.restore(program.abstract_state)
             _require_same_data(meta["data"], stream.fingerprint)
             interval = {name: Mean(*pair) for name, pair in meta["interval"].items()}
-            clock = Clock(before=meta["seconds"])
+            clock.go_on(meta["seconds"])
         else:
             state = program.init()
         restored_step = step if restored else None
-        overview.show(program, stream, store, workdir, step, console)
+        overview.show(program, workdir, step, console)
         progress = Progress(run.training.num_train_steps, console=console, step=step)
         writers = _open_writers(run, workdir, restored_step, progress)
         stack.callback(writers.close)
-        batches = Prefetcher(stream, start_step=step, depth=run.data.prefetch)
+        batches = Prefetcher(stream, step)
         stack.callback(batches.close)
         yield Session(
             run=run,

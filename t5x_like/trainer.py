@@ -10,8 +10,10 @@ from pathlib import Path
 
 
 from t5x_like import run_directory
-from t5x_like.config import EXIT_OK, EXIT_RESUMABLE, RunConfig, UserError
+from t5x_like.config import EXIT_OK, EXIT_RESUMABLE, EXIT_UNEXPECTED, RunConfig, UserError
 from t5x_like.interruption import Interruption, interruption
+from t5x_like.monitoring.clock import Clock
+from t5x_like.monitoring.report import write_report
 from t5x_like.session import Session, finished_step, open_session
 
 
@@ -31,16 +33,19 @@ def train(run: RunConfig, workdir: Path) -> int:
         if step is not None:
             print(f"{workdir}: step {step} of {run.training.num_train_steps} is saved; nothing to train")
             return EXIT_OK
+        clock = Clock()
         try:
-            with open_session(run, workdir) as session:
+            with open_session(run, workdir, clock) as session:
                 loop(session, stop)
                 step = session.step
-        except UserError as error:
-            run_directory.write_exit(workdir, code=error.exit_code, reason=str(error), step=None)
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, UserError) else EXIT_UNEXPECTED
+            run_directory.write_exit(workdir, code=code, reason=str(error), step=None, seconds=clock.totals())
             raise
         code = EXIT_OK if step == run.training.num_train_steps else EXIT_RESUMABLE
-        reason = "finished" if code == EXIT_OK else f"stopped by {stop.signal.name if stop.signal else 'request'}"
-        run_directory.write_exit(workdir, code=code, reason=reason, step=step)
+        reason = "finished" if stop.signal is None else f"stopped by {stop.signal.name}"
+        run_directory.write_exit(workdir, code=code, reason=reason, step=step, seconds=clock.totals())
+        write_report(workdir)
         return code
 
 

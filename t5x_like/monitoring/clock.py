@@ -18,18 +18,24 @@ class Clock:
     how long the device kept it waiting.
     """
 
-    def __init__(self, *, before: Mapping[str, float] | None = None, now: Callable[[], float] = time.monotonic):
+    def __init__(self, *, now: Callable[[], float] = time.monotonic):
         """Starts the clock.
 
         Args:
-          before: Seconds by state that earlier processes of the same run spent (`totals`, from the checkpoint).
           now: Seconds that never run backwards.
         """
         self._now = now
         self._state: State = "init"
         self._since = now()
-        self._totals: dict[str, float] = {state: float((before or {}).get(state, 0.0)) for state in STATES}
+        self._totals: dict[str, float] = dict.fromkeys(STATES, 0.0)
         self._lap_start = dict(self._totals)
+
+    def go_on(self, before: Mapping[str, float]) -> None:
+        """Adds the seconds that earlier processes of the same run spent (`totals`, from the checkpoint)."""
+        for state in STATES:
+            seconds = float(before.get(state, 0.0))
+            self._totals[state] += seconds
+            self._lap_start[state] += seconds
 
     @contextlib.contextmanager
     def state(self, name: State) -> Iterator[None]:

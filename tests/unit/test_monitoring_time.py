@@ -42,7 +42,8 @@ def test_state_is_left_when_its_work_raises():
 
 def test_laps_are_of_this_process_and_totals_of_the_run():
     time = Time()
-    clock = Clock(before={"step": 50.0}, now=time)
+    clock = Clock(now=time)
+    clock.go_on({"step": 50.0})
     clock.enter("step")
     time.seconds += 5
     assert clock.lap()["step"] == 5

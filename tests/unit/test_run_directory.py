@@ -46,7 +46,9 @@ def test_what_does_not_decide_the_result_may_change(tmp_path: Path, run: RunConf
     assert run_directory.read_config(tmp_path) == changed
 
 
-@pytest.mark.parametrize(("kind", "decay_steps", "allowed"), [("rsqrt", None, True), ("cosine", None, False), ("cosine", 50, True)])
+@pytest.mark.parametrize(
+    ("kind", "decay_steps", "allowed"), [("rsqrt", None, True), ("cosine", None, False), ("cosine", 50, True)]
+)
 def test_a_run_gets_longer_only_under_a_schedule_that_does_not_end_with_it(
     tmp_path: Path, run: RunConfig, kind: str, decay_steps: int | None, allowed: bool
 ) -> None:
