@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke test lint format install install-dev install-hf constraints clean
+.PHONY: smoke test test-hf test-wheel lint format install install-dev install-hf constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
@@ -24,6 +24,19 @@ smoke: install
 
 test: install-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The tests that compare with torch and transformers; `make test` skips them where these are not installed.
+test-hf: install-hf
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $$(grep -rlE 'importorskip\("(torch|transformers)' tests)
+
+# Builds the wheel, installs it alone in an empty environment, and uses it from an empty directory.
+test-wheel: $(VENV)/.created
+	rm -rf build/wheel && mkdir -p build/wheel/elsewhere
+	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build/wheel/*.whl
+	cd build/wheel/elsewhere && ../venv/bin/t5x-like --version && ../venv/bin/t5x-like train smoke --print-config >config.json \
+	  && ../venv/bin/t5x-like train config.json --print-config >/dev/null && ../venv/bin/python -c 'import t5x_like.trainer'
 
 lint: install-dev
 	$(BIN)/ruff check .
