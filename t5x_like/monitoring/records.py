@@ -85,9 +85,10 @@ class RecordFile:
 
 def _step(line: bytes) -> int | None:
     try:
-        return int(json.loads(line)["step"])
+        step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
         return None
+    return step if isinstance(step, int) else None
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:

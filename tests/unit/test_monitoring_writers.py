@@ -1,4 +1,5 @@
 import math
+import struct
 import subprocess
 import sys
 
@@ -6,20 +7,6 @@ import pytest
 
 from t5x_like.monitoring.records import read_records
 from t5x_like.monitoring.writers import JsonlWriter, TensorBoardWriter, Writers
-
-READ_EVENTS = """
-import sys
-from tensorboardX.proto.event_pb2 import Event
-import glob, struct
-for path in sorted(glob.glob(sys.argv[1] + "/events*")):
-    data = open(path, "rb").read()
-    while data:
-        (length,) = struct.unpack("Q", data[:8])
-        event = Event.FromString(data[12 : 12 + length])
-        for value in event.summary.value:
-            print(event.step, value.tag, value.simple_value)
-        data = data[16 + length :]
-"""
 
 
 def test_tensorboard_events_without_tensorflow(tmp_path):
@@ -34,33 +21,42 @@ def test_tensorboard_events_without_tensorflow(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-    events = subprocess.run([sys.executable, "-c", READ_EVENTS, str(tmp_path)], capture_output=True, text=True)
-    assert events.stdout.splitlines() == ["7 loss/R_3_0.15 1.5", "7 gradient_norm nan"]
+    values = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
+    assert [(step, value.tag) for step, value in values] == [(7, "loss/R_3_0.15"), (7, "gradient_norm")]
+    assert values[0][1].simple_value == 1.5 and math.isnan(values[1][1].simple_value)
+
+
+def events(directory):
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(directory.iterdir()):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, its checksum, payload, its checksum
+            (length,) = struct.unpack("Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
 
 
 def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    writer = TensorBoardWriter(tmp_path, restored_step=None)
-    for step in range(1, 7):
-        writer.write(step, {"loss": float(step)})
-    writer.close()
-    first = next(tmp_path.iterdir())
-    first.rename(first.with_name(first.name.replace("tfevents.", "tfevents.0")))  # an earlier second
+    """A start mark with a step makes TensorBoard drop the events from that step on."""
     writer = TensorBoardWriter(tmp_path, restored_step=4)
-    for step in range(5, 8):
-        writer.write(step, {"loss": float(10 * step)})
+    writer.write(5, {"loss": 50.0})
     writer.close()
-    events = accumulator.EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (1, 1.0),
-        (2, 2.0),
-        (3, 3.0),
-        (4, 4.0),
-        (5, 50.0),
-        (6, 60.0),
-        (7, 70.0),
-    ]
+    version, start, loss = events(tmp_path)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (5, start.session_log.START)
+    assert (loss.step, loss.summary.value[0].tag, loss.summary.value[0].simple_value) == (5, "loss", 50.0)
+    assert loss.wall_time >= start.wall_time > 1e9
+
+
+def test_two_processes_in_one_second_write_two_event_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
+    for process in (11, 12):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        TensorBoardWriter(tmp_path, restored_step=None).close()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 class Failing:

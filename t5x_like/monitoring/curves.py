@@ -1,0 +1,315 @@
+"""Curves as geometry: metric values become the few numbers that a drawing needs, whatever the run has thrown at them.
+
+A plot is a square of 1000 x 1000, y downwards, which the page stretches. Values that are not finite break a line; runs
+of any length come down to a few hundred points that keep the extremes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5x_like.monitoring import formats
+
+EXTENT = 1000.0
+MAX_BUCKETS = 300
+MIN_TO_SMOOTH = 50
+_LARGEST = float(np.finfo(np.float32).max)
+"""Metrics come from float32; anything larger is as good as infinite, and its sums and differences would be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A metric over steps: two float64 arrays of the same length, steps ascending; values may be NaN or infinite."""
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def finite(self) -> Series:
+        keep = is_finite(self.values)
+        return Series(self.name, self.steps[keep], self.values[keep])
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def is_finite(values: np.ndarray) -> np.ndarray:
+    """Where `values` are numbers that can be drawn."""
+    return np.abs(values) <= _LARGEST
+
+
+def series(records: Iterable[Mapping[str, Any]], name: str) -> Series:
+    """The metric `name` of those records that have it as a number."""
+    found = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
+    table = np.asarray(found, dtype=np.float64).reshape(-1, 2)
+    return Series(name, table[:, 0], table[:, 1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def smooth(curve: Series) -> Series | None:
+    """The trend of a noisy curve; None where there are too few points for one.
+
+    A Gaussian window, centred so that the trend does not lag, and narrow at the start, where a loss falls steeply.
+    """
+    finite = curve.finite
+    if len(finite) < MIN_TO_SMOOTH:
+        return None
+    buckets = np.array_split(np.arange(len(finite)), min(len(finite), 4 * MAX_BUCKETS))
+    steps = np.array([finite.steps[bucket].mean() for bucket in buckets])
+    values = np.array([finite.values[bucket].mean() for bucket in buckets])
+    widest = max(len(values) / 100, 1.0)
+    trend = np.empty_like(values)
+    for index in range(len(values)):
+        width = min(widest, (index + 1) / 3)
+        reach = math.ceil(3 * width)
+        near = slice(max(index - reach, 0), index + reach + 1)
+        window = np.exp(-0.5 * ((np.arange(len(values))[near] - index) / width) ** 2)
+        trend[index] = np.average(values[near], weights=window)
+    return decimate(Series(curve.name, steps, trend))
+
+
+def decimate(curve: Series, buckets: int = MAX_BUCKETS) -> Series:
+    """At most 2 * buckets + 2 points: the ends, and of each stretch the lowest and the highest, in their order.
+
+    A value that is not finite stays as the break that it is, once per stretch.
+    """
+    if len(curve) <= 2 * buckets:
+        return curve
+    keep = {0, len(curve) - 1}
+    for bucket in np.array_split(np.arange(len(curve)), buckets):
+        values = curve.values[bucket]
+        finite = is_finite(values)
+        if finite.any():
+            keep.add(int(bucket[np.where(finite, values, np.inf).argmin()]))
+            keep.add(int(bucket[np.where(finite, values, -np.inf).argmax()]))
+        if not finite.all():
+            keep.add(int(bucket[finite.argmin()]))
+    index = sorted(keep)
+    return Series(curve.name, curve.steps[index], curve.values[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Values of one axis onto [0, EXTENT]. `log` takes positive values only."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log10(x) if self.log else x for x in (self.low, self.high, value))
+        return EXTENT * (value - low) / (high - low)
+
+
+def value_scale(curves: Sequence[Series], *, from_zero: bool = False) -> Scale:
+    """An axis for all finite values of `curves`, with a little air; logarithmic where they span two decades.
+
+    With `from_zero`, for speeds and shares, it starts at zero.
+    """
+    values = np.concatenate([np.zeros(0), *(curve.finite.values for curve in curves)])
+    if not len(values):
+        return Scale(0.0, 1.0)
+    low, high = float(values.min()), float(values.max())
+    if from_zero and low >= 0:
+        return Scale(0.0, 1.06 * high or 1.0)
+    if low > 0 and high / low > 100:
+        return Scale(low / 1.2, high * 1.2, log=True)
+    air = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return Scale(low - air, high + air) if low < 0 or low - air > 0 else Scale(0.0, high + air)
+
+
+def ticks(scale: Scale, count: int) -> list[float]:
+    """About `count` round numbers within the axis."""
+    if scale.log:
+        powers = range(math.ceil(math.log10(scale.low)), math.floor(math.log10(scale.high)) + 1)
+        stride = max(math.ceil(len(powers) / count), 1)
+        return [10.0**power for power in powers][::stride]
+    rough = (scale.high - scale.low) / max(count, 1)
+    if not (rough > 0 and math.isfinite(rough)):
+        return []
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(multiple * power for multiple in (1, 2, 5, 10) if multiple * power >= 0.75 * rough)
+    first = math.ceil(scale.low / step - 1e-9)
+    last = math.floor(scale.high / step + 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
+
+
+def path(curve: Series, x: Scale, y: Scale) -> str:
+    """SVG path data of a line; a value that is not finite, or not on the axis, breaks it.
+
+    A point between two breaks becomes a line of no length, which round caps draw as a dot.
+    """
+    parts: list[str] = []
+    drawn: list[str] = []
+
+    def flush() -> None:
+        if drawn:
+            parts.append("M" + "L".join(drawn) + ("h0" if len(drawn) == 1 else ""))
+            drawn.clear()
+
+    for step, value, finite in zip(curve.steps, curve.values, is_finite(curve.values), strict=True):
+        if not finite or (y.log and value <= 0):
+            flush()
+        else:
+            drawn.append(f"{x(step):.1f} {EXTENT - y(value):.1f}")
+    flush()
+    return "".join(parts)
+
+
+def dots(curve: Series, x: Scale, y: Scale) -> str:
+    """SVG path data of separate points, to be stroked with round caps."""
+    finite = curve.finite
+    return "".join(
+        f"M{x(step):.1f} {EXTENT - y(value):.1f}h0" for step, value in zip(finite.steps, finite.values, strict=True)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tick:
+    position: float
+    """Percent of the axis, from the left or from the top."""
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One drawn curve. `shown` is what the pointer reads."""
+
+    label: str
+    css: str
+    raw: str
+    line: str
+    dots: str
+    shown: Series
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A plot ready to be drawn, and what the page's script needs to read values from it."""
+
+    key: str
+    title: str
+    note: str
+    unit: str
+    css: str
+    lines: tuple[Line, ...]
+    references: tuple[Tick, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    x: Scale
+    y: Scale
+    latest: str
+    label: str
+
+    def data(self) -> dict[str, Any]:
+        """For the script: axes, and the points of each curve."""
+        return {
+            "key": self.key,
+            "unit": self.unit,
+            "x": [self.x.low, self.x.high],
+            "y": [self.y.low, self.y.high],
+            "log": self.y.log,
+            "curves": [
+                {
+                    "label": line.label,
+                    "steps": [round(float(step), 3) for step in line.shown.steps],
+                    "values": [float(f"{value:.6g}") for value in line.shown.values],
+                }
+                for line in self.lines
+            ],
+        }
+
+
+def draw(curve: Series, label: str, css: str, x: Scale, y: Scale, *, noisy: bool = True) -> Line:
+    """A curve of training: its trend in front, where it is noisy, of what was measured."""
+    trend = smooth(curve) if noisy else None
+    measured = decimate(curve)
+    raw = path(measured, x, y)
+    if trend is None:
+        return Line(label, css, "", raw, "", _on_axis(measured, y))
+    return Line(label, css, raw, path(trend, x, y), "", _on_axis(trend, y))
+
+
+def draw_points(curve: Series, label: str, css: str, x: Scale, y: Scale) -> Line:
+    """A curve of few exact measurements: points, joined."""
+    measured = decimate(curve)
+    return Line(label, css, "", path(measured, x, y), dots(measured, x, y), _on_axis(measured, y))
+
+
+def _on_axis(curve: Series, y: Scale) -> Series:
+    finite = curve.finite
+    keep = finite.values > 0 if y.log else np.ones(len(finite), bool)
+    return Series(curve.name, finite.steps[keep], finite.values[keep])
+
+
+def chart(
+    key: str,
+    title: str,
+    lines: Sequence[Line],
+    x: Scale,
+    y: Scale,
+    *,
+    note: str = "",
+    unit: str = "number",
+    css: str = "",
+    tick_count: int = 3,
+    references: Mapping[str, float] | None = None,
+) -> Chart:
+    """Puts curves, axes and words together.
+
+    Args:
+      key: Name within the page.
+      title: What is drawn.
+      lines: Curves, drawn for the axes `x` and `y`.
+      note: A few words more.
+      unit: How values are written: a key of UNITS.
+      css: Class of the figure.
+      tick_count: About how many numbers stand on the y axis.
+      references: Horizontal lines by name.
+    """
+    write = UNITS[unit]
+    steps = ticks(x, 5 if "wide" in css else 2)
+    shown = next((line.shown for line in lines if len(line.shown)), None)
+    latest = write(float(shown.values[-1])) if shown is not None else "–"
+    label = title
+    if shown is not None:
+        first, last = (f"{write(float(shown.values[i]))} at step {formats.count(shown.steps[i])}" for i in (0, -1))
+        label = f"{title}: from {first} to {last}"
+    return Chart(
+        key=key,
+        title=title,
+        note=note,
+        unit=unit,
+        css=css,
+        lines=tuple(lines),
+        references=tuple(Tick(_top(y, value), name) for name, value in (references or {}).items()),
+        x_ticks=tuple(Tick(x(step) / 10, _short(formats.count(step))) for step in steps if step == int(step)),
+        y_ticks=tuple(Tick(_top(y, value), _short(write(value))) for value in ticks(y, tick_count)),
+        x=x,
+        y=y,
+        latest=latest,
+        label=label,
+    )
+
+
+def _top(y: Scale, value: float) -> float:
+    return (EXTENT - y(value)) / 10
+
+
+def _short(text: str) -> str:
+    """A round number on an axis without the zeros that follow its point: 1.50k is 1.5k, 42.0 % is 42 %."""
+    return re.sub(r"\.(\d*?)0+(?=\D|$)", lambda match: f".{match[1]}" if match[1] else "", text)
+
+
+UNITS = {"number": formats.number, "count": formats.count, "percent": formats.percent, "seconds": formats.duration}
+"""How a value is written, by unit; the page's script has the same four."""

@@ -1,0 +1,324 @@
+"""report.html: what a run did, in one file that needs no network, made from the files in the run directory."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from t5x_like.monitoring import formats
+from t5x_like.monitoring.clock import STATES, goodput
+from t5x_like.monitoring.curves import (
+    Chart,
+    Scale,
+    Series,
+    chart,
+    draw,
+    draw_points,
+    series,
+    value_scale,
+)
+from t5x_like.monitoring.run_files import (
+    DENOISER,
+    RunFiles,
+    baseline_values,
+    evaluated,
+    held_out_mean,
+    mapping,
+    number,
+    read_run,
+)
+from t5x_like.monitoring.text import visible
+
+FILE = "report.html"
+_TEMPLATES = Path(__file__).parent / "report_template"
+
+_PANELS = {
+    "learning_rate": ("Learning rate", "number", False),
+    "gradient_norm": ("Gradient norm", "number", True),
+    "tokens_per_second": ("Tokens per second", "count", True),
+    "seconds_per_step": ("Seconds per step", "seconds", True),
+    "mfu": ("Model FLOP utilisation", "percent", True),
+    "data_wait_fraction": ("Waiting for data", "percent", True),
+    "accuracy": ("Token accuracy", "percent", True),
+    "z_loss": ("z-loss", "number", True),
+    "loss_tokens": ("Loss tokens", "count", True),
+}
+"""Metric -> title, unit, whether it is noisy."""
+_STATE_WORDS = {
+    "init": "start",
+    "compile": "compilation",
+    "data_wait": "waiting for data",
+    "step": "training steps",
+    "save": "saving",
+    "eval": "evaluation",
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes report.html into a run directory, from whatever is there of the run's files.
+
+    The page runs its own script only, by hash, and loads nothing: text from the run cannot become code.
+
+    Returns:
+      The path of the report.
+
+    Raises:
+      FileNotFoundError: `run_dir` is no directory.
+      OSError: the report cannot be written.
+    """
+    page = render(read_run(run_dir))
+    target = run_dir / FILE
+    temporary = run_dir / (FILE + ".partial")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, target)
+    return target
+
+
+def render(files: RunFiles) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    charts = _charts(files)
+    return environment.get_template("report.html").render(
+        files=files,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        status=_status(files.exit),
+        subtitle=_subtitle(files.config),
+        figures=_figures(files),
+        charts=charts,
+        data=[one.data() for group in charts.values() for one in group],
+        baselines=_baseline_bars(files.evaluation),
+        objectives=_objective_rows(files),
+        seconds=_seconds(files.exit),
+        config={key: value for key, value in files.config.items() if isinstance(value, Mapping)},
+        formats=formats,
+    )
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _status(document: Mapping[str, Any]) -> tuple[str, str]:
+    """(class, words)."""
+    if not document:
+        return "open", "running, or killed: there is no exit.json"
+    reason = visible(str(document.get("reason") or ""))
+    code = document.get("code")
+    if code == 0:
+        return "good", reason or "finished"
+    if code == 42:
+        return "open", f"{reason or 'stopped'}; the same command resumes"
+    return "bad", f"{reason or 'failed'} (exit code {visible(str(code))})"
+
+
+def _subtitle(config: Mapping[str, Any]) -> str:
+    model, data, training = (mapping(config.get(key)) for key in ("model", "data", "training"))
+    stacks = {name: mapping(model.get(name)) for name in ("encoder", "decoder") if model.get(name)}
+    if not stacks:
+        return ""
+    kind = (
+        "-".join(stacks)
+        if len(stacks) == 2
+        else {"prefix_lm": "prefix-LM decoder", "causal_lm": "causal decoder"}.get(
+            str(data.get("layout")), next(iter(stacks))
+        )
+    )
+    first = next(iter(stacks.values()))
+    corpus = mapping(data.get("corpus"))
+    source = corpus.get("tfds") or corpus.get("task") or (" ".join(corpus.get("files") or ()) or "python_docs")
+    optimizer = mapping(training.get("optimizer")).get("kind", "")
+    words = [
+        kind,
+        " + ".join(str(stack.get("num_layers")) for stack in stacks.values()) + " layers",
+        f"d_model {first.get('d_model')}",
+        f"vocabulary {formats.number(number(model.get('vocab_size')), 6)}",
+        f"batch {training.get('batch_size')} of {data.get('inputs_length')}/{data.get('targets_length')}",
+        str(optimizer),
+        f"corpus {source}",
+    ]
+    return visible(", ".join(word for word in words if word))
+
+
+def _figures(files: RunFiles) -> list[tuple[str, str, str]]:
+    """(label, value, detail) of what a reader wants to know first."""
+    figures: list[tuple[str, str, str]] = []
+    losses = series(files.records, "loss").finite
+    if len(files.records):
+        total = mapping(files.config.get("training")).get("num_train_steps")
+        figures.append(("Steps", f"{files.records[-1]['step']:,}", f"of {total:,}" if isinstance(total, int) else ""))
+    if len(losses):
+        first, last = formats.number(losses.values[0]), formats.number(losses.values[-1])
+        figures.append(("Training loss", last, f"from {first} at step {int(losses.steps[0]):,}"))
+    bits = number(mapping(files.evaluation.get("prefix_lm")).get("bits_per_byte"))
+    if math.isfinite(bits):
+        gzip = number(mapping(files.evaluation.get("baselines")).get("gzip_bits_per_byte"))
+        detail = f"bits per byte, gzip {formats.number(gzip, 3)}" if math.isfinite(gzip) else "bits per byte"
+        figures.append(("Held-out text", formats.number(bits, 3), detail))
+    speed = series(files.records, "tokens_per_second").finite
+    if len(speed):
+        use = series(files.records, "mfu").finite
+        detail = f"MFU {formats.percent(float(np.median(use.values)))}" if len(use) else "median"
+        figures.append(("Tokens per second", formats.count(float(np.median(speed.values))), detail))
+    seconds = mapping(files.exit.get("seconds"))
+    spent = {state: number(value) for state, value in seconds.items() if 0 < number(value) < math.inf}
+    if spent:
+        detail = f"{formats.percent(goodput(spent))} in training steps"
+        figures.append(("Wall clock", formats.duration(sum(spent.values())), detail))
+    return figures
+
+
+def _charts(files: RunFiles) -> dict[str, list[Chart]]:
+    """The charts by section; all of them share their x axis."""
+    steps = [record["step"] for record in (*files.records, *files.evaluations)]
+    last = float(max(steps, default=1))
+    x = Scale(0.0, last if last > 0 else 1.0)
+    return {
+        "loss": _loss_charts(files, x),
+        "denoisers": _denoiser_charts(files, x),
+        "bits": _bits_charts(files, x),
+        "optimization": _metric_charts(files, x),
+    }
+
+
+def _loss_charts(files: RunFiles, x: Scale) -> list[Chart]:
+    training, held_out = series(files.records, "loss"), held_out_mean(files)
+    if not len(training) and not len(held_out):
+        return []
+    y = value_scale([training, held_out])
+    lines = [draw(training, "training", "training", x, y)]
+    note = "cross-entropy per loss token in nats, by step"
+    if len(held_out):
+        lines.append(draw_points(held_out, "held-out", "held-out", x, y))
+    return [chart("loss", "Loss of the mixture", lines, x, y, note=note, css="wide", tick_count=5)]
+
+
+def _denoiser_charts(files: RunFiles, x: Scale) -> list[Chart]:
+    """One small chart per denoiser, on one scale, so that they can be compared."""
+    training = {name: series(files.records, DENOISER + name) for name in files.objectives}
+    held_out = {name: evaluated(files, "objectives", name, "loss") for name in files.objectives}
+    y = value_scale([*training.values(), *held_out.values()])
+    charts: list[Chart] = []
+    for name, objective in files.objectives.items():
+        if not len(training[name]) and not len(held_out[name]):
+            continue
+        css = f"mode-{objective['mode']}" if objective.get("mode") in ("R", "S", "X") else "mode-none"
+        lines = [draw(training[name], "training", "training", x, y)]
+        if len(held_out[name]):
+            lines.append(draw_points(held_out[name], "held-out", "held-out", x, y))
+        key, note = f"denoiser-{len(charts)}", _describe(objective)
+        charts.append(chart(key, visible(name), lines, x, y, note=note, css=css))
+    return charts if len(charts) > 1 else []  # one objective alone is the mixture
+
+
+def _describe(objective: Mapping[str, Any]) -> str:
+    """A denoiser in a few words."""
+    kind = objective.get("kind")
+    if kind == "span_corruption":
+        mean, density = (number(objective.get(key)) for key in ("mean_noise_span_length", "noise_density"))
+        return f"spans of {mean:g}, {100 * density:.0f} %"
+    if kind == "prefix_lm":
+        low, high = (number(objective.get(f"{end}_target_fraction")) for end in ("min", "max"))
+        return f"prefix LM, {100 * low:.0f}–{100 * high:.0f} %"
+    if kind == "causal_lm":
+        return "causal LM"
+    if kind == "masked_lm":
+        return f"masked LM, {100 * number(objective.get('mask_rate')):.0f} %"
+    return ""
+
+
+def _bits_charts(files: RunFiles, x: Scale) -> list[Chart]:
+    bits = evaluated(files, "prefix_lm", "bits_per_byte")
+    if len(bits) < 2:
+        return []
+    gzip = number(mapping(files.evaluation.get("baselines")).get("gzip_bits_per_byte"))
+    references = {"gzip": gzip} if math.isfinite(gzip) else {}
+    around = Series("references", np.zeros(len(references)), np.array(list(references.values())))
+    y = value_scale([bits, around])
+    lines = [draw_points(bits, "held-out", "held-out", x, y)]
+    return [chart("bits", "Bits per byte over training", lines, x, y, css="wide short", references=references)]
+
+
+def _metric_charts(files: RunFiles, x: Scale) -> list[Chart]:
+    """The known metrics in their order, then whatever else the records hold."""
+    names = dict.fromkeys(name for record in files.records for name in record)
+    others = [name for name in names if name not in {"step", "loss", *_PANELS} and not name.startswith(DENOISER)]
+    charts: list[Chart] = []
+    for name in (*(name for name in _PANELS if name in names), *others):
+        curve = series(files.records, name)
+        if not len(curve):
+            continue
+        title, unit, noisy = _PANELS.get(name, (visible(name), "number", True))
+        y = value_scale([curve], from_zero=unit != "number")
+        line = draw(curve, title, "training", x, y, noisy=noisy)
+        charts.append(chart(f"metric-{len(charts)}", title, [line], x, y, unit=unit, css="mode-none"))
+    return charts
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    label: str
+    value: str
+    percent: float
+    css: str
+
+
+def _baseline_bars(evaluation: Mapping[str, Any]) -> list[Bar]:
+    found = baseline_values(evaluation)
+    longest = max((value for _, value, _ in found), default=1.0) or 1.0
+    return [
+        Bar(label, formats.number(value, 3), 100 * value / longest, "model" if ours else "")
+        for label, value, ours in found
+    ]
+
+
+def _objective_rows(files: RunFiles) -> list[dict[str, str]]:
+    """The table of the newest evaluation, in the order of the mixture."""
+    evaluated = mapping(files.evaluation.get("objectives"))
+    rows = []
+    for name in (*(name for name in files.objectives if name in evaluated), *(set(evaluated) - set(files.objectives))):
+        found, objective = mapping(evaluated[name]), files.objectives.get(name, {})
+        loss, accuracy, tokens = (number(found.get(key)) for key in ("loss", "accuracy", "tokens"))
+        rows.append(
+            {
+                "name": visible(name),
+                "description": _describe(objective),
+                "css": f"mode-{objective.get('mode')}" if objective.get("mode") in ("R", "S", "X") else "mode-none",
+                "loss": formats.number(loss),
+                "accuracy": formats.percent(accuracy),
+                "tokens": f"{tokens:,.0f}" if math.isfinite(tokens) else "–",
+            }
+        )
+    return rows
+
+
+def _seconds(document: Mapping[str, Any]) -> list[Bar]:
+    """Wall-clock time by state, the largest part first."""
+    seconds = mapping(document.get("seconds"))
+    found = {state: number(seconds.get(state)) for state in STATES}
+    found = {state: value for state, value in found.items() if 0 < value < math.inf}
+    total = sum(found.values())
+    return [
+        Bar(_STATE_WORDS[state], formats.duration(value), 100 * value / total, f"state-{state}")
+        for state, value in sorted(found.items(), key=lambda item: -item[1])
+    ]
