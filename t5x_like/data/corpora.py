@@ -33,9 +33,8 @@ def read(config: CorpusConfig, reading: Reading) -> Iterator[Document]:
     Raises:
       DataError: the source is missing, unreadable, not of the stated form, or has no text at all.
     """
-    documents = itertools.islice(_source(config, reading), config.max_documents)
     empty = True
-    for document in divide(_with_text(documents, reading), config.validation_fraction):
+    for document in divide(_with_text(_source(config, reading), reading), config.validation_fraction):
         empty = False
         yield document
     if empty:
@@ -51,14 +50,14 @@ def _source(config: CorpusConfig, reading: Reading) -> Iterator[Document]:
     if config.files:
         from t5x_like.data import text_files
 
-        return (Document(text) for text in text_files.read(config, reading))
+        return itertools.islice(map(Document, text_files.read(config, reading)), config.max_documents)
     if config.tfds or config.task:
         from t5x_like.data import seqio_source
 
         return (Document(text, split) for text, split in seqio_source.read(config))
     from t5x_like.data import python_docs
 
-    return (Document(text) for text in python_docs.read(config.packages))
+    return itertools.islice(map(Document, python_docs.read(config.packages)), config.max_documents)
 
 
 def _with_text(documents: Iterable[Document], reading: Reading) -> Iterator[Document]:

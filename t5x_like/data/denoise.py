@@ -104,10 +104,10 @@ def _corrupt_spans(tokens_NxL: Tokens, keys_N: rng.Keys, objective: SpanCorrupti
     mask_NxL = span_mask(keys_N, objective, length)
     starts_NxL = mask_NxL.copy()
     starts_NxL[:, 1:] &= ~mask_NxL[:, :-1]
-    span_NxL = np.cumsum(starts_NxL, axis=1)
-    sentinel_NxL = (vocabulary.first_sentinel_id + 1 - span_NxL).astype(np.int32)
-    noise = int(mask_NxL[0].sum())
-    spans_N = span_NxL[:, -1]
+    span_NxL = np.cumsum(starts_NxL, axis=1, dtype=np.int32)
+    sentinel_NxL = vocabulary.first_sentinel_id + 1 - span_NxL
+    noise, _ = noise_counts(objective, length)
+    spans_N = span_NxL[:, -1].astype(np.int64)
 
     mode = 0 if objective.mode is None else 1
     input_lengths_N = mode + length - noise + spans_N + 1
@@ -121,11 +121,13 @@ def _corrupt_spans(tokens_NxL: Tokens, keys_N: rng.Keys, objective: SpanCorrupti
 
     target_lengths_N = noise + spans_N + 1
     targets_NxT = np.full((rows, noise + most_spans + 1), PAD_ID, np.int32)
-    row, place = np.nonzero(mask_NxL)
-    column = np.tile(np.arange(noise), rows) + span_NxL[row, place]
-    targets_NxT[row, column] = tokens_NxL[row, place]
-    first = starts_NxL[row, place]
-    targets_NxT[row[first], column[first] - 1] = sentinel_NxL[row[first], place[first]]
+    # The k-th masked token of a row stands behind k tokens and as many sentinels as spans have begun.
+    masked = np.flatnonzero(mask_NxL)
+    place_NxM = np.arange(noise) + span_NxL.ravel()[masked].reshape(rows, noise)
+    place_NxM += np.arange(rows)[:, None] * targets_NxT.shape[1]
+    targets_NxT.ravel()[place_NxM.ravel()] = tokens_NxL.ravel()[masked]
+    first = starts_NxL.ravel()[masked]
+    targets_NxT.ravel()[place_NxM.ravel()[first] - 1] = sentinel_NxL.ravel()[masked[first]]
     targets_NxT[np.arange(rows), target_lengths_N - 1] = EOS_ID
     return Examples(inputs_NxI, targets_NxT, input_lengths_N, target_lengths_N)
 
@@ -192,6 +194,18 @@ def _mask_tokens(tokens_NxL: Tokens, keys_N: rng.Keys, objective: MaskedLM, voca
     inputs_NxL[random_NxL] = pieces[random_NxL]
     lengths_N = np.full(rows, length, np.int64)
     return Examples(inputs_NxL, tokens_NxL, lengths_N, lengths_N, chosen_NxL)
+
+
+def expected_loss_tokens(objective: Objective, length: int) -> float:
+    """Mean number of scored tokens of a window of `length` raw tokens, sentinels and EOS included."""
+    if isinstance(objective, SpanCorruption):
+        noise, spans = noise_counts(objective, length)
+        # A rotation cuts a span if it begins behind a masked token that another follows: noise - spans places.
+        cut = 0.0 if objective.t5_exact else (noise - spans) / length
+        return noise + spans + cut + 1
+    if isinstance(objective, PrefixLM):
+        return sum(prefix_target_range(objective, length)) / 2 + 1
+    return length + 1 if isinstance(objective, CausalLM) else masked_count(objective, length)
 
 
 _DENOISERS: dict[type, Callable[..., Examples]] = {

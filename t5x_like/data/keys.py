@@ -15,6 +15,10 @@ Keys = npt.NDArray[np.uint64]
 Integers = int | npt.NDArray[np.integer[Any]]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FINALISER = (
+    (np.uint64(0xBF58476D1CE4E5B9), np.uint64(27)),
+    (np.uint64(0x94D049BB133111EB), np.uint64(31)),
+)
 _ROUNDS = 8
 
 
@@ -26,14 +30,19 @@ def _as_uint64(value: Integers) -> Keys:
 
 def mix(values: Keys) -> Keys:
     """A bijection on uint64 of which every output bit depends on every input bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed = values >> np.uint64(30)
+    for factor, shift in _FINALISER:
+        mixed ^= values
+        mixed *= factor
+        values = mixed
+        mixed = values >> shift
+    mixed ^= values
+    return mixed
 
 
 def fold_in(key: Integers, value: Integers) -> Keys:
     """Keys that depend on both arguments, which broadcast against each other. At least one-dimensional."""
-    return mix((mix(_as_uint64(key) + _GAMMA) ^ _as_uint64(value)) + _GAMMA)
+    return mix(_as_uint64(key) + _GAMMA * (_as_uint64(value) + np.uint64(1)))
 
 
 def bits(keys_N: Keys, stream: int, count: int) -> npt.NDArray[np.uint64]:

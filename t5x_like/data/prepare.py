@@ -26,8 +26,9 @@ from t5x_like.data.tokenizers import SentencePieceTokenizer, Tokenizer
 
 Report = Callable[[str], None]
 
-TRAINING_BYTES = 6 * 10**6
-"""Text that a SentencePiece model is trained on at most: more takes longer and changes little at such vocabularies."""
+TRAINING_BYTES_PER_PIECE = 500
+"""Text that a SentencePiece model is trained on at most: three times as much takes three times as long and shortens
+the tokens of held-out text by under 2 %."""
 _BATCH_BYTES = 2**22
 _ENCODING_THREADS = 2
 
@@ -181,7 +182,9 @@ def _tokenizer(data: DataConfig, report: Report) -> Tokenizer:
     report(f"training a SentencePiece vocabulary of {config.vocab_size:,}")
     started = time.monotonic()
     texts = (document.text for document in corpora.read(data.corpus, corpora.Reading()) if document.split == "train")
-    model = tokenizers.train_sentencepiece(_sample(texts, TRAINING_BYTES), config.vocab_size)
+    model = tokenizers.train_sentencepiece(
+        _sample(texts, TRAINING_BYTES_PER_PIECE * config.vocab_size), config.vocab_size
+    )
     report(f"trained it in {time.monotonic() - started:.1f} s")
     return SentencePieceTokenizer(model, config.num_sentinels, "the trained model")
 

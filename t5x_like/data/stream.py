@@ -73,15 +73,16 @@ class Stream:
         self._split = store.split(split)
         self.window_lengths = window_lengths(data, store.vocabulary.num_sentinels)
         """Raw tokens per window, by objective."""
-        self._counts = slots_per_superblock(tuple(objective.rate for objective in data.mixture))
-        self._slots = np.repeat(np.arange(len(self._counts)), self._counts)
-        self._superblock = int(np.dot(self._counts, self.window_lengths))
+        self.slots = slots_per_superblock(tuple(objective.rate for objective in data.mixture))
+        """Windows of each objective in a superblock: the mixture by example."""
+        self._slots = np.repeat(np.arange(len(self.slots)), self.slots)
+        self._superblock = int(np.dot(self.slots, self.window_lengths))
         tokens = self._split.num_tokens
         self._superblocks = tokens // self._superblock
         if not self._superblocks:
             raise DataError(
                 f"{store.path}: found {tokens:,} {split} tokens, expected at least {self._superblock:,}, "
-                f"one window for each of the mixture's {len(self._slots)} shares; bring more text or shorten data.inputs_length"
+                f"one window for each of the mixture's {len(self._slots)} shares; bring more text or shorter rows"
             )
 
     @property

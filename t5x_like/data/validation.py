@@ -1,0 +1,133 @@
+"""Held-out batches: the same rows for every step, seed and host count, so that scores can be compared.
+
+Windows do not overlap; their order and their noise come from fixed keys, not from `data.seed`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from t5x_like.config.data import DataConfig
+from t5x_like.config.objectives import CausalLM, Objective, PrefixLM, raw_window_length
+from t5x_like.data import keys as rng
+from t5x_like.data.denoise import Examples, denoise, split_at
+from t5x_like.data.features import Features, convert
+from t5x_like.data.store import Split, Store
+
+Batch = dict[str, Features]
+
+_ORDER, _NOISE = 0x0DE5, 0xE7A1
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredBatch:
+    """A batch and the text that its loss weights cover.
+
+    Attributes:
+      batch: The features, as in training; only real tokens of the continuations have weight 1.
+      tokens: The scored tokens of all rows, one after the other.
+      text: Their exact bytes. An EOS between two documents is scored and stands for no byte.
+    """
+
+    batch: Batch
+    tokens: npt.NDArray[np.int32]
+    text: bytes
+
+
+def objective_batches(
+    store: Store, data: DataConfig, batch_size: int, objective: int, num_batches: int, split: str = "validation"
+) -> Iterator[Batch]:
+    """Batches of held-out windows, all under one objective of the mixture.
+
+    Args:
+      objective: Index into `data.mixture`.
+      num_batches: At most; fewer where the split has no more windows. The last batch is filled up with rows of
+        padding, whose loss weights are 0.
+    """
+    spec = data.mixture[objective]
+    length = raw_window_length(spec, data.layout, data.inputs_length, data.targets_length)
+    for tokens_NxL, window_N in _windows(store.split(split), length, batch_size, num_batches):
+        examples = denoise(tokens_NxL, rng.fold_in(_NOISE, window_N), spec, store.vocabulary)
+        yield _batch(convert(examples, data.layout, data.inputs_length, data.targets_length), batch_size, objective)
+
+
+def prefix_lm_batches(
+    store: Store, data: DataConfig, batch_size: int, num_batches: int, split: str = "validation"
+) -> Iterator[ScoredBatch]:
+    """Batches of held-out windows of which the first half is given and the second half is scored.
+
+    The rows have the form of the mixture's prefix LM (its mode token too), or else of its causal LM, which is given the
+    first half as text to go on with; or else, in mixtures of span corruption only, of a prefix LM without mode token.
+    The EOS that closes the targets is no text and has weight 0. An encoder has no such batches.
+    """
+    if data.layout == "encoder":
+        return
+    objective, index = _continuation(data)
+    length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length) // 2 * 2
+    for tokens_NxL, _ in _windows(store.split(split), length, batch_size, num_batches):
+        given = tokens_NxL.shape[1] // 2
+        examples = _half_scored(tokens_NxL, given, objective, store)
+        features = convert(examples, data.layout, data.inputs_length, data.targets_length)
+        scored = tokens_NxL[:, given:].astype(np.int32).ravel()
+        yield ScoredBatch(_batch(features, batch_size, index), scored, store.tokenizer.to_bytes(scored.tolist()))
+
+
+def _continuation(data: DataConfig) -> tuple[PrefixLM | CausalLM, int]:
+    """The objective whose form the rows get, with all windows cut in the middle, and its index in the mixture."""
+    for kind in (PrefixLM, CausalLM):
+        for index, objective in enumerate(data.mixture):
+            if isinstance(objective, kind):
+                return _halved(objective), index
+    return _halved(PrefixLM(name="prefix_lm")), 0
+
+
+def _halved(objective: Objective) -> PrefixLM | CausalLM:
+    if isinstance(objective, PrefixLM):
+        return dataclasses.replace(objective, min_target_fraction=0.5, max_target_fraction=0.5)
+    assert isinstance(objective, CausalLM)
+    return objective
+
+
+def _half_scored(tokens_NxL: npt.NDArray[Any], given: int, objective: PrefixLM | CausalLM, store: Store) -> Examples:
+    rows, length = tokens_NxL.shape
+    no_keys_N = np.zeros(rows, np.uint64)
+    if isinstance(objective, PrefixLM):
+        given_N = np.full(rows, given, np.int64)
+        examples = split_at(tokens_NxL.astype(np.int32), given_N, objective, store.vocabulary)
+        first = 0
+    else:
+        examples = denoise(tokens_NxL, no_keys_N, objective, store.vocabulary)
+        first = given
+    scored_NxT = np.zeros(examples.targets_NxT.shape, np.bool_)
+    scored_NxT[:, first : first + length - given] = True
+    return dataclasses.replace(examples, scored_NxT=scored_NxT)
+
+
+def _windows(
+    split: Split, length: int, batch_size: int, num_batches: int
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]]:
+    """(tokens [N, length], window numbers [N]), N at most `batch_size`. A split shorter than one window is one window,
+    of an even number of tokens; one of fewer than two tokens has none."""
+    length = min(length, split.num_tokens // 2 * 2)
+    if length < 2:
+        return
+    windows = split.num_tokens // length
+    shown = min(windows, batch_size * num_batches)
+    for first in range(0, shown, batch_size):
+        places = np.arange(first, min(first + batch_size, shown), dtype=np.int64)
+        window_N = rng.permute(places, windows, rng.fold_in(_ORDER, 0))
+        yield split.gather(window_N * length, length), window_N
+
+
+def _batch(features: Features, batch_size: int, objective: int) -> Batch:
+    rows = len(next(iter(features.values())))
+    filled = {
+        name: np.concatenate([values, np.zeros((batch_size - rows, values.shape[1]), np.int32)])
+        for name, values in features.items()
+    }
+    return {"main": {**filled, "denoiser_ids": np.full(batch_size, objective, np.int32)}}
