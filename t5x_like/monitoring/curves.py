@@ -56,17 +56,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def smooth(curve: Series) -> Series | None:
+def smooth(curve: Series, *, log: bool = False) -> Series | None:
     """The trend of a noisy curve; None where there are too few points for one.
 
-    A Gaussian window, centred so that the trend does not lag, and narrow at the start, where a loss falls steeply.
+    A Gaussian window, centred so that the trend does not lag, and narrow at the start, where a loss falls steeply. The
+    trend breaks where the curve does. With `log`, for positive values on a logarithmic axis, it is the trend of their
+    logarithms.
     """
     finite = curve.finite
     if len(finite) < MIN_TO_SMOOTH:
         return None
     buckets = np.array_split(np.arange(len(finite)), min(len(finite), 4 * MAX_BUCKETS))
     steps = np.array([finite.steps[bucket].mean() for bucket in buckets])
-    values = np.array([finite.values[bucket].mean() for bucket in buckets])
+    measured = np.log10(finite.values) if log else finite.values
+    values = np.array([measured[bucket].mean() for bucket in buckets])
     widest = max(len(values) / 100, 1.0)
     trend = np.empty_like(values)
     for index in range(len(values)):
@@ -75,6 +78,11 @@ def smooth(curve: Series) -> Series | None:
         near = slice(max(index - reach, 0), index + reach + 1)
         window = np.exp(-0.5 * ((np.arange(len(values))[near] - index) / width) ** 2)
         trend[index] = np.average(values[near], weights=window)
+    if log:
+        trend = 10.0**trend
+    breaks = np.unique(np.searchsorted(steps, curve.steps[~is_finite(curve.values)]))
+    breaks = breaks[(breaks > 0) & (breaks < len(steps))]
+    steps, trend = np.insert(steps, breaks, steps[breaks]), np.insert(trend, breaks, np.nan)
     return decimate(Series(curve.name, steps, trend))
 
 
@@ -232,11 +240,12 @@ class Chart:
 
 def draw(curve: Series, label: str, css: str, x: Scale, y: Scale, *, noisy: bool = True) -> Line:
     """A curve of training: its trend in front, where it is noisy, of what was measured."""
-    trend = smooth(curve) if noisy else None
+    trend = smooth(curve, log=y.log) if noisy else None
     measured = decimate(curve)
     raw = path(measured, x, y)
     if trend is None:
-        return Line(label, css, "", raw, "", _on_axis(measured, y))
+        points = dots(measured, x, y) if len(measured) < 3 else ""
+        return Line(label, css, "", raw, points, _on_axis(measured, y))
     return Line(label, css, raw, path(trend, x, y), "", _on_axis(trend, y))
 
 
@@ -307,8 +316,9 @@ def _top(y: Scale, value: float) -> float:
 
 
 def _short(text: str) -> str:
-    """A round number on an axis without the zeros that follow its point: 1.50k is 1.5k, 42.0 % is 42 %."""
-    return re.sub(r"\.(\d*?)0+(?=\D|$)", lambda match: f".{match[1]}" if match[1] else "", text)
+    """A round number on an axis without needless zeros: 1.50k is 1.5k, 42.0 % is 42 %, 1.00e-04 is 1e-4."""
+    text = re.sub(r"\.(\d*?)0+(?=\D|$)", lambda match: f".{match[1]}" if match[1] else "", text)
+    return re.sub(r"e([+-])0", r"e\1", text)
 
 
 UNITS = {"number": formats.number, "count": formats.count, "percent": formats.percent, "seconds": formats.duration}

@@ -86,7 +86,7 @@ def _curve(axes: Any, curve: Series, color: str, label: str, *, raw: bool = True
 def _end_labels(axes: Any, ends: list[tuple[float, str, str]]) -> None:
     """Names at the right ends of the curves, pushed apart so that they do not overlap."""
     low, high = axes.get_ylim()
-    apart = (high - low) * 0.055
+    apart = (high - low) * 0.05
     places = [value for value, _, _ in ends]
     for _ in range(100):
         for below in range(len(places) - 1):

@@ -52,6 +52,8 @@ _PANELS = {
     "accuracy": ("Token accuracy", "percent", True),
     "z_loss": ("z-loss", "number", True),
     "loss_tokens": ("Loss tokens", "count", True),
+    "goodput": ("Goodput", "percent", False),
+    "nonfinite": ("Steps with no finite gradient", "percent", False),
 }
 """Metric -> title, unit, whether it is noisy."""
 _STATE_WORDS = {

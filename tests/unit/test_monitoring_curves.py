@@ -47,6 +47,22 @@ def test_trend_takes_noise_away():
     assert smooth(curve(noise[:49])) is None
 
 
+def test_trend_on_a_logarithmic_axis_does_not_foresee_a_jump():
+    values = np.where(np.arange(400) < 200, 1.0, 1e8)
+    trend = smooth(curve(values), log=True)
+    assert trend.values[trend.steps == 196].item() < 100
+    assert smooth(curve(values)).values[trend.steps == 196].item() > 1e6
+
+
+def test_trend_breaks_where_the_curve_does():
+    values = np.ones(300)
+    values[100:120] = np.nan
+    trend = smooth(curve(values))
+    assert np.isnan(trend.values).sum() == 1
+    assert trend.steps[np.isnan(trend.values)].item() == 121
+    assert path(trend, Scale(0, 300), Scale(0, 2)).count("M") == 2
+
+
 def test_values_that_are_not_finite_break_the_line():
     x, y = Scale(0, 10), Scale(0, 10)
     assert path(curve([1, 2, math.nan, 4, math.inf, 6, 7]), x, y) == (
@@ -72,7 +88,7 @@ def test_booleans_and_text_are_no_metrics():
 def test_whatever_the_values_are_the_drawing_is_on_the_paper(values):
     found = curve(values)
     x, y = Scale(0.0, float(len(values))), value_scale([found])
-    for drawn in (found, smooth(found)):
+    for drawn in (found, smooth(found, log=y.log)):
         if drawn is not None:
             text = path(drawn, x, y)
             assert "nan" not in text and "inf" not in text
