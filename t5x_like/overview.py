@@ -12,14 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from t5x_like.config import RunConfig, batch_spec
+from t5x_like.data.describe import describe_rows
+from t5x_like.data.stream import Stream
 from t5x_like.models.parameters import count_parameters, forward_flops
 from t5x_like.monitoring.summary import Part, StartSummary, print_summary
 from t5x_like.monitoring.throughput import Peak, known_peak, measured_peak
 from t5x_like.program import Program
 
+_ROWS_SHOWN, _TOKENS_SHOWN = 2, 60
 _PACKAGES = ("t5x-like", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -69,8 +73,8 @@ def _matrix_product_rate(size: int = 1024, repeats: int = 8) -> float:
     return 2.0 * size**3 / min(seconds)
 
 
-def show(program: Program, workdir: Path, step: int, console: Console) -> None:
-    """Prints the tables at the start of a run."""
+def show(program: Program, stream: Stream, workdir: Path, step: int, console: Console) -> None:
+    """Prints the tables at the start of a run, and the first rows that it will train on as text."""
     run = program.run
     total = run.training.num_train_steps
     devices = program.mesh.devices.flatten()
@@ -90,6 +94,10 @@ def show(program: Program, workdir: Path, step: int, console: Console) -> None:
         versions=versions(),
     )
     print_summary(summary, console)
+    first = step * run.training.batch_size
+    rows = stream.rows(np.arange(first, first + min(_ROWS_SHOWN, run.training.batch_size)))
+    console.print(f"first rows of step {step}, each cut at {_TOKENS_SHOWN} tokens; `t5x-like inspect` shows more")
+    console.print(*describe_rows(rows, run.data, stream.store.tokenizer, _TOKENS_SHOWN))
 
 
 def _model(run: RunConfig) -> str:

@@ -19,7 +19,7 @@ TENSORBOARD = "tensorboard"
 EXIT = "exit.json"
 
 FREE_TO_CHANGE = ("checkpoints.", "evaluation.", "monitoring.", "data.prefetch", "data.store", "partitioning.", "name")
-"""Fields that do not decide what is computed (a changed mesh restores the same state), so a run may resume with others."""
+"""Fields that do not decide what is computed (a changed mesh restores the same state): a run may resume with others."""
 
 
 def may_change(path: str, run: RunConfig) -> bool:

@@ -112,10 +112,9 @@ class Session:
             return
         self.progress.status(f"evaluating step {self.step}")
         with self.clock.state("eval"):
-            result = evaluate_and_record(self.program, self.state["params"], self.store, self.workdir, self.step)
+            evaluate_and_record(self.program, self.state["params"], self.store, self.workdir, self.step)
         self.evaluated = self.step
-        _LOG.info("held-out scores at step %d: %s", self.step, result)
-        self.progress.status("")
+        self.progress.status(f"evaluated step {self.step}")
 
     def finish(self, *, evaluate: bool) -> None:
         """Saves, waits until that is on the disk, and evaluates if the run is over."""
@@ -200,7 +199,7 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
         else:
             state = program.init()
         restored_step = step if restored else None
-        overview.show(program, workdir, step, console)
+        overview.show(program, stream, workdir, step, console)
         progress = Progress(run.training.num_train_steps, console=console, step=step)
         writers = _open_writers(run, workdir, restored_step, progress)
         stack.callback(writers.close)

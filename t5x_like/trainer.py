@@ -1,13 +1,12 @@
 """The training loop: what the host does around the compiled step.
 
-The order inside the loop is fixed: evaluate, save, next batch, dispatch the step, write what earlier steps have measured,
-leave if asked to. A save comes before the data moves on, so that a checkpoint at step n continues with batch n.
+The order inside the loop is fixed: evaluate, save, next batch, dispatch the step, write what earlier steps have
+measured, leave if asked to. A save comes before the data moves on, so that a checkpoint at step n continues with batch n.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-
 
 from t5x_like import run_directory
 from t5x_like.config import EXIT_OK, EXIT_RESUMABLE, EXIT_UNEXPECTED, RunConfig, UserError

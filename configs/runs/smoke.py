@@ -1,7 +1,7 @@
 """UL2 in minutes on two CPU cores: one small model in four architectures on the embedded corpus.
 
-`configs/runs/smoke.py` is the encoder-decoder; `configs/runs/smoke.py:decoder`, `:prefix_lm` and `:encoder` are the same
-size as a causal decoder, a prefix-LM under the same denoisers, and a masked-LM encoder.
+`configs/runs/smoke.py` is the encoder-decoder; `configs/runs/smoke.py:decoder`, `:prefix_lm` and `:encoder` are the
+same size as a causal decoder, a prefix-LM under the same denoisers, and a masked-LM encoder.
 """
 
 import dataclasses
