@@ -1,7 +1,7 @@
 """The training loop: what the host does around the compiled step.
 
 The order inside the loop is fixed: evaluate, save, next batch, dispatch the step, write what earlier steps have
-measured, leave if asked to. A save comes before the data moves on, so that a checkpoint at step n continues with batch n.
+measured, leave if asked to. A save comes before the data moves on, so that a checkpoint at step n goes on with batch n.
 """
 
 from __future__ import annotations
