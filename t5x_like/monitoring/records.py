@@ -66,16 +66,16 @@ class RecordFile:
         data = self.path.read_bytes()
         end, self.last_step = 0, None
         for line in data.splitlines(keepends=True):
-            step = _step(line)
-            if step is None:
+            record = _record(line)
+            if record is None:
                 # A torn last line is what a kill leaves; anything else deserves a word.
                 if end + len(line) < len(data):
                     _LOG.warning("%s: no record at byte %d; dropped from there on", self.path, end)
                 break
-            if step > last_step:
+            if record["step"] > last_step:
                 break
             end += len(line)
-            self.last_step = step
+            self.last_step = record["step"]
         with self.path.open("r+b") as file:
             file.truncate(end)
             if end and data[end - 1 : end] != b"\n":  # whole but for its line feed
@@ -83,12 +83,13 @@ class RecordFile:
                 file.write(b"\n")
 
 
-def _step(line: bytes) -> int | None:
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where it is none."""
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        record = json.loads(line)
+    except ValueError:
         return None
-    return step if isinstance(step, int) else None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -100,10 +101,10 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], int]:
     records = []
     unreadable = 0
     for line in path.read_bytes().splitlines():
-        if _step(line) is None:
+        record = _record(line)
+        if record is None:
             unreadable += 1
         else:
-            record = json.loads(line)
             records.append({name: _number(value) for name, value in record.items()})
     return records, unreadable
 
