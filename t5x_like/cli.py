@@ -54,11 +54,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
         print(to_json(run), end="")
         return EXIT_OK
-    if options.devices is not None:
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.devices)
+    _simulate_devices(options.devices)
     from t5x_like.trainer import train
 
     return train(run, options.workdir or Path("runs") / run.name)
@@ -83,6 +79,7 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> int:
+    _simulate_devices(options.devices)
     from t5x_like.evaluation.command import evaluate_run
 
     return evaluate_run(
@@ -91,6 +88,7 @@ def _eval(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> int:
+    _simulate_devices(options.devices)
     from t5x_like.decoding.command import generate_command
 
     return generate_command(
@@ -106,6 +104,15 @@ def _generate(options: argparse.Namespace, _: list[str]) -> int:
         num_samples=options.num_samples,
         step=options.step,
     )
+
+
+def _simulate_devices(number: int | None) -> None:
+    """A mesh of CPU devices in this process, which must be asked for before jax looks for devices."""
+    if number is not None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", number)
 
 
 def _configured_run(options: argparse.Namespace, overrides: list[str]) -> RunConfig:
@@ -163,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     train = _recipe_command(commands, "train", _train, "pre-train or go on training; the same command again resumes")
     train.add_argument("--workdir", type=Path, metavar="DIR", help="the run's directory (default: runs/NAME)")
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and leave")
-    train.add_argument("--devices", type=_positive, metavar="N", help="train on N simulated CPU devices")
+    _devices_option(train)
 
     _recipe_command(commands, "prepare", _prepare, "turn the recipe's corpus into a store of tokens")
 
@@ -234,11 +241,16 @@ def _recipe_command(commands: Any, name: str, run: Callable[..., int], summary: 
 
 def _run_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
     parser = _command(commands, name, run, summary)
+    _devices_option(parser)
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, as given to `train --workdir`"
     )
     parser.set_defaults(overrides=False)
     return parser
+
+
+def _devices_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", type=_positive, metavar="N", help="run on N simulated CPU devices")
 
 
 def _positive(text: str) -> int:

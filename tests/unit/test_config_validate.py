@@ -26,8 +26,10 @@ from t5x_like.config import (
     TokenizerConfig,
 )
 from t5x_like.config.objectives import Layout, raw_window_length, sentinels_needed
+from t5x_like.config.sections import TEXT_SUFFIXES
 from t5x_like.config.serialization import to_dict
 from t5x_like.config.validate import required_vocabulary, validate
+from t5x_like.data import text_files
 
 LAYOUTS: tuple[Layout, ...] = ("encoder_decoder", "prefix_lm", "causal_lm", "encoder")
 
@@ -224,6 +226,10 @@ def test_one_source_of_documents() -> None:
 )
 def test_patterns_of_files(pattern: str) -> None:
     assert validate(changed(example(), "data.corpus.files", (pattern,))) == []
+
+
+def test_kinds_of_files_are_those_that_are_read() -> None:
+    assert set(TEXT_SUFFIXES) == set(text_files._READERS)
 
 
 def test_at_most_one_free_degree() -> None:
