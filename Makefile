@@ -75,11 +75,11 @@ $(VENV)/.installed-hf: $(VENV)/.installed-dev
 # out: they are not needed for the tests of parity, and a build of torch for the CPU does not ask for them.
 constraints: install-dev
 	$(PIP) install --quiet uv
-	{ sed -n '/^#/p' constraints.txt; echo 'torch==2.13.0' \
-	  | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --extra dev --extra hf \
-	      --override - --no-emit-package triton pyproject.toml --upgrade \
-	  | grep -v -E '^(nvidia|cuda)-'; } > constraints.txt.new
-	mv constraints.txt.new constraints.txt
+	mkdir -p build
+	echo 'torch==2.13.0' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
+	  --extra dev --extra hf --override - --no-emit-package triton --upgrade --output-file build/pins.txt pyproject.toml
+	{ sed -n '/^#/p' constraints.txt; grep -v -E '^(nvidia|cuda)-' build/pins.txt; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist
