@@ -111,6 +111,7 @@ class Session:
         if self.evaluated == self.step:
             return
         self.progress.status(f"evaluating step {self.step}")
+        self._collect()
         with self.clock.state("eval"):
             evaluate_and_record(self.program, self.state["params"], self.store, self.workdir, self.step)
         self.evaluated = self.step
@@ -120,6 +121,7 @@ class Session:
         """Saves, waits until that is on the disk, and evaluates if the run is over."""
         self.save()
         self.checkpoints.wait()
+        self.progress.status(f"saved step {self.step}")
         if evaluate:
             self.evaluate()
 

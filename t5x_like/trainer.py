@@ -6,6 +6,7 @@ measured, leave if asked to. A save comes before the data moves on, so that a ch
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from t5x_like import run_directory
@@ -14,6 +15,8 @@ from t5x_like.interruption import Interruption, interruption
 from t5x_like.monitoring.clock import Clock
 from t5x_like.monitoring.report import write_report
 from t5x_like.session import Session, finished_step, open_session
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(run: RunConfig, workdir: Path) -> int:
@@ -44,8 +47,16 @@ def train(run: RunConfig, workdir: Path) -> int:
         code = EXIT_OK if step == run.training.num_train_steps else EXIT_RESUMABLE
         reason = "finished" if stop.signal is None else f"stopped by {stop.signal.name}"
         run_directory.write_exit(workdir, code=code, reason=reason, step=step, seconds=clock.totals())
-        write_report(workdir)
+        _report(workdir)
         return code
+
+
+def _report(workdir: Path) -> None:
+    try:
+        write_report(workdir)
+    except Exception:
+        # The run is saved; a page about it must not turn its success into a failure.
+        _LOG.exception("%s: the run is complete, but its report could not be written", workdir)
 
 
 def loop(session: Session, stop: Interruption) -> None:
