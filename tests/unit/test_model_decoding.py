@@ -1,0 +1,81 @@
+"""Decoding through the cache is the forward pass: same logits, token by token, for prompts of unequal lengths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_examples import forward, model, parameters, tokens
+
+from t5x_like.models.build import abstract, merge
+
+ROWS, PROMPT, LENGTH = 3, 5, 9
+PROMPT_LENGTHS = np.array([5, 1, 3])
+
+
+def decoded(config, rows, encoder_tokens, *, bidirectional):
+    """Logits [B, LENGTH, V] of `rows`, the prompt at once and the rest one by one; the prompts are padded on the right,
+    so that the rows' tokens lie in different slots."""
+    spec, params = abstract(config), parameters(config)
+
+    @jax.jit
+    def start(params):
+        model = merge(spec.graphdef, params)
+        encoded = valid = None
+        if config.encoder is not None:
+            valid = (encoder_tokens != 0).astype(jnp.int32)
+            encoded = model.encode(encoder_tokens)
+        cache = model.start_decoding(encoded, valid, ROWS, PROMPT + LENGTH)
+        cells = np.arange(PROMPT)
+        prompt_valid = cells < PROMPT_LENGTHS[:, None]
+        prompt = np.where(prompt_valid, rows[:, :PROMPT], 0)
+        positions = np.broadcast_to(cells, prompt.shape)
+        return model.decode(prompt, positions, prompt_valid, cache, bidirectional=bidirectional)
+
+    @jax.jit
+    def step(params, token, position, valid, cache):
+        return merge(spec.graphdef, params).decode(token, position, valid, cache)
+
+    out, cache = start(params)
+    found = np.zeros((ROWS, LENGTH, out.shape[-1]), np.float32)
+    for row, length in enumerate(PROMPT_LENGTHS):
+        found[row, :length] = out[row, :length]
+    for count in range(LENGTH - 1):
+        position = PROMPT_LENGTHS + count
+        live = position < LENGTH
+        cell = np.minimum(position, LENGTH - 1)
+        out, cache = step(params, rows[np.arange(ROWS), cell][:, None], cell[:, None], live[:, None], cache)
+        for row in np.flatnonzero(live):
+            found[row, cell[row]] = out[row, 0]
+    return found
+
+
+@pytest.mark.parametrize("positions", ["relative_bias", "rope", "learned", "none"])
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder", "prefix_lm"])
+def test_decoding_through_the_cache_is_the_forward_pass(architecture, positions):
+    config = model(architecture, positions)
+    rows = tokens(0, ROWS, LENGTH)
+    rows[:, 0] = 0
+    batch = {"decoder_input_tokens": rows}
+    encoder_tokens = tokens(1, ROWS, 7)
+    encoder_tokens[1, 4:] = 0
+    if architecture == "encoder_decoder":
+        batch["encoder_input_tokens"] = encoder_tokens
+    if architecture == "prefix_lm":
+        batch["decoder_causal_attention"] = (np.arange(LENGTH) < PROMPT_LENGTHS[:, None]).astype(np.int32)
+    expected = forward(config)(parameters(config), batch)
+    found = decoded(config, rows, encoder_tokens, bidirectional=architecture == "prefix_lm")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_the_cache_can_be_described_without_arrays():
+    config = model("encoder_decoder", dtype="bfloat16")
+    spec = abstract(config)
+
+    def start(params):
+        model = merge(spec.graphdef, params)
+        return model.init_cache(2, 10, encoder_length=7), model.start_decoding(jnp.zeros((2, 7, 32)), None, 2, 10)
+
+    empty, ready = jax.eval_shape(start, spec.params)
+    assert empty == ready
+    assert empty.keys.shape == (2, 2, 10, 2, 8) and empty.keys.dtype == jnp.bfloat16
+    assert empty.cross_keys.shape == (2, 2, 7, 2, 8)
