@@ -1,0 +1,223 @@
+"""The decode engine: one prefill, then one compiled loop over a key/value cache, for every model with a decoder."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x_like.config import ConfigError, ModelConfig, Problem
+from t5x_like.data.vocabulary import EOS_ID
+from t5x_like.decoding.sampling import Sampling, choose, draw_keys, restrict
+from t5x_like.models.model import Model
+from t5x_like.partitioning.shardings import batch_shardings
+from t5x_like.program import Program
+
+Tree = Any
+BOS_ID = 0
+"""What a decoder's inputs start with: seqio shifts the targets right and fills with the padding id."""
+_SMALLEST_BUCKET = 16
+
+
+def generate_tokens(
+    program: Program,
+    params: Tree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    allowed_V: npt.NDArray[np.bool_],
+    max_new_tokens: int,
+    bidirectional: bool = False,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    rows: Sequence[int] | None = None,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """New tokens for each prompt, up to EOS, which is left out.
+
+    Numbers of rows, prompt lengths and numbers of new tokens are rounded up to powers of two, so that any number of
+    calls compiles a few programs only. Between the tokens of a batch nothing goes to the host.
+
+    Args:
+      program: With a decoder.
+      params: The program's parameters.
+      prompts: Token ids as in training (`PromptFormat.ids`): what the encoder reads, or the beginning of the decoder's
+        stream without BOS. Lengths may differ.
+      allowed_V: [vocabulary] of the tokens that may be chosen.
+      max_new_tokens: Limit per prompt, EOS included.
+      bidirectional: In a single stream, the prompt's tokens see each other in both directions (prefix-LM).
+      sampling: How tokens are chosen; None: greedy.
+      seed: Of the draws. A row's draws depend on (seed, row number, position) only.
+      rows: The number of each row for its draws; by default its place in `prompts`.
+      batch_size: Prompts that are decoded at once, those of similar length together.
+
+    Raises:
+      ConfigError: the prompt and its continuation are longer than the model's table of learned positions.
+    """
+    _check_positions(program.run.model, max(map(len, prompts), default=0), max_new_tokens)
+    numbers = range(len(prompts)) if rows is None else rows
+    results: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(prompts), batch_size):
+        chosen = by_length[start : start + batch_size]
+        batch = _make_batch(program, [prompts[i] for i in chosen], [numbers[i] for i in chosen], max_new_tokens)
+        new_RxN = _decode_batch(
+            _Static(program),
+            params,
+            batch,
+            np.uint32(seed % 2**32),
+            allowed_V,
+            cells=bucket(max_new_tokens),
+            sampling=sampling or Sampling(),
+            bidirectional=bidirectional,
+        )
+        for index, tokens in zip(chosen, _cut(new_RxN, len(chosen), max_new_tokens), strict=True):
+            results[index] = tokens
+    return results
+
+
+def bucket(length: int, smallest: int = _SMALLEST_BUCKET) -> int:
+    """The least power of two that is at least `length` and `smallest`."""
+    return max(smallest, 1 << max(length - 1, 0).bit_length())
+
+
+def _check_positions(config: ModelConfig, prompt_length: int, max_new_tokens: int) -> None:
+    if config.encoder is None:
+        needed = {"decoder": 1 + prompt_length + max_new_tokens}
+    else:
+        needed = {"encoder": prompt_length, "decoder": max_new_tokens}
+    problems = [
+        Problem(
+            f"prompt and max_new_tokens, {name}",
+            f"{needed[name]} positions",
+            f"at most {stack.max_positions}, the rows of the model's table of positions",
+        )
+        for name, stack in config.stacks.items()
+        if stack.positions == "learned" and needed[name] > stack.max_positions
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _make_batch(
+    program: Program, prompts: Sequence[Sequence[int]], numbers: Sequence[int], max_new_tokens: int
+) -> dict[str, jax.Array]:
+    """Prompts padded on the right to a bucket, on the mesh; rows that only fill it have a limit of 0."""
+    config = program.run.model
+    streams = [list(prompt) if config.encoder is not None else [BOS_ID, *prompt] for prompt in prompts]
+    reads_first = next(iter(config.stacks.values()))
+    width = bucket(max(map(len, streams)))
+    if reads_first.positions == "learned":
+        width = min(width, reads_first.max_positions)
+    split = math.prod(program.mesh.shape[axis] for axis in program.rules.activations["batch"])
+    rows = split * bucket(-(-len(streams) // split), smallest=1)
+    tokens_RxP = np.zeros((rows, width), np.int32)
+    lengths_R, limits_R, rows_R = (np.zeros(rows, np.int32) for _ in range(3))
+    for index, (stream, number) in enumerate(zip(streams, numbers, strict=True)):
+        tokens_RxP[index, : len(stream)] = stream
+        lengths_R[index], limits_R[index], rows_R[index] = len(stream), max_new_tokens, number
+    batch = {"tokens": tokens_RxP, "lengths": lengths_R, "limits": limits_R, "rows": rows_R}
+    return jax.device_put(batch, batch_shardings(program.mesh, program.rules, {"prompts": batch})["prompts"])
+
+
+def _cut(new_RxN: jax.Array, rows: int, max_new_tokens: int) -> Iterator[list[int]]:
+    for row in np.asarray(new_RxN)[:rows, :max_new_tokens].tolist():
+        yield row[: row.index(EOS_ID)] if EOS_ID in row else row
+
+
+class _Static:
+    """A program as a static argument of a compiled function: the same one if it is the same object."""
+
+    def __init__(self, program: Program):
+        self.program = program
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and other.program is self.program
+
+    def __hash__(self) -> int:
+        return id(self.program)
+
+
+class _Loop(NamedTuple):
+    """What the loop carries: how many tokens are made, in R rows with N cells each, and which was chosen last."""
+
+    made: jax.Array
+    tokens_RxN: jax.Array
+    last_R: jax.Array
+    done_R: jax.Array
+    cache: Tree
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("cells", "sampling", "bidirectional"))
+def _decode_batch(
+    static: _Static,
+    params: Tree,
+    batch: dict[str, jax.Array],
+    seed: jax.Array,
+    allowed_V: jax.Array,
+    *,
+    cells: int,
+    sampling: Sampling,
+    bidirectional: bool,
+) -> jax.Array:
+    """New tokens [R, N]; zeros after EOS and after a row's limit."""
+    program = static.program
+    rows_R, limits_R = batch["rows"], batch["limits"]
+    with program.activations():
+        model = program.model(params)
+        first_logits_RxV, lengths_R, cache = _prefill(model, batch["tokens"], batch["lengths"], cells, bidirectional)
+
+        def append(loop: _Loop, logits_RxV: jax.Array) -> _Loop:
+            keys_R = draw_keys(seed, rows_R, jnp.broadcast_to(loop.made, rows_R.shape))
+            token_R = jnp.where(loop.done_R, 0, choose(restrict(logits_RxV, allowed_V), keys_R, sampling))
+            made = loop.made + 1
+            return _Loop(
+                made=made,
+                tokens_RxN=jax.lax.dynamic_update_slice(loop.tokens_RxN, token_R[:, None], (0, loop.made)),
+                last_R=token_R,
+                done_R=loop.done_R | (token_R == EOS_ID) | (made >= limits_R),
+                cache=loop.cache,
+            )
+
+        def step(loop: _Loop) -> _Loop:
+            position_R = lengths_R + loop.made - 1
+            logits_Rx1xV, cache = model.decode(
+                loop.last_R[:, None], position_R[:, None], ~loop.done_R[:, None], loop.cache
+            )
+            return append(loop._replace(cache=cache), logits_Rx1xV[:, 0])
+
+        nothing = _Loop(
+            made=jnp.int32(0),
+            tokens_RxN=jnp.zeros((rows_R.size, cells), jnp.int32),
+            last_R=jnp.zeros_like(rows_R),
+            done_R=limits_R < 1,
+            cache=cache,
+        )
+        loop = jax.lax.while_loop(lambda loop: ~jnp.all(loop.done_R), step, append(nothing, first_logits_RxV))
+        return jax.lax.with_sharding_constraint(loop.tokens_RxN, NamedSharding(program.mesh, PartitionSpec()))
+
+
+def _prefill(
+    model: Model, tokens: jax.Array, lengths_R: jax.Array, cells: int, bidirectional: bool
+) -> tuple[jax.Array, jax.Array, Tree]:
+    """Reads the prompts: logits of the first new token [R, V], lengths of the decoder's streams [R], the cache."""
+    encoded = encoder_valid = None
+    if model.config.encoder is not None:
+        encoder_valid = (jnp.arange(tokens.shape[1]) < lengths_R[:, None]).astype(jnp.int32)
+        encoded = model.encode(tokens, segment_ids=encoder_valid)
+        tokens, lengths_R = jnp.full((tokens.shape[0], 1), BOS_ID, jnp.int32), jnp.ones_like(lengths_R)
+    rows, length = tokens.shape
+    positions_RxP = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    cache = model.start_decoding(encoded, encoder_valid, rows, length + cells)
+    logits_RxPxV, cache = model.decode(
+        tokens, positions_RxP, positions_RxP < lengths_R[:, None], cache, bidirectional=bidirectional
+    )
+    # Rows that only fill the batch have length 0; what they take does not matter.
+    last_R = jnp.maximum(lengths_R - 1, 0)
+    return jnp.take_along_axis(logits_RxPxV, last_R[:, None, None], axis=1)[:, 0], lengths_R, cache

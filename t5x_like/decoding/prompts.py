@@ -1,0 +1,83 @@
+"""A prompt in the form that the model was trained on, and which tokens may come out of it. Knows no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from t5x_like.config import CausalLM, ConfigError, DataConfig, MaskedLM, Objective, PrefixLM, Problem
+from t5x_like.config.objectives import Mode
+from t5x_like.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """The inputs of an objective, as the layout lays them out.
+
+    Attributes:
+      mode: Mode token in front.
+      ends_in_eos: The prompt is an objective's whole inputs, closed by EOS; otherwise it is the beginning of a text
+        that the model goes on with.
+      bidirectional: In a single stream, the tokens of the prompt see each other in both directions.
+      sentinels: The objective's targets are spans labelled by sentinels.
+    """
+
+    mode: Mode | None
+    ends_in_eos: bool
+    bidirectional: bool
+    sentinels: bool
+
+    def ids(self, text: Sequence[int], vocabulary: Vocabulary) -> list[int]:
+        """The prompt's token ids, without the BOS that a decoder's stream starts with."""
+        mode = [] if self.mode is None else [vocabulary.mode_id(self.mode)]
+        return [*mode, *text, *([EOS_ID] if self.ends_in_eos else [])]
+
+    def allowed(self, vocabulary: Vocabulary, table_size: int) -> npt.NDArray[np.bool_]:
+        """[table_size], the model's rows: True for the ids that the objective's targets can hold."""
+        targets = vocabulary.base_size + (vocabulary.num_sentinels if self.sentinels else 0)
+        allowed_V = np.arange(table_size) < targets
+        allowed_V[PAD_ID] = False
+        return allowed_V
+
+
+def objective_format(objective: Objective, data: DataConfig) -> PromptFormat:
+    """How the inputs of `objective` look in the layout of `data`."""
+    causal = isinstance(objective, CausalLM)
+    return PromptFormat(
+        mode=objective.mode,
+        ends_in_eos=not causal,
+        bidirectional=data.layout == "prefix_lm" and not causal,
+        sentinels=not isinstance(objective, CausalLM | PrefixLM),
+    )
+
+
+def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
+    """The format for a prompt under `mode`.
+
+    Without a mode: S if it was trained, or else the mixture's first mode; in a mixture without modes, the format of its
+    prefix-LM, causal or span-corruption objective, the first of these that is there.
+
+    Raises:
+      ConfigError: an encoder, which generates nothing, or a mode that the mixture does not have.
+    """
+    objectives = [objective for objective in data.mixture if not isinstance(objective, MaskedLM)]
+    if data.layout == "encoder" or not objectives:
+        found = f"layout '{data.layout}', objectives {', '.join(objective.name for objective in data.mixture)}"
+        fix = "an encoder fills masks but generates no text"
+        raise ConfigError([Problem("data", found, "a run with a decoder", fix)])
+    by_mode: dict[str, Objective] = {}
+    for objective in objectives:
+        if objective.mode is not None:
+            by_mode.setdefault(objective.mode, objective)
+    if mode is not None:
+        if mode not in by_mode:
+            expected = f"one of {', '.join(by_mode)}" if by_mode else "none: the run was trained without mode tokens"
+            raise ConfigError([Problem("mode", mode, expected)])
+        return objective_format(by_mode[mode], data)
+    if by_mode:
+        return objective_format(by_mode.get("S", next(iter(by_mode.values()))), data)
+    order = ("prefix_lm", "causal_lm", "span_corruption")
+    return objective_format(min(objectives, key=lambda objective: order.index(objective.kind)), data)

@@ -1,0 +1,57 @@
+"""A run that has been trained, opened from its directory: what evaluation and generation start from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from t5x_like import run_directory
+from t5x_like.checkpoints.manager import CheckpointManager
+from t5x_like.config import RefusedError, RunConfig
+from t5x_like.data.prepare import open_store
+from t5x_like.data.store import Store
+from t5x_like.data.stream import Stream
+from t5x_like.program import Program, assemble
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run's program and data, and its checkpoints, of which only the parameters are read."""
+
+    run: RunConfig
+    program: Program
+    store: Store
+    checkpoints: CheckpointManager
+
+    def params(self, step: int | None = None) -> tuple[int, Any]:
+        """A checkpoint's step and parameters, each placed where the program wants it; None takes the newest.
+
+        Raises:
+          RefusedError: there is no such checkpoint or it is not intact, or it was trained on other data.
+        """
+        step, params, meta = self.checkpoints.restore_params(self.program.abstract_params, step)
+        trained_on = meta["data"]["fingerprint"]
+        found = Stream(self.store, self.run.data, self.run.training.batch_size).fingerprint
+        if found != trained_on:
+            raise RefusedError(
+                f"{self.store.path}: found data with the fingerprint {found}, expected {trained_on}, on which the "
+                "checkpoint was trained: with another tokenizer its ids would mean other text. Bring the store of the "
+                "run back."
+            )
+        return step, params
+
+
+def open_trained(run_dir: Path) -> Trained:
+    """Opens the run in `run_dir` on this machine's devices; nothing in the directory is changed.
+
+    Raises:
+      ConfigError: there is no run, or it does not fit the devices.
+      DataError: the run's token store, which holds the tokenizer, is missing.
+    """
+    run = run_directory.read_config(run_dir)
+    store = open_store(run.data)
+    checkpoints = CheckpointManager(run_dir / run_directory.CHECKPOINTS, run.checkpoints, read_only=True)
+    return Trained(run, assemble(run, jax.devices()), store, checkpoints)
