@@ -42,7 +42,10 @@ ACTIVATIONS: Table = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
+    "positions": (),
 }
+"""A token or position table that rows are looked up in counts as an activation, ("vocab", "embed"): gathered over fsdp
+first, or XLA would look up columns of rows that are split over the same axis and put them right at full size."""
 MAY_STAY_WHOLE = frozenset({"kv_heads"})
 """Parameter axes that stay whole, without a complaint, where the mesh does not divide them: grouped and multi-query
 attention has fewer key heads than a large tensor degree, and each device then keeps all of them."""

@@ -1,0 +1,109 @@
+"""Small runs of the four architectures, and random batches for them, shared by the tests on meshes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from t5x_like.config import (
+    AdamW,
+    CausalLM,
+    DataConfig,
+    MaskedLM,
+    ModelConfig,
+    Objective,
+    PartitioningConfig,
+    PrefixLM,
+    RunConfig,
+    Schedule,
+    StackConfig,
+    TrainingConfig,
+    batch_spec,
+)
+from t5x_like.config.objectives import Layout
+
+ROWS, VOCABULARY = 16, 512
+ARCHITECTURES = ("encoder_decoder", "prefix_lm", "decoder", "encoder")
+
+
+def run_for(architecture: str, partitioning: PartitioningConfig, **training: Any) -> RunConfig:
+    """Different in what shards differently: relative bias, rotary and learned positions, fewer key heads than the
+    tensor degree, biases, tied and separate heads, dropout."""
+    stack = StackConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128)
+    causal = dataclasses.replace(stack, relative_bias_bidirectional=False)
+    grouped = dataclasses.replace(stack, positions="rope", num_kv_heads=2)
+    bert = dataclasses.replace(
+        stack,
+        positions="learned",
+        max_positions=32,
+        norm="layernorm",
+        norm_placement="post",
+        use_bias=True,
+        mlp_gated=False,
+        mlp_activation="gelu",
+    )
+    dropped = dataclasses.replace(stack, dropout_rate=0.1)
+    models = {
+        "encoder_decoder": ModelConfig(encoder=dropped, decoder=causal, vocab_size=VOCABULARY),
+        "prefix_lm": ModelConfig(encoder=None, decoder=stack, vocab_size=VOCABULARY, tie_embeddings=True),
+        "decoder": ModelConfig(encoder=None, decoder=grouped, vocab_size=VOCABULARY, remat="full"),
+        "encoder": ModelConfig(
+            encoder=bert,
+            decoder=None,
+            vocab_size=VOCABULARY,
+            tie_embeddings=True,
+            embedding_norm=True,
+            head_transform=True,
+            head_bias=True,
+        ),
+    }
+    layouts: dict[str, tuple[Layout, Objective]] = {
+        "encoder_decoder": ("encoder_decoder", PrefixLM(name="s")),
+        "prefix_lm": ("prefix_lm", PrefixLM(name="s")),
+        "decoder": ("causal_lm", CausalLM()),
+        "encoder": ("encoder", MaskedLM()),
+    }
+    layout, objective = layouts[architecture]
+    options = {"optimizer": AdamW(weight_decay=0.0), "max_gradient_norm": None} | training
+    return RunConfig(
+        name=architecture,
+        model=models[architecture],
+        data=DataConfig(
+            layout=layout, mixture=(objective,), inputs_length=16, targets_length=0 if layout == "encoder" else 16
+        ),
+        training=TrainingConfig(
+            num_train_steps=10,
+            batch_size=ROWS,
+            schedule=Schedule(kind="constant", learning_rate=1e-3, warmup_steps=0),
+            **options,
+        ),
+        partitioning=partitioning,
+    )
+
+
+def batch_for(run: RunConfig, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    """Random tokens in rows of random lengths, a prefix of up to half a row, loss on what is left."""
+    rng = np.random.default_rng(seed)
+    shapes = batch_spec(run)["main"]
+    batch = {}
+    for name, array in shapes.items():
+        if name == "denoiser_ids":
+            batch[name] = np.zeros(array.shape, np.int32)
+        elif name.endswith("_tokens"):
+            batch[name] = rng.integers(1, VOCABULARY, array.shape).astype(np.int32)
+    for stack in ("encoder", "decoder"):
+        if f"{stack}_input_tokens" not in batch:
+            continue
+        rows, length = batch[f"{stack}_input_tokens"].shape
+        cells = np.arange(length)
+        stop = rng.integers(length // 2 + 2, length + 1, (rows, 1))
+        prefix = rng.integers(1, length // 2, (rows, 1))
+        batch[f"{stack}_input_tokens"] *= cells < stop
+        if f"{stack}_loss_weights" in shapes:
+            batch[f"{stack}_loss_weights"] = ((cells < stop) & (cells >= prefix)).astype(np.int32)
+        if f"{stack}_causal_attention" in shapes:
+            batch[f"{stack}_causal_attention"] = (cells <= prefix).astype(np.int32)
+    assert set(batch) == set(shapes)
+    return {"main": batch}
