@@ -130,7 +130,7 @@ def _line(
 ) -> Text:
     present = int(np.flatnonzero(tokens)[-1]) + 1 if tokens.any() else 0
     shown = tokens[:present][:limit].tolist()
-    text = Text(f"{label} [{present} tokens]: ", style="bold")
+    text = Text.assemble((f"{label} [{present} tokens]: ", "bold"))
 
     def look(index: int) -> tuple[str, int]:
         """Style of a token, and a number that differs for tokens which are no text: each stands for itself."""

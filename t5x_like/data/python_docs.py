@@ -54,8 +54,8 @@ def _read(packages: bool) -> tuple[str, ...]:
     if packages:
         paths += [path for name in sorted(_installed_dependencies()) for path in _sources(name)]
     seen: set[bytes] = set()
-    documents = list(_topics())
-    for texts in docstrings.read_all(paths):
+    documents = []
+    for texts in (*_topics(), *docstrings.read_all(paths)):
         fresh = [text for text in texts if _is_new(text, seen)]
         if fresh:
             documents.append("\n\n".join(fresh) + "\n")
@@ -75,13 +75,13 @@ def _is_unicode(text: str) -> bool:
     return not re.search("[\ud800-\udfff]", text)
 
 
-def _topics() -> Iterator[str]:
+def _topics() -> Iterator[list[str]]:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # Debian's python3-minimal
         return
     for name in sorted(topics):
-        yield topics[name].strip() + "\n"
+        yield [topics[name].strip()]
 
 
 def _is_wanted(path: Path, size: int) -> bool:

@@ -1,0 +1,77 @@
+"""Small token stores to read from, and rows taken apart again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from t5x_like.config import DataConfig, MaskedLM, Objective, TokenizerConfig, ul2
+from t5x_like.config.objectives import CausalLM, Layout
+from t5x_like.data.denoise import restore
+from t5x_like.data.features import Features
+from t5x_like.data.store import Store, StoreWriter
+from t5x_like.data.tokenizers import ByteTokenizer
+from t5x_like.data.vocabulary import NUM_SPECIAL, Vocabulary
+
+
+def numbered_store(path: Path, train: int, validation: int = 0, num_sentinels: int = 64) -> Store:
+    """A store in which every token differs from all others: token i of a split is 3 + i."""
+    vocabulary = Vocabulary(base_size=NUM_SPECIAL + max(train, validation), num_sentinels=num_sentinels)
+    with StoreWriter(path, vocab_size=vocabulary.vocab_size) as writer:
+        for split, count in (("train", train), ("validation", validation)):
+            if count:
+                writer.append(split, [np.arange(NUM_SPECIAL, NUM_SPECIAL + count)], count)
+        info = {
+            "tokenizer": dataclasses.asdict(TokenizerConfig(kind="bytes")),
+            "vocabulary": dataclasses.asdict(vocabulary),
+            "tokenizer_fingerprint": "numbers",
+            "source_fingerprint": "numbers",
+            "left_out": {},
+        }
+        writer.commit(info, tokenizer_model=None)
+    return Store.open(path)
+
+
+def text_store(path: Path, train: list[str], validation: list[str] | None = None, num_sentinels: int = 64) -> Store:
+    """A store of texts as bytes."""
+    tokenizer = ByteTokenizer(num_sentinels)
+    with StoreWriter(path, vocab_size=tokenizer.vocab_size) as writer:
+        for split, texts in (("train", train), ("validation", validation or [])):
+            if texts:
+                documents = [np.array([*tokenizer.encode(text), tokenizer.eos_id]) for text in texts]
+                writer.append(split, documents, sum(len(text.encode()) for text in texts))
+        info = {
+            "tokenizer": dataclasses.asdict(TokenizerConfig(kind="bytes", num_sentinels=num_sentinels)),
+            "vocabulary": dataclasses.asdict(tokenizer.vocabulary),
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "source_fingerprint": "",
+            "left_out": {"empty": 2},
+        }
+        writer.commit(info, tokenizer_model=None)
+    return Store.open(path)
+
+
+def data_config(layout: Layout = "encoder_decoder", mixture: tuple[Objective, ...] | None = None) -> DataConfig:
+    default: tuple[Objective, ...] = {"encoder": (MaskedLM(),), "causal_lm": (CausalLM(),)}.get(layout, ul2())
+    return DataConfig(
+        layout=layout,
+        mixture=mixture or default,
+        inputs_length=48,
+        targets_length=0 if layout == "encoder" else 48,
+        tokenizer=TokenizerConfig(kind="bytes", num_sentinels=64),
+    )
+
+
+def raw_tokens(row: Features, data: DataConfig, vocabulary: Vocabulary) -> np.ndarray:
+    """The window that a row of features was made from."""
+    objective = data.mixture[int(row["denoiser_ids"][0])]
+    if data.layout == "encoder":
+        return restore(row["encoder_input_tokens"][0], row["encoder_target_tokens"][0], objective, vocabulary)
+    targets = row["decoder_target_tokens"][0]
+    if data.layout == "encoder_decoder":
+        return restore(row["encoder_input_tokens"][0], targets, objective, vocabulary)
+    scored = row["decoder_loss_weights"][0] > 0
+    given = (targets != 0) & (np.cumsum(scored) == 0)
+    return restore(targets[given], targets[~given], objective, vocabulary)

@@ -1,0 +1,188 @@
+"""Sources of text: bad input of every kind has its message with its place; the division holds out what it says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from t5x_like.config import CorpusConfig, DataError
+from t5x_like.data import corpora, docstrings, python_docs
+from t5x_like.data.corpora import Document, Reading, divide
+
+
+def texts(config: CorpusConfig, reading: Reading | None = None) -> list[str]:
+    return [document.text for document in corpora.read(config, reading or Reading())]
+
+
+def config(*patterns: Path | str, **fields: object) -> CorpusConfig:
+    return CorpusConfig(files=tuple(map(str, patterns)), validation_fraction=0.0, **fields)  # type: ignore[arg-type]
+
+
+def write_jsonl(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, **columns: list[object]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfwith a mark\n")
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    write_jsonl(tmp_path / "c.jsonl", [{"text": "é1"}, {"text": "two", "id": 3}])
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write('{"text": "zipped"}\n\n{"text": "again"}\n')
+    write_parquet(tmp_path / "e.parquet", text=["row", None, "last"], other=[1, 2, 3])
+    reading = Reading()
+    found = texts(config(tmp_path / "*.txt", tmp_path / "[c-e].*", tmp_path / "a.txt"), reading)
+    assert found == ["first", "with a mark\n", "é1", "two", "zipped", "again", "row", "last"]
+    assert reading.left_out == {"empty": 1}
+    assert texts(config(tmp_path / "*.txt", max_documents=1)) == ["first"]
+    other = write_jsonl(tmp_path / "f.jsonl", [{"body": "named"}])
+    assert texts(config(other, text_field="body")) == ["named"]
+
+
+BAD_JSONL = {
+    '{"text": "fine"}\n{"text": "cut': r"bad.jsonl:2: found no JSON",
+    '{"text": "fine"}\n["a"]\n': r"bad.jsonl:2: found a JSON list, expected an object",
+    '{"body": "x", "id": 1}\n': r"bad.jsonl:1: found the fields 'body', 'id', expected 'text'",
+    '{"text": 7}\n': r"bad.jsonl:1: found 'text' of type int, expected a string",
+    '{"text": "\\ud800"}\n': r"bad.jsonl:1: found invalid UTF-8",
+    "": r"found no document with text \(no documents at all\)",
+    '{"text": ""}\n{"text": " \\n"}\n': r"found no document with text \(2 left out: empty\)",
+}
+
+
+@pytest.mark.parametrize("content", BAD_JSONL)
+def test_bad_json_lines(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=BAD_JSONL[content]):
+        texts(config(path))
+
+
+def test_invalid_utf8_is_refused_with_its_place_or_counted(tmp_path: Path) -> None:
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n{"text": "three"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:2: found invalid UTF-8.*--data.corpus.invalid-utf8 skip"):
+        texts(config(lines))
+    reading = Reading()
+    assert texts(config(lines, invalid_utf8="skip"), reading) == ["one", "three"]
+    assert reading.left_out == {"invalid UTF-8": 1}
+    (tmp_path / "b.txt").write_bytes(b"fine\nfine\n\xc3(")
+    with pytest.raises(DataError, match=r"b.txt:3: found invalid UTF-8"):
+        texts(config(tmp_path / "b.txt"))
+
+
+def test_files_that_are_not_there_or_not_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"found no file that matches '.*/\*.txt' \(seen from "):
+        texts(config(tmp_path / "*.txt"))
+    with pytest.raises(DataError, match=r"found a folder, expected files; name them by a glob"):
+        texts(config(tmp_path))
+    (tmp_path / "a.csv").write_text("a")
+    with pytest.raises(DataError, match=r"a.csv: found an unknown kind of file, expected one of .txt, .jsonl"):
+        texts(config(tmp_path / "a.csv"))
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(DataError, match=r"a.txt: unreadable \(No such file"):
+        texts(config(tmp_path / "*.txt"))
+
+
+def test_damaged_gzip(tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(5000)))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut.jsonl.gz: found a truncated or damaged gzip file"):
+        texts(config(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "none.jsonl.gz").write_bytes(b'{"text": "plain"}\n')
+    with pytest.raises(DataError, match=r"none.jsonl.gz: found no gzip data"):
+        texts(config(tmp_path / "none.jsonl.gz"))
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a.parquet: found the columns 'body', 'n', expected 'text'"):
+        texts(config(write_parquet(tmp_path / "a.parquet", body=["x"], n=[1])))
+    with pytest.raises(DataError, match=r"b.parquet: found the column 'text' of type int64, expected strings"):
+        texts(config(write_parquet(tmp_path / "b.parquet", text=[1])))
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(DataError, match=r"c.parquet: found no Parquet file"):
+        texts(config(tmp_path / "c.parquet"))
+
+
+def test_many_documents_are_divided_by_their_hash() -> None:
+    documents = [Document(f"document {i}") for i in range(4000)]
+    divided = list(divide(documents, 0.1))
+    assert [document.text for document in divided] == [document.text for document in documents]
+    held_out = {document.text for document in divided if document.split == "validation"}
+    assert 320 < len(held_out) < 480
+    fewer = {document.text for document in divide(documents[::-1][:2000], 0.1) if document.split == "validation"}
+    assert fewer == held_out & {document.text for document in documents[2000:]}
+
+
+def test_few_documents_are_divided_exactly() -> None:
+    divided = list(divide([Document(f"document {i}") for i in range(60)], 0.1))
+    assert sum(document.split == "validation" for document in divided) == 6
+    assert len(divided) == 60
+
+
+def test_one_document_gives_its_last_lines() -> None:
+    text = "".join(f"line {i}\n" for i in range(1000))
+    train, validation = divide([Document(text)], 0.05)
+    assert (train.split, validation.split) == ("train", "validation")
+    assert train.text + validation.text == text and train.text.endswith("\n")
+    assert 0.03 < len(validation.text) / len(text) < 0.07
+    assert [document.split for document in divide([Document("x")], 0.05)] == ["train"]
+
+
+def test_a_sources_own_division_stands() -> None:
+    documents = [Document("a", "train"), Document("b", "validation"), Document("c", "train")]
+    assert list(divide(documents, 0.5)) == documents
+    assert [document.split for document in divide([Document("a"), Document("b")], 0.0)] == ["train", "train"]
+
+
+def test_docstrings_in_the_order_of_the_source_without_running_it() -> None:
+    source = b'''
+"""Module."""
+raise SystemExit
+class A:
+    """Class."""
+    def method(self):
+        """Method
+        continued."""
+        def inner():
+            "Inner."
+if True:
+    async def late():
+        """Late."""
+else:
+    def other():
+        """ """
+'''
+    assert docstrings.docstrings(source) == ["Module.", "Class.", "Method\ncontinued.", "Inner.", "Late."]
+    assert docstrings.docstrings(b"def broken(:") == []
+
+
+def test_the_embedded_corpus_is_the_same_twice_and_has_nothing_twice() -> None:
+    documents = python_docs.read(packages=False)
+    python_docs._read.cache_clear()
+    assert python_docs.read(packages=False) == documents
+    assert len(documents) > 300 and 1e6 < sum(map(len, documents)) < 1e7
+    assert len(set(documents)) == len(documents)
+    assert any("list comprehension" in text for text in documents)
+    assert not any("unittest.mock" in text and "test_mock" in text for text in documents)
+
+
+def test_dependencies_are_those_of_the_package() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    required = {requirement.split(">")[0].split("[")[0] for requirement in project["dependencies"]}
+    assert set(python_docs.DEPENDENCIES) == required
+    installed = python_docs._installed_dependencies()
+    assert "numpy" in installed and "pytest" not in installed

@@ -1,0 +1,99 @@
+"""Rows in words: what is masked, what is scored, and nothing that a terminal would obey."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from config_examples import example
+from data_examples import data_config, numbered_store, text_store
+from rich.console import Console
+
+from t5x_like.config import DataError, RunConfig, SpanCorruption
+from t5x_like.config.objectives import Layout
+from t5x_like.data import describe
+from t5x_like.data.stream import Stream
+
+
+def printed(*renderables: object, color: bool = False) -> str:
+    console = Console(
+        width=300, force_terminal=color, color_system="standard" if color else None, no_color=not color, _environ={}
+    )
+    with console.capture() as capture:
+        console.print(*renderables)
+    return capture.get()
+
+
+@pytest.mark.parametrize("layout", ["encoder_decoder", "prefix_lm", "causal_lm", "encoder"])
+def test_a_row_shows_its_whole_text_its_denoiser_and_its_parts(tmp_path: Path, layout: Layout) -> None:
+    run = example(layout)
+    text = " ".join(f"word{i}" for i in range(2000))
+    store = text_store(tmp_path / "s", [text], num_sentinels=run.data.tokenizer.num_sentinels)
+    stream = Stream(store, run.data, 4)
+    rows = stream.rows(np.arange(12))
+    panels = describe.describe_rows(rows, run.data, store.tokenizer)
+    assert len(panels) == 12
+    for row, panel in enumerate(panels):
+        shown = printed(panel)
+        objective = run.data.mixture[int(rows["denoiser_ids"][row])]
+        assert f"{row}: {objective.name}" in shown and "targets [" in shown
+        if isinstance(objective, SpanCorruption):
+            assert f"[{objective.mode}]" in shown and shown.count("<extra_id_0>") == 2
+    cut = printed(describe.describe_rows(rows, run.data, store.tokenizer, max_tokens=10)[0])
+    assert " more" in cut and cut.count("word") < printed(panels[0]).count("word")
+
+
+def test_scored_tokens_and_sentinels_have_their_colours(tmp_path: Path) -> None:
+    data = data_config()
+    store = text_store(tmp_path / "s", ["abcdefgh " * 200])
+    row = Stream(store, data, 4).rows(np.arange(1))
+    shown = printed(describe.describe_rows(row, data, store.tokenizer)[0], color=True)
+    assert "\x1b[32m" in shown and "\x1b[1;33m" in shown and "\x1b[1;35m" in shown
+
+
+def test_control_codes_of_a_corpus_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    data = data_config("causal_lm")
+    store = text_store(tmp_path / "s", ["\x1b[31mred\x07\x00\r\u202e\x9b [bold]no markup[/bold]\n" * 40])
+    rows = Stream(store, data, 4).rows(np.arange(3))
+    shown = printed(*describe.describe_rows(rows, data, store.tokenizer))
+    assert not set(shown) & set("\x1b\x07\x00\r\u202e\x9b")
+    assert "␛[31mred␇␀␍\\u202e\\u009b [bold]no markup[/bold]⏎" in shown.replace("│", "").replace("\n", "").replace(
+        " " * 2, ""
+    )
+
+
+def test_the_mixture_by_example_is_not_the_mixture_by_loss_token(tmp_path: Path) -> None:
+    stream = Stream(numbered_store(tmp_path / "s", 5000), data_config(), 8)
+    shares = describe.mixture_shares(stream)
+    for field in ("by_example", "by_token", "by_loss_token"):
+        assert sum(getattr(share, field) for share in shares) == pytest.approx(1.0)
+    assert all(share.by_example == pytest.approx(1 / 7) for share in shares)
+    by_mode = {share.name[0]: 0.0 for share in shares}
+    for share in shares:
+        by_mode[share.name[0]] += share.by_loss_token
+    assert by_mode["X"] > 3 * by_mode["R"]
+
+
+def test_inspect_prints_store_mixture_and_rows_or_says_what_to_do(tmp_path: Path) -> None:
+    run = example()
+    files = tmp_path / "text.txt"
+    files.write_text("A sentence of some length, again and again.\n" * 200)
+    data = dataclasses.replace(run.data, store=str(tmp_path / "stores"))
+    data = dataclasses.replace(data, corpus=dataclasses.replace(data.corpus, files=(str(files),)))
+    run = dataclasses.replace(run, data=data)
+    with pytest.raises(DataError, match="t5x-like prepare"):
+        describe.inspect(run, 2)
+    from t5x_like.data.prepare import prepare
+
+    prepare(data, report=lambda line: None)
+    shown = inspected(run)
+    assert "train" in shown and "by loss token" in shown and "0: " in shown and "1: " in shown and "2: " not in shown
+
+
+def inspected(run: RunConfig) -> str:
+    console = Console(width=200, color_system=None)
+    with console.capture() as capture:
+        describe.inspect(run, 2, console)
+    return capture.get()

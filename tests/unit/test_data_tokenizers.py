@@ -1,0 +1,148 @@
+"""Vocabularies: the ids that seqio and the published checkpoints use, nothing lost, no text that becomes a sentinel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t5x_like.config import ConfigError, DataError, TokenizerConfig
+from t5x_like.data import sentencepiece_model, tokenizers
+from t5x_like.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer
+
+T5_FILE = Path(__file__).parents[3] / "shared" / "data" / "t5_cc_all_32000_100extra.sentencepiece.model"
+needs_t5_file = pytest.mark.skipif(not T5_FILE.exists(), reason="T5's SentencePiece file is not here")
+
+WORDS = "the a model of text reads writes spans tokens and every window once with under its own denoiser".split()
+TEXTS = [
+    "\n".join(" ".join(WORDS[(i * j + k) % len(WORDS)] for k in range(7)) + f"    {i}." for j in range(5))
+    for i in range(120)
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    return tokenizers.train_sentencepiece(TEXTS, 330)
+
+
+@pytest.fixture(scope="module")
+def trained(model: bytes) -> Tokenizer:
+    return SentencePieceTokenizer(model, 20, "test")
+
+
+def test_byte_ids_are_those_of_byt5() -> None:
+    seqio = pytest.importorskip("seqio")
+    tokenizer, reference = ByteTokenizer(100), seqio.ByteVocabulary(extra_ids=100)
+    for text in ("abc", "Grüße, 世界 \n\t", ""):
+        assert tokenizer.encode(text) == list(reference.encode(text))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.sentinel_id(0) == reference.vocab_size - 1
+    assert tokenizer.vocab_size == reference.vocab_size + 3
+
+
+def test_trained_ids_are_those_of_seqio(model: bytes, trained: Tokenizer, tmp_path: Path) -> None:
+    seqio = pytest.importorskip("seqio")
+    path = tmp_path / "m.model"
+    path.write_bytes(model)
+    reference = seqio.SentencePieceVocabulary(str(path), extra_ids=20)
+    for text in TEXTS[:3]:
+        assert trained.encode(text) == list(reference.encode(text))
+    assert trained.vocabulary.base_size == 330
+    assert [trained.sentinel_id(i) for i in (0, 19)] == [reference.vocab_size - 1, 330]
+    names = [reference.decode([trained.sentinel_id(i)]).strip() for i in (0, 19)]
+    assert names == ["<extra_id_0>", "<extra_id_19>"]
+    assert trained.mode_id("R") == 350 and trained.vocab_size == 353
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=60))
+def test_a_trained_vocabulary_loses_nothing(trained: Tokenizer, text: str) -> None:
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert all(3 <= token < trained.vocabulary.base_size for token in ids)
+    cut = len(ids) // 2
+    assert trained.to_bytes(ids[:cut]) + trained.to_bytes(ids[cut:]) == text.encode()
+
+
+@pytest.mark.parametrize("text", ["<extra_id_0> and [R] </s><pad><unk>", "[S]"])
+def test_text_never_becomes_a_reserved_id(trained: Tokenizer, text: str) -> None:
+    for tokenizer in (trained, ByteTokenizer(5)):
+        ids = tokenizer.encode(text)
+        assert all(3 <= token < tokenizer.vocabulary.base_size for token in ids)
+        assert tokenizer.decode(ids) == text
+
+
+def test_marked_text_does(trained: Tokenizer) -> None:
+    ids = trained.encode_marked("[S] the <extra_id_1>text")
+    assert ids[0] == trained.mode_id("S") and ids.count(trained.sentinel_id(1)) == 1
+    assert trained.decode(ids) == "[S] the <extra_id_1>text"
+    with pytest.raises(DataError, match="found <extra_id_20>, expected a sentinel below 20"):
+        trained.encode_marked("<extra_id_20>")
+
+
+@needs_t5_file
+def test_t5s_file_gives_t5s_ids() -> None:
+    """The file has an extra `<s>` at 2, which T5 has not: all of its ids but pad and EOS are one above T5's."""
+    tokenizer = tokenizers.load(TokenizerConfig(path=str(T5_FILE)), T5_FILE)
+    vocabulary = tokenizer.vocabulary
+    assert (vocabulary.base_size, vocabulary.num_sentinels) == (32000, 100)
+    assert (tokenizer.sentinel_id(0), tokenizer.sentinel_id(99)) == (32099, 32000)
+    assert (tokenizer.mode_id("R"), tokenizer.vocab_size) == (32100, 32103)
+    # As in the model cards of T5: "translate English to German: That is good."
+    ids = tokenizer.encode("translate English to German: That is good.")
+    assert ids == [13959, 1566, 12, 2968, 10, 466, 19, 207, 5]
+    assert tokenizer.decode(ids) == "translate English to German: That is good."
+    spelled = tokenizer.encode("x <extra_id_0> y")
+    assert max(spelled) < 32000 and tokenizer.unk_id in spelled  # T5 has no piece for "<"
+
+
+@needs_t5_file
+def test_t5s_file_with_and_without_its_extra_ids(tmp_path: Path) -> None:
+    bare = sentencepiece_model.without(T5_FILE.read_bytes(), lambda entry: "<extra_id_" in entry.piece)
+    path = tmp_path / "bare.model"
+    path.write_bytes(bare)
+    with_own = tokenizers.load(TokenizerConfig(), T5_FILE)
+    with_ours = tokenizers.load(TokenizerConfig(), path)
+    assert with_own.fingerprint == with_ours.fingerprint
+    assert tokenizers.load(TokenizerConfig(num_sentinels=128), path).sentinel_id(0) == 32127
+    with pytest.raises(ConfigError, match=r"num_sentinels: found 128, expected at most the 100 <extra_id_\*> pieces"):
+        tokenizers.load(TokenizerConfig(num_sentinels=128), T5_FILE)
+
+
+@needs_t5_file
+def test_pieces_are_read_as_sentencepiece_reads_them() -> None:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(T5_FILE))
+    pieces = sentencepiece_model.pieces(T5_FILE.read_bytes())
+    assert [entry.piece for entry in pieces] == [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    assert [entry.holds_text for entry in pieces[:5]] == [False, False, False, False, True]
+
+
+def test_fingerprint_is_of_pieces_and_sentinels(model: bytes, trained: Tokenizer) -> None:
+    again = SentencePieceTokenizer(tokenizers.train_sentencepiece(TEXTS, 330), 20, "test")
+    assert again.fingerprint == trained.fingerprint
+    assert SentencePieceTokenizer(model, 21, "test").fingerprint != trained.fingerprint
+    other = SentencePieceTokenizer(tokenizers.train_sentencepiece(TEXTS, 331), 20, "test")
+    assert other.fingerprint != trained.fingerprint
+
+
+def test_a_vocabulary_that_does_not_fit_its_corpus_is_refused_with_the_numbers() -> None:
+    with pytest.raises(DataError, match=r"vocab_size: found 20000, expected at most \d+"):
+        tokenizers.train_sentencepiece(TEXTS, 20_000)
+    with pytest.raises(DataError, match=r"vocab_size: found 200, expected more than \d+"):
+        tokenizers.train_sentencepiece(TEXTS, 200)
+    with pytest.raises(DataError, match="no text to train a tokenizer on"):
+        tokenizers.train_sentencepiece(["\n \n"], 300)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model at all", bytes(range(256)), b"\x0a\x03\x0a\x01a"])
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "m.model"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"m.model: found no SentencePiece model"):
+        tokenizers.load(TokenizerConfig(), path)
+    with pytest.raises(DataError, match="unreadable"):
+        tokenizers.load(TokenizerConfig(), tmp_path / "absent.model")
