@@ -180,6 +180,7 @@ class Model(nnx.Module):
             return cache
         if encoder_segment_ids is None:
             encoder_segment_ids = jnp.ones(encoded.shape[:2], jnp.int32)
+        encoded = encoded.astype(self.dtype)
         keys, values = jax.lax.map(lambda block: block.cross_attention.keys_values(encoded), self.decoder.layers)
         return cache._replace(
             cross_keys=keys, cross_values=values, encoder_segment_ids=encoder_segment_ids.astype(jnp.int32)

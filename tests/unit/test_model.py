@@ -157,8 +157,8 @@ def test_dropout_depends_on_the_key_alone():
 
 
 def test_each_layer_has_its_own_dropout_mask():
-    """Each of two layers adds 1, dropped with rate 1/2 and scaled, to 0: states are 0, 2 or 4 before the final norm, and
-    never 2 if both had the same mask."""
+    """Each of two layers adds 1, dropped with rate 1/2 and scaled, to 0: states are 0, 2 or 4 before the final norm,
+    and never 2 if both had the same mask."""
     config = model("encoder", "none", stack_changes={"dropout_rate": 0.5, "use_bias": True})
     params = jax.tree.map(jnp.zeros_like, parameters(config))
     params["encoder"]["layers"]["mlp"]["wo"]["bias"] += 1.0
