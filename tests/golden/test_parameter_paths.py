@@ -1,0 +1,111 @@
+"""Parameter paths, shapes and logical axes are part of the checkpoint format: a change here breaks checkpoints."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from t5x_like.models import presets
+from t5x_like.models.build import abstract
+
+ATTENTION = """
+{0}/query/kernel layers embed heads head_dim
+{0}/key/kernel layers embed kv_heads head_dim
+{0}/value/kernel layers embed kv_heads head_dim
+{0}/out/kernel layers heads head_dim embed
+"""
+ATTENTION_BIASES = """
+{0}/query/bias layers heads head_dim
+{0}/key/bias layers kv_heads head_dim
+{0}/value/bias layers kv_heads head_dim
+{0}/out/bias layers embed
+"""
+GATED_MLP = """
+{0}/mlp_norm/scale layers norm
+{0}/mlp/wi_0/kernel layers embed mlp
+{0}/mlp/wi_1/kernel layers embed mlp
+{0}/mlp/wo/kernel layers mlp embed
+"""
+
+
+def t5_stack(name):
+    return (
+        f"{name}/relative_bias/embedding relative_buckets heads\n{name}/final_norm/scale norm\n"
+        f"{name}/layers/self_attention_norm/scale layers norm\n"
+        + ATTENTION.format(f"{name}/layers/self_attention")
+        + GATED_MLP.format(f"{name}/layers")
+    )
+
+
+T5_1_1 = (
+    "token_embedder/embedding vocab embed\nhead/kernel embed vocab\n"
+    + t5_stack("encoder")
+    + t5_stack("decoder")
+    + "decoder/layers/cross_attention_norm/scale layers norm\n"
+    + ATTENTION.format("decoder/layers/cross_attention")
+)
+LLAMA = (
+    "token_embedder/embedding vocab embed\ndecoder/final_norm/scale norm\n"
+    "decoder/layers/self_attention_norm/scale layers norm\n"
+    + ATTENTION.format("decoder/layers/self_attention")
+    + GATED_MLP.format("decoder/layers")
+)
+BERT = (
+    """
+token_embedder/embedding vocab embed
+encoder/position_embedder/embedding positions embed
+encoder/embedding_norm/scale norm
+encoder/embedding_norm/bias norm
+encoder/layers/self_attention_norm/scale layers norm
+encoder/layers/self_attention_norm/bias layers norm
+encoder/layers/mlp_norm/scale layers norm
+encoder/layers/mlp_norm/bias layers norm
+encoder/layers/mlp/wi/kernel layers embed mlp
+encoder/layers/mlp/wi/bias layers mlp
+encoder/layers/mlp/wo/kernel layers mlp embed
+encoder/layers/mlp/wo/bias layers embed
+head/transform/kernel embed mlp
+head/transform/bias mlp
+head/transform_norm/scale norm
+head/transform_norm/bias norm
+head/bias vocab
+"""
+    + ATTENTION.format("encoder/layers/self_attention")
+    + ATTENTION_BIASES.format("encoder/layers/self_attention")
+)
+GOLDEN = {
+    "t5_1_1": (presets.t5_1_1("small"), T5_1_1),
+    "llama": (presets.decoder_1b(), LLAMA),
+    "bert": (presets.bert_base(), BERT),
+}
+
+
+def paths(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, tuple))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_paths_and_logical_axes(name):
+    config, lines = GOLDEN[name]
+    expected = {path: tuple(axes) for path, *axes in (line.split() for line in lines.splitlines() if line)}
+    assert paths(abstract(config).logical_axes) == expected
+
+
+def test_shapes_follow_the_axes():
+    config = presets.decoder_1b()
+    size = {"layers": 16, "embed": 2048, "heads": 32, "kv_heads": 8, "head_dim": 64, "mlp": 8192}
+    size |= {"vocab": 128_256, "norm": 2048}
+    spec = abstract(config)
+    axes = paths(spec.logical_axes)
+    assert {path: leaf.shape for path, leaf in paths(spec.params).items()} == {
+        path: tuple(size[name] for name in names) for path, names in axes.items()
+    }
+
+
+def test_running_the_layers_another_way_changes_no_path():
+    config = presets.t5_1_1("small")
+    other = dataclasses.replace(config, scan_layers=False, remat="full", dtype="bfloat16")
+    assert abstract(other).params == abstract(config).params
+    assert math.prod(abstract(config).params["head"]["kernel"].shape) == 512 * 32128
