@@ -28,7 +28,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp  # type: ignore[import-untyped]
 
 from t5x_like.checkpoints import integrity, trees
 from t5x_like.checkpoints.space import state_bytes
@@ -44,8 +43,23 @@ _TRAINING = "training"
 _LEFTOVER = re.compile(r"\d+\.(saving|deleting)(\..*)?")
 
 _logger = logging.getLogger(__name__)
-# Orbax logs the traceback of an error in each of its threads before it raises it; we say what happened, once.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+def _import_orbax() -> Any:
+    """Orbax without what it does to the process's logging.
+
+    It logs while it is imported, at which absl gives the root logger a handler. And it logs the traceback of an error
+    in each of its threads before it raises it; we say what happened, once.
+    """
+    handlers = list(logging.root.handlers)
+    from orbax.checkpoint import v1  # type: ignore[import-untyped]
+
+    logging.root.handlers[:] = handlers
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    return v1
+
+
+ocp = _import_orbax()
 
 
 class CheckpointManager:
@@ -131,6 +145,9 @@ class CheckpointManager:
             self.wait()
         finally:
             self._executor.shutdown()
+            if not self._read_only and jax.process_index() == 0:
+                # A write that was under way when its save failed may have brought its directory back.
+                self._remove_leftovers()
 
     def restore(
         self, abstract_state: Mapping[str, Any], step: int | None = None
@@ -297,7 +314,7 @@ class CheckpointManager:
         return self.directory / (str(step) if suffix is None else f"{step}.{suffix}")
 
 
-def _context() -> ocp.Context:
+def _context() -> Any:
     context = ocp.Context()
     # Random mantissas shrink by 8 percent and cost three times the time.
     context.array.saving.use_compression = False

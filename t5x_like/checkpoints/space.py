@@ -22,8 +22,9 @@ def state_bytes(state: Any) -> int:
 
 
 def used_bytes(directory: Path) -> int:
-    """Bytes of all files below `directory`; 0 if it is not there."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Bytes of the checkpoints in `directory`, finished or not; 0 if it is not there. Other files do not count."""
+    names = directory.glob("[0-9]*")
+    return sum(path.stat().st_size for name in names for path in name.rglob("*") if path.is_file())
 
 
 def checkpoints_at_once(config: CheckpointConfig, num_train_steps: int | None = None) -> int:

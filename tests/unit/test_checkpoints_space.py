@@ -50,6 +50,7 @@ def test_refusal_says_needed_and_free(tmp_path: Path, monkeypatch):
 def test_what_is_there_already_counts_as_ours(tmp_path: Path, monkeypatch):
     """A resumed run does not need its old checkpoints a second time."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 33 * MIB))
+    (tmp_path / "somebody's file").write_bytes(bytes(11 * MIB))
     with pytest.raises(RefusedError):
         space.require_free_space(tmp_path, 10 * MIB, CheckpointConfig(keep_last=3))
     (tmp_path / "10").mkdir()
