@@ -48,9 +48,9 @@ class Sampling:
         return self.temperature == 0.0
 
 
-def restrict(logits_BxV: jax.Array, allowed_V: jax.Array) -> jax.Array:
-    """The logits in float32, minus infinity where `allowed_V` is False."""
-    return jnp.where(allowed_V, logits_BxV.astype(jnp.float32), -jnp.inf)
+def restrict(logits: jax.Array, allowed_V: jax.Array) -> jax.Array:
+    """The logits [..., V] in float32, minus infinity where `allowed_V` is False."""
+    return jnp.where(allowed_V, logits.astype(jnp.float32), -jnp.inf)
 
 
 def candidates(logits_BxV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,100 @@
+"""Held-out scores of a set of parameters, through the program's own compiled evaluation step."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from t5x_like.data import validation
+from t5x_like.data.store import Split, Store
+from t5x_like.evaluation import baselines
+from t5x_like.monitoring.metrics import Mean, add, value
+from t5x_like.program import Program
+
+Tree = Any
+Features = Mapping[str, npt.NDArray[Any]]
+
+
+def evaluate(program: Program, params: Tree, store: Store, *, step: int, num_batches: int) -> dict[str, Any]:
+    """Scores on the store's held-out split; the same rows whatever the step, the seed and the mesh.
+
+    Args:
+      program: Any architecture.
+      params: Parameters, split over the mesh or not.
+      step: Goes into the result.
+      num_batches: Held-out batches per objective, and for the prefix LM; fewer where there is not so much text.
+
+    Returns:
+      step: The step.
+      objectives: By name of the mixture's objectives: loss (nats per scored token), accuracy, tokens.
+      prefix_lm: Of windows whose first half is given: loss_per_token (nats), bits_per_byte (the loss of all scored
+        tokens over the bytes of their text; EOS between documents is scored and has no bytes), bytes. None for
+        encoders, as are the baselines.
+      baselines: Bits per byte of the same bytes by codes that know no language. The unigram code's are for the same
+        tokens, under the frequencies of the training split.
+    """
+    data, rows = program.run.data, program.run.training.batch_size
+    objectives = {}
+    for index, objective in enumerate(data.mixture):
+        sums = _sums(program, params, validation.objective_batches(store, data, rows, index, num_batches))
+        objectives[objective.name] = {
+            "loss": value(sums["loss"]),
+            "accuracy": value(sums["accuracy"]),
+            "tokens": round(sums["loss"].weight),
+        }
+    scored = list(validation.prefix_lm_batches(store, data, rows, num_batches))
+    text = b"".join(batch.text for batch in scored)
+    result: dict[str, Any] = {"step": step, "objectives": objectives, "prefix_lm": None, "baselines": None}
+    if text:
+        tokens = np.concatenate([batch.tokens for batch in scored])
+        loss = _sums(program, params, [batch.batch for batch in scored])["loss"]
+        result["prefix_lm"] = {
+            "loss_per_token": value(loss),
+            "bits_per_byte": bits_per_byte(loss, len(text)),
+            "bytes": len(text),
+        }
+        counts = _train_counts(store.split("train"), store.vocabulary.vocab_size)
+        result["baselines"] = {
+            "unigram_bits_per_byte": baselines.unigram_bits(counts, tokens) / len(text),
+            "byte_entropy_bits_per_byte": baselines.byte_entropy(text),
+            "gzip_bits_per_byte": baselines.gzip_bits_per_byte(text),
+            "lzma_bits_per_byte": baselines.lzma_bits_per_byte(text),
+        }
+    return result
+
+
+def bits_per_byte(loss: Mean, num_bytes: int) -> float:
+    """Bits per byte of text whose tokens have the summed cross-entropy `loss.sum`, in nats."""
+    return float(loss.sum) / math.log(2) / num_bytes
+
+
+@functools.lru_cache(maxsize=2)
+def _train_counts(split: Split, vocab_size: int) -> npt.NDArray[np.int64]:
+    """Counted once per process: a training run evaluates more than once."""
+    return split.token_counts(vocab_size)
+
+
+def _sums(program: Program, params: Tree, batches: Iterable[Mapping[str, Features]]) -> dict[str, Mean]:
+    """Metrics added over batches, in double precision on the host; the device runs ahead of it."""
+    steps = [program.eval_step(params, program.put(_of_this_host(batch))) for batch in batches]
+    total = {name: Mean(0.0, 0.0) for name in ("loss", "accuracy")}
+    for metrics in jax.device_get(steps):
+        total = add(total, {name: Mean(float(mean.sum), float(mean.weight)) for name, mean in metrics.items()})
+    return total
+
+
+def _of_this_host(batch: Mapping[str, Features]) -> dict[str, dict[str, npt.NDArray[Any]]]:
+    """The contiguous part of a global batch's rows that this process loads."""
+    host, hosts = jax.process_index(), jax.process_count()
+
+    def part(feature: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        rows = len(feature)
+        return feature[rows * host // hosts : rows * (host + 1) // hosts]
+
+    return {name: {key: part(feature) for key, feature in features.items()} for name, features in batch.items()}
