@@ -21,10 +21,24 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass
 class Reading:
-    """What a pass over a corpus has met: `left_out` counts documents by reason, `progress` is in [0, 1] if known."""
+    """What a pass over a corpus has met so far.
+
+    Attributes:
+      left_out: Documents that are not used, by reason.
+      parts: Files (or other units of about one size) that there are; 0 if unknown.
+      part: The one that is being read.
+      inside: The share of it that has been read.
+    """
 
     left_out: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    progress: float | None = None
+    parts: int = 0
+    part: int = 0
+    inside: float = 0.0
+
+    @property
+    def progress(self) -> float | None:
+        """Share of the corpus that has been read; None if unknown."""
+        return (self.part + self.inside) / self.parts if self.parts else None
 
 
 def read(config: CorpusConfig, reading: Reading) -> Iterator[Document]:
@@ -57,7 +71,15 @@ def _source(config: CorpusConfig, reading: Reading) -> Iterator[Document]:
         return (Document(text, split) for text, split in seqio_source.read(config))
     from t5x_like.data import python_docs
 
-    return itertools.islice(map(Document, python_docs.read(config.packages)), config.max_documents)
+    documents = python_docs.read(config.packages)[: config.max_documents]
+    return (Document(text) for text in _counted(documents, reading))
+
+
+def _counted(documents: list[str], reading: Reading) -> Iterator[str]:
+    reading.parts = len(documents)
+    for number, text in enumerate(documents):
+        reading.part = number
+        yield text
 
 
 def _with_text(documents: Iterable[Document], reading: Reading) -> Iterator[Document]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich.console
+import rich.progress
 
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import DataError
@@ -105,8 +107,10 @@ def prepare(data: DataConfig, report: Report = print) -> Store:
             if not is_committed(path):
                 _build(data, path, report)
     except OSError as error:
-        fix = "free some space or set --data.store" if error.errno == errno.ENOSPC else "set --data.store"
-        raise DataError(f"{path}: the store cannot be written ({error.strerror or error}); {fix}") from None
+        full = error.errno == errno.ENOSPC
+        found = "the disk is full" if full else f"the store cannot be written ({error.strerror or error})"
+        fix = "free some space or name" if full else "name"
+        raise DataError(f"{path}: {found}; {fix} another folder by --data.store") from None
     return Store.open(path)
 
 
@@ -137,8 +141,7 @@ def _build(data: DataConfig, path: Path, report: Report) -> None:
     tokenizer = _tokenizer(data, report)
     reading = corpora.Reading()
     source = hashlib.blake2b(digest_size=16)
-    with StoreWriter(path, vocab_size=tokenizer.vocab_size) as writer:
-        meter = _Meter(report)
+    with StoreWriter(path, vocab_size=tokenizer.vocab_size) as writer, _Meter(report) as meter:
         for documents in _batches(corpora.read(data.corpus, reading)):
             texts = [document.text for document in documents]
             encoded = tokenizer.encode_batch(texts, num_threads=_ENCODING_THREADS)
@@ -225,22 +228,37 @@ def _batches(documents: Iterable[corpora.Document]) -> Iterator[list[corpora.Doc
 
 
 class _Meter:
-    """Says every few seconds how far and how fast it goes."""
+    """Shows how far and how fast it goes: a live bar on a terminal, or else a line every few seconds."""
 
     def __init__(self, report: Report, every_seconds: float = 5.0):
         self._report = report
         self._every = every_seconds
         self._start = self._last = time.monotonic()
         self._documents = self._tokens = 0
+        self._bar: rich.progress.Progress | None = None
+
+    def __enter__(self) -> _Meter:
+        console = rich.console.Console(stderr=True)
+        if console.is_terminal:
+            columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.TimeRemainingColumn())
+            self._bar = rich.progress.Progress(*columns, console=console, transient=True)
+            self._bar.add_task("", total=None)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
 
     def add(self, documents: int, tokens: int, progress: float | None) -> None:
         self._documents += documents
         self._tokens += tokens
         now = time.monotonic()
-        if now - self._last < self._every:
-            return
-        self._last = now
-        elapsed = now - self._start
-        left = f", {elapsed / progress - elapsed:,.0f} s left" if progress else ""
-        speed = self._tokens / elapsed
-        self._report(f"{self._documents:,} documents, {self._tokens:,} tokens, {speed:,.0f} tokens/s{left}")
+        elapsed = max(now - self._start, 1e-3)
+        text = f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / elapsed:,.0f} tokens/s"
+        if self._bar:
+            total = None if progress is None else 1.0
+            self._bar.update(self._bar.task_ids[0], description=text, total=total, completed=progress or 0.0)
+        elif now - self._last >= self._every:
+            self._last = now
+            self._report(text + (f", {elapsed / progress - elapsed:,.0f} s left" if progress else ""))

@@ -77,9 +77,15 @@ def _task(config: CorpusConfig) -> tuple[set[str], Examples, Callable[[Mapping[s
 
     def examples(split: str) -> Iterator[Mapping[str, Any]]:
         # One pass, in the source's order; no lengths, so that nothing is trimmed.
-        dataset = provider.get_dataset(
-            sequence_length=None, split=split, use_cached=False, shuffle=False, seed=0, num_epochs=1
-        )
+        try:
+            dataset = provider.get_dataset(
+                sequence_length=None, split=split, use_cached=False, shuffle=False, seed=0, num_epochs=1
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"data.corpus.task: {config.task!r} cannot be read without sequence lengths ({error}); expected one "
+                "that yields whole texts: cutting and corrupting them comes after"
+            ) from error
         return dataset.as_numpy_iterator()
 
     def to_text(example: Mapping[str, Any]) -> str:

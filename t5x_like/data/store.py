@@ -15,6 +15,7 @@ The arrays are zarr3 in shards, written and read through TensorStore, with a che
 from __future__ import annotations
 
 import concurrent.futures
+import errno
 import functools
 import hashlib
 import json
@@ -90,11 +91,15 @@ class _ArrayWriter:
 
     def _write(self, block: npt.NDArray[Any]) -> None:
         stop = self.size + len(block)
-        self._array = self._array.resize(exclusive_max=[stop]).result()
-        for start in range(0, len(block), _SHARD):
-            part = block[start : start + _SHARD]
-            self._array[self.size + start : self.size + start + len(part)].write(part).result()
-            self.digest.update(part.tobytes())
+        try:
+            self._array = self._array.resize(exclusive_max=[stop]).result()
+            for start in range(0, len(block), _SHARD):
+                part = block[start : start + _SHARD]
+                self._array[self.size + start : self.size + start + len(part)].write(part).result()
+                self.digest.update(part.tobytes())
+        except ValueError as error:  # TensorStore's name for whatever the file system says
+            full = os.strerror(errno.ENOSPC) in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
         self.size = stop
 
     def close(self) -> None:

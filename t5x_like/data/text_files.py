@@ -6,9 +6,9 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, cast
 
 from t5x_like.config.data import CorpusConfig
 from t5x_like.config.errors import DataError
@@ -43,8 +43,9 @@ def read(config: CorpusConfig, reading: Reading) -> Iterator[str]:
       DataError: with the file, and the line or row where there is one.
     """
     paths = matching(config.files)
+    reading.parts = len(paths)
     for number, path in enumerate(paths):
-        reading.progress = number / len(paths)
+        reading.part, reading.inside = number, 0.0
         try:
             yield from _reader(path)(path, config, reading)
         except OSError as error:
@@ -81,20 +82,26 @@ def _read_txt(path: Path, config: CorpusConfig, reading: Reading) -> Iterator[st
 
 def _read_jsonl(path: Path, config: CorpusConfig, reading: Reading) -> Iterator[str]:
     with open(path, "rb") as file:
-        yield from _json_lines(file, path, config, reading)
+        yield from _json_lines(file, file, path, config, reading)
 
 
 def _read_jsonl_gz(path: Path, config: CorpusConfig, reading: Reading) -> Iterator[str]:
-    with gzip.open(path, "rb") as file:
+    with open(path, "rb") as file, gzip.GzipFile(fileobj=file) as lines:
         try:
-            yield from _json_lines(cast(IO[bytes], file), path, config, reading)
+            yield from _json_lines(lines, file, path, config, reading)
         except (EOFError, zlib.error) as error:
             raise DataError(f"{path}: found a truncated or damaged gzip file ({error}), expected a whole one") from None
 
 
-def _json_lines(file: IO[bytes], path: Path, config: CorpusConfig, reading: Reading) -> Iterator[str]:
+def _json_lines(
+    lines: Iterable[bytes], file: BufferedReader, path: Path, config: CorpusConfig, reading: Reading
+) -> Iterator[str]:
+    """`file` is where the lines come from, packed or not: its position says how far the reading is."""
     field = config.text_field
-    for number, line in enumerate(file, start=1):
+    size = max(path.stat().st_size, 1)
+    for number, line in enumerate(lines, start=1):
+        if number % 256 == 0:
+            reading.inside = min(file.tell() / size, 1.0)
         if not line.strip():
             continue
         where = f"{path}:{number}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ Ids = npt.NDArray[np.int32]
 
 _EXTRA_ID = re.compile(r"▁?<extra_id_(\d+)>")
 _UNKNOWN = "⁇".encode()
+_STRETCH = 2**20
 
 
 class Tokenizer:
@@ -150,8 +151,29 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
-        encoded: Any = self._processor.encode(list(texts), num_threads=num_threads)
-        return [self._to_ours[np.asarray(ids, np.int64)] for ids in encoded]
+        stretches = [list(_stretches(text)) for text in texts]
+        flat = [stretch for several in stretches for stretch in several]
+        encoded: Iterator[Any] = iter(self._processor.encode(flat, num_threads=num_threads))
+        return [
+            np.concatenate([self._to_ours[np.asarray(next(encoded), np.int64)] for _ in several])
+            for several in stretches
+        ]
+
+
+def _stretches(text: str) -> Iterator[str]:
+    """Long texts in parts of about a megabyte, so that their lattice of pieces fits into memory. They are cut after a
+    newline, where no piece goes on; if there is none, before a space; if there is none either, anywhere."""
+    start = 0
+    while len(text) - start > _STRETCH:
+        near = start + _STRETCH
+        cut = text.rfind("\n", start, near) + 1
+        if cut <= start:
+            cut = text.rfind(" ", start + 1, near)
+        if cut <= start:
+            cut = near
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def load(config: TokenizerConfig, path: Path | None) -> Tokenizer:
