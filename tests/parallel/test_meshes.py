@@ -27,8 +27,9 @@ MESHES = {
     "data_fsdp_tensor": PartitioningConfig(data=2, fsdp=2, tensor=2),
 }
 QUERY_SHARDS = {"fsdp": (2, 8, 4, 16), "data_tensor": (2, 64, 1, 16), "data_fsdp_tensor": (2, 32, 2, 16)}
-SHARE_PER_DEVICE = {"fsdp": 1 / 8, "data_tensor": 1 / 4, "data_fsdp_tensor": 1 / 4}
-"""Of the parameters that are split at all; norms and, under tensor parallelism, some biases and key heads are not."""
+SHARE_PER_DEVICE = {"fsdp": 0.15, "data_tensor": 0.31, "data_fsdp_tensor": 0.28}
+"""Upper bound on what a device holds of all parameters: an eighth or a quarter, and the few that are split over one
+axis only or not at all (norms, biases, key heads that are fewer than the tensor degree)."""
 COMPLAINT = "Involuntary full rematerialization"
 
 
@@ -90,10 +91,8 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
     params, first_moment = state["params"], state["opt_state"].mu
     assert shard_shape(query_kernel(params)) == shard_shape(query_kernel(first_moment)) == QUERY_SHARDS[mesh]
     for tree in (params, first_moment, state["opt_state"].nu):
-        split = [x for x in jax.tree.leaves(tree) if shard_shape(x) != x.shape]
-        held = sum(np.prod(shard_shape(x)) for x in split) / sum(x.size for x in split)
-        assert held <= SHARE_PER_DEVICE[mesh]
-        assert sum(x.size for x in split) > 0.95 * sum(x.size for x in jax.tree.leaves(tree))
+        leaves = jax.tree.leaves(tree)
+        assert sum(np.prod(shard_shape(x)) for x in leaves) <= SHARE_PER_DEVICE[mesh] * sum(x.size for x in leaves)
 
 
 def test_adafactor_keeps_its_factors_where_the_parameter_is() -> None:
@@ -131,7 +130,7 @@ def test_accumulated_parts_are_split_evenly_and_give_the_result_of_the_whole_bat
     ]
     assert "2,1,32" in carried, "two parts of one row of 32 tokens on each of eight devices"
     assert f"{ROWS // 2},32" not in carried
-    assert "512,8" in carried and "512,64" not in carried, "gradients are accumulated in shards"
+    assert "2,8,128" in carried and "2,64,128" not in carried, "gradients are accumulated in shards"
 
 
 def test_fresh_parameters_and_evaluation_do_not_depend_on_the_mesh() -> None:
