@@ -34,7 +34,8 @@ test-wheel: $(VENV)/.created
 	rm -rf build/wheel && mkdir -p build/wheel/elsewhere
 	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(BIN)/python -m venv build/wheel/venv
-	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build/wheel/*.whl
+	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
+	  --constraint constraints.txt build/wheel/*.whl
 	cd build/wheel/elsewhere && ../venv/bin/t5x-like --version && ../venv/bin/t5x-like train smoke --print-config >config.json \
 	  && ../venv/bin/t5x-like train config.json --print-config >/dev/null && ../venv/bin/python -c 'import t5x_like.trainer'
 
@@ -58,17 +59,18 @@ $(VENV)/.created:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# Installed again only when the requirements changed.
+# Installed again only when the requirements changed. --no-compile: what is imported is compiled then, which is a small
+# part of what is installed.
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.created
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 $(VENV)/.installed-hf: $(VENV)/.installed-dev
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,hf]'
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,hf]'
 	@touch $@
 
 # Resolves the newest versions anew, for Python 3.11 and for the newer ones in one file. torch's CUDA packages are left
