@@ -76,9 +76,7 @@ def random_composition(keys_N: rng.Keys, stream: int, total: int, parts: int) ->
     edges = np.zeros((len(keys_N), parts + 1), np.int64)
     edges[:, -1] = total
     if cuts:
-        words = rng.bits(keys_N, stream, total - 1)
-        chosen = np.argpartition(words, cuts - 1, axis=1)[:, :cuts]
-        edges[:, 1:-1] = np.sort(chosen, axis=1) + 1
+        edges[:, 1:-1] = rng.choose(keys_N, stream, total - 1, cuts) + 1
     return np.diff(edges, axis=1)
 
 
@@ -181,9 +179,8 @@ def _mask_tokens(tokens_NxL: Tokens, keys_N: rng.Keys, objective: MaskedLM, voca
     vocabulary.sentinel_id(0)
     rows, length = tokens_NxL.shape
     count = masked_count(objective, length)
-    words_NxL = rng.bits(keys_N, _CHOICE, length)
     chosen_NxL = np.zeros((rows, length), np.bool_)
-    np.put_along_axis(chosen_NxL, np.argpartition(words_NxL, count - 1, axis=1)[:, :count], True, axis=1)
+    np.put_along_axis(chosen_NxL, rng.choose(keys_N, _CHOICE, length, count), True, axis=1)
 
     fate_NxL = (rng.bits(keys_N, _REPLACEMENT, length) >> np.uint64(11)) * 2.0**-53
     masked_NxL = chosen_NxL & (fate_NxL < objective.replace_with_mask)

@@ -56,6 +56,21 @@ def below(words: Keys, bound: Integers) -> npt.NDArray[np.int64]:
     return (words % _as_uint64(bound)).astype(np.int64)
 
 
+def choose(keys_N: Keys, stream: int, total: int, count: int) -> npt.NDArray[np.int64]:
+    """[N, count]: for each key a uniform subset of [0, total), in increasing order."""
+    # Each number gets a random word that ends in the number itself: all words differ, and no index has to be kept.
+    ending = np.uint64(max(total - 1, 1).bit_length())
+    words_NxT = bits(keys_N, stream, total)
+    words_NxT >>= ending
+    words_NxT <<= ending
+    words_NxT |= np.arange(total, dtype=np.uint64)
+    if count < total:
+        words_NxT.partition(max(count - 1, 0), axis=1)
+    chosen = words_NxT[:, :count] & ((np.uint64(1) << ending) - np.uint64(1))
+    chosen.sort(axis=1)
+    return chosen.astype(np.int64)
+
+
 def permute(index: npt.NDArray[np.int64], size: int, key: Keys) -> npt.NDArray[np.int64]:
     """The images of `index` under a keyed pseudo-random permutation of [0, size), in constant time and memory each.
 

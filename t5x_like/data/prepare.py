@@ -23,6 +23,7 @@ import rich.progress
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import DataError
 from t5x_like.data import corpora, tokenizers
+from t5x_like.data.documents import Document, Reading
 from t5x_like.data.store import FORMAT_VERSION, SPLITS, Store, StoreWriter, is_committed
 from t5x_like.data.tokenizers import SentencePieceTokenizer, Tokenizer
 
@@ -139,7 +140,7 @@ def _build(data: DataConfig, path: Path, report: Report) -> None:
     report(f"{path}: preparing {data.corpus.name}")
     started = time.monotonic()
     tokenizer = _tokenizer(data, report)
-    reading = corpora.Reading()
+    reading = Reading()
     source = hashlib.blake2b(digest_size=16)
     with StoreWriter(path, vocab_size=tokenizer.vocab_size) as writer, _Meter(report) as meter:
         for documents in _batches(corpora.read(data.corpus, reading)):
@@ -184,7 +185,7 @@ def _tokenizer(data: DataConfig, report: Report) -> Tokenizer:
         return tokenizers.load(config, Path(config.path) if config.path else None)
     report(f"training a SentencePiece vocabulary of {config.vocab_size:,}")
     started = time.monotonic()
-    texts = (document.text for document in corpora.read(data.corpus, corpora.Reading()) if document.split == "train")
+    texts = (document.text for document in corpora.read(data.corpus, Reading()) if document.split == "train")
     model = tokenizers.train_sentencepiece(
         _sample(texts, TRAINING_BYTES_PER_PIECE * config.vocab_size), config.vocab_size
     )
@@ -213,9 +214,9 @@ def _until(texts: Iterable[str], limit: int) -> Iterator[str]:
         limit -= len(text)
 
 
-def _batches(documents: Iterable[corpora.Document]) -> Iterator[list[corpora.Document]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in lists of some megabytes, so that encoding them in parallel pays and memory stays bounded."""
-    batch: list[corpora.Document] = []
+    batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)

@@ -288,7 +288,9 @@ class Store:
         from t5x_like.data import tokenizers
 
         model = self.path / "tokenizer.model"
-        config = TokenizerConfig(**self.info["tokenizer"])
+        # The model here is without the sentinels that its file may have brought; the vocabulary knows their number.
+        sentinels = {"num_sentinels": self.vocabulary.num_sentinels}
+        config = TokenizerConfig(**{**self.info["tokenizer"], **sentinels})
         return tokenizers.load(config, model if model.exists() else None)
 
     def split(self, name: str) -> Split:

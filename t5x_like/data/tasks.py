@@ -12,11 +12,12 @@ import tensorflow as tf
 
 from t5x_like.config.data import CorpusConfig
 from t5x_like.data import corpora
+from t5x_like.data.documents import Reading
 
 
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None, *, corpus: CorpusConfig) -> tf.data.Dataset:
     del shuffle_files, seed  # the order is the corpus's own; shuffling comes after reading
-    documents = [document.text for document in corpora.read(corpus, corpora.Reading()) if document.split == split]
+    documents = [document.text for document in corpora.read(corpus, Reading()) if document.split == split]
     return tf.data.Dataset.from_tensor_slices({"targets": documents})
 
 

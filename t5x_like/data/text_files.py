@@ -12,7 +12,7 @@ from pathlib import Path
 
 from t5x_like.config.data import CorpusConfig
 from t5x_like.config.errors import DataError
-from t5x_like.data.corpora import Reading
+from t5x_like.data.documents import Reading
 
 
 def matching(patterns: tuple[str, ...]) -> list[Path]:

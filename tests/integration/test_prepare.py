@@ -16,7 +16,7 @@ import pytest
 
 from t5x_like.config import CorpusConfig, DataConfig, DataError, TokenizerConfig, ul2
 from t5x_like.data import python_docs
-from t5x_like.data.corpora import Document, divide
+from t5x_like.data.documents import Document, divide
 from t5x_like.data.prepare import open_store, prepare, store_path
 from t5x_like.data.store import Store, is_committed
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from t5x_like.config import CorpusConfig, DataError
-from t5x_like.data import corpora, docstrings, python_docs
-from t5x_like.data.corpora import Document, Reading, divide
+from t5x_like.data import corpora, docstrings, documents, python_docs
+from t5x_like.data.documents import Document, Reading, divide
 
 
 def texts(config: CorpusConfig, reading: Reading | None = None) -> list[str]:
@@ -138,6 +138,14 @@ def test_one_document_gives_its_last_lines() -> None:
     assert train.text + validation.text == text and train.text.endswith("\n")
     assert 0.03 < len(validation.text) / len(text) < 0.07
     assert [document.split for document in divide([Document("x")], 0.05)] == ["train"]
+
+
+def test_documents_too_long_to_be_held_give_their_last_lines_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_HELD_CHARACTERS", 5000)
+    long = [Document(f"line {number}\n" * 200) for number in range(40)]
+    divided = list(divide(long, 0.1))
+    assert [document.split for document in divided] == ["train", "validation"] * 40
+    assert "".join(document.text for document in divided) == "".join(document.text for document in long)
 
 
 def test_a_sources_own_division_stands() -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_like.config import ConfigError, DataError, TokenizerConfig
+from t5x_like.config import CausalLM, ConfigError, CorpusConfig, DataConfig, DataError, TokenizerConfig
 from t5x_like.data import sentencepiece_model, tokenizers
+from t5x_like.data.prepare import prepare
 from t5x_like.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
 T5_FILE = Path(__file__).parents[3] / "shared" / "data" / "t5_cc_all_32000_100extra.sentencepiece.model"
@@ -109,6 +110,35 @@ def test_t5s_file_with_and_without_its_extra_ids(tmp_path: Path) -> None:
     assert tokenizers.load(TokenizerConfig(num_sentinels=128), path).sentinel_id(0) == 32127
     with pytest.raises(ConfigError, match=r"num_sentinels: found 128, expected at most the 100 <extra_id_\*> pieces"):
         tokenizers.load(TokenizerConfig(num_sentinels=128), T5_FILE)
+
+
+def with_extra_ids(model: bytes, count: int) -> bytes:
+    """The model with `<extra_id_*>` pieces behind its own, the last of them first, as T5's file has them."""
+    for index in reversed(range(count)):
+        piece = f"▁<extra_id_{index}>".encode()
+        entry = b"\x0a" + bytes([len(piece)]) + piece + b"\x18\x04"
+        model += b"\x0a" + bytes([len(entry)]) + entry
+    return model
+
+
+def test_a_files_own_sentinels_are_kept_by_the_store_that_is_made_with_it(model: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "own.model"
+    path.write_bytes(with_extra_ids(model, 8))
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    data = DataConfig(
+        corpus=CorpusConfig(files=(str(tmp_path / "text.txt"),)),
+        tokenizer=TokenizerConfig(path=str(path), num_sentinels=5),
+        layout="causal_lm",
+        mixture=(CausalLM(),),
+        inputs_length=8,
+        targets_length=8,
+        store=str(tmp_path / "stores"),
+    )
+    store = prepare(data, report=lambda line: None)
+    given = tokenizers.load(data.tokenizer, path)
+    assert given.vocabulary == store.vocabulary == store.tokenizer.vocabulary
+    assert (given.sentinel_id(0), given.mode_id("R")) == (337, 338)
+    assert store.tokenizer.fingerprint == given.fingerprint == store.info["tokenizer_fingerprint"]
 
 
 @needs_t5_file
