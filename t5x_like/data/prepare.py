@@ -26,6 +26,7 @@ from t5x_like.data import corpora, tokenizers
 from t5x_like.data.documents import Document, Reading
 from t5x_like.data.store import FORMAT_VERSION, SPLITS, Store, StoreWriter, is_committed
 from t5x_like.data.tokenizers import SentencePieceTokenizer, Tokenizer
+from t5x_like.data.vocabulary import EOS_ID
 
 Report = Callable[[str], None]
 
@@ -146,15 +147,19 @@ def _build(data: DataConfig, path: Path, report: Report) -> None:
         for documents in _batches(corpora.read(data.corpus, reading)):
             texts = [document.text for document in documents]
             encoded = tokenizer.encode_batch(texts, num_threads=_ENCODING_THREADS)
-            ended = [np.append(ids, tokenizer.eos_id) for ids in encoded]
+            sizes = []
+            for document in documents:
+                data_bytes = document.text.encode()
+                source.update(f"{document.split} {len(data_bytes)} ".encode())
+                source.update(data_bytes)
+                sizes.append(len(data_bytes))
             for split in SPLITS:
                 chosen = [index for index, document in enumerate(documents) if document.split == split]
                 if chosen:
-                    size = sum(len(texts[index].encode()) for index in chosen)
-                    writer.append(split, [ended[index] for index in chosen], size)
-            for document in documents:
-                source.update(f"{document.split} {len(document.text)} ".encode() + document.text.encode())
-            meter.add(len(texts), sum(map(len, ended)), reading.progress)
+                    ended = [np.append(encoded[index], encoded[index].dtype.type(EOS_ID)) for index in chosen]
+                    writer.append(split, ended, sum(sizes[index] for index in chosen))
+            tokens = sum(map(len, encoded)) + len(encoded)
+            meter.add(len(texts), tokens, reading.progress)
         info = {
             "corpus": dataclasses.asdict(data.corpus),
             "tokenizer": dataclasses.asdict(data.tokenizer),

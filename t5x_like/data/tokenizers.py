@@ -21,11 +21,12 @@ from t5x_like.config.objectives import MODES, Mode
 from t5x_like.data import sentencepiece_model
 from t5x_like.data.vocabulary import EOS_ID, NUM_SPECIAL, PAD_ID, UNK_ID, Vocabulary
 
-Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.integer[Any]]
 
 _EXTRA_ID = re.compile(r"▁?<extra_id_(\d+)>")
 _UNKNOWN = "⁇".encode()
 _STRETCH = 2**20
+_GROUP = 2**23
 
 
 class Tokenizer:
@@ -114,7 +115,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
         del num_threads
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + NUM_SPECIAL for text in texts]
+        return [np.frombuffer(text.encode(), np.uint8) + np.uint16(NUM_SPECIAL) for text in texts]
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -151,13 +152,27 @@ class SentencePieceTokenizer(Tokenizer):
         )
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
-        stretches = [list(_stretches(text)) for text in texts]
-        flat = [stretch for several in stretches for stretch in several]
-        encoded: Iterator[Any] = iter(self._processor.encode(flat, num_threads=num_threads))
-        return [
-            np.concatenate([self._to_ours[np.asarray(next(encoded), np.int64)] for _ in several])
-            for several in stretches
-        ]
+        parts = [(index, part) for index, text in enumerate(texts) for part in _stretches(text)]
+        ids: list[list[Ids]] = [[] for _ in texts]
+        for group in _groups(parts):
+            encoded: Any = self._processor.encode([part for _, part in group], num_threads=num_threads)
+            for (index, _), part_ids in zip(group, encoded, strict=True):
+                ids[index].append(self._to_ours[np.asarray(part_ids, np.int64)])
+        return [np.concatenate(parts_ids) for parts_ids in ids]
+
+
+def _groups(parts: Sequence[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Some megabytes at a time: SentencePiece returns lists of Python numbers, which take ten times their text."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for part in parts:
+        group.append(part)
+        size += len(part[1])
+        if size >= _GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _stretches(text: str) -> Iterator[str]:

@@ -176,3 +176,15 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes) -> N
         tokenizers.load(TokenizerConfig(), path)
     with pytest.raises(DataError, match="unreadable"):
         tokenizers.load(TokenizerConfig(), tmp_path / "absent.model")
+
+
+def test_long_texts_are_cut_where_no_piece_goes_on(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "\n".join(TEXTS) + "w" * 300 + " and so on" * 40
+    whole = trained.encode(text)
+    monkeypatch.setattr(tokenizers, "_STRETCH", 200)
+    monkeypatch.setattr(tokenizers, "_GROUP", 700)
+    assert trained.decode(trained.encode(text)) == text
+    lines = text[: text.index("www")]
+    assert trained.encode(lines) == whole[: len(trained.encode(lines))]
+    together = trained.encode_batch([text, "", "short", lines])
+    assert [ids.tolist() for ids in together] == [trained.encode(t) for t in (text, "", "short", lines)]
