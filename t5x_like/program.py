@@ -14,6 +14,7 @@ import optax
 from t5x_like.config import BatchSpec, ConfigError, RunConfig, batch_spec
 from t5x_like.models.build import ModelSpec, abstract, build, merge
 from t5x_like.models.model import Model
+from t5x_like.monitoring.metrics import Mean
 from t5x_like.partitioning.check import check_partitioning
 from t5x_like.partitioning.constrain import activation_context
 from t5x_like.partitioning.mesh import make_mesh
@@ -47,8 +48,8 @@ class Program:
     batch_spec: BatchSpec
     abstract_state: Tree
     logical_axes: Tree
-    train_step: Callable[[Tree, Batch], tuple[Tree, Mapping[str, Any]]]
-    eval_step: Callable[[Tree, Batch], Mapping[str, Any]]
+    train_step: Callable[[Tree, Batch], tuple[Tree, dict[str, Mean]]]
+    eval_step: Callable[[Tree, Batch], dict[str, Mean]]
 
     @property
     def abstract_params(self) -> Tree:
