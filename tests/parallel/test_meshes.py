@@ -144,15 +144,11 @@ def test_fresh_parameters_and_evaluation_do_not_depend_on_the_mesh() -> None:
 
 
 def test_the_complaint_that_these_tests_look_for_is_made_and_seen(capfd: pytest.CaptureFixture[str]) -> None:
-    """The layout that the model avoids: rows looked up in a table whose columns are split over the axis of the rows."""
+    """From columns split over an axis to rows split over it and another one: what looking up rows in a table whose
+    columns are split over fsdp would ask for."""
     mesh = make_mesh(MESHES["data_fsdp_tensor"], jax.devices())
-    table = jax.ShapeDtypeStruct((512, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("tensor", "fsdp")))
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
-    ids = jax.ShapeDtypeStruct((16, 16), jnp.int32, sharding=rows)
-
-    def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
-        x = jnp.take(table, ids, axis=0, mode="clip")
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, None)))
-
-    jax.jit(look_up).lower(table, ids).compile()
+    columns = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, None))
+    x = jax.ShapeDtypeStruct((16, 16, 64), jnp.float32, sharding=columns)
+    jax.jit(lambda x: jax.lax.with_sharding_constraint(2 * x, rows)).lower(x).compile()
     assert COMPLAINT in capfd.readouterr().err
