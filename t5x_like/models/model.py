@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_like.config.errors import ConfigError, DataError, Problem
+from t5x_like.config.errors import ConfigError, DataError
 from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.sections import model_problems
 from t5x_like.kernels.attention import MaskSpec
 from t5x_like.models.cache import Cache
 from t5x_like.models.layers import Dense, Embedding, Norm, activate, param
@@ -65,8 +66,8 @@ class Model(nnx.Module):
     """Maps a batch of features to logits; encodes; decodes through a cache."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        """Raises ConfigError where the stacks do not fit together."""
-        problems = stack_problems(config)
+        """Raises ConfigError where the configuration is no model; all its problems are listed."""
+        problems = list(model_problems(config))
         if problems:
             raise ConfigError(problems)
         self.config = config
@@ -247,20 +248,3 @@ def _feature(batch: Mapping[str, Array], name: str, config: ModelConfig) -> Arra
             f"found {sorted(batch)}; choose the data layout that belongs to the model"
         )
     return batch[name]
-
-
-def stack_problems(config: ModelConfig) -> list[Problem]:
-    """What is wrong with the stacks and how they fit together."""
-    problems = []
-    if not config.stacks:
-        problems.append(Problem("model", "neither an encoder nor a decoder", "at least one of them"))
-    for name, stack in config.stacks.items():
-        if stack.num_kv_heads < 1 or stack.num_heads % stack.num_kv_heads:
-            expected = f"a divisor of num_heads, {stack.num_heads}"
-            problems.append(Problem(f"model.{name}.num_kv_heads", str(stack.num_kv_heads), expected))
-        if stack.positions == "rope" and stack.head_dim % 2:
-            problems.append(Problem(f"model.{name}.head_dim", str(stack.head_dim), "an even number, for rotary pairs"))
-    if config.encoder is not None and config.decoder is not None and config.encoder.d_model != config.decoder.d_model:
-        expected = f"that of the encoder, {config.encoder.d_model}, since both read one token table"
-        problems.append(Problem("model.decoder.d_model", str(config.decoder.d_model), expected))
-    return problems
