@@ -111,7 +111,7 @@ class CheckpointManager:
             return False
         leaves = trees.by_path(state)
         record = {"format": FORMAT, "step": step, "state": trees.describe(leaves), "meta": meta}
-        text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        text = json.dumps(record, indent=1, sort_keys=True) + "\n"
         try:
             with _context():
                 response = ocp.save_checkpointables_async(self._path(step, "saving"), _by_item(leaves))

@@ -69,6 +69,13 @@ def test_restored_state_is_the_saved_one(manager: CheckpointManager):
     assert manager.read_meta() == meta
 
 
+def test_meta_may_hold_what_is_no_number(manager: CheckpointManager):
+    """A loss that is not finite must not end the run in the middle of a save."""
+    manager.save(1, make_state(), {"interval": {"loss": [float("nan"), 3.0]}})
+    (loss, weight) = manager.read_meta()["interval"]["loss"]
+    assert np.isnan(loss) and weight == 3.0
+
+
 def test_save_survives_donation(manager: CheckpointManager):
     state = make_state(1)
     expected = jax.tree.map(np.array, state)
