@@ -1,0 +1,178 @@
+"""A briefly trained run, scored and prompted from its directory through the command line's functions."""
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+
+import pytest
+
+from t5x_like import run_directory
+from t5x_like.cli import main
+from t5x_like.config import (
+    EXIT_OK,
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    AdamW,
+    CheckpointConfig,
+    CorpusConfig,
+    DataConfig,
+    EvaluationConfig,
+    MaskedLM,
+    ModelConfig,
+    MonitoringConfig,
+    PrefixLM,
+    RunConfig,
+    Schedule,
+    SpanCorruption,
+    StackConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+from t5x_like.data.prepare import prepare, store_path
+from t5x_like.trainer import train
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Text that goes through the alphabet again and again, each document from another letter on: what follows is known,
+    although no letter is more frequent than another."""
+    place = tmp_path_factory.mktemp("trained")
+    (place / "texts").mkdir()
+    shift = random.Random(0)
+    for number in range(60):
+        first = shift.randrange(26)
+        (place / "texts" / f"{number}.txt").write_text("".join(ALPHABET[(first + i) % 26] for i in range(300 + number)))
+    stack = StackConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64, positions="rope")
+    run = RunConfig(
+        name="alphabet",
+        model=ModelConfig(encoder=stack, decoder=stack, vocab_size=288, embedding_stddev=0.2),
+        data=DataConfig(
+            corpus=CorpusConfig(files=(str(place / "texts" / "*.txt"),), validation_fraction=0.2),
+            tokenizer=TokenizerConfig(kind="bytes", num_sentinels=16),
+            layout="encoder_decoder",
+            mixture=(
+                SpanCorruption(name="R", mean_noise_span_length=3.0, noise_density=0.15, mode="R"),
+                PrefixLM(name="S", mode="S", min_target_fraction=0.5, max_target_fraction=0.5),
+            ),
+            inputs_length=24,
+            targets_length=24,
+            store=str(place / "stores"),
+        ),
+        training=TrainingConfig(
+            num_train_steps=300,
+            batch_size=16,
+            optimizer=AdamW(weight_decay=0.0),
+            schedule=Schedule(kind="cosine", learning_rate=1e-2, warmup_steps=20),
+        ),
+        checkpoints=CheckpointConfig(save_every_steps=150),
+        evaluation=EvaluationConfig(num_batches=2),
+        monitoring=MonitoringConfig(tensorboard=False, samples=2),
+    )
+    prepare(run.data, report=lambda line: None)
+    assert train(run, place / "run") == EXIT_OK
+    return place / "run"
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_model_knows_what_no_code_knows(trained):
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    assert evaluation["step"] == 300
+    assert {name: scores["loss"] < 0.5 for name, scores in evaluation["objectives"].items()} == {"R": True, "S": True}
+    bits = evaluation["prefix_lm"]["bits_per_byte"]
+    assert bits < 0.5
+    assert evaluation["baselines"]["unigram_bits_per_byte"] == pytest.approx((26).bit_length(), abs=0.5)
+    assert evaluation["baselines"]["byte_entropy_bits_per_byte"] > 4 * bits
+    samples = json.loads((trained / "samples.json").read_text())
+    assert [sample["denoiser"] for sample in samples] == ["R", "S"]
+
+
+def test_eval_scores_older_steps_and_keeps_the_newest_as_the_result(trained, tmp_path, capsys):
+    before = json.loads((trained / "evaluation.json").read_text())
+    assert main(["eval", str(trained), "--step", "150", "--num-batches", "1"]) == EXIT_OK
+    printed = capsys.readouterr().out
+    assert "step 150" in printed and "gzip -9" in printed
+    assert json.loads((trained / "evaluation.json").read_text()) == before
+    assert [record["step"] for record in lines((trained / "evaluations.jsonl").read_text())] == [150, 300]
+    assert (trained / "report.html").exists()
+
+    output = tmp_path / "scores.json"
+    assert main(["eval", str(trained), "--step", "150", "300", "--output", str(output)]) == EXIT_OK
+    found = json.loads(output.read_text())
+    assert [result["step"] for result in found] == [150, 300]
+    assert found[1] == before, "the same scores in another process's words"
+    assert main(["eval", str(trained), "--step", "7"]) == EXIT_REFUSED
+
+
+def test_generate_goes_on_with_a_prompt(trained, capsys):
+    assert main(["generate", str(trained), "--prompt", ALPHABET[:22], "--max-new-tokens", "6"]) == EXIT_OK
+    assert capsys.readouterr().out == "wxyzab\n"
+
+
+def test_generate_fills_gaps_in_the_denoisers_own_form(trained, capsys):
+    prompt = "abcdefghi<extra_id_0>mnopqrstuvwx"
+    assert main(["generate", str(trained), "--prompt", prompt, "--mode", "R", "--max-new-tokens", "8"]) == EXIT_OK
+    sentinel, span = capsys.readouterr().out.strip().split(">")
+    assert sentinel == "<extra_id_0" and len(span) >= 3 and span in 2 * ALPHABET
+
+
+def test_generate_answers_lines_of_json(trained, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "efghijklmnopqrstuvwxyz", "id": 1}\n{"prompt": "uvwxyzabcdefghijklmnop", "id": 2}\n')
+    arguments = ["generate", str(trained), "--input", str(prompts), "--max-new-tokens", "3"]
+    assert main(arguments) == EXIT_OK
+    assert lines(capsys.readouterr().out) == [
+        {"prompt": "efghijklmnopqrstuvwxyz", "id": 1, "output": "abc"},
+        {"prompt": "uvwxyzabcdefghijklmnop", "id": 2, "output": "qrs"},
+    ]
+    sampled = [*arguments, "--temperature", "8", "--num-samples", "3", "--seed", "5"]
+    assert main(sampled) == EXIT_OK
+    answers = lines(capsys.readouterr().out)
+    assert [(answer["id"], answer["sample"]) for answer in answers] == [(i, s) for i in (1, 2) for s in (0, 1, 2)]
+    assert len({answer["output"] for answer in answers}) > 1
+    assert main(sampled) == EXIT_OK
+    assert lines(capsys.readouterr().out) == answers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a", "--mode", "X"], "mode: found X, expected one of R, S"),
+        (["--prompt", "a", "--num-samples", "2"], "set a temperature"),
+        (["--prompt", "a", "--top-p", "0"], "top_p: found 0.0"),
+        (["--prompt", "<extra_id_99>", "--mode", "R"], "expected a sentinel below 16"),
+    ],
+)
+def test_wrong_requests_are_refused_with_one_message(trained, capsys, arguments, message):
+    assert main(["generate", str(trained), *arguments]) == EXIT_USAGE
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+
+
+def test_a_changed_store_is_refused(trained, tmp_path, capsys):
+    """With other sentinels the ids would mean something else."""
+    run = run_directory.read_config(trained)
+    other = dataclasses.replace(run, data=dataclasses.replace(run.data, store=str(tmp_path / "stores")))
+    shorter = dataclasses.replace(other.data, corpus=dataclasses.replace(run.data.corpus, max_documents=50))
+    prepare(shorter, report=lambda line: None)
+    store_path(shorter).rename(store_path(other.data))
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    run_directory.write_atomically(copied / "config.json", run_directory.to_json(other))
+    assert main(["generate", str(copied), "--prompt", "a"]) == EXIT_REFUSED
+    assert "on which the checkpoint was trained" in capsys.readouterr().err
+
+
+def test_an_encoder_generates_nothing(trained, tmp_path, capsys):
+    run = run_directory.read_config(trained)
+    data = dataclasses.replace(run.data, layout="encoder", mixture=(MaskedLM(),), targets_length=0)
+    encoder = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=None), data=data)
+    run_directory.write_atomically(tmp_path / "config.json", run_directory.to_json(encoder))
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == EXIT_USAGE
+    assert "an encoder fills masks but generates no text" in capsys.readouterr().err
