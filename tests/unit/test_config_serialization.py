@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from config_examples import changed, example
 from t5x_like.config import AdamW, ConfigError
 from t5x_like.config.objectives import Layout
 from t5x_like.config.recipes import load_recipe
+from t5x_like.config.sections import model_problems
 from t5x_like.config.serialization import SCHEMA_VERSION, differences, from_json, to_dict, to_json
+from t5x_like.models import presets
 
 
 @pytest.mark.parametrize("layout", ["encoder_decoder", "prefix_lm", "causal_lm", "encoder"])
@@ -22,6 +25,30 @@ def test_round_trip(layout: Layout) -> None:
     again = from_json(to_json(run), source="config.json")
     assert again == run and to_json(again) == to_json(run)
     assert hash(again) == hash(run), "lists must come back as tuples"
+
+
+PRESETS = {
+    "t5_1_1": presets.t5_1_1("xxl"),
+    "t5_1_0": presets.t5_1_0("small"),
+    "ul2_20b": presets.ul2_20b(),
+    "mt5_base": presets.mt5_base(),
+    "decoder_1b": presets.decoder_1b(),
+    "bert_base": presets.bert_base(),
+    "smoke": presets.smoke(),
+}
+
+
+def test_every_preset_is_listed() -> None:
+    functions = {name for name, value in vars(presets).items() if inspect.isfunction(value) and name[0] != "_"}
+    assert functions == PRESETS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sound_and_come_back(name: str) -> None:
+    model = PRESETS[name]
+    assert list(model_problems(model)) == []
+    run = changed(example(), "model", model)
+    assert from_json(to_json(run), source="config.json").model == model
 
 
 def broken(path: str, value: Any) -> str:
