@@ -16,7 +16,7 @@ from rich.console import Console
 from t5x_like import overview, run_directory
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.checkpoints.space import require_free_space, state_bytes
-from t5x_like.config import RefusedError, RunConfig
+from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
 from t5x_like.config.serialization import to_dict
 from t5x_like.data.prefetch import Prefetcher
 from t5x_like.data.prepare import open_store
@@ -183,6 +183,7 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(workdir / "log.txt", console))
         store = open_store(run.data)
+        _require_rows_for(store, run)
         stream = Stream(store, run.data, run.training.batch_size, "train")
         program = assemble(run, jax.devices())
         directory = workdir / run_directory.CHECKPOINTS
@@ -233,6 +234,14 @@ def _open_writers(run: RunConfig, workdir: Path, restored_step: int | None, prog
     if run.monitoring.tensorboard:
         others.append(TensorBoardWriter(workdir / run_directory.TENSORBOARD, restored_step=restored_step))
     return Writers(record, others)
+
+
+def _require_rows_for(store: Store, run: RunConfig) -> None:
+    """Raises ConfigError where the tokenizer has ids that the token table lacks: known only from the tokenizer's file."""
+    needed = store.vocabulary.vocab_size
+    if needed > run.model.vocab_size:
+        expected = f"at least {needed}, the ids of the tokenizer in {store.path}"
+        raise ConfigError([Problem("model.vocab_size", str(run.model.vocab_size), expected)])
 
 
 def _require_same_data(saved: Mapping[str, Any], fingerprint: str) -> None:
