@@ -237,7 +237,7 @@ def _open_writers(run: RunConfig, workdir: Path, restored_step: int | None, prog
 
 
 def _require_rows_for(store: Store, run: RunConfig) -> None:
-    """Raises ConfigError where the tokenizer has ids that the token table lacks: known only from the tokenizer's file."""
+    """Raises ConfigError where the token table lacks ids of the tokenizer, which may be known from its file only."""
     needed = store.vocabulary.vocab_size
     if needed > run.model.vocab_size:
         expected = f"at least {needed}, the ids of the tokenizer in {store.path}"
