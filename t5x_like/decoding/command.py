@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from t5x_like.config import EXIT_OK, ConfigError, DataError, Problem
 from t5x_like.data.tokenizers import Tokenizer
 from t5x_like.decoding.generate import generate_tokens
-from t5x_like.decoding.prompts import PromptFormat, prompt_format
+from t5x_like.decoding.prompts import PromptFormat, longest_prompt, prompt_format
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.trained import Trained, open_trained
 from t5x_like.monitoring.text import visible
@@ -76,6 +76,9 @@ def generate_command(
     trained = open_trained(run_dir)
     tokenizer = trained.store.tokenizer
     prompts = [_ids(request.prompt, prompt_form, tokenizer) for request in requests]
+    longest, trained_on = max(map(len, prompts)), longest_prompt(trained.run.data, prompt_form)
+    if longest > trained_on:
+        print(f"note: a prompt of {longest} tokens, longer than the {trained_on} of training", file=sys.stderr)
     answers = _answers(
         trained,
         prompts,

@@ -81,3 +81,8 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
         return objective_format(by_mode.get("S", next(iter(by_mode.values()))), data)
     order = ("prefix_lm", "causal_lm", "span_corruption")
     return objective_format(min(objectives, key=lambda objective: order.index(objective.kind)), data)
+
+
+def longest_prompt(data: DataConfig, form: PromptFormat) -> int:
+    """Tokens of the longest prompt that the model has seen in training: an objective's inputs, or a row of text."""
+    return data.inputs_length if form.ends_in_eos else data.row_length
