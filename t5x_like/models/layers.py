@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import Activation, StackConfig
+from t5x_like.kernels.matmul import matmul
 from t5x_like.kernels.random import keep_mask
 from t5x_like.partitioning.constrain import constrain
 
@@ -45,7 +46,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Array, dtype: jnp.dtype | None = None) -> Array:
         """`dtype` is that of the result; by default that of x."""
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.contracted, preferred_element_type=dtype or x.dtype)
+        y = matmul(x, self.kernel[...], self.contracted, dtype or x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -53,11 +54,14 @@ class Embedding(nnx.Module):
     """A table of vectors, looked up by id."""
 
     def __init__(self, rows: tuple[str, int], columns: tuple[str, int], *, stddev: float, rngs: nnx.Rngs):
-        self.embedding = param(stddev * jax.random.normal(rngs.params(), (rows[1], columns[1])), (rows[0], columns[0]))
+        self.axes = (rows[0], columns[0])
+        self.embedding = param(stddev * jax.random.normal(rngs.params(), (rows[1], columns[1])), self.axes)
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
         """[...] ids to [..., columns]."""
-        return jnp.take(self.embedding[...], ids, axis=0, mode="clip").astype(dtype)
+        # Gathered over fsdp before the lookup: left to itself, XLA would replicate the rows that were looked up.
+        table = constrain(self.embedding[...], self.axes)
+        return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
 
 
 class Norm(nnx.Module):

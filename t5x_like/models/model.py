@@ -10,7 +10,6 @@ With segment ids, queries see the keys of their own segment, also across from de
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import jax
@@ -22,6 +21,7 @@ from t5x_like.config.errors import ConfigError, DataError
 from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.config.sections import model_problems
 from t5x_like.kernels.attention import MaskSpec
+from t5x_like.kernels.matmul import matmul
 from t5x_like.models.cache import Cache
 from t5x_like.models.layers import Dense, Embedding, Norm, activate, param
 from t5x_like.models.stacks import LayerCaches, Stack
@@ -52,11 +52,8 @@ class Head(nnx.Module):
             x = self.transform_norm(activate(self.transform(x), self.activation))
         if self.config.scale_logits:
             x = x * x.shape[-1] ** -0.5
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        if self.config.tie_embeddings:
-            logits = product("bld,vd->blv", x, table_Vxd.astype(x.dtype))
-        else:
-            logits = product("bld,dv->blv", x, self.kernel[...].astype(x.dtype))
+        kernel = table_Vxd.T if self.config.tie_embeddings else self.kernel[...]
+        logits = matmul(x, kernel, 1, jnp.dtype(jnp.float32))
         if self.config.head_bias:
             logits = logits + self.bias[...]
         return constrain(logits, ("batch", "length", "vocab"))
