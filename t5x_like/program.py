@@ -29,9 +29,10 @@ Tree = Any
 Batch = Mapping[str, Mapping[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Everything that a run computes, compiled for a mesh or ready to be.
+    """Everything that a run computes, compiled for a mesh or ready to be. Equal to itself only, so that it can be a
+    static argument of a function that is compiled for it.
 
     Attributes:
       abstract_state: The training state {params, opt_state, step, rng} as `jax.ShapeDtypeStruct`s with shardings:
@@ -104,17 +105,20 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
     )
 
     def apply(params: Tree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> jax.Array:
-        with activation_context(mesh, rules):
-            return merge(spec.graphdef, params)(batch, dropout_rng=dropout_rng)
+        return merge(spec.graphdef, params)(batch, dropout_rng=dropout_rng)
+
+    def constrained(step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step, traced with its activations constrained to the mesh."""
+        return activation_context(mesh, rules)(step)
 
     inputs = batch_shardings(mesh, rules, shape)
     train_step = jax.jit(
-        make_train_step(run, apply, optimizer, schedule),
+        constrained(make_train_step(run, apply, optimizer, schedule)),
         in_shardings=(shardings, inputs),
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
-    eval_step = jax.jit(make_eval_step(run, apply), in_shardings=(shardings["params"], inputs))
+    eval_step = jax.jit(constrained(make_eval_step(run, apply)), in_shardings=(shardings["params"], inputs))
     return Program(run, mesh, rules, spec, optimizer, shape, abstract_state, axes, train_step, eval_step)
 
 

@@ -46,8 +46,11 @@ def read_config(directory: Path) -> RunConfig:
     return from_json(text, source=str(path))
 
 
-def claim_config(directory: Path, run: RunConfig) -> None:
+def claim_config(directory: Path, run: RunConfig) -> RunConfig:
     """Writes config.json, or checks that the one that is there describes the same run.
+
+    Returns:
+      The run as it is read back from there, where every number has the type of its field.
 
     Raises:
       RefusedError: the directory holds a run with another configuration; the differences are listed.
@@ -63,7 +66,9 @@ def claim_config(directory: Path, run: RunConfig) -> None:
                 f"{directory} holds a run with another configuration:\n{lines}\n"
                 "Take another --workdir, or the run's own values."
             )
-    write_atomically(path, to_json(run))
+    text = to_json(run)
+    write_atomically(path, text)
+    return from_json(text, source=str(path))
 
 
 def write_atomically(path: Path, text: str) -> None:

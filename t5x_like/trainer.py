@@ -30,7 +30,7 @@ def train(run: RunConfig, workdir: Path) -> int:
       UserError: the run cannot start or go on; exit.json in `workdir` says the same.
     """
     with run_directory.locked(workdir), interruption() as stop:
-        run_directory.claim_config(workdir, run)
+        run = run_directory.claim_config(workdir, run)
         step: int | None = finished_step(run, workdir)
         if step is not None:
             print(f"{workdir}: step {step} of {run.training.num_train_steps} is saved; nothing to train")

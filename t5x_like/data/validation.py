@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config.data import DataConfig
-from t5x_like.config.objectives import CausalLM, Objective, PrefixLM, raw_window_length
+from t5x_like.config.objectives import CausalLM, PrefixLM, prefix_target_range, raw_window_length
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise, split_at
 from t5x_like.data.features import Features, convert
@@ -61,39 +61,42 @@ def prefix_lm_batches(
 ) -> Iterator[ScoredBatch]:
     """Batches of held-out windows of which the first half is given and the second half is scored.
 
-    The rows have the form of the mixture's prefix LM (its mode token too), or else of its causal LM, which is given the
-    first half as text to go on with; or else, in mixtures of span corruption only, of a prefix LM without mode token.
-    The EOS that closes the targets is no text and has weight 0. An encoder has no such batches.
+    Windows and rows are those of training: the mixture's prefix LM has its own window length and mode token, and is cut
+    in the middle, or as near to it as its law allows, since a model that never made so long targets would expect EOS.
+    A mixture without one has its causal LM, which is given the first half as text to go on with; one of span corruption
+    only, a prefix LM without mode token. The EOS that closes the targets is no text and has weight 0. An encoder has no
+    such batches.
     """
     if data.layout == "encoder":
         return
     objective, index = _continuation(data)
-    length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length) // 2 * 2
+    length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length)
     for tokens_NxL, _ in _windows(store.split(split), length, batch_size, num_batches):
-        given = tokens_NxL.shape[1] // 2
-        examples = _half_scored(tokens_NxL, given, objective, store)
+        given = _given(objective, tokens_NxL.shape[1])
+        examples = _rest_scored(tokens_NxL, given, objective, store)
         features = convert(examples, data.layout, data.inputs_length, data.targets_length)
         scored = tokens_NxL[:, given:].astype(np.int32).ravel()
         yield ScoredBatch(_batch(features, batch_size, index), scored, store.tokenizer.to_bytes(scored.tolist()))
 
 
 def _continuation(data: DataConfig) -> tuple[PrefixLM | CausalLM, int]:
-    """The objective whose form the rows get, with all windows cut in the middle, and its index in the mixture."""
+    """The objective whose form the rows get, and its index in the mixture."""
     for kind in (PrefixLM, CausalLM):
         for index, objective in enumerate(data.mixture):
             if isinstance(objective, kind):
-                return _halved(objective), index
-    return _halved(PrefixLM(name="prefix_lm")), 0
+                return objective, index
+    return PrefixLM(name="prefix_lm", min_target_fraction=0.5, max_target_fraction=0.5), 0
 
 
-def _halved(objective: Objective) -> PrefixLM | CausalLM:
-    if isinstance(objective, PrefixLM):
-        return dataclasses.replace(objective, min_target_fraction=0.5, max_target_fraction=0.5)
-    assert isinstance(objective, CausalLM)
-    return objective
+def _given(objective: PrefixLM | CausalLM, length: int) -> int:
+    """Tokens of a window that are given."""
+    if isinstance(objective, CausalLM):
+        return length // 2
+    fewest, most = prefix_target_range(objective, length)
+    return length - min(max(length // 2, fewest), most)
 
 
-def _half_scored(tokens_NxL: npt.NDArray[Any], given: int, objective: PrefixLM | CausalLM, store: Store) -> Examples:
+def _rest_scored(tokens_NxL: npt.NDArray[Any], given: int, objective: PrefixLM | CausalLM, store: Store) -> Examples:
     rows, length = tokens_NxL.shape
     no_keys_N = np.zeros(rows, np.uint64)
     if isinstance(objective, PrefixLM):

@@ -68,7 +68,7 @@ def generate_tokens(
         chosen = by_length[start : start + batch_size]
         batch = _make_batch(program, [prompts[i] for i in chosen], [numbers[i] for i in chosen], max_new_tokens)
         new_RxN = _decode_batch(
-            ByIdentity(program),
+            program,
             params,
             batch,
             np.uint32(seed % 2**32),
@@ -131,19 +131,6 @@ def _cut(new_RxN: jax.Array, rows: int, max_new_tokens: int) -> Iterator[list[in
         yield row[: row.index(EOS_ID)] if EOS_ID in row else row
 
 
-class ByIdentity:
-    """A program as a static argument of a compiled function: the same one if it is the same object."""
-
-    def __init__(self, program: Program):
-        self.of = program
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ByIdentity) and other.of is self.of
-
-    def __hash__(self) -> int:
-        return id(self.of)
-
-
 class _Loop(NamedTuple):
     """What the loop carries: how many tokens are made, in R rows with N cells each, and which was chosen last."""
 
@@ -156,7 +143,7 @@ class _Loop(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("cells", "sampling", "bidirectional"))
 def _decode_batch(
-    static_program: ByIdentity,
+    program: Program,
     params: Tree,
     batch: dict[str, jax.Array],
     seed: jax.Array,
@@ -167,7 +154,6 @@ def _decode_batch(
     bidirectional: bool,
 ) -> jax.Array:
     """New tokens [R, N]; zeros after EOS and after a row's limit."""
-    program = static_program.of
     rows_R, limits_R = batch["rows"], batch["limits"]
     with program.activations():
         model = program.model(params)

@@ -16,7 +16,7 @@ from t5x_like.data import validation
 from t5x_like.data.store import Store
 from t5x_like.data.tokenizers import Tokenizer
 from t5x_like.data.vocabulary import PAD_ID
-from t5x_like.decoding.generate import ByIdentity, generate_tokens
+from t5x_like.decoding.generate import generate_tokens
 from t5x_like.decoding.prompts import objective_format
 from t5x_like.decoding.sampling import restrict
 from t5x_like.program import Program
@@ -98,7 +98,7 @@ def _infill(program: Program, params: Tree, features: Features, count: int, stor
     """A masked LM's most likely pieces of text at the chosen positions."""
     text_V = np.arange(program.run.model.vocab_size) < store.vocabulary.base_size
     placed = program.put({"main": features})["main"]
-    prediction_NxL = np.asarray(_most_likely(ByIdentity(program), params, placed, text_V))
+    prediction_NxL = np.asarray(_most_likely(program, params, placed, text_V))
     samples = []
     for row in range(count):
         tokens, chosen = features["encoder_target_tokens"][row], features["encoder_loss_weights"][row] > 0
@@ -117,12 +117,10 @@ def _infill(program: Program, params: Tree, features: Features, count: int, stor
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _most_likely(
-    program: ByIdentity, params: Tree, features: Mapping[str, jax.Array], allowed_V: jax.Array
-) -> jax.Array:
-    with program.of.activations():
-        tokens_BxL = restrict(program.of.model(params)(features), allowed_V).argmax(axis=-1)
-        return jax.lax.with_sharding_constraint(tokens_BxL, NamedSharding(program.of.mesh, PartitionSpec()))
+def _most_likely(program: Program, params: Tree, features: Mapping[str, jax.Array], allowed_V: jax.Array) -> jax.Array:
+    with program.activations():
+        tokens_BxL = restrict(program.model(params)(features), allowed_V).argmax(axis=-1)
+        return jax.lax.with_sharding_constraint(tokens_BxL, NamedSharding(program.mesh, PartitionSpec()))
 
 
 def _with_gaps(tokens: Sequence[int], gaps: Sequence[bool] | npt.NDArray[np.bool_], tokenizer: Tokenizer) -> str:

@@ -10,7 +10,7 @@ import pytest
 from data_examples import data_config, numbered_store, raw_tokens, text_store
 
 from t5x_like.config import CausalLM, DataConfig, PrefixLM, SpanCorruption
-from t5x_like.config.objectives import Layout
+from t5x_like.config.objectives import Layout, prefix_target_range, raw_window_length
 from t5x_like.data.store import Store
 from t5x_like.data.validation import objective_batches, prefix_lm_batches
 
@@ -100,9 +100,20 @@ def test_a_causal_row_goes_on_without_a_break(store: Store) -> None:
     row = batch.batch["main"]["decoder_target_tokens"][0]
     weights = batch.batch["main"]["decoder_loss_weights"][0]
     window = PLAIN.row_length - 1
-    window -= window % 2
-    assert weights.tolist() == [0] * (window // 2) + [1] * (window // 2) + [0] * (PLAIN.row_length - window)
-    assert b"".join(TEXT.encode() for TEXT in TEXTS).find(bytes(int(t) - 3 for t in row[: window // 2] if t >= 3)) >= 0
+    given = window // 2
+    assert weights.tolist() == [0] * given + [1] * (window - given) + [0]
+    assert b"".join(TEXT.encode() for TEXT in TEXTS).find(bytes(int(t) - 3 for t in row[:given] if t >= 3)) >= 0
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.5), (0.0, 0.3), (0.6, 0.9), (0.0, 1.0)])
+def test_continuations_are_as_long_as_training_makes_them(store: Store, low: float, high: float) -> None:
+    objective = PrefixLM(name="S", min_target_fraction=low, max_target_fraction=high)
+    data = data_config(mixture=(objective,))
+    length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length)
+    (batch, *_) = prefix_lm_batches(store, data, 4, 1)
+    scored_N = (batch.batch["main"]["decoder_loss_weights"] > 0).sum(axis=1)
+    fewest, most = prefix_target_range(objective, length)
+    assert scored_N.tolist() == [min(max(length // 2, fewest), most)] * 4
 
 
 def test_a_split_shorter_than_a_window_is_one_window_and_an_empty_one_none(tmp_path: Path) -> None:
