@@ -74,7 +74,7 @@ class Session:
         """Starts a training step; returns before it is done."""
         with self.clock.state("step" if self.compiled else "compile"):
             self.state, metrics = self.program.train_step(self.state, batch)
-        self.compiled = True
+            self.compiled = True
         self.step += 1
         self.pending.append(metrics)
         self.progress.advance(self.step)
@@ -129,7 +129,7 @@ class Session:
         """Waits for the pending steps and adds their metrics to the interval, in the order of the steps."""
         with self.clock.state("step"):
             steps = jax.device_get(list(self.pending))
-        self.pending.clear()
+            self.pending.clear()
         for metrics in steps:
             floats = {name: Mean(float(mean.sum), float(mean.weight)) for name, mean in metrics.items()}
             self.interval = add(self.interval, floats)
@@ -208,6 +208,8 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
         stack.callback(writers.close)
         batches = Prefetcher(stream, step)
         stack.callback(batches.close)
+        # From here on, what is nothing else is waiting for steps.
+        clock.enter("step")
         yield Session(
             run=run,
             workdir=workdir,

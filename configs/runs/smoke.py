@@ -41,7 +41,7 @@ def recipe() -> RunConfig:
             schedule=Schedule(kind="cosine", learning_rate=2e-2, warmup_steps=60, final_fraction=0.01),
         ),
         checkpoints=CheckpointConfig(save_every_steps=200),
-        evaluation=EvaluationConfig(every_steps=200, num_batches=8),
+        evaluation=EvaluationConfig(every_steps=200, num_batches=16),
     )
 
 
