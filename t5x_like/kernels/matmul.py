@@ -25,6 +25,10 @@ def matmul(x: Array, kernel: Array, contracted: int, dtype: jnp.dtype) -> Array:
     Returns:
       [..., outputs] in `dtype`.
     """
+    return _product(x, kernel, contracted, dtype)
+
+
+def _product(x: Array, kernel: Array, contracted: int, dtype: jnp.dtype) -> Array:
     return _dot(x, kernel.astype(x.dtype), _last(x, contracted), range(contracted), dtype)
 
 
@@ -37,7 +41,8 @@ def _last(x: Array, count: int) -> range:
 
 
 def _forward(x: Array, kernel: Array, contracted: int, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, kernel, contracted, dtype), (x, kernel)
+    # The product itself and not `matmul` again: a remat policy that keeps products does not see into the latter.
+    return _product(x, kernel, contracted, dtype), (x, kernel)
 
 
 def _backward(
