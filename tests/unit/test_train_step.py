@@ -156,7 +156,8 @@ def test_dropout_keys_advance_over_parts_steps_and_sub_batches() -> None:
     half = {name: x[::2] for name, x in batch["main"].items()}
     for index, found in enumerate(losses):
         at_step, part = divmod(index, 2)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(17), at_step), part), 0)
+        of_run = jax.random.wrap_key_data(state["rng"])
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(of_run, at_step), part), 0)
         logits = jax.nn.log_softmax(apply(params_of(), half, key))
         expected = -np.take_along_axis(np.asarray(logits), half["decoder_target_tokens"][..., None], -1).mean()
         assert found == pytest.approx(expected, rel=1e-5)
