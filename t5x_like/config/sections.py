@@ -44,6 +44,11 @@ def model_problems(model: ModelConfig) -> Problems:
         yield Problem("model", "neither an encoder nor a decoder", "at least one stack")
     for name, stack in model.stacks.items():
         yield from _stack(f"model.{name}", stack)
+        yield from _attention_dropout(f"model.{name}", stack, model)
+    if model.attention == "cudnn" and model.dtype == "float32":
+        yield Problem(
+            "model.dtype", "float32 with model.attention cudnn", "bfloat16: cuDNN's kernels are half precision"
+        )
     encoder, decoder = model.encoder, model.decoder
     if encoder and decoder and encoder.d_model != decoder.d_model:
         yield Problem(
@@ -82,6 +87,18 @@ def _stack(where: str, stack: StackConfig) -> Problems:
     yield from above(f"{where}.norm_epsilon", stack.norm_epsilon, 0)
     yield from above(f"{where}.attention_scale", stack.attention_scale, 0)
     yield from within(f"{where}.dropout_rate", stack.dropout_rate, 0, 1, ends="[)")
+
+
+def _attention_dropout(where: str, stack: StackConfig, model: ModelConfig) -> Problems:
+    """The fused backends can drop keys for all queries alike, and then only where each head has its own keys."""
+    shared = stack.dropout_broadcast_length and stack.num_heads == stack.num_kv_heads
+    if model.attention != "reference" and stack.dropout_rate > 0 and not shared:
+        yield Problem(
+            f"{where}.dropout_rate",
+            f"{stack.dropout_rate:g} with model.attention {model.attention}",
+            "no dropout, or dropout_broadcast_length True with as many key heads as query heads",
+            "or model.attention reference",
+        )
 
 
 def _relative_bias(where: str, stack: StackConfig) -> Problems:
