@@ -95,6 +95,8 @@ def _call(path: Path, function: str) -> RunConfig:
     spec = importlib.util.spec_from_file_location(f"t5x_like_recipe_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # As Python does for every module it imports: a dataclass in the recipe looks itself up there.
+    sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)

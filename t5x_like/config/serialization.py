@@ -43,7 +43,7 @@ def from_json(text: str, *, source: str) -> RunConfig:
     """
     try:
         document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError([Problem(source, f"no JSON ({error})", "a config.json written by t5x-like")]) from None
     if not isinstance(document, dict):
         raise ConfigError([Problem(source, f"a JSON {type(document).__name__}", "a JSON object")])

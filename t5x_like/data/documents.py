@@ -59,9 +59,9 @@ def divide(documents: Iterable[Document], validation_fraction: float) -> Iterato
         bound = int(validation_fraction * 2**64)
     else:
         hashes = sorted(_hash(document.text) for document in head if document.split is None)
-        held_out = round(validation_fraction * len(hashes))
+        held_out = min(round(validation_fraction * len(hashes)), len(hashes) - 1)
         huge = sum(len(document.text) for document in head) >= _HELD_CHARACTERS
-        if hashes and (huge or not held_out):
+        if hashes and (huge or held_out < 1):
             everything = itertools.chain(head, documents)
             yield from (part for document in everything for part in _cut_tail(document, validation_fraction))
             return

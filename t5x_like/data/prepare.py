@@ -71,7 +71,10 @@ def _sources(data: DataConfig) -> list[Any]:
         from t5x_like.data import text_files
 
         for path in text_files.matching(data.corpus.files):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:  # a link to nothing
+                raise DataError(f"{path}: unreadable ({error.strerror}), expected a text file") from None
             sources.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
     if data.tokenizer.kind == "sentencepiece" and data.tokenizer.path:
         path = Path(data.tokenizer.path)
@@ -180,7 +183,7 @@ def _summarise(store: Store, seconds: float, report: Report) -> None:
     for reason, count in store.info["left_out"].items():
         report(f"left out: {count:,} documents ({reason})")
     if not store.split("validation").num_tokens:
-        report("no text is held out: data.corpus.validation_fraction is 0 or the corpus is too small to divide")
+        report("no text is held out: the corpus is too small to divide")
     report(f"{store.path}: prepared in {seconds:.1f} s, vocabulary of {store.vocabulary.vocab_size:,}")
 
 

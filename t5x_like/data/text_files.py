@@ -110,7 +110,7 @@ def _json_lines(
         except UnicodeDecodeError as error:
             _invalid(where, config, reading, str(error))
             continue
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: found no JSON ({error}), expected one object per line") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: found a JSON {type(row).__name__}, expected an object with the field {field!r}")

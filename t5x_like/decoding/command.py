@@ -71,7 +71,7 @@ def generate_command(
         fix = "greedy answers to a prompt are all the same: set a temperature"
         raise ConfigError([Problem("num_samples", str(num_samples), "1 at temperature 0", fix)])
     prompt_form = prompt_format(read_config(run_dir).data, mode)
-    requests = [Request(prompt, {})] if prompt is not None else read_requests(input_path)
+    requests = [_checked(Request(prompt, {}), "--prompt")] if prompt is not None else read_requests(input_path)
 
     trained = open_trained(run_dir)
     tokenizer = trained.store.tokenizer
@@ -177,13 +177,18 @@ def _request(line: str, where: str) -> Request:
     expected = 'expected a JSON object with a text "prompt"'
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: found no JSON ({error}), {expected}") from None
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         found = (
             f"fields {', '.join(map(repr, fields)) or 'none'}" if isinstance(fields, dict) else type(fields).__name__
         )
         raise DataError(f"{where}: found {found}, {expected}")
-    if any("\ud800" <= character <= "\udfff" for character in fields["prompt"]):
+    return _checked(Request(fields["prompt"], fields), where)
+
+
+def _checked(request: Request, where: str) -> Request:
+    """Lone surrogates can be spelled by JSON, and stand for bytes of an argument that are no UTF-8."""
+    if any("\ud800" <= character <= "\udfff" for character in request.prompt):
         raise DataError(f"{where}: found half of a surrogate pair in the prompt, expected text that UTF-8 can hold")
-    return Request(fields["prompt"], fields)
+    return request
