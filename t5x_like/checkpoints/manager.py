@@ -231,6 +231,11 @@ class CheckpointManager:
         self.wait()
 
         def choose() -> int:
+            if step is not None and not self._path(step).is_dir():
+                raise RefusedError(
+                    f"there is no checkpoint of step {step} in {self.directory}; steps that are there: "
+                    f"{', '.join(map(str, self.steps())) or 'none'}"
+                )
             problems: dict[int, list[str]] = {}
             for candidate in [step] if step is not None else reversed(self.steps()):
                 path = self._path(candidate)
