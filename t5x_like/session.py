@@ -22,7 +22,7 @@ from t5x_like.data.prefetch import Prefetcher
 from t5x_like.data.prepare import open_store
 from t5x_like.data.store import Store
 from t5x_like.data.stream import Stream
-from t5x_like.evaluation.command import evaluate_and_record
+from t5x_like.evaluation.command import evaluate_and_record, is_evaluated
 from t5x_like.monitoring.clock import Clock, goodput
 from t5x_like.monitoring.logs import logging_to
 from t5x_like.monitoring.metrics import Mean, add, value
@@ -82,7 +82,9 @@ class Session:
     def write_metrics(self) -> None:
         """Writes the interval that ended before the newest step, while that step runs."""
         done = self.step - 1
-        if done > 0 and done % self.run.monitoring.log_every_steps == 0 and len(self.pending) > 1:
+        # A save at that step has written it already; an evaluation has only collected it.
+        is_due = done > 0 and done % self.run.monitoring.log_every_steps == 0
+        if is_due and (self.interval or len(self.pending) > 1):
             newest = self.pending.pop()
             self._write_interval(done)
             self.pending.append(newest)
@@ -113,7 +115,8 @@ class Session:
         self.progress.status(f"evaluating step {self.step}")
         self._collect()
         with self.clock.state("eval"):
-            evaluate_and_record(self.program, self.state["params"], self.store, self.workdir, self.step)
+            with self._written():
+                evaluate_and_record(self.program, self.state["params"], self.store, self.workdir, self.step)
         self.evaluated = self.step
         self.progress.status(f"evaluated step {self.step}")
 
@@ -124,6 +127,17 @@ class Session:
         self.progress.status(f"saved step {self.step}")
         if evaluate:
             self.evaluate()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Within: records are written, and an error of the file system is told as the user's."""
+        try:
+            yield
+        except OSError as error:
+            raise RefusedError(
+                f"{error.filename or self.workdir}: cannot be written ({error.strerror or error}). Saved steps are "
+                "untouched: mend that and run the same command again."
+            ) from error
 
     def _collect(self) -> None:
         """Waits for the pending steps and adds their metrics to the interval, in the order of the steps."""
@@ -152,7 +166,8 @@ class Session:
             peak=self.peak,
         )
         metrics["goodput"] = goodput(self.clock.totals())
-        self.writers.write(step, metrics)
+        with self._written():
+            self.writers.write(step, metrics)
         if metrics["nonfinite"] == 1.0:
             raise RefusedError(
                 f"no step from {step - steps} to {step} had a finite gradient, and none of them was applied; the last "
@@ -167,8 +182,9 @@ def finished_step(run: RunConfig, workdir: Path) -> int | None:
     """The last step of the run, if it is saved and evaluated already; None if there is something left to do."""
     directory = workdir / run_directory.CHECKPOINTS
     latest = CheckpointManager(directory, run.checkpoints, read_only=True).latest()
-    done = latest == run.training.num_train_steps and (workdir / "evaluation.json").exists()
-    return latest if done else None
+    if latest is None or latest < run.training.num_train_steps or not is_evaluated(workdir, latest):
+        return None
+    return latest
 
 
 @contextlib.contextmanager
@@ -204,9 +220,10 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
         restored_step = step if restored else None
         overview.show(program, stream, workdir, step, console)
         progress = Progress(run.training.num_train_steps, console=console, step=step)
+        stack.callback(progress.close)
         writers = _open_writers(run, workdir, restored_step, progress)
         stack.callback(writers.close)
-        batches = Prefetcher(stream, step)
+        batches = Prefetcher(stream, step, jax.process_index(), jax.process_count())
         stack.callback(batches.close)
         # From here on, what is nothing else is waiting for steps.
         clock.enter("step")
@@ -227,6 +244,7 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
             state=state,
             step=step,
             interval=interval,
+            evaluated=step if is_evaluated(workdir, step) else None,
         )
 
 

@@ -31,10 +31,12 @@ def train(run: RunConfig, workdir: Path) -> int:
     """
     with run_directory.locked(workdir), interruption() as stop:
         run = run_directory.claim_config(workdir, run)
-        step: int | None = finished_step(run, workdir)
-        if step is not None:
-            print(f"{workdir}: step {step} of {run.training.num_train_steps} is saved; nothing to train")
+        finished = finished_step(run, workdir)
+        if finished is not None:
+            print(f"{workdir}: step {finished} of {run.training.num_train_steps} is saved; nothing to train")
             return EXIT_OK
+        # What the process before said of its end is not said of this one, should it be killed.
+        (workdir / run_directory.EXIT).unlink(missing_ok=True)
         clock = Clock()
         try:
             with open_session(run, workdir, clock) as session:
@@ -44,7 +46,7 @@ def train(run: RunConfig, workdir: Path) -> int:
             code = error.exit_code if isinstance(error, UserError) else EXIT_UNEXPECTED
             run_directory.write_exit(workdir, code=code, reason=str(error), step=None, seconds=clock.totals())
             raise
-        code = EXIT_OK if step == run.training.num_train_steps else EXIT_RESUMABLE
+        code = EXIT_OK if step >= run.training.num_train_steps else EXIT_RESUMABLE
         reason = "finished" if stop.signal is None else f"stopped by {stop.signal.name}"
         run_directory.write_exit(workdir, code=code, reason=reason, step=step, seconds=clock.totals())
         _report(workdir)
@@ -66,11 +68,11 @@ def loop(session: Session, stop: Interruption) -> None:
     start = session.step
     while session.step < run.training.num_train_steps and not stop.requested:
         step = session.step
-        if step > start:
-            if evaluate_every and step % evaluate_every == 0:
-                session.evaluate()
-            if step % run.checkpoints.save_every_steps == 0:
-                session.save()
+        # Also at the first step of a resumed run: a signal may have ended the one before in front of its evaluation.
+        if step and evaluate_every and step % evaluate_every == 0:
+            session.evaluate()
+        if step > start and step % run.checkpoints.save_every_steps == 0:
+            session.save()
         batch = session.next_batch()
         session.dispatch(batch)
         session.write_metrics()

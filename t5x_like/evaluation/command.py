@@ -90,6 +90,12 @@ def evaluate_and_record(
     return result
 
 
+def is_evaluated(run_dir: Path, step: int) -> bool:
+    """Whether evaluations.jsonl has the scores of this step."""
+    path = run_dir / EVALUATIONS
+    return path.exists() and any(record["step"] == step for record in read_records(path)[0])
+
+
 def _record(path: Path, result: Result) -> int:
     """Puts a result among those of other steps, in their order, in the place of an older one of its step. Returns the
     last step."""

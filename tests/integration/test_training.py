@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
             schedule=Schedule(kind="constant", learning_rate=2e-2, warmup_steps=20),
         ),
         checkpoints=CheckpointConfig(save_every_steps=1000),
-        evaluation=EvaluationConfig(num_batches=2),
+        evaluation=EvaluationConfig(every_steps=80, num_batches=2),
         monitoring=MonitoringConfig(log_every_steps=40, tensorboard=False),
     )
     prepare(run.data, report=lambda line: None)
