@@ -54,10 +54,14 @@ def tokens_per_step(run: RunConfig) -> int:
 
 
 def peak(program: Program) -> Peak:
-    """What the program's devices could do: from the table of accelerators, or measured where they are CPUs."""
+    """What the program's devices could do: from the table of accelerators, or measured for kinds that are not there."""
     devices = program.mesh.devices.flatten()
     known = known_peak(devices[0].device_kind, devices.size)
-    return known if known is not None else measured_peak(_matrix_product_rate())
+    if known is not None:
+        return known
+    # CPU devices share the machine's cores, whatever their number.
+    copies = 1 if devices[0].platform == "cpu" else devices.size
+    return measured_peak(copies * _matrix_product_rate())
 
 
 def _matrix_product_rate(size: int = 1024, repeats: int = 8) -> float:

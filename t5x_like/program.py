@@ -38,7 +38,7 @@ class Program:
       abstract_state: The training state {params, opt_state, step, rng} as `jax.ShapeDtypeStruct`s with shardings:
         what a checkpoint is restored into.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
-      eval_step: (params, batch) -> metrics, jitted, for held-out batches of any number of rows.
+      eval_step: (params, batch) -> metrics, jitted, for batches of the shape of `batch_spec`.
     """
 
     run: RunConfig

@@ -6,7 +6,7 @@ import math
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Significant digits, without an exponent where that stays short: 3.142, 12 345, 1.2e-05."""
+    """Significant digits, without an exponent where that stays short: 3.142, 12,345, 1.20e-05."""
     if not math.isfinite(value):
         return {math.inf: "∞", -math.inf: "−∞"}.get(value, "NaN")
     if value == 0:
