@@ -102,7 +102,7 @@ def _objective_in_layout(where: str, objective: Objective, layout: Layout) -> Pr
 
 
 def _lengths(data: DataConfig) -> Problems:
-    """Cells that the layout and the objectives need; whether a window fits into them is for `_windows`."""
+    """Cells that the layout and the objectives need; whether a window fits into them is for `_window`."""
     if data.layout == "encoder":
         yield from at_least("data.inputs_length", data.inputs_length, 1)
         if data.targets_length:

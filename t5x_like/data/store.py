@@ -138,10 +138,6 @@ class StoreWriter:
         if self.partial.exists():
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(self._ends.values())
-
     def append(self, split: str, documents: list[npt.NDArray[Any]], text_bytes: int) -> None:
         """Adds documents, each with its EOS, and the number of UTF-8 bytes that they were."""
         lengths = np.array([len(document) for document in documents], np.uint64)
