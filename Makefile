@@ -12,15 +12,21 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke test test-hf test-wheel lint format install install-dev install-hf constraints clean
+.PHONY: smoke picture test test-hf test-wheel lint format install install-dev install-hf constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
 	$(RUN) train $(RECIPE) --workdir $(WORKDIR)
 	$(RUN) eval $(WORKDIR)
 	$(RUN) generate $(WORKDIR) --prompt "$(PROMPT)"
+	$(RUN) generate $(WORKDIR) --prompt "$(PROMPT)" --temperature 0.8 --top-p 0.9 --num-samples 3
 	@echo
 	@echo "Curves, samples and configuration: $(WORKDIR)/report.html"
+
+# The curves in the README, from the records of the run.
+picture: install
+	$(BIN)/python -c 'import pathlib, sys; from t5x_like.monitoring.pictures import write_curves_png; \
+	  write_curves_png(*map(pathlib.Path, sys.argv[1:]))' $(WORKDIR) docs/smoke.png
 
 test: install-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -7,14 +7,15 @@ The model: d_model 256, d_ff 512 gated GELU, 4 + 4 layers, 4 heads of 64, vocabu
 parameters), float32, dropout 0.1, Adafactor; a batch of 16 rows of 256 encoder and 64 decoder tokens, random and full.
 
 Each side lives in a process of its own. After warm-up the two take turns, one step each, while the other waits, and a
-step's cost is the CPU time of its process, which other work on the machine disturbs less than the wall clock. Reported are
-the medians, and the median of the ratios of neighbouring steps. Threads of OpenMP sleep while they wait, so that PyTorch's
-CPU time is work; on a busy machine `--cpus 1` is the steadiest comparison.
+step's cost is the CPU time of its process, which other work on the machine disturbs less than the wall clock. Reported
+are the medians, and the median of the ratios of neighbouring steps. Threads of OpenMP sleep while they wait, so that
+PyTorch's CPU time is work; on a busy machine `--cpus 1` is the steadiest comparison.
 
-Each side runs as its users run it. transformers: eager PyTorch, its default attention, its Adafactor, mean cross-entropy,
-and `lm_head` replaced because version 5 cannot configure a separate head. Ours: the step that `t5x-like train` runs, with
-z-loss and the metrics of each step. Dropout masks are drawn as T5X draws them, one for all positions of a row
-(`dropout_broadcast_length`), where transformers draws one number per element; `--full-dropout` makes ours draw them too.
+Each side runs as its users run it. transformers: eager PyTorch, its default attention, its Adafactor, mean
+cross-entropy, and `lm_head` replaced because version 5 cannot configure a separate head. Ours: the step that `t5x-like
+train` runs, with z-loss and the metrics of each step. Dropout masks are drawn as T5X draws them, one for all positions
+of a row (`dropout_broadcast_length`), where transformers draws one number per element; `--full-dropout` makes ours draw
+them too.
 """
 
 from __future__ import annotations

@@ -35,13 +35,13 @@ def recipe() -> RunConfig:
             targets_length=128,
         ),
         training=TrainingConfig(
-            num_train_steps=800,
+            num_train_steps=1500,
             batch_size=8,
             optimizer=AdamW(rms_scaled=True, weight_decay=0.0),
-            schedule=Schedule(kind="cosine", learning_rate=2e-2, warmup_steps=60, final_fraction=0.01),
+            schedule=Schedule(kind="cosine", learning_rate=2e-2, warmup_steps=100, final_fraction=0.01),
         ),
-        checkpoints=CheckpointConfig(save_every_steps=200),
-        evaluation=EvaluationConfig(every_steps=200, num_batches=16),
+        checkpoints=CheckpointConfig(save_every_steps=500),
+        evaluation=EvaluationConfig(every_steps=300, num_batches=16),
     )
 
 

@@ -248,17 +248,24 @@ def _reference(
     rows, q_length, heads, head_dim = q_BxQxHxh.shape
     kv_length, kv_heads = k_BxKxGxh.shape[1:3]
     shape = (kv_heads, heads // kv_heads)
-    q = (q_BxQxHxh * scale if scale != 1.0 else q_BxQxHxh).reshape(rows, q_length, *shape, head_dim)
-    scores = jnp.einsum("bqgrh,bkgh->bgrqk", q, k_BxKxGxh, preferred_element_type=jnp.float32)
-    if prepared.bias is not None:
-        bias = prepared.bias
-        scores = scores + bias.reshape(bias.shape[0], *shape, *bias.shape[2:])
-    if prepared.mask is not None:
-        scores = jnp.where(prepared.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(q_BxQxHxh.dtype)
+    keep = None
     if dropout_rng is not None:
         keep_shape = (rows, *shape, 1 if dropout_broadcast_length else q_length, kv_length)
         keep = keep_mask(dropout_rng, 1.0 - dropout_rate, keep_shape)
-        probabilities = jnp.where(keep, probabilities / (1.0 - dropout_rate), 0).astype(probabilities.dtype)
-    mixed = jnp.einsum("bgrqk,bkgh->bqgrh", probabilities, v_BxKxGxh)
-    return mixed.reshape(q_BxQxHxh.shape)
+
+    # The backward pass computes the probabilities again: less work than to write and read [B, H, Q, K] once.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(q: Array, k: Array, v: Array, prepared: Prepared, keep: Array | None) -> Array:
+        scores = jnp.einsum("bqgrh,bkgh->bgrqk", q, k, preferred_element_type=jnp.float32)
+        if prepared.bias is not None:
+            bias = prepared.bias
+            scores = scores + bias.reshape(bias.shape[0], *shape, *bias.shape[2:])
+        if prepared.mask is not None:
+            scores = jnp.where(prepared.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        if keep is not None:
+            probabilities = jnp.where(keep, probabilities / (1.0 - dropout_rate), 0).astype(probabilities.dtype)
+        return jnp.einsum("bgrqk,bkgh->bqgrh", probabilities, v)
+
+    q = (q_BxQxHxh * scale if scale != 1.0 else q_BxQxHxh).reshape(rows, q_length, *shape, head_dim)
+    return attend(q, k_BxKxGxh, v_BxKxGxh, prepared, keep).reshape(q_BxQxHxh.shape)

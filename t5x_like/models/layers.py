@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,6 +17,11 @@ from t5x_like.kernels.random import keep_mask
 from t5x_like.partitioning.constrain import constrain
 
 LogicalAxes = tuple[str, ...]
+
+
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+"""Of a function of elementwise work, the backward pass keeps the arguments only. Writing intermediate results to memory
+and reading them back costs more than computing them again."""
 
 
 def param(value: Array, axes: LogicalAxes) -> nnx.Param:
@@ -74,11 +80,15 @@ class Norm(nnx.Module):
         self.bias = param(jnp.zeros(config.d_model), ("norm",)) if self.centred and config.use_bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        if self.centred:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        @recomputed
+        def normalise(x: Array, scale: Array, bias: Array | None) -> Array:
+            y = x.astype(jnp.float32)
+            if self.centred:
+                y = y - jnp.mean(y, axis=-1, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * scale
+            return (y if bias is None else y + bias).astype(x.dtype)
+
+        return normalise(x, self.scale[...], None if self.bias is None else self.bias[...])
 
 
 class Mlp(nnx.Module):
@@ -99,10 +109,15 @@ class Mlp(nnx.Module):
         self.wo = Dense([mlp], [embed], stddev=config.d_ff**-0.5, use_bias=config.use_bias, rngs=rngs)
 
     def __call__(self, x_BxLxd: Array, *, dropout_rng: Array | None) -> Array:
+        @recomputed
+        def activated(x: Array, gate: Array | None = None) -> Array:
+            y = activate(x, self.config.mlp_activation)
+            return y if gate is None else y * gate
+
         if self.config.mlp_gated:
-            hidden = activate(self.wi_0(x_BxLxd), self.config.mlp_activation) * self.wi_1(x_BxLxd)
+            hidden = activated(self.wi_0(x_BxLxd), self.wi_1(x_BxLxd))
         else:
-            hidden = activate(self.wi(x_BxLxd), self.config.mlp_activation)
+            hidden = activated(self.wi(x_BxLxd))
         hidden = dropout(hidden, self.config, dropout_rng)
         return self.wo(constrain(hidden, ("batch", "length", "mlp")))
 
@@ -126,7 +141,12 @@ def dropout(x_BxLxD: Array, config: StackConfig, rng: Array | None) -> Array:
     rows, length, width = x_BxLxD.shape
     keep_probability = 1.0 - config.dropout_rate
     keep = keep_mask(rng, keep_probability, (rows, 1 if config.dropout_broadcast_length else length, width))
-    return jnp.where(keep, x_BxLxD / keep_probability, 0).astype(x_BxLxD.dtype)
+
+    @recomputed
+    def dropped(x: Array, keep: Array) -> Array:
+        return jnp.where(keep, x / keep_probability, 0).astype(x.dtype)
+
+    return dropped(x_BxLxD, keep)
 
 
 def rope(positions_BxL: Array, head_dim: int, base: float) -> tuple[Array, Array]:
