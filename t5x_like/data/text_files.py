@@ -23,7 +23,9 @@ def matching(patterns: tuple[str, ...]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        names = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
+        literal = Path(pattern).expanduser()
+        # A name may hold what would be a glob: `[draft].txt`.
+        names = [str(literal)] if literal.exists() else sorted(glob.glob(str(literal), recursive=True))
         if not names:
             raise DataError(
                 f"data.corpus.files: found no file that matches {pattern!r} (seen from {Path.cwd()}), expected one"
@@ -32,6 +34,9 @@ def matching(patterns: tuple[str, ...]) -> list[Path]:
             if path.is_dir():
                 raise DataError(f"{path}: found a folder, expected files; name them by a glob, as in '{path}/*.jsonl'")
             _reader(path)
+            if not path.is_file():
+                kind = "a link to nothing" if path.is_symlink() else "no regular file"
+                raise DataError(f"{path}: found {kind}, expected a file of text")
             found[path] = None
     return list(found)
 
@@ -146,6 +151,8 @@ def _read_parquet(path: Path, config: CorpusConfig, reading: Reading) -> Iterato
             raise DataError(
                 f"{path}: found the columns {columns}, expected {field!r}; name it by --data.corpus.text-field"
             )
+        if names.count(field) > 1:
+            raise DataError(f"{path}: found {names.count(field)} columns {field!r}, expected one")
         kind = table.schema_arrow.field(field).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f"{path}: found the column {field!r} of type {kind}, expected strings")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_files_that_are_not_there_or_not_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.csv: found an unknown kind of file, expected one of .txt, .jsonl"):
         texts(config(tmp_path / "a.csv"))
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
-    with pytest.raises(DataError, match=r"a.txt: unreadable \(No such file"):
+    with pytest.raises(DataError, match=r"a.txt: found a link to nothing"):
         texts(config(tmp_path / "*.txt"))
 
 
@@ -194,3 +195,27 @@ def test_dependencies_are_those_of_the_package() -> None:
     assert set(python_docs.DEPENDENCIES) == required
     installed = python_docs._installed_dependencies()
     assert "numpy" in installed and "pytest" not in installed
+
+
+def test_a_name_with_the_characters_of_a_glob_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "[draft].txt").write_text("found", encoding="utf-8")
+    assert texts(config(tmp_path / "[draft].txt")) == ["found"]
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="pipe.txt: found no regular file"):
+        texts(config(tmp_path / "*.txt"))
+    with pytest.raises(DataError, match="gone.jsonl: found a link to nothing"):
+        texts(config(tmp_path / "*.jsonl"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="found 2 columns 'text', expected one"):
+        texts(config(tmp_path / "twice.parquet"))
