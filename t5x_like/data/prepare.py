@@ -21,7 +21,7 @@ import rich.console
 import rich.progress
 
 from t5x_like.config.data import DataConfig
-from t5x_like.config.errors import DataError
+from t5x_like.config.errors import DataError, RefusedError
 from t5x_like.data import corpora, tokenizers
 from t5x_like.data.documents import Document, Reading
 from t5x_like.data.store import FORMAT_VERSION, SPLITS, Store, StoreWriter, is_committed
@@ -101,6 +101,7 @@ def prepare(data: DataConfig, report: Report = print) -> Store:
 
     Raises:
       DataError: the corpus or tokenizer cannot be used, or the store cannot be written.
+      RefusedError: the disk is full.
     """
     path = store_path(data)
     if is_committed(path):
@@ -112,10 +113,11 @@ def prepare(data: DataConfig, report: Report = print) -> Store:
             if not is_committed(path):
                 _build(data, path, report)
     except OSError as error:
-        full = error.errno == errno.ENOSPC
-        found = "the disk is full" if full else f"the store cannot be written ({error.strerror or error})"
-        fix = "free some space or name" if full else "name"
-        raise DataError(f"{path}: {found}; {fix} another folder by --data.store") from None
+        if error.errno == errno.ENOSPC:
+            fix = "free some space or name another folder by --data.store"
+            raise RefusedError(f"{path}: the disk is full; {fix}") from None
+        found = f"the store cannot be written ({error.strerror or error})"
+        raise DataError(f"{path}: {found}; name another folder by --data.store") from None
     return Store.open(path)
 
 
