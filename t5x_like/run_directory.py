@@ -40,15 +40,18 @@ def read_config(directory: Path) -> RunConfig:
     """
     path = directory / CONFIG
     try:
-        text = path.read_text()
-    except FileNotFoundError:
-        found = "no such file" if directory.is_dir() else "no such directory"
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        missing = "no such file" if directory.is_dir() else "no such directory"
+        found = missing if isinstance(error, FileNotFoundError) else f"it unreadable ({error.strerror})"
         raise ConfigError([Problem(str(path), found, "a run directory written by `t5x-like train`")]) from None
     return from_json(text, source=str(path))
 
 
 def claim_config(directory: Path, run: RunConfig) -> RunConfig:
     """Writes config.json, or checks that the one that is there describes the same run.
+
+    One that was refused before its first step has left a config.json too: it holds nothing back.
 
     Returns:
       The run as it is read back from there, where every number has the type of its field.
@@ -58,8 +61,8 @@ def claim_config(directory: Path, run: RunConfig) -> RunConfig:
         cannot be written.
     """
     path = directory / CONFIG
-    if path.exists():
-        kept = from_json(path.read_text(), source=str(path))
+    if path.exists() and _has_begun(directory):
+        kept = read_config(directory)
         changed = differences(kept, run)
         refused = {field: values for field, values in changed.items() if not may_change(field, run)}
         if refused:
@@ -74,6 +77,12 @@ def claim_config(directory: Path, run: RunConfig) -> RunConfig:
     except OSError as error:
         raise _unwritable(directory, error) from None
     return from_json(text, source=str(path))
+
+
+def _has_begun(directory: Path) -> bool:
+    """Whether there is something that another configuration must not go on with."""
+    metrics, checkpoints = directory / METRICS, directory / CHECKPOINTS
+    return (metrics.exists() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def write_atomically(path: Path, text: str) -> None:

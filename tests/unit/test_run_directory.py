@@ -25,6 +25,7 @@ def test_config_is_written_and_read_back(tmp_path: Path, run: RunConfig) -> None
 
 def test_another_configuration_is_refused_with_each_difference(tmp_path: Path, run: RunConfig) -> None:
     run_directory.claim_config(tmp_path, run)
+    (tmp_path / run_directory.METRICS).write_text('{"step": 1}\n')
     data = dataclasses.replace(run.data, seed=7, inputs_length=96)
     with pytest.raises(RefusedError) as refusal:
         run_directory.claim_config(tmp_path, dataclasses.replace(run, data=data))
@@ -55,6 +56,7 @@ def test_a_run_gets_longer_only_under_a_schedule_that_does_not_end_with_it(
     schedule = dataclasses.replace(run.training.schedule, kind=kind, decay_steps=decay_steps)
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, schedule=schedule))
     run_directory.claim_config(tmp_path, run)
+    (tmp_path / run_directory.METRICS).write_text('{"step": 1}\n')
     longer = dataclasses.replace(run, training=dataclasses.replace(run.training, num_train_steps=9999))
     if allowed:
         run_directory.claim_config(tmp_path, longer)
@@ -88,3 +90,28 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
     holder.communicate()
     with run_directory.locked(tmp_path):
         pass
+
+
+def test_a_run_that_was_refused_before_its_first_step_holds_nothing_back(tmp_path: Path, run: RunConfig) -> None:
+    run_directory.claim_config(tmp_path, run)
+    (tmp_path / run_directory.CHECKPOINTS).mkdir()
+    mended = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=24))
+    run_directory.claim_config(tmp_path, mended)
+    assert run_directory.read_config(tmp_path) == mended
+    (tmp_path / run_directory.CHECKPOINTS / "8").mkdir()
+    with pytest.raises(RefusedError, match="batch_size: 24 in the run, 8 now"):
+        run_directory.claim_config(tmp_path, run)
+
+
+@pytest.mark.parametrize("kind", ["run is a file", "config is a folder", "config is no text"])
+def test_what_is_no_run_directory_is_refused(tmp_path: Path, kind: str) -> None:
+    directory = tmp_path / "run"
+    if kind == "run is a file":
+        directory.write_text("in the way")
+    elif kind == "config is a folder":
+        (directory / run_directory.CONFIG).mkdir(parents=True)
+    else:
+        directory.mkdir()
+        (directory / run_directory.CONFIG).write_bytes(b"\xff\xfe{")
+    with pytest.raises(ConfigError, match=r"run/config\.json: found .*expected"):
+        run_directory.read_config(directory)
