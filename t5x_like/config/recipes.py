@@ -80,8 +80,9 @@ def _find(name: str) -> Path:
 
 def _missing_file(path: Path) -> Problem:
     suffixes = (path.suffix,) if path.suffix in (".py", ".json") else (".py", ".json")
-    beside = [found for found in path.parent.glob("*") if found.suffix in suffixes] if path.parent.is_dir() else []
-    known = [str(found) for found in (*beside, *sorted(_RECIPES.glob("*.py")))] or [str(p) for p in shipped_recipes()]
+    beside = [found for found in path.parent.glob("*") if found.suffix in suffixes and found.is_file()]
+    here = list(_RECIPES.glob("*.py"))
+    known = [str(found) for found in (*beside, *sorted(here), *([] if here else shipped_recipes()))]
     by_stem = {Path(found).stem: found for found in reversed(known)}
     near = [by_stem[stem] for stem in difflib.get_close_matches(path.stem, by_stem, n=3, cutoff=0.5)]
     fix = f"perhaps {' or '.join(near)}" if near else f"recipes here: {', '.join(dict.fromkeys(known)) or 'none'}"
@@ -111,7 +112,7 @@ def _call(path: Path, function: str) -> RunConfig:
         run = make()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"the recipe {path} raised {_place(error, path)}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
@@ -128,7 +129,7 @@ def _functions(module: types.ModuleType) -> list[str]:
     ]
 
 
-def _place(error: Exception, path: Path) -> str:
+def _place(error: BaseException, path: Path) -> str:
     """The exception with the line of the recipe that it came from."""
     kind = type(error).__name__
     if isinstance(error, SyntaxError):

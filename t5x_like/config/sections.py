@@ -182,7 +182,7 @@ def objective_problems(where: str, objective: Objective) -> Problems:
 
 def training_problems(training: TrainingConfig) -> Problems:
     where = "training"
-    yield from at_least(f"{where}.num_train_steps", training.num_train_steps, 1)
+    yield from within(f"{where}.num_train_steps", training.num_train_steps, 1, 2**31 - 1)
     yield from at_least(f"{where}.batch_size", training.batch_size, 1)
     parts = training.gradient_accumulation_steps
     yield from at_least(f"{where}.gradient_accumulation_steps", parts, 1)

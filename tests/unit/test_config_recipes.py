@@ -107,6 +107,21 @@ def test_what_cannot_be_read(folder: Path, reference: str, says: str) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_a_recipe_that_leaves_the_process_is_refused(folder: Path) -> None:
+    (folder / "leaves.py").write_text("import sys\n\n\ndef recipe():\n    sys.exit(0)\n")
+    with pytest.raises(UserError, match=r"leaves.py raised SystemExit at .*leaves.py:5"):
+        load_recipe("leaves.py")
+
+
+def test_the_shipped_recipes_are_suggested_where_there_are_none_in_configs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.py").write_text("")
+    with pytest.raises(ConfigError, match=r"perhaps .*configs/runs/smoke.py"):
+        load_recipe("smokee")
+
+
 def test_a_recipe_with_a_syntax_error(folder: Path) -> None:
     (folder / "broken.py").write_text("def recipe():\n    return (\n")
     with pytest.raises(UserError, match=r"SyntaxError at .*broken.py:2"):
