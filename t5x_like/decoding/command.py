@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
+
 from t5x_like.config import EXIT_OK, ConfigError, DataError, Problem
 from t5x_like.data.tokenizers import Tokenizer
 from t5x_like.decoding.generate import generate_tokens
@@ -124,17 +126,26 @@ def _answers(
     rows = [prompt for prompt in prompts for _ in range(num_samples)]
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
-        yield from generate_tokens(
-            trained.program,
-            params,
-            some,
-            allowed_V=allowed_V,
-            max_new_tokens=max_new_tokens,
-            bidirectional=prompt_form.bidirectional,
-            sampling=sampling,
-            seed=seed,
-            rows=range(start, start + len(some)),
-        )
+        try:
+            answers = generate_tokens(
+                trained.program,
+                params,
+                some,
+                allowed_V=allowed_V,
+                max_new_tokens=max_new_tokens,
+                bidirectional=prompt_form.bidirectional,
+                sampling=sampling,
+                seed=seed,
+                rows=range(start, start + len(some)),
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DataError(
+                f"found too little memory for {len(some)} rows of up to {max(map(len, some))} tokens and "
+                f"{max_new_tokens} new ones ({error}); lower --max-new-tokens, or shorten the prompts"
+            ) from None
+        yield from answers
 
 
 def read_requests(path: Path | None) -> list[Request]:
