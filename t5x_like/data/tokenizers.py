@@ -6,6 +6,7 @@ file and for ByT5's bytes these are the ids that seqio and the published checkpo
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ _STRETCH = 2**20
 _GROUP = 2**23
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """Text to ids and back. Subclasses say how text is encoded and which bytes each id stands for."""
 
     def __init__(self, pieces: Sequence[bytes], num_sentinels: int, kind: str, *, strip_first_space: bool = False):
@@ -59,9 +60,9 @@ class Tokenizer:
     def mode_id(self, mode: Mode) -> int:
         return self.vocabulary.mode_id(mode)
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
         """Ids of each text, without EOS. Text never becomes a sentinel or a mode token, whatever it spells."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()

@@ -39,13 +39,16 @@ class Cache(NamedTuple):
 
     def remember(self, positions_BxT: Array, valid_BxT: Array) -> Cache:
         """With positions and validity of the tokens for the next slots."""
-        place = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.next_slot, axis=1)  # noqa: E731
-        return self._replace(positions=place(self.positions, positions_BxT), valid=place(self.valid, valid_BxT))
+        positions = self._placed(self.positions, positions_BxT, axis=1)
+        return self._replace(positions=positions, valid=self._placed(self.valid, valid_BxT, axis=1))
 
     def append(self, keys_values: KeysValues) -> Cache:
         """With keys and values [layers, B, T, G, h] in the next slots, which are then taken."""
         keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.next_slot, axis=2)
-            for old, new in zip((self.keys, self.values), keys_values, strict=True)
+            self._placed(old, new, axis=2) for old, new in zip((self.keys, self.values), keys_values, strict=True)
         )
         return self._replace(keys=keys, values=values, next_slot=self.next_slot + keys_values[0].shape[2])
+
+    def _placed(self, old: Array, new: Array, *, axis: int) -> Array:
+        """`old` with `new` in the next slots, which count along `axis`."""
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.next_slot, axis=axis)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,19 +257,9 @@ def test_finished_run_is_left_alone(place: Place, undisturbed: Callable[[str], P
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(mount_disk: Callable[[int], Path]) -> Path:
     """A file system of 12 MiB: enough for the checkpoints of this run."""
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    directory = tmp_path / "small"
-    directory.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", directory], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"cannot mount a small file system: {mount.stderr.strip()}")
-    yield directory
-    subprocess.run(["umount", directory], check=True)
+    return mount_disk(12)
 
 
 def test_disk_that_fills_up(place: Place, small_disk: Path, tmp_path: Path, undisturbed: Callable[[str], Path]):
