@@ -1,7 +1,8 @@
 """The configuration tree. Knows the standard library, tyro and pydantic; never jax."""
 
 from t5x_like.config.batch import ArraySpec, BatchSpec, batch_spec
-from t5x_like.config.data import CorpusConfig, DataConfig, TokenizerConfig
+from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
+from t5x_like.config.data import CorpusShare, DataConfig, RatePhase, SamplingConfig
 from t5x_like.config.errors import (
     EXIT_OK,
     EXIT_REFUSED,
@@ -14,8 +15,9 @@ from t5x_like.config.errors import (
     RefusedError,
     UserError,
 )
+from t5x_like.config.mixtures import ul2
 from t5x_like.config.model import ModelConfig, StackConfig
-from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption, ul2
+from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption
 from t5x_like.config.run import (
     CheckpointConfig,
     EvaluationConfig,
@@ -26,6 +28,9 @@ from t5x_like.config.run import (
 from t5x_like.config.training import Adafactor, AdamW, Schedule, TrainingConfig
 
 __all__ = [
+    "SamplingConfig",
+    "RatePhase",
+    "CorpusShare",
     "EXIT_OK",
     "EXIT_REFUSED",
     "EXIT_RESUMABLE",

@@ -1,55 +1,52 @@
-"""Where text comes from, how it becomes tokens, and which objectives it is trained under."""
+"""The data of a run: corpora, a tokenizer, objectives, and the shape of the rows."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from t5x_like.config.base import configuration
+from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.objectives import Layout, Objective
 
 
 @configuration
-class CorpusConfig:
-    """A source of documents: one of `files`, `tfds` and `task`, or with none of them the embedded corpus."""
+class CorpusShare:
+    """A corpus of a mixture."""
 
-    files: tuple[str, ...] = ()
-    """The user's own text, by path or glob: .txt (a document per file), .jsonl, .jsonl.gz or .parquet (one per row)."""
-    text_field: str = "text"
-    """The field of a JSON line, Parquet row or TFDS example that holds the text."""
-    tfds: str | None = None
-    """A TensorFlow Datasets name with its config and version, as in `wikipedia/20230601.en:1.0.0`."""
-    task: str | None = None
-    """A registered seqio Task or Mixture; its `targets` (or `text`) feature is read."""
-    module: str | None = None
-    """Module to import so that `task` is registered."""
-    packages: bool = True
-    """The embedded corpus: also read the docstrings of the installed dependencies, not only the standard library."""
-    validation_fraction: float = 0.02
-    """Share of the documents, chosen by a hash of their text, held out where the source has no validation split."""
-    max_documents: int | None = None
-    """Read only the first documents of the source."""
-    invalid_utf8: Literal["refuse", "skip"] = "refuse"
-    """What to do with a document that is not UTF-8: stop with its place, or leave it out and count it."""
-
-    @property
-    def name(self) -> str:
-        if self.files:
-            return "files"
-        return self.tfds or self.task or "python_docs"
+    name: str
+    corpus: CorpusConfig
+    rate: float = 1.0
+    """Share of the rows, relative to the other corpora; a factor where `SamplingConfig` goes by size."""
+    mixture: tuple[Objective, ...] = ()
+    """Objectives of this corpus; none: those of the run."""
+    examples: Literal["windows", "documents"] | None = None
+    """How it is cut into examples; None: as the run's `data.examples`."""
 
 
 @configuration
-class TokenizerConfig:
-    """A vocabulary. Ids: pad 0, eos 1, unk 2, pieces; then sentinels (the first has the highest id); then R, S, X."""
+class SamplingConfig:
+    """The law by which corpora share the rows."""
 
-    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
-    path: str | None = None
-    """An existing SentencePiece model; None lets `prepare` train one on the corpus."""
-    vocab_size: int = 4096
-    """Pieces of a SentencePiece model that `prepare` trains."""
-    num_sentinels: int = 100
-    """Reserved ids for masked spans. A model file that brings its own <extra_id_*> pieces must have at least as many,
-    or none."""
+    law: Literal["rates", "proportional", "unimax"] = "rates"
+    """rates: as `CorpusShare.rate` says. proportional: by tokens, T5's law with `maximum_tokens` and `temperature`.
+    unimax: as evenly as `max_epochs` allows (Chung et al. 2023)."""
+    temperature: float = 1.0
+    """proportional: shares are raised to 1 / temperature. mT5's alpha of 0.3 is a temperature of 1 / 0.3."""
+    maximum_tokens: int | None = None
+    """proportional: a corpus counts for no more tokens than this."""
+    max_epochs: float = 1.0
+    """unimax: passes over a corpus at most."""
+    budget_tokens: int | None = None
+    """unimax: raw tokens of the whole run."""
+
+
+@configuration
+class RatePhase:
+    """From a step on, other rates: (name, rate) pairs. What is not named keeps its rate."""
+
+    start_step: int
+    objectives: tuple[tuple[str, float], ...] = ()
+    corpora: tuple[tuple[str, float], ...] = ()
 
 
 @configuration
@@ -57,15 +54,28 @@ class DataConfig:
     """The data of a run: rows are a function of this configuration and a row's index, and of nothing else."""
 
     corpus: CorpusConfig = CorpusConfig()
+    corpora: tuple[CorpusShare, ...] = ()
+    """A mixture of corpora, in place of `corpus`."""
+    sampling: SamplingConfig = SamplingConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     layout: Layout
     """How inputs and targets become model features: seqio's EncDec, PrefixLM, LM and Encoder feature converters."""
     mixture: tuple[Objective, ...]
-    """The objectives and their rates by example. A window of text is seen once per epoch, under one of them."""
+    """The objectives and their rates. A window of text is seen once per epoch, under one of them."""
+    rates_by: Literal["example", "token", "loss_token"] = "example"
+    """What the objectives' rates are shares of: examples, raw tokens, or tokens of the loss."""
+    schedule: tuple[RatePhase, ...] = ()
+    """Changes of the rates, by step."""
+    examples: Literal["windows", "documents"] = "windows"
+    """windows: documents are one text, which is cut into windows that fill their rows. documents: each document (or
+    supervised pair) is an example, cut only where it is longer than a row; several are packed into one."""
     inputs_length: int
     """Cells for inputs: the encoder's row, or the prefix's share of a single stream."""
     targets_length: int
     """Cells for targets; 0 for encoders. Single-stream rows have inputs_length + targets_length cells."""
+    short_targets_lengths: tuple[int, ...] = ()
+    """Encoder-decoders: further sub-batches of the same step, with fewer cells for targets. An objective's rows are in
+    the smallest that its longest targets fit."""
     seed: int = 0
     store: str = "runs/stores"
     """Folder of the prepared token stores; each store is named by the digest of its corpus and tokenizer."""
@@ -76,3 +86,17 @@ class DataConfig:
     def row_length(self) -> int:
         """Cells of a single-stream row."""
         return self.inputs_length + self.targets_length
+
+    @property
+    def sources(self) -> tuple[CorpusShare, ...]:
+        """The corpora: those of the mixture, or the one."""
+        return self.corpora or (CorpusShare(name=self.corpus.name, corpus=self.corpus),)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All objectives of the run, each name once: what `denoiser_ids` are indices into."""
+        found = {objective.name: objective for objective in self.mixture}
+        for share in self.corpora:
+            for objective in share.mixture:
+                found.setdefault(objective.name, objective)
+        return tuple(found.values())

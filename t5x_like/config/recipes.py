@@ -8,6 +8,7 @@ import importlib.util
 import sys
 import traceback
 import types
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,10 @@ def _option(path: str) -> str:
 def _fields(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
     """Dotted path of every field that can be overridden, and how many words its value may have."""
     if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
         children = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        # An empty tuple of sections has no fields to override.
+        children = [(name, child) for name, child in children if child != () or not _holds_sections(hints[name])]
     elif isinstance(value, tuple) and value and all(dataclasses.is_dataclass(item) for item in value):
         children = [(str(index), item) for index, item in enumerate(value)]
     else:
@@ -220,6 +224,12 @@ def _fields(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
         return
     for name, child in children:
         yield from _fields(child, f"{path}.{name}" if path else name)
+
+
+def _holds_sections(hint: Any) -> bool:
+    """Whether a field's type is a tuple of configurations."""
+    item = typing.get_args(hint)[0]
+    return any(dataclasses.is_dataclass(kind) for kind in (item, *typing.get_args(item)))
 
 
 def _nearest(mistyped: str, options: Sequence[str]) -> list[str]:

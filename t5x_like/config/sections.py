@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from t5x_like.config.data import CorpusConfig, TokenizerConfig
+from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.errors import Problem
 from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.config.objectives import MaskedLM, Objective, PrefixLM, SpanCorruption

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import re
 
-from t5x_like.config.data import DataConfig, TokenizerConfig
+from t5x_like.config.corpora import TokenizerConfig
+from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import Problem
+from t5x_like.config.lengths import raw_window_length, sentinels_needed
 from t5x_like.config.model import Architecture, ModelConfig
-from t5x_like.config.objectives import (
-    MODES,
-    CausalLM,
-    Layout,
-    MaskedLM,
-    Objective,
-    PrefixLM,
-    SpanCorruption,
-    raw_window_length,
-    sentinels_needed,
-)
+from t5x_like.config.objectives import MODES, CausalLM, Layout, MaskedLM, Objective, PrefixLM, SpanCorruption
 from t5x_like.config.run import RunConfig
 from t5x_like.config.sections import (
     Problems,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 
-from t5x_like.config.data import CorpusConfig
+from t5x_like.config.corpora import CorpusConfig
 from t5x_like.config.errors import DataError
 from t5x_like.data.documents import Document, Reading, divide
 

@@ -13,16 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.objectives import (
-    CausalLM,
-    MaskedLM,
-    Objective,
-    PrefixLM,
-    SpanCorruption,
-    max_spans,
-    noise_counts,
-    prefix_target_range,
-)
+from t5x_like.config.lengths import masked_count, max_spans, noise_counts, prefix_target_range
+from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption
 from t5x_like.data import keys as rng
 from t5x_like.data.vocabulary import EOS_ID, NUM_SPECIAL, PAD_ID, Vocabulary
 
@@ -169,11 +161,6 @@ def _predict_all(tokens_NxL: Tokens, keys_N: rng.Keys, objective: CausalLM, voca
     )
 
 
-def masked_count(objective: MaskedLM, length: int) -> int:
-    """Chosen tokens of a window: BERT's max(1, round(length * mask_rate))."""
-    return min(max(round(length * objective.mask_rate), 1), length)
-
-
 def _mask_tokens(tokens_NxL: Tokens, keys_N: rng.Keys, objective: MaskedLM, vocabulary: Vocabulary) -> Examples:
     """BERT's masking: of the chosen tokens 80 % become the mask token, 10 % a random piece of text, 10 % stay."""
     vocabulary.sentinel_id(0)
@@ -191,18 +178,6 @@ def _mask_tokens(tokens_NxL: Tokens, keys_N: rng.Keys, objective: MaskedLM, voca
     inputs_NxL[random_NxL] = pieces[random_NxL]
     lengths_N = np.full(rows, length, np.int64)
     return Examples(inputs_NxL, tokens_NxL, lengths_N, lengths_N, chosen_NxL)
-
-
-def expected_loss_tokens(objective: Objective, length: int) -> float:
-    """Mean number of scored tokens of a window of `length` raw tokens, sentinels and EOS included."""
-    if isinstance(objective, SpanCorruption):
-        noise, spans = noise_counts(objective, length)
-        # A rotation cuts a span if it begins behind a masked token that another follows: noise - spans places.
-        cut = 0.0 if objective.t5_exact else (noise - spans) / length
-        return noise + spans + cut + 1
-    if isinstance(objective, PrefixLM):
-        return sum(prefix_target_range(objective, length)) / 2 + 1
-    return length + 1 if isinstance(objective, CausalLM) else masked_count(objective, length)
 
 
 _DENOISERS: dict[type, Callable[..., Examples]] = {

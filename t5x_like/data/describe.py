@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from t5x_like.config.data import DataConfig
+from t5x_like.config.lengths import expected_loss_tokens
 from t5x_like.config.run import RunConfig
-from t5x_like.data.denoise import expected_loss_tokens
 from t5x_like.data.features import Features
 from t5x_like.data.prepare import open_store
 from t5x_like.data.store import SPLITS, Store

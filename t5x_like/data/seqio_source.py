@@ -12,7 +12,7 @@ import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from t5x_like.config.data import CorpusConfig
+from t5x_like.config.corpora import CorpusConfig
 from t5x_like.config.errors import DataError
 
 Examples = Callable[[str], Iterator[Mapping[str, Any]]]

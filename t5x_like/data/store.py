@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore
 
-from t5x_like.config.data import TokenizerConfig
+from t5x_like.config.corpora import TokenizerConfig
 from t5x_like.config.errors import DataError
 from t5x_like.data.vocabulary import Vocabulary
 

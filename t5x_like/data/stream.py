@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import ConfigError, DataError, Problem
-from t5x_like.config.objectives import raw_window_length, sentinels_needed
+from t5x_like.config.lengths import raw_window_length, sentinels_needed
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import denoise
 from t5x_like.data.features import Features, convert

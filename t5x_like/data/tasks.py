@@ -10,7 +10,7 @@ import functools
 import seqio
 import tensorflow as tf
 
-from t5x_like.config.data import CorpusConfig
+from t5x_like.config.corpora import CorpusConfig
 from t5x_like.data import corpora
 from t5x_like.data.documents import Reading
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from t5x_like.config.data import CorpusConfig
+from t5x_like.config.corpora import CorpusConfig
 from t5x_like.config.errors import DataError
 from t5x_like.data.documents import Reading
 

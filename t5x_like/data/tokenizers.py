@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.data import TokenizerConfig
+from t5x_like.config.corpora import TokenizerConfig
 from t5x_like.config.errors import ConfigError, DataError, Problem
 from t5x_like.config.objectives import MODES, Mode
 from t5x_like.data import sentencepiece_model

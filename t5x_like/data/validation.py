@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config.data import DataConfig
-from t5x_like.config.objectives import CausalLM, PrefixLM, prefix_target_range, raw_window_length
+from t5x_like.config.lengths import prefix_target_range, raw_window_length
+from t5x_like.config.objectives import CausalLM, PrefixLM
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise, split_at
 from t5x_like.data.features import Features, convert

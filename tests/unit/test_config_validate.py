@@ -25,7 +25,8 @@ from t5x_like.config import (
     SpanCorruption,
     TokenizerConfig,
 )
-from t5x_like.config.objectives import Layout, raw_window_length, sentinels_needed
+from t5x_like.config.lengths import raw_window_length, sentinels_needed
+from t5x_like.config.objectives import Layout
 from t5x_like.config.sections import TEXT_SUFFIXES
 from t5x_like.config.serialization import to_dict
 from t5x_like.config.validate import required_vocabulary, validate
@@ -166,8 +167,9 @@ def test_sentinels_are_counted(layout: Layout) -> None:
     problems = validate(run)
     assert [p.where for p in problems] == [f"data.mixture.{i}" for i, n in enumerate(needed) if n > 5]
     assert needed[2] == 16, "half of 92 tokens in spans of 3, and one of these cut in two"
-    assert "'X_3_0.5', which can need 16 sentinels in a window of 92 tokens" in problems[0].found
-    assert problems[0].expected.endswith(", 5") and "num_sentinels to 16" in problems[0].fix
+    worst = next(p for p in problems if p.where == "data.mixture.2")
+    assert "'X_3_0.5', which can need 16 sentinels in a window of" in worst.found
+    assert worst.expected.endswith(", 5") and "num_sentinels to 16" in worst.fix
     assert validate(changed(run, "data.tokenizer.num_sentinels", max(needed))) == []
 
 

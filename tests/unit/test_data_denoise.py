@@ -11,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_like.config import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption
-from t5x_like.config.objectives import corrupted_lengths, max_spans, noise_counts, prefix_target_range
+from t5x_like.config.lengths import (
+    expected_loss_tokens,
+    longest,
+    masked_count,
+    max_spans,
+    noise_counts,
+    prefix_target_range,
+)
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import (
     denoise,
-    expected_loss_tokens,
-    masked_count,
     random_composition,
     restore,
     span_mask,
@@ -69,7 +74,7 @@ def test_round_trip(objective: Objective, length: int, seed: int) -> None:
 def test_span_corruption_counts_and_sentinels(objective: SpanCorruption, length: int, seed: int) -> None:
     examples = denoise(numbered(4, length), keys(4, seed), objective, VOCABULARY)
     noise, spans = noise_counts(objective, length)
-    most_inputs, most_targets = corrupted_lengths(objective, length)
+    most_inputs, most_targets, _ = longest(objective, length)
     mode = 0 if objective.mode is None else 1
     for row in range(4):
         inputs = examples.inputs_NxI[row, : examples.input_lengths_N[row]]

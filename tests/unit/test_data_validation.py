@@ -10,7 +10,8 @@ import pytest
 from data_examples import data_config, numbered_store, raw_tokens, text_store
 
 from t5x_like.config import CausalLM, DataConfig, PrefixLM, SpanCorruption
-from t5x_like.config.objectives import Layout, prefix_target_range, raw_window_length
+from t5x_like.config.lengths import prefix_target_range, raw_window_length
+from t5x_like.config.objectives import Layout
 from t5x_like.data.store import Store
 from t5x_like.data.validation import objective_batches, prefix_lm_batches
 
