@@ -43,7 +43,7 @@ class Lengths(NamedTuple):
 
 
 def longest(objective: Objective, raw_length: int) -> Lengths:
-    """The longest example that a window of `raw_length` tokens can become. Grows with `raw_length`."""
+    """The longest example that one window of `raw_length` tokens can become. Grows with `raw_length`."""
     mode = 0 if objective.mode is None else 1
     if isinstance(objective, SpanCorruption):
         noise, _ = noise_counts(objective, raw_length)
@@ -58,18 +58,37 @@ def longest(objective: Objective, raw_length: int) -> Lengths:
     return Lengths(raw_length, raw_length, raw_length)
 
 
+def windows_per_row(objective: Objective) -> int:
+    """Windows of raw tokens, hence examples, that one row of `objective` holds before any packing."""
+    return 2 if isinstance(objective, PrefixLM) and objective.paired else 1
+
+
+def row_lengths(objective: Objective, raw_length: int) -> Lengths:
+    """Cells of a whole row at most, with `windows_per_row` windows of `raw_length` tokens. Grows with `raw_length`.
+
+    A pair of prefix LM takes these cells always, whatever the cut, and less than twice its longest example.
+    """
+    if isinstance(objective, PrefixLM) and objective.paired:
+        mode = 0 if objective.mode is None else 1
+        wanted = sum(prefix_target_range(objective, raw_length))
+        inputs, targets = 2 * (mode + raw_length + 1) - wanted, wanted + 2
+        return Lengths(inputs, targets, inputs + targets)
+    return longest(objective, raw_length)
+
+
 def raw_window_length(objective: Objective, layout: Layout, inputs_length: int, targets_length: int) -> int:
     """Raw tokens per window such that the example fills its row and never overflows it.
 
     For span corruption in an encoder-decoder this is T5's `random_spans_helper` with the mode token and EOS inside the
     budget. In the layouts with one stream, a row has inputs_length + targets_length cells and holds inputs and targets
-    one after the other, whatever the length of each.
+    one after the other, whatever the length of each. Where a row holds several windows (`windows_per_row`), this is the
+    length of one.
 
     Returns 0 where not even two raw tokens fit.
     """
 
     def fits(raw_length: int) -> bool:
-        cells = longest(objective, raw_length)
+        cells = row_lengths(objective, raw_length)
         if layout == "encoder_decoder":
             return cells.inputs <= inputs_length and cells.targets <= targets_length
         return cells.total <= (inputs_length if layout == "encoder" else inputs_length + targets_length)

@@ -49,6 +49,10 @@ class PrefixLM:
     max_target_fraction: float = 0.5
     """UL2's table has a mean of 0.25, the listing in its appendix is uniform in [0, 1], T5Gemma 2 uses 0.75."""
     mode: Mode | None = None
+    paired: bool = False
+    """Two windows share a row and are cut at complementary places: where one has t target tokens, the other has
+    fewest + most - t of the law's range. So a row's inputs and targets take the same cells whatever the cut, and each
+    window's cut keeps its law (the packing of Wang et al. 2022)."""
 
 
 @configuration

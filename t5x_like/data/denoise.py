@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.lengths import masked_count, max_spans, noise_counts, prefix_target_range
+from t5x_like.config.lengths import masked_count, max_spans, noise_counts, prefix_target_range, windows_per_row
 from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption
 from t5x_like.data import keys as rng
 from t5x_like.data.vocabulary import EOS_ID, NUM_SPECIAL, PAD_ID, Vocabulary
@@ -47,13 +47,16 @@ def denoise(tokens_NxL: npt.NDArray[Any], keys_N: rng.Keys, objective: Objective
     """Turns windows of raw tokens into examples of `objective`.
 
     Args:
-      tokens_NxL: Raw ids of text, at least 2 per row (1 for causal and masked LM); none may be the pad id.
+      tokens_NxL: Raw ids of text, at least 2 per window (1 for causal and masked LM); none may be the pad id. Where a
+        row holds W windows (`config.lengths.windows_per_row`), they stand one after the other, and the examples of row
+        n are W n, W n + 1, ... of the N W that are returned.
       keys_N: One key per row.
       objective: The denoiser.
       vocabulary: Ids of sentinels and mode tokens.
 
     Raises:
       IndexError: the window can need more sentinels than the vocabulary has.
+      ValueError: rows of several windows that do not have one length.
     """
     return _DENOISERS[type(objective)](tokens_NxL.astype(np.int32, copy=False), keys_N, objective, vocabulary)
 
@@ -123,10 +126,18 @@ def _corrupt_spans(tokens_NxL: Tokens, keys_N: rng.Keys, objective: SpanCorrupti
 
 
 def _split_prefix(tokens_NxL: Tokens, keys_N: rng.Keys, objective: PrefixLM, vocabulary: Vocabulary) -> Examples:
-    length = tokens_NxL.shape[1]
+    """One cut per window; of a pair, the second window has as many targets more as the first has fewer."""
+    windows = windows_per_row(objective)
+    rows, width = tokens_NxL.shape
+    if width % windows:
+        raise ValueError(f"{objective.name}: found rows of {width} tokens, expected {windows} windows of equal length")
+    length = width // windows
     fewest, most = prefix_target_range(objective, length)
-    given_N = length - fewest - rng.below(rng.bits(keys_N, _CUT, 1)[:, 0], most - fewest + 1)
-    return split_at(tokens_NxL, given_N, objective, vocabulary)
+    wanted_NxW = np.empty((rows, windows), np.int64)
+    wanted_NxW[:, 0] = fewest + rng.below(rng.bits(keys_N, _CUT, 1)[:, 0], most - fewest + 1)
+    if windows == 2:
+        wanted_NxW[:, 1] = fewest + most - wanted_NxW[:, 0]
+    return split_at(tokens_NxL.reshape(rows * windows, length), length - wanted_NxW.ravel(), objective, vocabulary)
 
 
 def split_at(

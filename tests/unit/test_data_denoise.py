@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -18,6 +19,9 @@ from t5x_like.config.lengths import (
     max_spans,
     noise_counts,
     prefix_target_range,
+    raw_window_length,
+    row_lengths,
+    windows_per_row,
 )
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import (
@@ -187,6 +191,45 @@ def test_prefix_cut_is_uniform_over_its_range(objective: PrefixLM) -> None:
     assert len(counts) == most - fewest + 1
     assert chi_square(counts, rows / len(counts)) < len(counts) - 1 + 3.1 * math.sqrt(2 * len(counts)) + 6
     assert (examples.input_lengths_N - 1 + wanted == length).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(objective=prefix_lms, length=st.integers(2, 400), seed=st.integers(0, 2**32 - 1))
+def test_a_pair_always_takes_the_same_cells(objective: PrefixLM, length: int, seed: int) -> None:
+    objective = dataclasses.replace(objective, paired=True)
+    rows = 5
+    examples = denoise(numbered(rows, 2 * length), keys(rows, seed), objective, VOCABULARY)
+    cells, one = row_lengths(objective, length), longest(objective, length)
+    assert (examples.input_lengths_N.reshape(rows, 2).sum(axis=1) == cells.inputs).all()
+    assert (examples.target_lengths_N.reshape(rows, 2).sum(axis=1) == cells.targets).all()
+    assert examples.input_lengths_N.max() <= one.inputs and examples.target_lengths_N.max() <= one.targets
+    for row in range(2 * rows):
+        start = NUM_SPECIAL + row % 2 * length
+        found = restore(examples.inputs_NxI[row], examples.targets_NxT[row], objective, VOCABULARY)
+        assert np.array_equal(found, np.arange(start, start + length))
+    with pytest.raises(ValueError, match="2 windows of equal length"):
+        denoise(numbered(1, 2 * length + 1), keys(1), objective, VOCABULARY)
+
+
+def test_both_windows_of_a_pair_have_the_law_of_the_cut() -> None:
+    objective = PrefixLM(name="s", min_target_fraction=0.1, max_target_fraction=0.6, paired=True)
+    length, rows = 40, 12_000
+    fewest, most = prefix_target_range(objective, length)
+    wanted = denoise(numbered(rows, 2 * length), keys(rows), objective, VOCABULARY).target_lengths_N - 1
+    for window in range(2):
+        counts = np.bincount(wanted[window::2] - fewest, minlength=most - fewest + 1)
+        assert len(counts) == most - fewest + 1
+        assert chi_square(counts, rows / len(counts)) < len(counts) - 1 + 3.1 * math.sqrt(2 * len(counts)) + 6
+
+
+def test_pairs_fill_rows_that_suit_their_law() -> None:
+    uniform = PrefixLM(name="s", max_target_fraction=1.0, mode="S", paired=True)
+    assert (windows_per_row(uniform), windows_per_row(PrefixLM(name="s"))) == (2, 1)
+    length = raw_window_length(uniform, "encoder_decoder", 512, 512)
+    assert (length, row_lengths(uniform, length)) == (508, (512, 510, 1022))
+    quarter = PrefixLM(name="s", mode="S", paired=True)
+    length = raw_window_length(quarter, "encoder_decoder", 512, 171)
+    assert (length, row_lengths(quarter, length)) == (337, (509, 171, 680))
 
 
 def test_masked_lm_proportions() -> None:
