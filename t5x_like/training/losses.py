@@ -32,7 +32,8 @@ def sub_batch_metrics(
       loss: cross-entropy, without the z term.
       z_loss: the z term.
       accuracy: 1 where no other token has a larger logit than the target.
-      loss/<denoiser>: `loss` of the rows whose `denoiser_ids` point at that name; weight 0 without `denoiser_ids`.
+      loss/<denoiser>: `loss` of the cells whose `denoiser_ids` are that name's index in `denoisers`; weight 0 without
+        `denoiser_ids`. They are [rows], or [rows, length] where a row is packed from examples of several denoisers.
     """
     targets, weights = targets_and_weights(batch)
     loss, z_term = cross_entropy(logits, targets, z_loss=z_loss, label_smoothing=label_smoothing)
@@ -43,9 +44,10 @@ def sub_batch_metrics(
         "accuracy": Mean(jnp.sum(_is_best(logits, targets) * weights), weight),
     }
     ids = batch.get("denoiser_ids", jnp.full(targets.shape[:1], -1))
-    is_of = (ids[:, None] == jnp.arange(len(denoisers))).astype(jnp.float32)
-    sums = jnp.sum(loss * weights, axis=1) @ is_of
-    counts = jnp.sum(weights, axis=1) @ is_of
+    ids_BxL = ids if ids.ndim == 2 else ids[:, None]
+    is_of = (ids_BxL[:, :, None] == jnp.arange(len(denoisers))) * weights[:, :, None]
+    sums = jnp.sum(loss[:, :, None] * is_of, axis=(0, 1))
+    counts = jnp.sum(is_of, axis=(0, 1))
     return metrics | {f"loss/{name}": Mean(sums[i], counts[i]) for i, name in enumerate(denoisers)}
 
 

@@ -38,7 +38,7 @@ def make_train_step(
     training = run.training
     parts = training.gradient_accumulation_steps
     has_dropout = any(stack.dropout_rate > 0.0 for stack in run.model.stacks.values())
-    denoisers = [objective.name for objective in run.data.mixture]
+    denoisers = [objective.name for objective in run.data.objectives]
 
     def summed_loss(params: Tree, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, Metrics]:
         metrics = batch_metrics(
@@ -112,7 +112,7 @@ def make_train_step(
 def make_eval_step(run: RunConfig, apply: Apply) -> Callable[[Tree, Batch], Metrics]:
     """The evaluation (params, batch) -> metrics, to be jitted: no dropout, no label smoothing, the metrics of
     `losses.sub_batch_metrics` and loss_tokens."""
-    denoisers = [objective.name for objective in run.data.mixture]
+    denoisers = [objective.name for objective in run.data.objectives]
 
     def step(params: Tree, batch: Batch) -> Metrics:
         metrics = batch_metrics(

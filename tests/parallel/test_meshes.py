@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from programs import ARCHITECTURES, ROWS, batch_for, run_for
 
 from t5x_like.config import Adafactor, PartitioningConfig, RunConfig
+from t5x_like.config.batch import ArraySpec
 from t5x_like.monitoring.metrics import value
 from t5x_like.partitioning.mesh import make_mesh
 from t5x_like.program import Program, assemble
@@ -53,9 +54,9 @@ def place(program: Program, state: Tree) -> Tree:
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state))
 
 
-def step_on(run: RunConfig, state: Tree) -> tuple[Tree, Tree]:
+def step_on(run: RunConfig, state: Tree, batch: Tree | None = None) -> tuple[Tree, Tree]:
     program = assembled(run)
-    return program.train_step(place(program, state), program.put(batch_for(run)))
+    return program.train_step(place(program, state), program.put(batch_for(run) if batch is None else batch))
 
 
 def shard_shape(x: jax.Array) -> tuple[int, ...]:
@@ -131,6 +132,26 @@ def test_accumulated_parts_are_split_evenly_and_give_the_result_of_the_whole_bat
     assert "2,1,32" in carried, "two parts of one row of 32 tokens on each of eight devices"
     assert f"{ROWS // 2},32" not in carried
     assert "2,8,128" in carried and "2,64,128" not in carried, "gradients are accumulated in shards"
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_sub_batches_are_one_padded_batch(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the rows in a sub-batch of half the length, on a mesh, against all of them in one on one device."""
+    half, rows = 16, ROWS // 2
+    batch = {name: np.array(x) for name, x in batch_for(run_for("decoder", ONE_DEVICE))["main"].items()}
+    for feature in (x for x in batch.values() if x.ndim == 2):
+        feature[rows:, half:] = 0
+    expected_state, expected = step_on(run_for("decoder", ONE_DEVICE), start("decoder"), {"main": batch})
+
+    short = {name: x[rows:, :half] if x.ndim == 2 else x[rows:] for name, x in batch.items()}
+    split = {"main": {name: x[:rows] for name, x in batch.items()}, "short": short}
+    run = run_for("decoder", MESHES["data_fsdp_tensor"], gradient_accumulation_steps=parts)
+    shapes = jax.tree.map(lambda x: ArraySpec(x.shape, "int32"), split)
+    monkeypatch.setattr("t5x_like.program.batch_spec", lambda run: shapes)
+    state, metrics = step_on(run, start("decoder"), split)
+    for name in ("loss", "loss_tokens", "gradient_norm", "accuracy"):
+        assert value(metrics[name]) == pytest.approx(value(expected[name]), rel=1e-4)
+    assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
 
 
 def test_fresh_parameters_and_evaluation_do_not_depend_on_the_mesh() -> None:

@@ -51,6 +51,24 @@ def test_sums_are_weighted_sums_over_tokens(stack: str) -> None:
     assert np.isnan(value(found["loss/s"])), "a denoiser that was not drawn has no loss, rather than 0"
 
 
+def test_cells_of_packed_rows_have_denoisers_of_their_own() -> None:
+    logits, batch = example()
+    weights = batch["decoder_loss_weights"]
+    whole = {name: x for name, x in sums(logits, batch).items() if name.startswith("loss/")}
+    cells = {**batch, "denoiser_ids": np.broadcast_to(batch["denoiser_ids"][:, None], weights.shape)}
+    jax.tree.map(np.testing.assert_array_equal, {name: sums(logits, cells)[name] for name in whole}, whole)
+
+    ids = np.random.default_rng(1).integers(-1, len(NAMES), weights.shape).astype(np.int32)
+    found = sums(logits, {**batch, "denoiser_ids": ids})
+    per_token = -np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), batch["decoder_target_tokens"][..., None], axis=-1
+    )[..., 0]
+    for index, name in enumerate(NAMES):
+        of_this = weights * (ids == index)
+        assert float(found[f"loss/{name}"].sum) == pytest.approx((per_token * of_this).sum(), rel=1e-5)
+        assert float(found[f"loss/{name}"].weight) == of_this.sum() > 0
+
+
 def test_rows_without_denoiser_ids_count_for_the_whole_only() -> None:
     logits, batch = example()
     found = sums(logits, {name: x for name, x in batch.items() if name != "denoiser_ids"})

@@ -67,6 +67,12 @@ def params_of(seed: int = 0) -> Tree:
     return {"table": {"embedding": jnp.asarray(table, jnp.float32)}}
 
 
+def padded(features: Tree, length: int) -> Tree:
+    """Rows with further cells, of weight 0."""
+    more = {name: [(0, 0), (0, length - x.shape[1])] for name, x in features.items() if x.ndim == 2}
+    return {name: np.pad(x, more[name]) if name in more else x for name, x in features.items()}
+
+
 def batch_of(seed: int = 0, rows: int = ROWS) -> Tree:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, VOCABULARY, (rows, LENGTH + 1)).astype(np.int32)
@@ -137,6 +143,21 @@ def test_duplicating_the_batch_changes_nothing() -> None:
     batch = batch_of()
     twice = jax.tree.map(lambda x: np.concatenate([x, x]), batch)
     np.testing.assert_allclose(gradient(run_with(), batch)[0], gradient(run_with(), twice)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("names", [("main", "short_3"), ("b", "a")])
+def test_sub_batches_are_one_padded_batch(names: tuple[str, str], parts: int) -> None:
+    """Of other names, row counts and lengths; what is summed must be divided by the weights of both."""
+    long = batch_of(seed=1)["main"]
+    short = {name: x[:4, :3] if x.ndim == 2 else x[:4] for name, x in batch_of(seed=2)["main"].items()}
+    as_one = {"main": {name: np.concatenate([x, padded(short, LENGTH)[name]]) for name, x in long.items()}}
+    expected, whole = gradient(run_with(z_loss=0.1), as_one)
+    run = run_with(z_loss=0.1, gradient_accumulation_steps=parts)
+    found, metrics = gradient(run, {names[0]: long, names[1]: short})
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(found).max() > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, whole)
 
 
 def test_dropout_keys_advance_over_parts_steps_and_sub_batches() -> None:
