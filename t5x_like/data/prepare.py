@@ -1,4 +1,4 @@
-"""From a corpus to a token store: once, resumably by redoing, and found again by what it was made from."""
+"""From corpora to token stores: once, resumably by redoing, and found again by what they were made from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import DataError, RefusedError
 from t5x_like.data import corpora, tokenizers
@@ -37,27 +38,43 @@ _BATCH_BYTES = 2**22
 _ENCODING_THREADS = 2
 
 
-def store_path(data: DataConfig) -> Path:
-    """Where the store of this corpus and tokenizer is, or will be.
+def store_paths(data: DataConfig) -> tuple[Path, ...]:
+    """Where the stores of the corpora of `data.sources` are, or will be.
 
-    The name has a digest of the configuration and one of the sources: paths, sizes and times of the user's files, the
-    contents of a tokenizer file. Changed sources make another store. Where the user's files are no longer there, the
-    one store that was made from this configuration is taken. The embedded corpus goes by Python's version alone: an
-    upgraded dependency must not change the data of a run that is to be resumed.
+    A name has a digest of the configuration and one of the sources: paths, sizes and times of the user's files, the
+    contents of a tokenizer file; where a vocabulary is trained on several corpora, of all of them. Changed sources make
+    another store. Where the user's files are no longer there, the one store that was made from this configuration is
+    taken. The embedded corpus goes by Python's version alone: an upgraded dependency must not change the data of a run
+    that is to be resumed.
 
     Raises:
       DataError: the sources are missing and so is a store made from them.
     """
-    config = {
+    sources = [share.corpus for share in data.sources]
+    shared = sources if len(sources) > 1 and _is_trained(data.tokenizer) else []
+    return tuple(_store_path(data, corpus, shared) for corpus in sources)
+
+
+def _is_trained(tokenizer: TokenizerConfig) -> bool:
+    return tokenizer.kind == "sentencepiece" and tokenizer.path is None
+
+
+def _store_path(data: DataConfig, corpus: CorpusConfig, trained_on: Sequence[CorpusConfig]) -> Path:
+    config: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "corpus": dataclasses.asdict(data.corpus),
+        "corpus": dataclasses.asdict(corpus),
         "tokenizer": dataclasses.asdict(data.tokenizer),
-        "python": list(sys.version_info[:2]) if data.corpus.name == "python_docs" else None,
+        "python": list(sys.version_info[:2]) if "python_docs" in (corpus.name, *(c.name for c in trained_on)) else None,
     }
-    name = f"{re.sub(r'[^A-Za-z0-9]+', '_', data.corpus.name)}-{_digest(config)[:12]}"
+    if trained_on:
+        config["trained_on"] = [dataclasses.asdict(other) for other in trained_on]
+    name = f"{re.sub(r'[^A-Za-z0-9]+', '_', corpus.name)}-{_digest(config)[:12]}"
     root = Path(data.store)
     try:
-        return root / f"{name}-{_digest(_sources(data))[:8]}"
+        sources = _sources(corpus, data.tokenizer)
+        if trained_on:
+            sources += [_sources(other, data.tokenizer) for other in trained_on]
+        return root / f"{name}-{_digest(sources)[:8]}"
     except DataError:
         made = [path for path in sorted(root.glob(f"{name}-*")) if is_committed(path)]
         if len(made) != 1:
@@ -65,19 +82,25 @@ def store_path(data: DataConfig) -> Path:
         return made[0]
 
 
-def _sources(data: DataConfig) -> list[Any]:
+def store_path(data: DataConfig) -> Path:
+    """Where the store of a single corpus is, or will be."""
+    (path,) = store_paths(data)
+    return path
+
+
+def _sources(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> list[Any]:
     sources: list[Any] = []
-    if data.corpus.files:
+    if corpus.files:
         from t5x_like.data import text_files
 
-        for path in text_files.matching(data.corpus.files):
+        for path in text_files.matching(corpus.files):
             try:
                 status = path.stat()
             except OSError as error:  # a link to nothing
                 raise DataError(f"{path}: unreadable ({error.strerror}), expected a text file") from None
             sources.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-    if data.tokenizer.kind == "sentencepiece" and data.tokenizer.path:
-        path = Path(data.tokenizer.path)
+    if tokenizer.kind == "sentencepiece" and tokenizer.path:
+        path = Path(tokenizer.path)
         try:
             sources.append(hashlib.sha256(path.read_bytes()).hexdigest())
         except OSError as error:
@@ -89,45 +112,69 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def prepare(data: DataConfig, report: Report = print) -> Store:
-    """Makes the token store of `data`, or finds it made.
+def prepare(data: DataConfig, report: Report = print) -> tuple[Store, ...]:
+    """Makes the token stores of `data.sources`, in their order and with one tokenizer, or finds them made.
 
     Interrupted at any moment, the next call starts over and leaves nothing behind; two calls at once wait for each
     other.
 
     Args:
-      data: Names the corpus, the tokenizer and the folder of the stores.
+      data: Names the corpora, the tokenizer and the folder of the stores.
       report: Gets a line now and then.
 
     Raises:
-      DataError: the corpus or tokenizer cannot be used, or the store cannot be written.
+      DataError: a corpus or the tokenizer cannot be used, or a store cannot be written.
       RefusedError: the disk is full.
     """
-    path = store_path(data)
+    paths = store_paths(data)
+    for share, path in zip(data.sources, paths, strict=True):
+        _prepare(data, share.corpus, path, paths, report)
+    return _agreeing([Store.open(path) for path in paths])
+
+
+def _prepare(data: DataConfig, corpus: CorpusConfig, path: Path, paths: Sequence[Path], report: Report) -> None:
     if is_committed(path):
         report(f"{path}: prepared already")
-        return Store.open(path)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path, report):
             if not is_committed(path):
-                _build(data, path, report)
+                _build(data, corpus, path, paths, report)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             fix = "free some space or name another folder by --data.store"
             raise RefusedError(f"{path}: the disk is full; {fix}") from None
         found = f"the store cannot be written ({error.strerror or error})"
         raise DataError(f"{path}: {found}; name another folder by --data.store") from None
-    return Store.open(path)
+
+
+def open_stores(data: DataConfig) -> tuple[Store, ...]:
+    """The prepared stores of `data.sources`, in their order.
+
+    Raises:
+      DataError: one is missing or half-written; the message names the command that makes it.
+      RefusedError: they were not made with one tokenizer.
+    """
+    return _agreeing([Store.open(path) for path in store_paths(data)])
 
 
 def open_store(data: DataConfig) -> Store:
-    """The prepared store of `data`.
+    """The prepared store of a single corpus."""
+    (store,) = open_stores(data)
+    return store
 
-    Raises:
-      DataError: it is missing or half-written; the message names the command that makes it.
-    """
-    return Store.open(store_path(data))
+
+def _agreeing(stores: Sequence[Store]) -> tuple[Store, ...]:
+    """An id must mean the same text in every row of a mixture."""
+    of = {store.path: (store.info["tokenizer_fingerprint"], store.vocabulary.vocab_size) for store in stores}
+    if len(set(of.values())) > 1:
+        found = ", ".join(f"{path} with {fingerprint} of {size:,} ids" for path, (fingerprint, size) in of.items())
+        raise RefusedError(
+            f"the stores of this mixture disagree: found the tokenizers {found}, expected one for all; delete those "
+            "made with another and run `t5x-like prepare RECIPE`"
+        )
+    return tuple(stores)
 
 
 @contextlib.contextmanager
@@ -142,14 +189,14 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _build(data: DataConfig, path: Path, report: Report) -> None:
-    report(f"{path}: preparing {data.corpus.name}")
+def _build(data: DataConfig, corpus: CorpusConfig, path: Path, paths: Sequence[Path], report: Report) -> None:
+    report(f"{path}: preparing {corpus.name}")
     started = time.monotonic()
-    tokenizer = _tokenizer(data, report)
+    tokenizer = _tokenizer(data, paths, report)
     reading = Reading()
     source = hashlib.blake2b(digest_size=16)
     with StoreWriter(path, vocab_size=tokenizer.vocab_size) as writer, _Meter(report) as meter:
-        for documents in _batches(corpora.read(data.corpus, reading)):
+        for documents in _batches(corpora.read(corpus, reading)):
             texts = [document.text for document in documents]
             encoded = tokenizer.encode_batch(texts, num_threads=_ENCODING_THREADS)
             sizes = []
@@ -166,7 +213,7 @@ def _build(data: DataConfig, path: Path, report: Report) -> None:
             tokens = sum(map(len, encoded)) + len(encoded)
             meter.add(len(texts), tokens, reading.progress)
         info = {
-            "corpus": dataclasses.asdict(data.corpus),
+            "corpus": dataclasses.asdict(corpus),
             "tokenizer": dataclasses.asdict(data.tokenizer),
             "vocabulary": dataclasses.asdict(tokenizer.vocabulary),
             "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -189,18 +236,24 @@ def _summarise(store: Store, seconds: float, report: Report) -> None:
     report(f"{store.path}: prepared in {seconds:.1f} s, vocabulary of {store.vocabulary.vocab_size:,}")
 
 
-def _tokenizer(data: DataConfig, report: Report) -> Tokenizer:
+def _tokenizer(data: DataConfig, paths: Sequence[Path], report: Report) -> Tokenizer:
     config = data.tokenizer
-    if config.kind == "bytes" or config.path:
+    if not _is_trained(config):
         return tokenizers.load(config, Path(config.path) if config.path else None)
+    for path in paths:  # a store of the same mixture that is there has what is to be trained
+        if is_committed(path):
+            return Store.open(path).tokenizer
     report(f"training a SentencePiece vocabulary of {config.vocab_size:,}")
     started = time.monotonic()
-    texts = (document.text for document in corpora.read(data.corpus, Reading()) if document.split == "train")
-    model = tokenizers.train_sentencepiece(
-        _sample(texts, TRAINING_BYTES_PER_PIECE * config.vocab_size), config.vocab_size
-    )
+    limit = TRAINING_BYTES_PER_PIECE * config.vocab_size // len(data.sources)
+    texts = (text for share in data.sources for text in _sample(_training_texts(share.corpus), limit))
+    model = tokenizers.train_sentencepiece(texts, config.vocab_size)
     report(f"trained it in {time.monotonic() - started:.1f} s")
     return SentencePieceTokenizer(model, config.num_sentinels, "the trained model")
+
+
+def _training_texts(corpus: CorpusConfig) -> Iterator[str]:
+    return (document.text for document in corpora.read(corpus, Reading()) if document.split == "train")
 
 
 def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t5x_like.config import CorpusConfig, DataConfig, DataError, TokenizerConfig, ul2
+from t5x_like.config import CorpusConfig, CorpusShare, DataConfig, DataError, RefusedError, TokenizerConfig, ul2
 from t5x_like.data import python_docs
 from t5x_like.data.documents import Document, divide
-from t5x_like.data.prepare import open_store, prepare, store_path
+from t5x_like.data.prepare import open_store, open_stores, prepare, store_path, store_paths
 from t5x_like.data.store import Store, is_committed
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def in_a_process(data: DataConfig, before: str = "") -> subprocess.Popen[str]:
 
 def test_every_document_is_there_in_order_and_the_second_call_finds_it(data: DataConfig) -> None:
     lines: list[str] = []
-    store = prepare(data, report=lines.append)
+    (store,) = prepare(data, report=lines.append)
     texts = [
         json.loads(line)["text"] for part in range(2) for line in open(Path(data.store).parent / f"part{part}.jsonl")
     ]
@@ -76,7 +77,7 @@ def test_every_document_is_there_in_order_and_the_second_call_finds_it(data: Dat
 
     before = {path: path.stat().st_mtime_ns for path in Path(data.store).rglob("*")}
     lines.clear()
-    again = prepare(data, report=lines.append)
+    (again,) = prepare(data, report=lines.append)
     assert again.fingerprint == store.fingerprint and lines == [f"{store.path}: prepared already"]
     assert {path: path.stat().st_mtime_ns for path in Path(data.store).rglob("*")} == before
     assert open_store(dataclasses.replace(data, seed=5, prefetch=9)).path == store.path
@@ -102,8 +103,8 @@ def test_killed_and_called_again_it_makes_what_it_would_have_made(data: DataConf
     with pytest.raises(DataError, match="a half-written token store"):
         open_store(data)
 
-    resumed = prepare(data, report=silent)
-    undisturbed = prepare(dataclasses.replace(data, store=data.store + "2"), report=silent)
+    (resumed,) = prepare(data, report=silent)
+    (undisturbed,) = prepare(dataclasses.replace(data, store=data.store + "2"), report=silent)
     assert resumed.fingerprint == undisturbed.fingerprint
     for file in ("train/tokens/c/0", "train/offsets/c/0", "validation/tokens/c/0", "tokenizer.model", "info.json"):
         assert (resumed.path / file).read_bytes() == (undisturbed.path / file).read_bytes(), file
@@ -122,7 +123,7 @@ def test_two_at_once_make_one(data: DataConfig) -> None:
 
 
 def test_changed_files_make_another_store_and_absent_ones_find_the_one_there_is(data: DataConfig) -> None:
-    first = prepare(data, report=silent)
+    (first,) = prepare(data, report=silent)
     changed = Path(data.store).parent / "part1.jsonl"
     text = changed.read_text()
     changed.unlink()
@@ -130,7 +131,7 @@ def test_changed_files_make_another_store_and_absent_ones_find_the_one_there_is(
     assert open_store(data).path == first.path
     changed.with_name("elsewhere").rename(other)
     changed.write_text(text + '{"text": "one more document"}\n')
-    second = prepare(data, report=silent)
+    (second,) = prepare(data, report=silent)
     assert second.path != first.path and second.fingerprint != first.fingerprint
     for path in (changed, other):
         path.unlink()
@@ -149,6 +150,32 @@ def test_a_folder_that_cannot_be_written_says_so(data: DataConfig, tmp_path: Pat
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"cannot be written.*--data.store"):
         prepare(dataclasses.replace(data, store=str(tmp_path / "file" / "stores")), report=silent)
+
+
+def test_a_mixture_has_one_tokenizer_for_all_its_stores(data: DataConfig, tmp_path: Path) -> None:
+    shares = tuple(
+        CorpusShare(
+            name=f"part{part}",
+            corpus=CorpusConfig(files=(str(tmp_path / f"part{part}.jsonl"),), validation_fraction=0.1),
+        )
+        for part in range(2)
+    )
+    mixed = dataclasses.replace(data, corpora=shares)
+    lines: list[str] = []
+    stores = prepare(mixed, report=lines.append)
+    assert [store.path for store in stores] == list(store_paths(mixed))
+    assert len({store.tokenizer.fingerprint for store in stores}) == 1
+    assert sum("training a SentencePiece" in line for line in lines) == 1
+    alone = prepare(dataclasses.replace(data, corpora=shares[:1]), report=silent)
+    assert alone[0].path != stores[0].path, "its vocabulary is trained on less text"
+    assert [store.path for store in open_stores(mixed)] == [store.path for store in stores]
+
+    # One of them made by another tokenizer.
+    shutil.rmtree(stores[1].path)
+    other = dataclasses.replace(mixed, tokenizer=TokenizerConfig(vocab_size=380, num_sentinels=64))
+    prepare(other, report=silent)[1].path.rename(stores[1].path)
+    with pytest.raises(RefusedError, match=r"disagree: found the tokenizers .*of 467 ids.*of 447 ids"):
+        open_stores(mixed)
 
 
 def test_text_files_need_no_tensorflow(data: DataConfig) -> None:
@@ -257,7 +284,7 @@ for config in {list(bad.values())!r}:
     embedded = dataclasses.replace(
         configs["python_docs"], corpus=CorpusConfig(packages=False, validation_fraction=0.02)
     )
-    ours, task = prepare(embedded, report=silent), open_store(configs["python_docs"])
+    (ours,), task = prepare(embedded, report=silent), open_store(configs["python_docs"])
     for split in ("train", "validation"):
         one, two = ours.split(split), task.split(split)
         assert np.array_equal(one.offsets, two.offsets)

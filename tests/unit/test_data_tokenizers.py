@@ -134,7 +134,7 @@ def test_a_files_own_sentinels_are_kept_by_the_store_that_is_made_with_it(model:
         targets_length=8,
         store=str(tmp_path / "stores"),
     )
-    store = prepare(data, report=lambda line: None)
+    (store,) = prepare(data, report=lambda line: None)
     given = tokenizers.load(data.tokenizer, path)
     assert given.vocabulary == store.vocabulary == store.tokenizer.vocabulary
     assert (given.sentinel_id(0), given.mode_id("R")) == (337, 338)
