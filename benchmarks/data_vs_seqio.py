@@ -1,0 +1,357 @@
+"""Raw tokens per CPU second, ours against seqio with T5's preprocessors, in the same run.
+
+    pip install -e . && pip install --no-deps --target build/t5 t5==0.9.4 gin-config babel
+    python benchmarks/data_vs_seqio.py
+
+Both sides make batches of the seven-denoiser mixture of UL2, one seventh of the examples each, from the same tokens
+(the embedded corpus, 32,000 SentencePiece pieces, 128 sentinels), as shuffled encoder-decoder rows of 512/512.
+
+seqio: a Mixture of seven Tasks over TFRecords of tokens, with `span_corruption` and `prefix_lm` of t5 0.9.4, a mode
+token in front and EOS behind, through `EncDecFeatureConverter(pack=True)`. T5's file is executed as it is, without the
+rest of its package, which asks for nightly builds of others. Ours: `Stream` behind its prefetch thread, as in training.
+
+Each side lives in a process of its own that may use the cores it is told (`--cores 1`, then 2). After warm-up the two
+take turns. A side's cost is the CPU time of its process since its last answer, so that nothing made in the background
+is free; counting tokens is not counted. Raw tokens are what is neither padding, EOS, sentinel nor mode token. Reported
+are medians over the turns. Padding is told too: seqio's cells are about half empty, which the ratio does not count.
+
+Also: the time of a fresh process to its first batch from the prepared store, with its memory; and the time to open a
+stream of 10^12 tokens and make the batch at row 10^9, against the one at row 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PIECES, SENTINELS, LENGTH, ROWS = 32_000, 128, 512, 128
+SPECIAL = PIECES
+"""The first id that is not text."""
+
+
+def data_config(store: str) -> Any:
+    from t5x_like.config import CorpusConfig, DataConfig, TokenizerConfig, ul2
+
+    return DataConfig(
+        corpus=CorpusConfig(),
+        tokenizer=TokenizerConfig(vocab_size=PIECES, num_sentinels=SENTINELS),
+        layout="encoder_decoder",
+        mixture=ul2(),
+        inputs_length=LENGTH,
+        targets_length=LENGTH,
+        store=store,
+    )
+
+
+def stores_of(data: Any) -> Any:
+    from t5x_like.data.prepare import open_store
+
+    return open_store(data)
+
+
+def prepare(work: Path) -> None:
+    """The store, and its documents as TFRecords."""
+    from t5x_like.data.prepare import prepare as prepare_store
+
+    store = prepare_store(data_config(str(work)))
+    done = work / "tfrecords" / "done"
+    if done.exists():
+        return
+    import tensorflow as tf
+
+    done.parent.mkdir(parents=True, exist_ok=True)
+    split = store.split("train")
+    offsets = split.offsets.astype(np.int64)
+    writers = [tf.io.TFRecordWriter(str(done.parent / f"train-{number:02d}-of-16")) for number in range(16)]
+    for index, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        tokens = split.tokens(start, stop - 1).astype(np.int64)  # Without EOS, which T5's preprocessors do not expect.
+        feature = tf.train.Feature(int64_list=tf.train.Int64List(value=tokens))
+        example = tf.train.Example(features=tf.train.Features(feature={"targets": feature}))
+        writers[index % 16].write(example.SerializeToString())
+    for writer in writers:
+        writer.close()
+    done.touch()
+
+
+def ours(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
+    from t5x_like.data.prefetch import Prefetcher
+    from t5x_like.data.stream import Stream
+
+    data = data_config(str(options.work))
+    for batch in Prefetcher(Stream(stores_of(data), data, ROWS), 0):
+        assert set(batch) == {"main"}
+        yield batch["main"]
+
+
+def t5_preprocessors(folder: Path) -> Any:
+    """T5's own module, without the package around it."""
+    import importlib.util
+
+    sys.path.append(str(folder))
+    path = folder / "t5" / "data" / "preprocessors.py"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: see the docstring of this file, or name the folder by --t5")
+    spec = importlib.util.spec_from_file_location("t5_preprocessors", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Where AutoGraph looks for the functions' names.
+    spec.loader.exec_module(module)
+    return module
+
+
+def theirs(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
+    import seqio
+    import tensorflow as tf
+
+    t5 = t5_preprocessors(options.t5)
+    from t5x_like.config.objectives import MODES
+    from t5x_like.config.mixtures import ul2
+
+    vocabulary = seqio.PassThroughVocabulary(PIECES + SENTINELS, eos_id=1)
+    features = {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}
+    source = seqio.TFExampleDataSource(
+        {"train": str(options.work / "tfrecords" / "train-*")},
+        feature_description={"targets": tf.io.VarLenFeature(tf.int64)},
+    )
+
+    def dense(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(
+            lambda example: {"targets": tf.cast(tf.sparse.to_dense(example["targets"]), tf.int32)},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def with_mode(dataset: tf.data.Dataset, mode: int) -> tf.data.Dataset:
+        return dataset.map(
+            lambda example: {**example, "inputs": tf.concat([[mode], example["inputs"]], 0)},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    names = []
+    for objective in ul2():
+        if objective.kind == "span_corruption":
+            corrupt = functools.partial(
+                t5.span_corruption,
+                mean_noise_span_length=objective.mean_noise_span_length,
+                noise_density=objective.noise_density,
+                reserved_for_packing=1,  # for the mode token
+            )
+        else:
+            corrupt = t5.prefix_lm
+        assert objective.mode
+        mode = PIECES + SENTINELS + MODES.index(objective.mode)
+        seqio.TaskRegistry.add(
+            f"bench_{objective.name.replace('.', '_')}",
+            source=source,
+            preprocessors=[
+                dense,
+                corrupt,
+                functools.partial(with_mode, mode=mode),
+                seqio.preprocessors.append_eos_after_trim,
+            ],
+            output_features=features,
+        )
+        names.append(f"bench_{objective.name.replace('.', '_')}")
+    seqio.MixtureRegistry.add("bench", names, default_rate=1.0)
+    dataset = seqio.get_dataset(
+        "bench",
+        {"inputs": LENGTH, "targets": LENGTH},
+        seqio.EncDecFeatureConverter(pack=True),
+        dataset_split="train",
+        shuffle=True,
+        num_epochs=None,
+        seed=0,
+        batch_size=ROWS,
+    )
+    yield from dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+
+
+SIDES: dict[str, Callable[[argparse.Namespace], Iterator[Mapping[str, Any]]]] = {"ours": ours, "seqio": theirs}
+BATCHES = {"ours": 60, "seqio": 6}
+"""Of a turn: about a second each."""
+
+
+def counts(batch: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Raw tokens, cells that are not padding, and cells of a batch."""
+    raw = filled = cells = 0
+    for name in ("encoder_input_tokens", "decoder_target_tokens"):
+        ids = batch[name]
+        raw += int(((ids > 1) & (ids < SPECIAL)).sum())
+        filled += int((ids > 0).sum())
+        cells += ids.size
+    return raw, filled, cells
+
+
+def serve(name: str, options: argparse.Namespace, cores: int, pipe: Connection) -> None:
+    """For each message makes some batches, and answers with CPU and wall seconds and what was in them."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    batches = SIDES[name](options)
+    for _ in range(3 * BATCHES[name]):
+        next(batches)
+    pipe.send(None)
+    cpu = time.process_time()
+    while pipe.recv():
+        wall = time.perf_counter()
+        made = [next(batches) for _ in range(BATCHES[name])]
+        wall = time.perf_counter() - wall
+        counting = time.thread_time()
+        total = np.sum([counts(batch) for batch in made], axis=0)
+        counting = time.thread_time() - counting
+        now = time.process_time()
+        pipe.send((now - cpu - counting, wall, *map(int, total)))
+        cpu = now
+
+
+def compare(options: argparse.Namespace, cores: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for name in SIDES:
+        pipes[name], other_end = context.Pipe()
+        process = context.Process(target=serve, args=(name, options, cores, other_end), daemon=True)
+        process.start()
+        processes.append(process)
+        pipes[name].recv()  # One side at a time, so that nobody warms up while another is measured.
+    turns: dict[str, list[tuple[float, float, int, int, int]]] = {name: [] for name in SIDES}
+    for _ in range(options.turns):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            turns[name].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(False)
+    for process in processes:
+        process.join(5)
+        process.kill()  # seqio's threads may wait for a consumer.
+    report: dict[str, Any] = {"cores": cores}
+    speeds = {}
+    for name, rows in turns.items():
+        cpu, wall, raw, filled, cells = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+        speeds[name] = raw / cpu / 1e6
+        report[name] = {
+            "million_raw_tokens_per_cpu_second": round(float(np.median(speeds[name])), 3),
+            "slowest_and_fastest_turn": [round(float(f(speeds[name])), 3) for f in (np.min, np.max)],
+            "million_raw_tokens_per_wall_second": round(float(np.median(raw / wall / 1e6)), 3),
+            "cells_filled": round(float(filled.sum() / cells.sum()), 4),
+        }
+    report["ratio_of_raw_tokens_per_cpu_second"] = round(float(np.median(speeds["ours"] / speeds["seqio"])), 1)
+    return report
+
+
+_FIRST_BATCH = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import data_vs_seqio
+from t5x_like.data.stream import Stream
+data = data_vs_seqio.data_config({work!r})
+Stream(data_vs_seqio.stores_of(data), data, data_vs_seqio.ROWS).batch(0)
+import json, resource
+usage = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps({{"cpu": usage.ru_utime + usage.ru_stime, "mib": usage.ru_maxrss / 1024,
+  "tensorflow": "tensorflow" in sys.modules, "jax": "jax" in sys.modules}}))
+"""
+
+
+def first_batch(work: Path, repetitions: int = 5) -> dict[str, Any]:
+    """A fresh process from its start to its first batch."""
+    program = _FIRST_BATCH.format(folder=str(Path(__file__).parent), work=str(work))
+    walls, found = [], []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        answer = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout
+        walls.append(time.perf_counter() - start)
+        found.append(json.loads(answer))
+    return {
+        "wall_seconds": round(statistics.median(walls), 3),
+        "cpu_seconds": round(statistics.median(each["cpu"] for each in found), 3),
+        "peak_mib": round(statistics.median(each["mib"] for each in found)),
+        "tensorflow_imported": any(each["tensorflow"] for each in found),
+        "jax_imported": any(each["jax"] for each in found),
+    }
+
+
+class CountedTokens:
+    """A split of 10^12 tokens that are computed from their place."""
+
+    name = "train"
+    num_tokens = 10**12
+    num_documents = 10**9
+    num_bytes = 4 * 10**12
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        return (3 + np.arange(start, stop) % (PIECES - 3)).astype(np.uint16)
+
+    def gather(self, starts_N: np.ndarray, length: int) -> np.ndarray:
+        index_NxL = starts_N[:, None] + np.arange(length)
+        return (3 + index_NxL % (PIECES - 3)).astype(np.uint16)
+
+
+class CountedStore:
+    path = Path("counted")
+    fingerprint = "counted"
+    info: Mapping[str, Any] = {"parts": 1}
+
+    def __init__(self, vocabulary: Any):
+        self.vocabulary = vocabulary
+
+    def split(self, name: str) -> CountedTokens:
+        del name
+        return CountedTokens()
+
+
+def far_rows(work: Path, repetitions: int = 41) -> dict[str, Any]:
+    """CPU seconds to open a stream and make a batch, at row 0 and at row 10^9, in turns."""
+    from t5x_like.data.stream import Stream
+
+    data = data_config(str(work))
+    store: Any = CountedStore(stores_of(data).vocabulary)
+    seconds: dict[int, list[float]] = {0: [], 10**9: []}
+    for _ in range(repetitions):
+        for row, found in seconds.items():
+            start = time.thread_time()
+            Stream(store, data, ROWS).batch(row // ROWS)
+            found.append(time.thread_time() - start)
+    near, far = (statistics.median(found) for found in seconds.values())
+    return {
+        "rows_per_epoch": Stream(store, data, ROWS).rows_per_epoch,
+        "row_0_ms": round(near * 1e3, 2),
+        "row_1e9_ms": round(far * 1e3, 2),
+        "ratio": round(far / near, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/data_benchmark"), help="keeps the prepared text")
+    parser.add_argument("--t5", type=Path, default=Path("build/t5"), help="where t5 was installed")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--cores", type=int, nargs="*", default=[1, 2])
+    options = parser.parse_args()
+    process = multiprocessing.get_context("spawn").Process(target=prepare, args=(options.work,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(process.exitcode)
+    report: dict[str, Any] = {"load_average": os.getloadavg()}
+    for cores in options.cores:
+        report[f"{cores}_cores"] = compare(options, cores)
+    report["first_batch_in_a_fresh_process"] = first_batch(options.work)
+    report["far_rows"] = far_rows(options.work)
+    report["peak_mib_of_this_process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
