@@ -118,8 +118,8 @@ def theirs(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
     import tensorflow as tf
 
     t5 = t5_preprocessors(options.t5)
-    from t5x_like.config.objectives import MODES
     from t5x_like.config.mixtures import ul2
+    from t5x_like.config.objectives import MODES
 
     vocabulary = seqio.PassThroughVocabulary(PIECES + SENTINELS, eos_id=1)
     features = {name: seqio.Feature(vocabulary, add_eos=True) for name in ("inputs", "targets")}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from t5x_like.config.lengths import masked_count, max_spans, noise_counts, prefix_target_range, windows_per_row
 from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption
@@ -86,43 +87,53 @@ def span_mask(keys_N: rng.Keys, objective: SpanCorruption, length: int) -> Mask:
     if objective.t5_exact:
         return mask_NxL
     offset_N = rng.below(rng.bits(keys_N, _ROTATION, 1)[:, 0], length)
-    return np.take_along_axis(mask_NxL, (np.arange(length) + offset_N[:, None]) % length, axis=1)
+    twice = np.concatenate([mask_NxL, mask_NxL], axis=1).ravel()
+    # Whole stretches are copied, which is many times faster than an index for each position.
+    return sliding_window_view(twice, length)[np.arange(len(keys_N)) * 2 * length + offset_N]
 
 
 def _corrupt_spans(tokens_NxL: Tokens, keys_N: rng.Keys, objective: SpanCorruption, vocabulary: Vocabulary) -> Examples:
-    """Each span gets its sentinel where it starts, so that inputs and targets agree wherever the first span begins."""
+    """Each span gets its sentinel where it starts, so that inputs and targets agree wherever the first span begins.
+
+    Every row selects the same number of cells, padding included, so that what is selected is a matrix again.
+    """
     rows, length = tokens_NxL.shape
     most_spans = max_spans(objective, length)
     vocabulary.sentinel_id(most_spans - 1)
+    noise, spans = noise_counts(objective, length)
     mask_NxL = span_mask(keys_N, objective, length)
     starts_NxL = mask_NxL.copy()
     starts_NxL[:, 1:] &= ~mask_NxL[:, :-1]
-    span_NxL = np.cumsum(starts_NxL, axis=1, dtype=np.int32)
-    sentinel_NxL = vocabulary.first_sentinel_id + 1 - span_NxL
-    noise, _ = noise_counts(objective, length)
-    spans_N = span_NxL[:, -1].astype(np.int64)
+    # A rotation that cuts a span makes two of it.
+    spans_N = spans + (mask_NxL[:, 0] & mask_NxL[:, -1]).astype(np.int64)
+    is_shorter_N = spans_N < most_spans
+    span = np.arange(spans_N.sum()) - np.repeat(np.cumsum(spans_N) - spans_N, spans_N)
+    sentinels = (vocabulary.first_sentinel_id - span).astype(np.int32)
 
+    # [mode] text with a sentinel where a span starts, EOS, and padding where another row has a span more.
     mode = 0 if objective.mode is None else 1
-    input_lengths_N = mode + length - noise + spans_N + 1
-    inputs_NxI = np.full((rows, mode + length - noise + most_spans + 1), PAD_ID, np.int32)
+    source = np.empty((rows, mode + length + 2), np.int32)
+    kept = np.ones(source.shape, np.bool_)
     if objective.mode is not None:
-        inputs_NxI[:, 0] = vocabulary.mode_id(objective.mode)
-    places_I = np.arange(inputs_NxI.shape[1])
-    kept = np.where(starts_NxL, sentinel_NxL, tokens_NxL)[~mask_NxL | starts_NxL]
-    inputs_NxI[(places_I >= mode) & (places_I < input_lengths_N[:, None] - 1)] = kept
-    inputs_NxI[np.arange(rows), input_lengths_N - 1] = EOS_ID
+        source[:, 0] = vocabulary.mode_id(objective.mode)
+    source[:, mode:-2] = tokens_NxL
+    source[:, mode:-2][starts_NxL] = sentinels
+    source[:, -2:] = EOS_ID, PAD_ID
+    np.less_equal(mask_NxL, starts_NxL, out=kept[:, mode:-2])
+    kept[:, -1] = is_shorter_N if most_spans > spans else False
+    inputs_NxI = source[kept].reshape(rows, mode + length - noise + most_spans + 1)
 
-    target_lengths_N = noise + spans_N + 1
-    targets_NxT = np.full((rows, noise + most_spans + 1), PAD_ID, np.int32)
-    # The k-th masked token of a row stands behind k tokens and as many sentinels as spans have begun.
+    # Pairs of a sentinel, where a span starts, and a masked token; then EOS and padding.
     masked = np.flatnonzero(mask_NxL)
-    place_NxM = np.arange(noise) + span_NxL.ravel()[masked].reshape(rows, noise)
-    place_NxM += np.arange(rows)[:, None] * targets_NxT.shape[1]
-    targets_NxT.ravel()[place_NxM.ravel()] = tokens_NxL.ravel()[masked]
-    first = starts_NxL.ravel()[masked]
-    targets_NxT.ravel()[place_NxM.ravel()[first] - 1] = sentinel_NxL.ravel()[masked[first]]
-    targets_NxT[np.arange(rows), target_lengths_N - 1] = EOS_ID
-    return Examples(inputs_NxI, targets_NxT, input_lengths_N, target_lengths_N)
+    pairs = np.empty((rows, noise + 1, 2), np.int32)
+    wanted = np.ones(pairs.shape, np.bool_)
+    wanted[:, :-1, 0] = starts_NxL.ravel()[masked].reshape(rows, noise)
+    wanted[:, -1, 1] = is_shorter_N if most_spans > spans else False
+    pairs[:, :-1, 1] = tokens_NxL.ravel()[masked].reshape(rows, noise)
+    pairs[:, :-1, 0][wanted[:, :-1, 0]] = sentinels
+    pairs[:, -1] = EOS_ID, PAD_ID
+    targets_NxT = pairs[wanted].reshape(rows, noise + most_spans + 1)
+    return Examples(inputs_NxI, targets_NxT, mode + length - noise + spans_N + 1, noise + spans_N + 1)
 
 
 def _split_prefix(tokens_NxL: Tokens, keys_N: rng.Keys, objective: PrefixLM, vocabulary: Vocabulary) -> Examples:

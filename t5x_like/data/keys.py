@@ -19,13 +19,14 @@ _FINALISER = (
     (np.uint64(0xBF58476D1CE4E5B9), np.uint64(27)),
     (np.uint64(0x94D049BB133111EB), np.uint64(31)),
 )
+_WORD = 0xFFFFFFFFFFFFFFFF
 _ROUNDS = 8
 
 
 def _as_uint64(value: Integers) -> Keys:
     if isinstance(value, int):
-        return np.asarray([value & 0xFFFFFFFFFFFFFFFF], np.uint64)
-    return np.atleast_1d(value).astype(np.uint64)
+        return np.array([value & _WORD], np.uint64)
+    return np.atleast_1d(np.asarray(value).astype(np.uint64, copy=False))
 
 
 def mix(values: Keys) -> Keys:
@@ -42,6 +43,8 @@ def mix(values: Keys) -> Keys:
 
 def fold_in(key: Integers, value: Integers) -> Keys:
     """Keys that depend on both arguments, which broadcast against each other. At least one-dimensional."""
+    if isinstance(value, int):  # most often, and then without arithmetic on arrays of one number
+        return mix(_as_uint64(key) + np.uint64(int(_GAMMA) * (value + 1) & _WORD))
     return mix(_as_uint64(key) + _GAMMA * (_as_uint64(value) + np.uint64(1)))
 
 
@@ -84,7 +87,7 @@ def permute(index: npt.NDArray[np.int64], size: int, key: Keys) -> npt.NDArray[n
     """
     rows = np.uint64(max(int(np.ceil(np.sqrt(size))), 1))
     columns = np.uint64(-(-size // int(rows)))
-    round_keys = [fold_in(key, number) for number in range(_ROUNDS)]
+    round_keys = fold_in(key, np.arange(_ROUNDS)[:, None])
 
     def once(values: Keys, select: npt.NDArray[np.bool_] | slice) -> Keys:
         left, right = values // columns, values % columns
