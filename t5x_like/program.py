@@ -15,6 +15,7 @@ from t5x_like.config import BatchSpec, ConfigError, RunConfig, batch_spec
 from t5x_like.models.build import ModelSpec, abstract, build, merge
 from t5x_like.models.model import Model
 from t5x_like.monitoring.metrics import Mean
+from t5x_like.outputs import Output
 from t5x_like.partitioning.check import check_partitioning
 from t5x_like.partitioning.constrain import activation_context
 from t5x_like.partitioning.mesh import make_mesh
@@ -104,8 +105,8 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
     )
 
-    def apply(params: Tree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> jax.Array:
-        return merge(spec.graphdef, params)(batch, dropout_rng=dropout_rng)
+    def apply(params: Tree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> Output:
+        return merge(spec.graphdef, params).output(batch, dropout_rng=dropout_rng)
 
     def constrained(step: Callable[..., Any]) -> Callable[..., Any]:
         """The step, traced with its activations constrained to the mesh."""

@@ -92,3 +92,8 @@ class ModelConfig:
         """The stacks that are there, by name, encoder first."""
         named = {"encoder": self.encoder, "decoder": self.decoder}
         return {name: stack for name, stack in named.items() if stack is not None}
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws random numbers inside the model."""
+        return any(stack.dropout_rate > 0 for stack in self.stacks.values())

@@ -25,6 +25,7 @@ from t5x_like.kernels.matmul import matmul
 from t5x_like.models.cache import Cache
 from t5x_like.models.layers import Dense, Embedding, Norm, activate, param
 from t5x_like.models.stacks import LayerCaches, Stack
+from t5x_like.outputs import Output
 from t5x_like.partitioning.constrain import constrain
 
 
@@ -80,7 +81,11 @@ class Model(nnx.Module):
         self.head = Head(config, output, rngs=rngs)
 
     def __call__(self, batch: Mapping[str, Array], *, dropout_rng: Array | None = None) -> Array:
-        """Logits, float32 [B, T, V], of one sub-batch under seqio's feature names.
+        """The logits of `output`, float32 [B, T, V]."""
+        return self.output(batch, dropout_rng=dropout_rng).logits
+
+    def output(self, batch: Mapping[str, Array], *, dropout_rng: Array | None = None) -> Output:
+        """What is trained: logits, float32 [B, T, V], of one sub-batch under seqio's feature names, and further losses.
 
         Reads `encoder_input_tokens` and `decoder_input_tokens` as far as there are such stacks; where present
         `*_segment_ids` and `*_positions` of packed rows and, in decoders, `decoder_causal_attention`. Positions restart
@@ -105,7 +110,7 @@ class Model(nnx.Module):
             )
         if self.config.decoder is None:
             assert encoded is not None
-            return self._logits(encoded)
+            return Output(self._logits(encoded))
 
         tokens = _feature(batch, "decoder_input_tokens", self.config)
         decoder_ids = batch.get("decoder_segment_ids")
@@ -129,7 +134,7 @@ class Model(nnx.Module):
             cross_mask=cross_mask,
             dropout_rng=rngs[1],
         )
-        return self._logits(states)
+        return Output(self._logits(states))
 
     def encode(
         self,

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 
 from t5x_like.kernels.cross_entropy import cross_entropy
 from t5x_like.monitoring.metrics import Mean, add
+from t5x_like.outputs import Output
 
 Params = Mapping[str, object]
 SubBatch = Mapping[str, jax.Array]
 Batch = Mapping[str, SubBatch]
-Apply = Callable[[Params, SubBatch, jax.Array | None], jax.Array]
-"""(parameters, sub-batch, dropout key or None for none) -> logits [rows, length, vocabulary]."""
+Apply = Callable[[Params, SubBatch, jax.Array | None], jax.Array | Output]
+"""(parameters, sub-batch, key of dropout and samples or None for none) -> logits [rows, length, vocabulary], or an
+`Output` with further losses."""
 
 
 def targets_and_weights(batch: SubBatch) -> tuple[jax.Array, jax.Array]:
@@ -61,19 +63,55 @@ def batch_metrics(
     apply: Apply,
     params: Params,
     batch: Batch,
-    dropout_rng: jax.Array | None,
+    rng: jax.Array | None,
     *,
     z_loss: float,
     label_smoothing: float,
     denoisers: Sequence[str],
-) -> dict[str, Mean]:
-    """`sub_batch_metrics` added over the sub-batches, each of which has a dropout key of its own."""
+) -> tuple[dict[str, Mean], dict[str, float]]:
+    """Metrics added over the sub-batches, each of which has a key of its own.
+
+    Returns:
+      The metrics: `sub_batch_metrics`, and the losses and metrics of the model's `Output` under their names.
+      The coefficients of those losses by name.
+
+    Raises:
+      ValueError: the model reports something under a name that is taken.
+    """
     metrics: dict[str, Mean] = {}
+    coefficients: dict[str, float] = {}
     for index, name in enumerate(sorted(batch)):
-        rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, index)
-        logits = apply(params, batch[name], rng)
-        of_this = sub_batch_metrics(
-            logits, batch[name], z_loss=z_loss, label_smoothing=label_smoothing, denoisers=denoisers
+        key = None if rng is None else jax.random.fold_in(rng, index)
+        found = apply(params, batch[name], key)
+        output = found if isinstance(found, Output) else Output(found)
+        losses = {of: Mean(loss.sum, loss.weight) for of, loss in output.losses.items()}
+        of_logits = sub_batch_metrics(
+            output.logits, batch[name], z_loss=z_loss, label_smoothing=label_smoothing, denoisers=denoisers
         )
-        metrics = add(metrics, of_this)
-    return metrics
+        parts = (of_logits, losses, output.metrics)
+        if len(set().union(*parts)) < sum(map(len, parts)):
+            raise ValueError(f"a loss or metric of the model has a name that is taken: {[sorted(x) for x in parts]}")
+        for part in parts:
+            metrics = add(metrics, part)
+        coefficients |= {of: loss.coefficient for of, loss in output.losses.items()}
+    return metrics, coefficients
+
+
+def summed_loss(
+    metrics: Mapping[str, Mean], coefficients: Mapping[str, float], of_batch: Mapping[str, Mean]
+) -> jax.Array:
+    """What a part of a batch adds to the loss that, divided by the batch's loss tokens, is minimised: its summed
+    cross-entropy and z term, and of each further loss coefficient * sum * loss tokens / weight.
+
+    Args:
+      metrics: Of the part.
+      coefficients: Of the further losses.
+      of_batch: "loss" and the further losses of the whole batch, whose weights are read.
+    """
+    total = metrics["loss"].sum + metrics["z_loss"].sum
+    tokens = of_batch["loss"].weight
+    for name, coefficient in coefficients.items():
+        weight = of_batch[name].weight
+        scale = jnp.where(weight > 0, coefficient * tokens / jnp.maximum(weight, 1e-30), 0.0)
+        total = total + jax.lax.stop_gradient(scale) * metrics[name].sum
+    return total

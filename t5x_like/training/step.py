@@ -1,7 +1,8 @@
 """The training step and the evaluation step: pure functions, without a mesh, that never wait for the host.
 
 The gradient is that of the summed loss of all sub-batches and accumulation parts, divided once by the sum of the loss
-weights: how a batch is packed or cut into parts does not change the update.
+weights: how a batch is packed or cut into parts does not change the update. Further losses of the model are means over
+the whole batch as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import optax
 from t5x_like.config import RunConfig
 from t5x_like.monitoring.metrics import Mean, add
 from t5x_like.partitioning.constrain import constrain
-from t5x_like.training.losses import Apply, Batch, batch_metrics
+from t5x_like.training.losses import Apply, Batch, batch_metrics, summed_loss
 from t5x_like.training.schedules import ScheduleFn
 
 Tree = Any
@@ -32,38 +33,49 @@ def make_train_step(
     A gradient that is not finite is not applied: parameters and optimizer state stay, the step counts, and the metric
     `nonfinite` says so. That includes gradients whose norm overflows float32 (above 1e19).
 
-    Metrics, besides those of `losses.sub_batch_metrics`: loss_tokens (sum of the loss weights, per step),
+    Metrics, besides those of `losses.batch_metrics`: loss_tokens (sum of the loss weights, per step),
     learning_rate, gradient_norm (of the mean loss, before clipping; of finite steps), nonfinite.
     """
     training = run.training
     parts = training.gradient_accumulation_steps
-    has_dropout = any(stack.dropout_rate > 0.0 for stack in run.model.stacks.values())
     denoisers = [objective.name for objective in run.data.objectives]
 
-    def summed_loss(params: Tree, batch: Batch, rng: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        metrics = batch_metrics(
+    def loss_and_metrics(
+        params: Tree, batch: Batch, rng: jax.Array, part: jax.Array | int
+    ) -> tuple[Metrics, dict[str, float]]:
+        return batch_metrics(
             apply,
             params,
             batch,
-            rng,
+            jax.random.fold_in(rng, part) if run.model.draws else None,
             z_loss=training.z_loss,
             label_smoothing=training.label_smoothing,
             denoisers=denoisers,
         )
-        return metrics["loss"].sum + metrics["z_loss"].sum, metrics
 
-    def part_gradient(params: Tree, batch: Batch, rng: jax.Array, part: jax.Array | int) -> tuple[Tree, Metrics]:
-        key = jax.random.fold_in(rng, part) if has_dropout else None
-        (_, metrics), grads = jax.value_and_grad(summed_loss, has_aux=True)(params, batch, key)
+    def part_gradient(
+        params: Tree, batch: Batch, rng: jax.Array, part: jax.Array | int, of_batch: Metrics | None = None
+    ) -> tuple[Tree, Metrics]:
+        """`of_batch`: the losses of the whole batch, for their weights; None where the part is all of it."""
+
+        def loss(params: Tree) -> tuple[jax.Array, Metrics]:
+            metrics, coefficients = loss_and_metrics(params, batch, rng, part)
+            return summed_loss(metrics, coefficients, of_batch or metrics), metrics
+
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics
 
     def summed_gradient(params: Tree, batch: Batch, rng: jax.Array) -> tuple[Tree, Metrics]:
         if parts == 1:
             return part_gradient(params, batch, rng, 0)
 
+        # Of these sums only weights are used, which depend on the batch alone: the model is traced, but not run.
+        metrics, coefficients = loss_and_metrics(params, batch, rng, 0)
+        of_batch = {name: Mean(jnp.zeros(()), metrics[name].weight) for name in ("loss", *coefficients)}
+
         def add_part(total: tuple[Tree, Metrics], part: tuple[jax.Array, Batch]) -> tuple[tuple[Tree, Metrics], None]:
             index, batch_part = part
-            grads, metrics = part_gradient(params, batch_part, rng, index)
+            grads, metrics = part_gradient(params, batch_part, rng, index, of_batch)
             return (jax.tree.map(jnp.add, total[0], grads), add(total[1], metrics)), None
 
         split = jax.tree.map(lambda x: split_rows(x, parts), batch)
@@ -111,11 +123,11 @@ def make_train_step(
 
 def make_eval_step(run: RunConfig, apply: Apply) -> Callable[[Tree, Batch], Metrics]:
     """The evaluation (params, batch) -> metrics, to be jitted: no dropout, no label smoothing, the metrics of
-    `losses.sub_batch_metrics` and loss_tokens."""
+    `losses.batch_metrics` and loss_tokens."""
     denoisers = [objective.name for objective in run.data.objectives]
 
     def step(params: Tree, batch: Batch) -> Metrics:
-        metrics = batch_metrics(
+        metrics, _ = batch_metrics(
             apply, params, batch, None, z_loss=run.training.z_loss, label_smoothing=0.0, denoisers=denoisers
         )
         return metrics | {"loss_tokens": Mean(metrics["loss"].weight, jnp.ones(()))}

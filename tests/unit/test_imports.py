@@ -18,7 +18,7 @@ TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "
 # From the ground up. A room imports rooms of lower floors only; rooms of one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "kernels", "monitoring"),
-    ("partitioning", "run_directory", "interruption"),
+    ("partitioning", "run_directory", "interruption", "outputs"),
     ("data", "models", "training", "checkpoints"),
     ("program",),
     ("decoding", "interop", "planning"),

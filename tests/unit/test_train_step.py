@@ -23,7 +23,8 @@ from t5x_like.config import (
     StackConfig,
     TrainingConfig,
 )
-from t5x_like.monitoring.metrics import value
+from t5x_like.monitoring.metrics import Mean, value
+from t5x_like.outputs import Loss, Output
 from t5x_like.training.optimizers import make_optimizer
 from t5x_like.training.schedules import make_schedule
 from t5x_like.training.state import init_state
@@ -94,7 +95,9 @@ sgd = optax.GradientTransformationExtraArgs(
 """A stand-in that applies the gradient it is given, so that a test can read it off the parameters."""
 
 
-def gradient(run: RunConfig, batch: Tree, params: Tree | None = None) -> tuple[np.ndarray, Tree]:
+def gradient(
+    run: RunConfig, batch: Tree, params: Tree | None = None, apply: Callable[..., Any] = apply
+) -> tuple[np.ndarray, Tree]:
     params = params_of() if params is None else params
     step = jax.jit(make_train_step(run, apply, sgd, make_schedule(run.training)))
     state, metrics = step(init_state(params, sgd, 0), batch)
@@ -158,6 +161,68 @@ def test_sub_batches_are_one_padded_batch(names: tuple[str, str], parts: int) ->
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.abs(found).max() > 1e-2
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, whole)
+
+
+def with_further_loss(params: Tree, batch: Tree, rng: jax.Array | None) -> Output:
+    """The logits of token 1 squared, over the cells that have no weight: unlike the loss tokens in every part."""
+    logits = apply(params, batch, rng)
+    cells = 1.0 - batch["decoder_loss_weights"]
+    return Output(
+        logits,
+        {"far": Loss(jnp.sum(jnp.square(logits[..., 1]) * cells), jnp.sum(cells), coefficient=0.3)},
+        {"largest": Mean(jnp.max(logits), jnp.ones(()))},
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_further_loss_of_the_model_is_a_mean_over_the_whole_batch(parts: int) -> None:
+    batch = batch_of(seed=1)
+    batch["main"]["decoder_loss_weights"][::4] = 0
+
+    def far(params: Tree) -> jax.Array:
+        found = [with_further_loss(params, features, None).losses["far"] for features in batch.values()]
+        return sum(loss.sum for loss in found) / sum(loss.weight for loss in found)
+
+    def total(params: Tree) -> jax.Array:
+        return mean_loss(params, batch, 0.1) + 0.3 * far(params)
+
+    expected = jax.grad(total)(params_of())["table"]["embedding"]
+    assert np.abs(expected - jax.grad(mean_loss)(params_of(), batch, 0.1)["table"]["embedding"]).max() > 1e-2
+    run = run_with(gradient_accumulation_steps=parts, z_loss=0.1)
+    found, metrics = gradient(run, batch, apply=with_further_loss)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert value(metrics["far"]) == pytest.approx(float(far(params_of())), rel=1e-5), "reported without coefficient"
+    assert float(metrics["largest"].weight) == parts
+    batch["short"] = {name: x[:4, :3] if x.ndim == 2 else x[:4] for name, x in batch_of(seed=2)["main"].items()}
+    rows = padded(batch["short"], LENGTH)
+    as_one = {name: np.concatenate([x, rows[name]]) for name, x in batch["main"].items()}
+    found, metrics = gradient(run, batch, apply=with_further_loss)
+    assert value(metrics["far"]) == pytest.approx(float(far(params_of())), rel=1e-5)
+    expected = jax.grad(lambda params: mean_loss(params, {"main": as_one}, 0.1) + 0.3 * far(params))(params_of())
+    np.testing.assert_allclose(found, expected["table"]["embedding"], atol=1e-6)
+
+
+def test_weights_that_are_known_ahead_cost_no_second_run_of_the_model() -> None:
+    def products(parts: int) -> int:
+        def model(params: Tree, batch: Tree, rng: jax.Array | None) -> Output:
+            logits = params["table"]["embedding"][batch["decoder_input_tokens"]]
+            logits = jax.lax.scan(lambda x, _: (jnp.tanh(x @ params["table"]["embedding"]), None), logits, None, 3)[0]
+            loss = Loss(jnp.sum(logits**2), jnp.sum(batch["decoder_loss_weights"] * 1.0), coefficient=1.0)
+            return Output(logits, {"far": loss})
+
+        run = run_with(gradient_accumulation_steps=parts)
+        step = jax.jit(make_train_step(run, model, sgd, make_schedule(run.training)))
+        return step.lower(init_state(params_of(), sgd, 0), batch_of()).as_text().count("dot_general")
+
+    assert products(1) == products(2) > 0
+
+
+def test_a_model_may_not_report_under_a_name_that_is_taken() -> None:
+    def model(params: Tree, batch: Tree, rng: jax.Array | None) -> Output:
+        return Output(apply(params, batch, rng), metrics={"accuracy": Mean(jnp.ones(()), jnp.ones(()))})
+
+    with pytest.raises(ValueError, match=r"name that is taken.*accuracy"):
+        gradient(run_with(), batch_of(), apply=model)
 
 
 def test_dropout_keys_advance_over_parts_steps_and_sub_batches() -> None:
