@@ -4,11 +4,12 @@ A checkpoint is a directory named by its step:
 
     <step>/params/      the parameters, an Orbax tree of arrays (OCDBT, zarr3)
     <step>/training/    everything else of the state: optimizer, step, random key
+    <step>/files/       what belongs to the state and is no array, such as the position of a host's data pipeline
     <step>/meta.json    path, type and shape of every array; what the trainer wants to remember
     <step>/SHA256SUMS   checksums of all files above
 
-It is written under the name `<step>.saving`: Orbax commits the arrays, then the checksums are added, then the directory
-is renamed. So a step that is listed is complete, and one without checksums has been damaged later. A save that was
+It is written under the name `<step>.saving`: Orbax commits the arrays, then the files (which wait beside it, under
+`<step>.saving.files`) and the checksums are added, then the directory is renamed. So a step that is listed is complete, and one without checksums has been damaged later. A save that was
 killed leaves `<step>.saving*`, and a removal that was killed `<step>.deleting`; the next run removes them.
 A checkpoint that fails its checksums is renamed to `<step>.damaged` and restoring goes on with the one before.
 The directory is on a local or mounted file system, shared by all processes.
@@ -18,11 +19,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -40,6 +43,7 @@ FORMAT = 1
 _META = "meta.json"
 _PARAMS = "params"
 _TRAINING = "training"
+_FILES = "files"
 _LEFTOVER = re.compile(r"\d+\.(saving|deleting)(\..*)?")
 
 _logger = logging.getLogger(__name__)
@@ -91,13 +95,20 @@ class CheckpointManager:
         """The newest complete checkpoint's step. Whether it is intact, `restore` finds out."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> bool:
         """Begins to save; returns when the arrays are safe from donation, while the writing goes on in the background.
 
         Args:
           step: The step that the state has reached.
           state: Nested containers of arrays, with the parameters under "params".
           meta: JSON values that belong to the state.
+          files: Name -> content of files that belong to it. Each process gives its own, under names that no other has.
 
         Returns:
           False if this step is there already: nothing was done.
@@ -113,6 +124,8 @@ class CheckpointManager:
         record = {"format": FORMAT, "step": step, "state": trees.describe(leaves), "meta": meta}
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
         try:
+            # Before the arrays: that all processes have written theirs is what Orbax commits.
+            _write_files(self._path(step, f"saving.{_FILES}"), files)
             with _context():
                 response = ocp.save_checkpointables_async(self._path(step, "saving"), _by_item(leaves))
         except Exception as error:
@@ -176,10 +189,15 @@ class CheckpointManager:
         step = self._choose(
             step,
             expected=trees.describe(trees.by_path(abstract)),
-            needed=lambda name: not name.startswith(f"{_TRAINING}/"),
+            needed=lambda name: not name.startswith((f"{_TRAINING}/", f"{_FILES}/")),
             below=f"{_PARAMS}/",
         )
         return step, self._load(step, abstract)[_PARAMS], self._record(step)["meta"]
+
+    def read_files(self, step: int) -> dict[str, bytes]:
+        """The files of all processes in the checkpoint of `step`, by name. `restore` has verified them."""
+        folder = self._path(step) / _FILES
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.is_dir() else {}
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a checkpoint, by default of the newest one whose meta is intact.
@@ -201,6 +219,9 @@ class CheckpointManager:
             committed()
             if jax.process_index() == 0:
                 saving = self._path(step, "saving")
+                files = self._path(step, f"saving.{_FILES}")
+                if files.is_dir():
+                    files.rename(saving / _FILES)
                 (saving / _META).write_text(record, encoding="utf-8")
                 integrity.seal(saving)
                 saving.rename(self._path(step))
@@ -332,6 +353,16 @@ def _by_item(leaves: Mapping[str, Any]) -> dict[str, Any]:
     params = {path: leaf for path, leaf in leaves.items() if path.startswith(prefix)}
     rest = {f"{_TRAINING}/{path}": leaf for path, leaf in leaves.items() if not path.startswith(prefix)}
     return trees.nested({**params, **rest})
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    if files:
+        folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        with (folder / name).open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
 
 
 def _is_meta(name: str) -> bool:

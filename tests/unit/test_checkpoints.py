@@ -247,11 +247,32 @@ def test_reader_touches_nothing(tmp_path: Path):
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path):
     stay = ["notes", "7.damaged", "12", "5.saving-me"]
-    go = ["12.saving", "12.saving.orbax-checkpoint-tmp", "3.deleting"]
+    go = ["12.saving", "12.saving.files", "12.saving.orbax-checkpoint-tmp", "3.deleting"]
     for name in stay + go:
         (tmp_path / name / "params").mkdir(parents=True)
     CheckpointManager(tmp_path, CheckpointConfig()).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
+
+
+def test_files_belong_to_the_step_and_to_its_checksums(manager: CheckpointManager, caplog):
+    state = make_state()
+    for step in (1, 2):
+        manager.save(step, state, {}, {f"host-{host}": bytes([step, host]) * 9 for host in range(2)})
+    step, _, _ = manager.restore(abstract(state))
+    assert manager.read_files(step) == {"host-0": b"\2\0" * 9, "host-1": b"\2\1" * 9}
+    assert sorted(path.name for path in manager.directory.iterdir()) == ["1", "2"], "nothing waits beside them"
+
+    (manager.directory / "2" / "files" / "host-1").write_bytes(b"\2\1" * 8 + b"\2\3")
+    assert manager.restore_params(abstract(state["params"]))[0] == 2, "parameters alone need no files"
+    step, _, _ = manager.restore(abstract(state))
+    assert step == 1 and manager.read_files(step) == {"host-0": b"\1\0" * 9, "host-1": b"\1\1" * 9}
+    assert "files/host-1: not the content that was saved" in caplog.text
+
+
+def test_a_step_without_files_has_none(manager: CheckpointManager):
+    manager.save(1, make_state(), {})
+    manager.wait()
+    assert manager.read_files(1) == {}
 
 
 def test_another_format_is_refused(manager: CheckpointManager):
