@@ -9,9 +9,10 @@ A checkpoint is a directory named by its step:
     <step>/SHA256SUMS   checksums of all files above
 
 It is written under the name `<step>.saving`: Orbax commits the arrays, then the files (which wait beside it, under
-`<step>.saving.files`) and the checksums are added, then the directory is renamed. So a step that is listed is complete, and one without checksums has been damaged later. A save that was
-killed leaves `<step>.saving*`, and a removal that was killed `<step>.deleting`; the next run removes them.
-A checkpoint that fails its checksums is renamed to `<step>.damaged` and restoring goes on with the one before.
+`<step>.saving.files`) and the checksums are added, then the directory is renamed. So a step that is listed is complete,
+and one without checksums has been damaged later. A save that was killed leaves `<step>.saving*`, and a removal that was
+killed `<step>.deleting`; the next run removes them. A checkpoint that fails its checksums is renamed to
+`<step>.damaged` and restoring goes on with the one before.
 The directory is on a local or mounted file system, shared by all processes.
 """
 
