@@ -107,7 +107,8 @@ def show(program: Program, stream: Stream, workdir: Path, step: int, console: Co
 def _model(run: RunConfig) -> str:
     stacks = [
         f"{name} of {stack.num_layers} layers, d_model {stack.d_model}, {stack.num_heads} heads"
-        for name, stack in run.model.stacks.items()
+        for name, stack in {**run.model.stacks, "generator": run.model.generator}.items()
+        if stack is not None
     ]
     return f"{run.model.architecture} ({'; '.join(stacks)}), vocabulary {run.model.vocab_size}, {run.data.layout}"
 

@@ -1,7 +1,8 @@
 """UL2 in minutes on two CPU cores: one small model in four architectures on the embedded corpus.
 
 `configs/runs/smoke.py` is the encoder-decoder; `configs/runs/smoke.py:decoder`, `:prefix_lm` and `:encoder` are the
-same size as a causal decoder, a prefix-LM under the same denoisers, and a masked-LM encoder.
+same size as a causal decoder, a prefix-LM under the same denoisers, and a masked-LM encoder; `:electra` is the encoder
+trained to find replaced tokens.
 """
 
 import dataclasses
@@ -77,4 +78,15 @@ def encoder() -> RunConfig:
         data=dataclasses.replace(
             run.data, layout="encoder", mixture=(MaskedLM(),), inputs_length=256, targets_length=0
         ),
+    )
+
+
+def electra() -> RunConfig:
+    """A generator's masked language model, and an encoder that finds its samples."""
+    run = encoder()
+    return dataclasses.replace(
+        run,
+        name="smoke_electra",
+        model=presets.smoke("electra"),
+        data=dataclasses.replace(run.data, mixture=(MaskedLM(replace_with_mask=1.0, replace_with_random=0.0),)),
     )

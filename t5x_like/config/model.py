@@ -68,11 +68,22 @@ class ModelConfig:
     """Multiply the head's input by d_model**-0.5, as T5 1.0 does with its tied table."""
     embedding_stddev: float = 1.0
     """Standard deviation of the token table at the start."""
+    embedding_width: int | None = None
+    """Columns of the token table, of learned positions and of the embeddings' norm, where these are not d_model wide:
+    each stack then begins with a projection."""
     embedding_norm: bool = False
     """Normalise the embeddings (after positions are added), as BERT does."""
     head_transform: bool = False
-    """BERT's masked-LM head: dense, activation, norm, before the output projection."""
+    """BERT's masked-LM head: dense, activation, norm, before the output projection. The dense layer goes to the token
+    table's width."""
     head_bias: bool = False
+    generator: StackConfig | None = None
+    """ELECTRA (Clark et al. 2020): a smaller encoder, a quarter to half as wide, that is trained to fill in the masked
+    tokens. The model's own encoder then reads the text with samples of it in their place and says of each token whether
+    it was replaced. The head over the vocabulary is the generator's; the embeddings are shared, and learned positions
+    with them. After training the encoder is the model."""
+    discriminator_loss_weight: float = 50.0
+    """Of the mean over all tokens of the discriminator's cross-entropy; the generator's, over masked tokens, has 1."""
     dtype: Dtype = "float32"
     """Type of activations and matrix products. Parameters are always float32."""
     attention: AttentionImplementation = "reference"
@@ -94,6 +105,11 @@ class ModelConfig:
         return {name: stack for name, stack in named.items() if stack is not None}
 
     @property
+    def table_width(self) -> int:
+        """Columns of the token table that the head sees."""
+        return self.embedding_width or next(reversed(self.stacks.values())).d_model
+
+    @property
     def draws(self) -> bool:
-        """Whether training draws random numbers inside the model."""
-        return any(stack.dropout_rate > 0 for stack in self.stacks.values())
+        """Whether training draws random numbers inside the model: dropout, or a generator's samples."""
+        return self.generator is not None or any(stack.dropout_rate > 0 for stack in self.stacks.values())

@@ -215,8 +215,10 @@ def _fields(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         children = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-        # An empty tuple of sections has no fields to override.
-        children = [(name, child) for name, child in children if child != () or not _holds_sections(hints[name])]
+        # An empty tuple of sections and a section that is not there have no fields to override.
+        children = [
+            (name, child) for name, child in children if child not in ((), None) or not _holds_sections(hints[name])
+        ]
     elif isinstance(value, tuple) and value and all(dataclasses.is_dataclass(item) for item in value):
         children = [(str(index), item) for index, item in enumerate(value)]
     else:
@@ -227,7 +229,7 @@ def _fields(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def _holds_sections(hint: Any) -> bool:
-    """Whether a field's type is a tuple of configurations."""
+    """Whether a field's type is a tuple of configurations, or a configuration or None."""
     item = typing.get_args(hint)[0]
     return any(dataclasses.is_dataclass(kind) for kind in (item, *typing.get_args(item)))
 

@@ -60,6 +60,8 @@ def model_problems(model: ModelConfig) -> Problems:
         yield degenerate_buckets("model.encoder", "an encoder sees")
     yield from at_least("model.vocab_size", model.vocab_size, 1)
     yield from above("model.embedding_stddev", model.embedding_stddev, 0)
+    yield from _embedding_width(model)
+    yield from _generator(model)
     if model.scale_logits and not model.tie_embeddings:
         yield Problem(
             "model.scale_logits",
@@ -67,6 +69,43 @@ def model_problems(model: ModelConfig) -> Problems:
             "a tied table: the factor makes up for the size of a token table that also is the head",
             "tie the embeddings, or leave the logits unscaled",
         )
+
+
+def _embedding_width(model: ModelConfig) -> Problems:
+    yield from at_least("model.embedding_width", model.embedding_width, 1)
+    if not model.stacks or not model.tie_embeddings or model.head_transform:
+        return
+    read = model.generator or next(reversed(model.stacks.values()))
+    if read.d_model != model.table_width:
+        where = "model.generator" if model.generator else next(reversed(model.stacks))
+        yield Problem(
+            "model.head_transform",
+            f"False, with a tied table of {model.table_width} columns for states of width {read.d_model}",
+            "True: the transform brings the states to the table's width",
+            f"or make {where.removeprefix('model.')} as wide as the table, or do not tie",
+        )
+
+
+def _generator(model: ModelConfig) -> Problems:
+    """ELECTRA's generator beside its discriminator, which is the model's encoder."""
+    generator, where = model.generator, "model.generator"
+    if generator is None:
+        return
+    if model.decoder or not model.encoder:
+        yield Problem(where, "a generator in a model with a decoder", "an encoder alone, which tells what was replaced")
+        return
+    yield from _stack(where, generator)
+    yield from _attention_dropout(where, generator, model)
+    yield from above("model.discriminator_loss_weight", model.discriminator_loss_weight, 0)
+    learned = "learned" in (generator.positions, model.encoder.positions)
+    for name in ("positions", "max_positions") if learned else ():
+        if getattr(generator, name) != getattr(model.encoder, name):
+            found = f"{getattr(generator, name)} beside {getattr(model.encoder, name)} of model.encoder"
+            yield Problem(
+                f"{where}.{name}", found, "the same: the embeddings are shared, and learned positions with them"
+            )
+    if generator.positions == "relative_bias" and not generator.relative_bias_bidirectional:
+        yield degenerate_buckets(where, "a generator sees")
 
 
 def _stack(where: str, stack: StackConfig) -> Problems:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import ModelConfig
+from t5x_like.models.electra import Electra
 from t5x_like.models.model import Model
 
 Params = dict[str, Any]
@@ -32,12 +33,16 @@ class ModelSpec:
 
 def build(config: ModelConfig, key: Array) -> Params:
     """Fresh float32 parameters. Under `jax.jit` with shardings no device holds all of them."""
-    return nnx.to_pure_dict(nnx.state(Model(config, nnx.Rngs(params=key)), nnx.Param))
+    return nnx.to_pure_dict(nnx.state(_make(config, nnx.Rngs(params=key)), nnx.Param))
+
+
+def _make(config: ModelConfig, rngs: nnx.Rngs) -> Model:
+    return Model(config, rngs) if config.generator is None else Electra(config, rngs)
 
 
 def abstract(config: ModelConfig) -> ModelSpec:
     """The model's structure, shapes and logical axes; nothing is allocated."""
-    model = nnx.eval_shape(lambda: Model(config, nnx.Rngs(params=0)))
+    model = nnx.eval_shape(lambda: _make(config, nnx.Rngs(params=0)))
     graphdef, state = nnx.split(model)
     params = nnx.to_pure_dict(state)
     leaves = nnx.to_flat_state(state)

@@ -73,11 +73,13 @@ class Embedding(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm (scale only) or LayerNorm (with a bias if the stack has biases); statistics in float32."""
 
-    def __init__(self, config: StackConfig):
+    def __init__(self, config: StackConfig, width: int | None = None):
+        """`width` is d_model by default."""
+        width = width or config.d_model
         self.centred = config.norm == "layernorm"
         self.epsilon = config.norm_epsilon
-        self.scale = param(jnp.ones(config.d_model), ("norm",))
-        self.bias = param(jnp.zeros(config.d_model), ("norm",)) if self.centred and config.use_bias else None
+        self.scale = param(jnp.ones(width), ("norm",))
+        self.bias = param(jnp.zeros(width), ("norm",)) if self.centred and config.use_bias else None
 
     def __call__(self, x: Array) -> Array:
         @recomputed

@@ -30,24 +30,27 @@ from t5x_like.partitioning.constrain import constrain
 
 
 class Head(nnx.Module):
-    """From states to logits: BERT's transform if asked for, then the token table or an own kernel, then a bias."""
+    """From a stack's states to logits: BERT's transform if asked for, then the token table or an own kernel, then a
+    bias."""
 
     def __init__(self, config: ModelConfig, stack: StackConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.activation = stack.mlp_activation
         embed = ("embed", stack.d_model)
         stddev = stack.d_model**-0.5
+        width = stack.d_model
         if config.head_transform:
-            self.transform = Dense([embed], [("mlp", stack.d_model)], stddev=stddev, use_bias=stack.use_bias, rngs=rngs)
-            self.transform_norm = Norm(stack)
+            width = config.table_width
+            self.transform = Dense([embed], [("mlp", width)], stddev=stddev, use_bias=stack.use_bias, rngs=rngs)
+            self.transform_norm = Norm(stack, width)
         if not config.tie_embeddings:
-            shape = (stack.d_model, config.vocab_size)
-            self.kernel = param(stddev * jax.random.normal(rngs.params(), shape), ("embed", "vocab"))
+            shape = (width, config.vocab_size)
+            self.kernel = param(width**-0.5 * jax.random.normal(rngs.params(), shape), ("embed", "vocab"))
         if config.head_bias:
             self.bias = param(jnp.zeros(config.vocab_size), ("vocab",))
 
     def __call__(self, x_BxLxd: Array, table_Vxd: Array) -> Array:
-        """float32 [B, L, V]."""
+        """float32 [B, L, V]; the table is read if it is tied."""
         x = x_BxLxd
         if self.config.head_transform:
             x = self.transform_norm(activate(self.transform(x), self.activation))
@@ -71,14 +74,17 @@ class Model(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(config.dtype)
         output = next(reversed(config.stacks.values()))
-        table = ("vocab", config.vocab_size), ("embed", output.d_model)
+        table = ("vocab", config.vocab_size), ("embed", config.table_width)
         self.token_embedder = Embedding(*table, stddev=config.embedding_stddev, rngs=rngs)
         if config.encoder is not None:
             self.encoder = Stack(config.encoder, config, encoder_width=None, rngs=rngs)
         if config.decoder is not None:
             width = None if config.encoder is None else config.encoder.d_model
             self.decoder = Stack(config.decoder, config, encoder_width=width, rngs=rngs)
-        self.head = Head(config, output, rngs=rngs)
+        self.head = self._make_head(output, rngs)
+
+    def _make_head(self, stack: StackConfig, rngs: nnx.Rngs) -> nnx.Module:
+        return Head(self.config, stack, rngs=rngs)
 
     def __call__(self, batch: Mapping[str, Array], *, dropout_rng: Array | None = None) -> Array:
         """The logits of `output`, float32 [B, T, V]."""
@@ -103,7 +109,7 @@ class Model(nnx.Module):
         encoded = None
         if self.config.encoder is not None:
             encoded = self.encode(
-                _feature(batch, "encoder_input_tokens", self.config),
+                feature(batch, "encoder_input_tokens", self.config),
                 segment_ids=encoder_ids,
                 positions=batch.get("encoder_positions"),
                 dropout_rng=rngs[0],
@@ -112,7 +118,7 @@ class Model(nnx.Module):
             assert encoded is not None
             return Output(self._logits(encoded))
 
-        tokens = _feature(batch, "decoder_input_tokens", self.config)
+        tokens = feature(batch, "decoder_input_tokens", self.config)
         decoder_ids = batch.get("decoder_segment_ids")
         prefix = batch.get("decoder_causal_attention")
         prefix = None if prefix is None else prefix != 0
@@ -145,10 +151,7 @@ class Model(nnx.Module):
         dropout_rng: Array | None = None,
     ) -> Array:
         """The encoder's states [B, S, d]. Without segment ids, tokens with id 0 are padding."""
-        if segment_ids is None:
-            mask = MaskSpec(kv_segment_ids=(tokens_BxS != 0).astype(jnp.int32))
-        else:
-            mask = MaskSpec(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+        mask = encoder_mask(tokens_BxS, segment_ids)
         return self.encoder(self._embed(tokens_BxS), mask, positions=positions, dropout_rng=dropout_rng)[0]
 
     def init_cache(self, rows: int, length: int, *, encoder_length: int = 0) -> Cache:
@@ -243,7 +246,15 @@ class Model(nnx.Module):
         return self.head(states, self.token_embedder.embedding[...])
 
 
-def _feature(batch: Mapping[str, Array], name: str, config: ModelConfig) -> Array:
+def encoder_mask(tokens_BxS: Array, segment_ids: Array | None) -> MaskSpec:
+    """What the queries of an encoder see."""
+    if segment_ids is None:
+        return MaskSpec(kv_segment_ids=(tokens_BxS != 0).astype(jnp.int32))
+    return MaskSpec(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+
+
+def feature(batch: Mapping[str, Array], name: str, config: ModelConfig) -> Array:
+    """Raises DataError where the batch has no such feature."""
     if name not in batch:
         raise DataError(
             f"the batch has no feature {name!r}, which a model of architecture {config.architecture!r} reads; "

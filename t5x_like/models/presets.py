@@ -8,7 +8,8 @@ from typing import Literal
 from t5x_like.config.model import ModelConfig, StackConfig
 
 T5Size = Literal["small", "base", "large", "xl", "xxl"]
-SmokeModel = Literal["encoder_decoder", "decoder", "prefix_lm", "encoder"]
+ElectraSize = Literal["small", "base", "large"]
+SmokeModel = Literal["encoder_decoder", "decoder", "prefix_lm", "encoder", "electra"]
 
 T5_VOCABULARY = 32_128
 """32,000 pieces and 100 sentinels, rounded up to a multiple of 128."""
@@ -142,8 +143,46 @@ def bert_base() -> ModelConfig:
     )
 
 
+def electra(size: ElectraSize = "small", *, generator_fraction: float | None = None) -> ModelConfig:
+    """ELECTRA's discriminator and generator, both BERTs of one vocabulary; one kind of segment, as in `bert_base`.
+
+    Args:
+      size: Small has embeddings of half its width.
+      generator_fraction: Width of the generator in that of the discriminator; so are its heads and MLP. None: as in the
+        paper's Table 6, a quarter, a third for base. (The released small generator is as large as its discriminator.)
+    """
+    d_model, num_layers, num_heads, default = {
+        "small": (256, 12, 4, 1 / 4),
+        "base": (768, 12, 12, 1 / 3),
+        "large": (1024, 24, 16, 1 / 4),
+    }[size]
+    bert = bert_base()
+    base = bert.encoder
+    assert base is not None
+
+    def stack(fraction: float) -> StackConfig:
+        width, heads = round(fraction * d_model), max(1, round(fraction * num_heads))
+        return dataclasses.replace(
+            base,
+            num_layers=num_layers,
+            d_model=width,
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=width // heads,
+            d_ff=4 * width,
+        )
+
+    return dataclasses.replace(
+        bert,
+        encoder=stack(1),
+        generator=stack(generator_fraction or default),
+        embedding_width=128 if size == "small" else None,
+    )
+
+
 def smoke(model: SmokeModel = "encoder_decoder", *, vocab_size: int = 4352) -> ModelConfig:
-    """A model that learns something in minutes on two CPU cores, in each architecture.
+    """A model that learns something in minutes on two CPU cores, in each architecture; `electra` is the encoder with a
+    generator half as wide.
 
     `decoder` and `prefix_lm` are the same stack: rotary positions hold to both sides, and what a query sees comes with
     the batch.
@@ -159,11 +198,15 @@ def smoke(model: SmokeModel = "encoder_decoder", *, vocab_size: int = 4352) -> M
         positions="rope",
     )
     return ModelConfig(
-        encoder=stack if model in ("encoder_decoder", "encoder") else None,
-        decoder=None if model == "encoder" else stack,
+        encoder=stack if model in ("encoder_decoder", "encoder", "electra") else None,
+        decoder=None if model in ("encoder", "electra") else stack,
         vocab_size=vocab_size,
         tie_embeddings=True,
         embedding_stddev=d_model**-0.5,
+        head_transform=model == "electra",
+        generator=dataclasses.replace(stack, d_model=64, num_heads=2, num_kv_heads=2, d_ff=192)
+        if model == "electra"
+        else None,
     )
 
 

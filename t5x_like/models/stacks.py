@@ -14,7 +14,7 @@ from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.kernels.attention import MaskSpec, RelativeBias, prepare
 from t5x_like.models.attention import KeysValues
 from t5x_like.models.blocks import Block, Shared, stacked_blocks
-from t5x_like.models.layers import Embedding, Norm, dropout, rope
+from t5x_like.models.layers import Dense, Embedding, Norm, dropout, rope
 from t5x_like.partitioning.constrain import constrain
 
 
@@ -39,14 +39,19 @@ class Stack(nnx.Module):
         self.remat = model.remat
         self.scan_layers = model.scan_layers
         d = config.d_model
+        width = model.embedding_width or d
         if config.positions == "learned":
             rows = ("positions", config.max_positions)
-            self.position_embedder = Embedding(rows, ("embed", d), stddev=model.embedding_stddev, rngs=rngs)
+            self.position_embedder = Embedding(rows, ("embed", width), stddev=model.embedding_stddev, rngs=rngs)
         if config.positions == "relative_bias":
             rows = ("relative_buckets", config.relative_bias_buckets)
             self.relative_bias = Embedding(rows, ("heads", config.num_heads), stddev=d**-0.5, rngs=rngs)
         if model.embedding_norm:
-            self.embedding_norm = Norm(config)
+            self.embedding_norm = Norm(config, width)
+        if width != d:
+            self.embedding_projection = Dense(
+                [("embed", width)], [("mlp", d)], stddev=width**-0.5, use_bias=config.use_bias, rngs=rngs
+            )
         self.layers = stacked_blocks(config, model.attention, encoder_width=encoder_width, rngs=rngs)
         if config.norm_placement == "pre":
             self.final_norm = Norm(config)
@@ -63,7 +68,7 @@ class Stack(nnx.Module):
         caches: LayerCaches | None = None,
     ) -> tuple[Array, KeysValues]:
         """Args:
-          x_BxLxd: Embedded tokens.
+          x_BxLxd: Embedded tokens, as wide as the token table.
           mask: Of the self-attention.
           positions: [B, L] for rotary and learned positions; None counts cells.
           encoded: [B, S, d] for cross-attention; with `caches` its keys and values are read from there.
@@ -79,8 +84,10 @@ class Stack(nnx.Module):
         rngs = [None] * 3 if dropout_rng is None else list(jax.random.split(dropout_rng, 3))
         if positions is None:
             positions = jnp.arange(length)[None]
-        x = self._embed_positions(x_BxLxd, positions)
-        x = constrain(dropout(x, config, rngs[0]), ("batch", "length", "embed"))
+        x = dropout(self.embed_positions(x_BxLxd, positions), config, rngs[0])
+        if hasattr(self, "embedding_projection"):
+            x = self.embedding_projection(x)
+        x = constrain(x, ("batch", "length", "embed"))
 
         kv_length = length if caches is None else caches.self_attention[0].shape[2]
         bias = None
@@ -104,7 +111,8 @@ class Stack(nnx.Module):
             x = self.final_norm(x)
         return dropout(x, config, rngs[2]), keys_values
 
-    def _embed_positions(self, x: Array, positions: Array) -> Array:
+    def embed_positions(self, x: Array, positions: Array) -> Array:
+        """Embedded tokens with learned positions added and normalised, as far as the stack does either."""
         if self.config.positions == "learned":
             if x.shape[1] > self.config.max_positions:
                 problem = Problem(

@@ -31,12 +31,30 @@ PUBLISHED = {
     # BertForMaskedLM without its two rows of segment types.
     "BERT base": (presets.bert_base(), 109_514_298 - 2 * 768),
 }
+ELECTRA = {
+    # ElectraForPreTraining without its two rows of segment types; what ElectraForMaskedLM has beside the embeddings.
+    "small": (13_549_057 - 2 * 128, None),
+    "small, the released generator": (13_549_057 - 2 * 128, 13_546_682 - 3_972_864),
+    "base": (109_483_009 - 2 * 768, 33_740_602 - 23_837_184),
+    "large": (335_142_913 - 2 * 1024, 51_295_290 - 31_782_912),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_the_presets_are_those_of_the_published_models(name):
     config, published = PUBLISHED[name]
     assert sum(count_parameters(config).values()) == published
+
+
+@pytest.mark.parametrize("name", ELECTRA)
+def test_electras_discriminator_and_generator_are_those_of_the_published_models(name):
+    size, _, released = name.partition(",")
+    config = presets.electra(size, generator_fraction=1.0 if released else None)
+    counts = count_parameters(config)
+    discriminator, generator = ELECTRA[name]
+    assert counts["token_embedder"] + counts["encoder"] + counts["head"] == discriminator
+    if generator is not None:
+        assert counts["generator"] == generator
 
 
 def test_ul2_has_the_size_of_its_recount():
@@ -59,7 +77,16 @@ ODD = {
         head_bias=True,
     ),
     "layernorm without bias": model("decoder", "rope", stack_changes={"norm": "layernorm"}, tie_embeddings=True),
-    **{f"smoke {name}": presets.smoke(name) for name in ("encoder_decoder", "decoder", "prefix_lm", "encoder")},
+    "narrow embeddings": model(
+        "encoder_decoder", "learned", embedding_width=24, tie_embeddings=True, head_transform=True, embedding_norm=True
+    ),
+    "narrow embeddings, own head": model("decoder", embedding_width=24, stack_changes={"use_bias": True}),
+    "electra small": presets.electra("small"),
+    "electra base": presets.electra("base"),
+    **{
+        f"smoke {name}": presets.smoke(name)
+        for name in ("encoder_decoder", "decoder", "prefix_lm", "encoder", "electra")
+    },
 }
 
 
@@ -81,14 +108,20 @@ def test_flops_are_the_short_form_and_attention_and_the_premium_of_cross_attenti
     assert forward_flops(config, spec) == 2 * (encoder + decoder + cross + 2 * 114 * 768 * 32128)
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "decoder", "encoder"])
+@pytest.mark.parametrize("name", ["encoder_decoder", "decoder", "encoder", "electra"])
 def test_flops_are_those_that_xla_counts(name):
     """XLA counts elementwise work too and computes the full square of causal scores: above ours by little."""
     config = dataclasses.replace(presets.smoke(name), scan_layers=False)  # XLA counts the body of a loop once.
-    spec = {f"{side}_input_tokens": ArraySpec((4, 64), "int32") for side in config.stacks}
+    features = [f"{side}_input_tokens" for side in config.stacks]
+    if name == "electra":
+        config = dataclasses.replace(config, embedding_width=96)
+        features += ["encoder_target_tokens", "encoder_loss_weights"]
+    spec = {feature: ArraySpec((4, 64), "int32") for feature in features}
     of_model = abstract(config)
     batch = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in spec.items()}
-    lowered = jax.jit(lambda params, batch: merge(of_model.graphdef, params)(batch)).lower(of_model.params, batch)
+    lowered = jax.jit(lambda params, batch: merge(of_model.graphdef, params).output(batch)).lower(
+        of_model.params, batch
+    )
     assert 1.0 < lowered.cost_analysis()["flops"] / forward_flops(config, spec) < 1.15
 
 

@@ -1,0 +1,223 @@
+"""Laws of replaced-token detection: what is replaced, what each loss trains, and what the encoder is afterwards."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from config_examples import changed
+from config_examples import example as run_example
+from model_examples import VOCABULARY, model, parameters, tokens
+
+from t5x_like.config.errors import DataError
+from t5x_like.config.validate import validate
+from t5x_like.models.build import abstract, merge
+from t5x_like.models.electra import detection, sample
+from t5x_like.monitoring.metrics import value
+from t5x_like.training.losses import batch_metrics, summed_loss
+
+MASK = VOCABULARY - 1
+LOSS = "discriminator/loss"
+
+
+def electra(positions: str = "learned", **changes):
+    encoder = model("encoder", positions, embedding_norm=True, tie_embeddings=True, head_transform=True).encoder
+    generator = dataclasses.replace(encoder, d_model=16, num_heads=2, num_kv_heads=2, d_ff=24)
+    return model(
+        "encoder",
+        positions,
+        embedding_norm=True,
+        tie_embeddings=True,
+        head_transform=True,
+        head_bias=True,
+        generator=generator,
+        **changes,
+    )
+
+
+def batch_of(seed: int = 0, rows: int = 4, length: int = 24, padding: int = 3):
+    original = tokens(seed, rows, length) % (MASK - 1) + 1
+    original[:, length - padding :] = 0
+    masked = (np.random.default_rng(seed).random(original.shape) < 0.3) & (original != 0)
+    return {
+        "encoder_input_tokens": np.where(masked, MASK, original).astype(np.int32),
+        "encoder_target_tokens": original,
+        "encoder_loss_weights": masked.astype(np.int32),
+    }
+
+
+def run(config, params, call):
+    """Of the model with these parameters, compiled."""
+    graphdef = abstract(config).graphdef
+    return jax.jit(lambda params: call(merge(graphdef, params)))(params)
+
+
+def test_tokens_are_replaced_where_they_were_masked_and_hits_are_originals():
+    config, batch = electra(), batch_of()
+    params = jax.tree.map(jnp.asarray, parameters(config))
+    masked, original = batch["encoder_loss_weights"] > 0, batch["encoder_target_tokens"]
+    # A generator that fills in the most frequent token, which sometimes is the original.
+    frequent = np.bincount(original[masked], minlength=VOCABULARY).argmax()
+    params["generator"]["head"]["bias"] = params["generator"]["head"]["bias"].at[frequent].add(40.0)
+
+    @jax.jit
+    def expected(params):
+        of_model = merge(abstract(config).graphdef, params)
+        logits = of_model.generate(batch["encoder_input_tokens"])
+        corrupted = jnp.where(masked, sample(logits, jax.random.key(0)), original)
+        return logits, corrupted, of_model.detect(corrupted)
+
+    logits, corrupted, found = map(np.asarray, expected(params))
+    output = run(config, params, lambda model: model.output(batch))
+    np.testing.assert_allclose(output.logits, logits, atol=1e-5)
+    replaced, present = corrupted != original, original != 0
+    assert 0 < replaced.sum() < masked.sum(), "some samples hit the original, and are no replacements"
+    assert not replaced[~masked].any()
+    loss = np.logaddexp(0, found) - found * replaced
+    assert value(output.losses[LOSS]) == pytest.approx(loss[present].mean(), rel=1e-5)
+    assert float(output.losses[LOSS].weight) == present.sum()
+    right = ((found > 0) == replaced)[present].mean()
+    assert value(output.metrics["discriminator/accuracy"]) == pytest.approx(right, rel=1e-6)
+    assert value(output.metrics["discriminator/replaced"]) == pytest.approx(replaced.sum() / present.sum(), rel=1e-6)
+
+
+def test_recall_and_precision_count_replaced_tokens():
+    found = jnp.array([[2.0, -1.0, 3.0, -2.0, 5.0]])
+    replaced = jnp.array([[True, True, False, False, True]])
+    present = jnp.array([[True, True, True, True, False]])
+    _, metrics = detection(found, replaced, present, 1.0)
+    values = {name.rpartition("/")[2]: value(mean) for name, mean in metrics.items()}
+    assert values == {"accuracy": 0.5, "replaced": 0.5, "recall": 0.5, "precision": 0.5}
+    loss, _ = detection(found.at[0, 4].set(-1e4), replaced, present, 1.0)
+    assert float(loss.sum) < 10, "padding does not count"
+
+
+def test_each_loss_trains_its_own_network_and_both_train_the_embeddings():
+    config, batch = electra(), batch_of()
+    graphdef = abstract(config).graphdef
+
+    def of_generator(params):
+        output = merge(graphdef, params).output(batch, dropout_rng=jax.random.key(1))
+        masked = batch["encoder_loss_weights"]
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(output.logits), batch["encoder_target_tokens"][..., None], -1)
+        return -jnp.sum(log_p[..., 0] * masked)
+
+    def of_discriminator(params):
+        return merge(graphdef, params).output(batch, dropout_rng=jax.random.key(1)).losses[LOSS].sum
+
+    def sizes(tree):
+        return {jax.tree_util.keystr(path): float(jnp.abs(x).max()) for path, x in jax.tree.leaves_with_path(tree)}
+
+    generator, discriminator = (
+        jax.jit(jax.grad(loss))(parameters(config)) for loss in (of_generator, of_discriminator)
+    )
+    assert set(sizes(discriminator["generator"]).values()) == {0.0}
+    own = {"head": generator["head"], "layers": generator["encoder"]["layers"]}
+    assert set(sizes(own).values()) == {0.0}
+    for gradient in (generator, discriminator):
+        shared = (
+            gradient["token_embedder"],
+            gradient["encoder"]["position_embedder"],
+            gradient["encoder"]["embedding_norm"],
+        )
+        assert min(sizes(shared).values()) > 0
+    assert {name for name, size in sizes(generator["generator"]).items() if size == 0} == set()
+    assert min(sizes({"head": discriminator["head"], "layers": discriminator["encoder"]["layers"]["mlp"]}).values()) > 0
+    assert "position_embedder" not in generator["generator"]["encoder"]
+
+
+def test_samples_follow_the_softmax_and_are_never_padding():
+    """Chi-square over 40,000 draws of 12 tokens; the 0.999 quantile of 10 degrees of freedom is 29.6."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=12), jnp.float32).at[0].set(9.0)
+    draws = np.asarray(sample(jnp.broadcast_to(logits, (200, 200, 12)), jax.random.key(3)))
+    share = np.exp(np.asarray(logits)[1:])
+    expected = draws.size * share / share.sum()
+    counts = np.bincount(draws.ravel(), minlength=12)
+    assert counts[0] == 0
+    assert ((counts[1:] - expected) ** 2 / expected).sum() < 29.6
+    other = np.asarray(sample(jnp.broadcast_to(logits, (200, 200, 12)), jax.random.key(4)))
+    assert 0.1 < (draws == other).mean() < 0.5
+
+
+def test_the_total_is_the_generators_mean_and_fifty_times_the_discriminators():
+    config, batch = electra(), batch_of(padding=7)
+    graphdef = abstract(config).graphdef
+
+    def apply(params, batch, rng):
+        return merge(graphdef, params).output(batch, dropout_rng=rng)
+
+    metrics, coefficients = batch_metrics(
+        apply, parameters(config), {"main": batch}, None, z_loss=0.0, label_smoothing=0.0, denoisers=["m"]
+    )
+    masked, present = batch["encoder_loss_weights"].sum(), (batch["encoder_target_tokens"] != 0).sum()
+    assert coefficients == {LOSS: 50.0} and float(metrics[LOSS].weight) == present > masked
+    total = summed_loss(metrics, coefficients, metrics) / masked
+    assert float(total) == pytest.approx(value(metrics["loss"]) + 50 * value(metrics[LOSS]), rel=1e-5)
+
+
+def test_samples_change_with_the_key_and_evaluation_is_always_the_same():
+    config, batch = electra(), batch_of()
+    graphdef = abstract(config).graphdef
+    apply = jax.jit(lambda params, rng: merge(graphdef, params).output(batch, dropout_rng=rng))
+    params = parameters(config)
+    losses = [value(apply(params, rng).losses[LOSS]) for rng in (None, None, jax.random.key(0), jax.random.key(1))]
+    assert losses[0] == losses[1] and len(set(losses)) == 3
+    assert config.draws, "so that the step makes keys even without dropout"
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope", "relative_bias"])
+def test_padding_and_packing_change_nothing(positions):
+    config = electra(positions)
+    params = parameters(config)
+    rows = [{name: x[:, :n] for name, x in batch_of(seed, 1, padding=0).items()} for seed, n in ((1, 9), (2, 6))]
+    packed = {name: np.concatenate([*(row[name] for row in rows), np.zeros((1, 4), np.int32)], 1) for name in rows[0]}
+    ids = {"segment_ids": [1] * 9 + [2] * 6 + [0] * 4, "positions": [*range(9), *range(6), 0, 0, 0, 0]}
+    ids = {name: np.array([x], np.int32) for name, x in ids.items()}
+    for call, inputs in (("generate", "encoder_input_tokens"), ("detect", "encoder_target_tokens")):
+        whole = run(config, params, lambda model, c=call, i=inputs: getattr(model, c)(packed[i], **ids))
+        for row, start in zip(rows, (0, 9), strict=True):
+            cells = np.pad(row[inputs], ((0, 0), (0, 2)))
+            alone = run(config, params, lambda model, c=call, x=cells: getattr(model, c)(x))
+            length = row[inputs].shape[1]
+            np.testing.assert_allclose(whole[:, start : start + length], alone[:, :length], atol=2e-5)
+    output = run(config, params, lambda model: model.output({**packed, **{f"encoder_{n}": x for n, x in ids.items()}}))
+    assert float(output.losses[LOSS].weight) == 15
+
+
+def test_the_encoder_is_that_of_a_model_without_generator():
+    config = electra(embedding_width=24)
+    params = parameters(config)
+    plain = dataclasses.replace(config, generator=None)
+    of_plain = {**params, "head": parameters(plain)["head"]}
+    del of_plain["generator"]
+    text = batch_of()["encoder_target_tokens"]
+    states = [run(c, p, lambda model: model.encode(text)) for c, p in ((config, params), (plain, of_plain))]
+    np.testing.assert_array_equal(*states)
+
+
+def test_a_batch_without_the_original_is_refused():
+    batch = batch_of()
+    del batch["encoder_target_tokens"]
+    with pytest.raises(DataError, match="encoder_target_tokens"):
+        run(electra(), parameters(electra()), lambda model: model.output(batch))
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong", "where", "expected"),
+    [
+        ("model.generator.num_kv_heads", 3, "model.generator.num_kv_heads", "a divisor of num_heads"),
+        ("model.generator.positions", "learned", "model.generator.positions", "embeddings are shared"),
+        ("model.discriminator_loss_weight", 0.0, "model.discriminator_loss_weight", "above 0"),
+        ("model.tie_embeddings", True, "model.head_transform", "table's width"),
+        ("model.embedding_width", 0, "model.embedding_width", "1 or more"),
+        ("model.generator.relative_bias_bidirectional", False, "model.generator.relative_bias", "a generator sees"),
+        ("model.decoder", dataclasses.replace(run_example().model.decoder), "model.generator", "an encoder alone"),
+    ],
+)
+def test_what_is_wrong_with_a_generator_is_said(path, wrong, where, expected):
+    run = run_example("encoder")
+    sound = changed(run, "model.generator", dataclasses.replace(run.model.encoder, d_model=16, num_layers=1))
+    assert validate(sound) == []
+    found = [problem for problem in validate(changed(sound, path, wrong)) if problem.where.startswith(where)]
+    assert len(found) == 1 and expected in found[0].expected
