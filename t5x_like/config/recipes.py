@@ -230,8 +230,7 @@ def _fields(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 def _holds_sections(hint: Any) -> bool:
     """Whether a field's type is a tuple of configurations, or a configuration or None."""
-    item = typing.get_args(hint)[0]
-    return any(dataclasses.is_dataclass(kind) for kind in (item, *typing.get_args(item)))
+    return any(dataclasses.is_dataclass(kind) or _holds_sections(kind) for kind in typing.get_args(hint))
 
 
 def _nearest(mistyped: str, options: Sequence[str]) -> list[str]:

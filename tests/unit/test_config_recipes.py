@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_like.config import AdamW, ConfigError, UserError
+from t5x_like.config.objectives import Layout
 from t5x_like.config.recipes import _fields, apply_overrides, load_recipe
 from t5x_like.config.serialization import differences, from_json, to_json
 from t5x_like.config.validate import validate
@@ -211,9 +212,12 @@ def test_a_value_of_the_wrong_type_is_refused(capsys: pytest.CaptureFixture[str]
     assert "--training.batch-size" in capsys.readouterr().err
 
 
-def test_known_fields_are_those_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("layout", ["encoder_decoder", "causal_lm", "encoder"])
+def test_known_fields_are_those_of_the_help(layout: Layout, capsys: pytest.CaptureFixture[str]) -> None:
     """Our list of fields, which suggestions are drawn from, against tyro's own."""
-    run = changed(example(), "training.optimizer", AdamW())
+    run = changed(example(layout), "training.optimizer", AdamW())
+    if layout == "encoder":
+        run = changed(run, "model.generator", run.model.encoder)
     with pytest.raises(SystemExit) as caught:
         apply_overrides(run, ["--help"])
     assert caught.value.code == 0
