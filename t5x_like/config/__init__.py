@@ -1,6 +1,6 @@
 """The configuration tree. Knows the standard library, tyro and pydantic; never jax."""
 
-from t5x_like.config.batch import ArraySpec, BatchSpec, batch_spec
+from t5x_like.config.batch import ArraySpec, BatchSpec, batch_spec, evaluation_spec
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.data import CorpusShare, DataConfig, RatePhase, SamplingConfig
 from t5x_like.config.errors import (
@@ -17,7 +17,7 @@ from t5x_like.config.errors import (
 )
 from t5x_like.config.mixtures import ul2
 from t5x_like.config.model import ModelConfig, StackConfig
-from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption
+from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption, Supervised
 from t5x_like.config.run import (
     CheckpointConfig,
     EvaluationConfig,
@@ -58,10 +58,12 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "SpanCorruption",
+    "Supervised",
     "StackConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "UserError",
     "batch_spec",
+    "evaluation_spec",
     "ul2",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from t5x_like.config.objectives import CausalLM, Layout, MaskedLM, Objective, PrefixLM, SpanCorruption
+from t5x_like.config.objectives import CausalLM, Layout, MaskedLM, Objective, PrefixLM, SpanCorruption, Supervised
 
 
 def noise_counts(objective: SpanCorruption, raw_length: int) -> tuple[int, int]:
@@ -55,6 +55,8 @@ def longest(objective: Objective, raw_length: int) -> Lengths:
         return Lengths(mode + raw_length - fewest + 1, most + 1, mode + raw_length + 2)
     if isinstance(objective, CausalLM):
         return Lengths(0, raw_length + 1, raw_length + 1)
+    if isinstance(objective, Supervised):
+        return Lengths(mode + raw_length + 1, raw_length + 1, mode + 2 * raw_length + 2)
     return Lengths(raw_length, raw_length, raw_length)
 
 
@@ -132,4 +134,6 @@ def expected_loss_tokens(objective: Objective, length: int) -> float:
         return noise + spans + cut + 1
     if isinstance(objective, PrefixLM):
         return sum(prefix_target_range(objective, length)) / 2 + 1
-    return length + 1 if isinstance(objective, CausalLM) else masked_count(objective, length)
+    if isinstance(objective, CausalLM | Supervised):
+        return length + 1
+    return masked_count(objective, length)

@@ -78,4 +78,16 @@ class MaskedLM:
     mode: None = None
 
 
-Objective = Annotated[SpanCorruption | PrefixLM | CausalLM | MaskedLM, pydantic.Field(discriminator="kind")]
+@configuration
+class Supervised:
+    """A supervised pair as it is: the inputs are given, the targets are predicted."""
+
+    kind: Literal["supervised"] = "supervised"
+    name: str = "supervised"
+    rate: float = 1.0
+    mode: Mode | None = None
+
+
+Objective = Annotated[
+    SpanCorruption | PrefixLM | CausalLM | MaskedLM | Supervised, pydantic.Field(discriminator="kind")
+]

@@ -165,28 +165,28 @@ def degenerate_buckets(where: str, who: str) -> Problem:
     )
 
 
-def corpus_problems(corpus: CorpusConfig) -> Problems:
+def corpus_problems(corpus: CorpusConfig, where: str = "data.corpus") -> Problems:
     sources = {"files": corpus.files, "tfds": corpus.tfds, "task": corpus.task}
     given = [name for name, value in sources.items() if value]
     if len(given) > 1:
-        yield Problem("data.corpus", " and ".join(given), "one source of documents", "leave the others out")
+        yield Problem(where, " and ".join(given), "one source of documents", "leave the others out")
     if corpus.module and not corpus.task:
-        yield Problem("data.corpus.module", f"{corpus.module!r} without a task", "the task that this module registers")
+        yield Problem(f"{where}.module", f"{corpus.module!r} without a task", "the task that this module registers")
     for pattern in corpus.files:
         # What a wildcard stands for is known only when the files are listed.
         suffix = pattern[pattern.rfind("*") + 1 :]
         concrete = "*" not in pattern or "." in suffix
         if not pattern or (concrete and not pattern.endswith(TEXT_SUFFIXES)):
             yield Problem(
-                "data.corpus.files",
+                f"{where}.files",
                 repr(pattern),
                 f"paths or globs of files in {', '.join(TEXT_SUFFIXES)}",
                 f"of a folder, name its files: '{pattern.rstrip('/')}/*.txt'" if "." not in pattern else "",
             )
     if not corpus.text_field:
-        yield Problem("data.corpus.text_field", "nothing", "the name of a field")
-    yield from within("data.corpus.validation_fraction", corpus.validation_fraction, 0, 1, ends="()")
-    yield from at_least("data.corpus.max_documents", corpus.max_documents, 2, "one for training, one held out")
+        yield Problem(f"{where}.text_field", "nothing", "the name of a field")
+    yield from within(f"{where}.validation_fraction", corpus.validation_fraction, 0, 1, ends="()")
+    yield from at_least(f"{where}.max_documents", corpus.max_documents, 2, "one for training, one held out")
 
 
 def tokenizer_problems(tokenizer: TokenizerConfig) -> Problems:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from t5x_like.config.corpora import TokenizerConfig
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import Problem
 from t5x_like.config.lengths import raw_window_length, sentinels_needed
+from t5x_like.config.mixture_problems import corpora_problems, schedule_problems, sub_batch_problems
 from t5x_like.config.model import Architecture, ModelConfig
-from t5x_like.config.objectives import MODES, CausalLM, Layout, MaskedLM, Objective, PrefixLM, SpanCorruption
+from t5x_like.config.objectives import (
+    MODES,
+    CausalLM,
+    Layout,
+    MaskedLM,
+    Objective,
+    PrefixLM,
+    SpanCorruption,
+    Supervised,
+)
 from t5x_like.config.run import RunConfig
 from t5x_like.config.sections import (
     Problems,
     above,
     at_least,
     checkpoints_problems,
-    corpus_problems,
     degenerate_buckets,
     evaluation_problems,
     model_problems,
@@ -48,7 +58,9 @@ def validate(run: RunConfig) -> list[Problem]:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run.name):
         problems.append(Problem("name", repr(run.name), "letters, digits and -_., which name the run's directory"))
     problems += model_problems(run.model)
-    problems += _data(run.data)
+    problems += (of_data := list(_data(run.data)))
+    if not of_data:
+        problems += sub_batch_problems(run.data, run.training.batch_size)
     problems += _model_and_data(run.model, run.data)
     problems += training_problems(run.training)
     problems += partitioning_problems(run.partitioning)
@@ -59,27 +71,40 @@ def validate(run: RunConfig) -> list[Problem]:
 
 
 def _data(data: DataConfig) -> Problems:
-    yield from corpus_problems(data.corpus)
+    yield from corpora_problems(data)
     yield from tokenizer_problems(data.tokenizer)
     lengths = [*_lengths(data)]
     yield from lengths
     if not data.mixture:
         yield Problem("data.mixture", "no objectives", "at least one")
-    names = [objective.name for objective in data.mixture]
-    for index, objective in enumerate(data.mixture):
-        where = f"data.mixture.{index}"
+    found = []
+    for where, index, objective, names in _named_objectives(data):
         if not objective.name or names.index(objective.name) < index:
-            yield Problem(f"{where}.name", repr(objective.name), "a name of its own: each objective has its own curve")
-        yield from above(f"{where}.rate", objective.rate, 0)
+            found += [
+                Problem(f"{where}.name", repr(objective.name), "a name of its own: each objective has its own curve")
+            ]
+        found += above(f"{where}.rate", objective.rate, 0)
         own = [*objective_problems(where, objective), *_objective_in_layout(where, objective, data.layout)]
-        yield from own
-        if not own and not lengths:
+        found += own
+        if not own and not lengths and not isinstance(objective, Supervised):
             # The arithmetic of windows makes sense only for lengths and densities that do.
-            yield from _window(where, objective, data)
+            found += _window(where, objective, data)
+    yield from found
+    if data.mixture and not found and not lengths:
+        yield from schedule_problems(data)
     yield from within("data.seed", data.seed, 0, 2**32 - 1)
     yield from at_least("data.prefetch", data.prefetch, 1)
     if not data.store:
         yield Problem("data.store", "nothing", "the path of a folder")
+
+
+def _named_objectives(data: DataConfig) -> Iterator[tuple[str, int, Objective, list[str]]]:
+    """(path, index, objective, names of its mixture) of all objectives, those of single corpora too."""
+    mixtures = {"data.mixture": data.mixture}
+    mixtures |= {f"data.corpora.{index}.mixture": share.mixture for index, share in enumerate(data.corpora)}
+    for where, mixture in mixtures.items():
+        for index, objective in enumerate(mixture):
+            yield f"{where}.{index}", index, objective, [other.name for other in mixture]
 
 
 def _objective_in_layout(where: str, objective: Objective, layout: Layout) -> Problems:
@@ -103,7 +128,7 @@ def _lengths(data: DataConfig) -> Problems:
             )
         return
     two_parts = data.layout == "encoder_decoder" or any(
-        isinstance(objective, SpanCorruption | PrefixLM) for objective in data.mixture
+        isinstance(objective, SpanCorruption | PrefixLM | Supervised) for objective in data.objectives
     )
     yield from at_least("data.inputs_length", data.inputs_length, 1 if two_parts else 0)
     yield from at_least("data.targets_length", data.targets_length, 1 if two_parts else 0)

@@ -1,20 +1,25 @@
 """Inputs and targets become model features, under seqio's names and with seqio's semantics.
 
-Equal to seqio's EncDec, PrefixLM, LM and Encoder feature converters without packing (a test compares with the real
-ones). Id 0 is the pad id and also what the decoder reads before its first token.
+Equal to seqio's EncDec, PrefixLM, LM and Encoder feature converters with and without packing (a test compares with the
+real ones). Id 0 is the pad id and also what the decoder reads before its first token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 
+from t5x_like.config.batch import RowShape
 from t5x_like.config.objectives import Layout
 from t5x_like.data.denoise import Examples, Mask, Tokens
 from t5x_like.data.vocabulary import PAD_ID
 
 Features = dict[str, Tokens]
+
+NO_DENOISER = -1
+"""`denoiser_ids` of cells that are padding."""
 
 
 def convert(examples: Examples, layout: Layout, inputs_length: int, targets_length: int) -> Features:
@@ -24,6 +29,87 @@ def convert(examples: Examples, layout: Layout, inputs_length: int, targets_leng
       ValueError: an example is longer than its row. Windows are sized so that this cannot happen.
     """
     return _CONVERTERS[layout](examples, inputs_length, targets_length)
+
+
+def put_rows(
+    out: Features, row_n: npt.NDArray[np.int64], examples: Examples, layout: Layout, shape: RowShape, objective: int
+) -> None:
+    """Writes examples of one objective into rows of `out` that hold nothing else."""
+    features = convert(examples, layout, shape.inputs_length, shape.targets_length)
+    for name, values in features.items():
+        out[name][row_n] = values
+    if not shape.packed:
+        out["denoiser_ids"][row_n] = objective
+        return
+    for stack, lengths_n in _stack_lengths(examples, layout).items():
+        places_L = np.arange(out[f"{stack}_segment_ids"].shape[1])
+        present_nxL = places_L < lengths_n[:, None]
+        out[f"{stack}_segment_ids"][row_n] = present_nxL
+        out[f"{stack}_positions"][row_n] = np.where(present_nxL, places_L, 0)
+    out["denoiser_ids"][row_n] = np.where(present_nxL, objective, NO_DENOISER)
+
+
+def put_packed(
+    out: Features,
+    row_n: npt.NDArray[np.int64],
+    segment_n: npt.NDArray[np.int64],
+    offsets: Mapping[str, npt.NDArray[np.int64]],
+    examples: Examples,
+    layout: Layout,
+    objective: int,
+) -> None:
+    """Writes examples of one objective beside others into packed rows.
+
+    Args:
+      out: Features of packed rows, 0 where nothing is written yet.
+      row_n, segment_n: Row of each example, and the number of its segment, from 1.
+      offsets: "encoder" and "decoder", as far as there are such features: [n] first cell of each example.
+    """
+    widths = examples.inputs_NxI.shape[1], examples.targets_NxT.shape[1]
+    features = convert(examples, layout, *((max(widths), 0) if layout == "encoder" else widths))
+    for stack, lengths_n in _stack_lengths(examples, layout).items():
+        length = out[f"{stack}_segment_ids"].shape[1]
+        if (offsets[stack] + lengths_n > length).any():
+            raise ValueError(f"{stack}: examples that end behind the last of {length} cells")
+        cells_m = _ranges(lengths_n)
+        owner_m = np.repeat(np.arange(len(lengths_n)), lengths_n)
+        into_m = row_n[owner_m] * length + offsets[stack][owner_m] + cells_m
+        for name, values in features.items():
+            if name.startswith(stack):
+                out[name].ravel()[into_m] = values[owner_m, cells_m]
+        out[f"{stack}_segment_ids"].ravel()[into_m] = segment_n[owner_m]
+        out[f"{stack}_positions"].ravel()[into_m] = cells_m
+    # The last stack is the one that has the targets.
+    out["denoiser_ids"].ravel()[into_m] = objective
+
+
+def _ranges(lengths_n: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """0, 1, ... up to each length, one after the other."""
+    return np.arange(lengths_n.sum()) - np.repeat(np.cumsum(lengths_n) - lengths_n, lengths_n)
+
+
+def _stack_lengths(examples: Examples, layout: Layout) -> dict[str, npt.NDArray[np.int64]]:
+    """Cells of each example by stack; the stack with the targets comes last."""
+    if layout == "encoder":
+        return {"encoder": examples.input_lengths_N}
+    if layout == "encoder_decoder":
+        return {"encoder": examples.input_lengths_N, "decoder": examples.target_lengths_N}
+    return {"decoder": examples.input_lengths_N + examples.target_lengths_N}
+
+
+def stack_offsets(offset_NxK: npt.NDArray[np.int64], layout: Layout) -> dict[str, npt.NDArray[np.int64]]:
+    """First cells by stack, out of columns: encoder and decoder, or the only one."""
+    stacks = {"encoder": ("encoder",), "encoder_decoder": ("encoder", "decoder")}.get(layout, ("decoder",))
+    return {stack: offset_NxK[:, column] for column, stack in enumerate(stacks)}
+
+
+def group_offsets(examples: Examples, group: int, layout: Layout) -> dict[str, npt.NDArray[np.int64]]:
+    """First cells where every `group` examples stand in a row one after the other."""
+    offsets = {}
+    for stack, lengths_n in _stack_lengths(examples, layout).items():
+        by_row = lengths_n.reshape(-1, group)
+        offsets[stack] = (np.cumsum(by_row, axis=1) - by_row).ravel()
+    return offsets
 
 
 def shift_right(tokens_NxL: Tokens) -> Tokens:

@@ -14,18 +14,18 @@ from t5x_like.data.stream import Stream
 
 
 class Prefetcher(Iterator[dict[str, Features]]):
-    """An endless iterator over a stream's batches from `start_step` on.
+    """An endless iterator over a stream's batches behind its first `first_row` rows.
 
     What goes wrong while making a batch is raised by the `next` that would have returned it. `close` stops the thread
     and waits for it; the iterator can be used as a context manager.
     """
 
-    def __init__(self, stream: Stream, start_step: int, host: int = 0, hosts: int = 1):
+    def __init__(self, stream: Stream, first_row: int, host: int = 0, hosts: int = 1):
         self._stream = stream
         self._place = (host, hosts)
         self._queue: queue.Queue[dict[str, Features] | BaseException] = queue.Queue(max(stream.data.prefetch, 1))
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(start_step,), name="prefetch", daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(first_row,), name="prefetch", daemon=True)
         self._thread.start()
 
     def __next__(self) -> dict[str, Features]:
@@ -51,10 +51,10 @@ class Prefetcher(Iterator[dict[str, Features]]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _work(self, step: int) -> None:
+    def _work(self, row: int) -> None:
         try:
             while not self._stop.is_set():
-                self._queue.put(self._stream.batch(step, *self._place))
-                step += 1
+                self._queue.put(self._stream.batch_at(row, *self._place))
+                row += self._stream.batch_size
         except BaseException as error:  # handed over to the consumer, whatever it is
             self._queue.put(error)

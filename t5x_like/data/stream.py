@@ -1,10 +1,8 @@
-"""Training rows by index: batch n is a function of the store, the configuration and n, and of nothing else.
+"""Training rows by index: batch n is a function of the stores, the configuration and n, and of nothing else.
 
-An epoch cuts the split into superblocks: stretches of text that hold the same number of windows of each objective, in
-proportion to the rates, in an order of their own. So each token is in exactly one window per epoch, under one
-denoiser, although the denoisers' windows differ in length; the text that does not fill a last superblock is left out,
-and since every epoch starts its first superblock at another place, it is not the same text each time. Rows visit the
-windows in a pseudo-random permutation. All of this is arithmetic on keys: nothing is remembered between rows.
+`mixing` finds out of a row's number its corpus, its objective and the how-manieth of these it is; `windows` and
+`packing` find its text; `denoise` and `features` make it model features. All of this is arithmetic on keys: nothing is
+remembered between rows. The number of hosts and the size of the batches decide only who asks for which rows.
 """
 
 from __future__ import annotations
@@ -12,178 +10,338 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.data import DataConfig
+from t5x_like.config.batch import MAIN, RowShape, row_shapes, sub_batch_of, sub_batch_slots, sub_batch_spec
+from t5x_like.config.data import CorpusShare, DataConfig
 from t5x_like.config.errors import ConfigError, DataError, Problem
-from t5x_like.config.lengths import raw_window_length, sentinels_needed
+from t5x_like.config.lengths import raw_window_length, sentinels_needed, windows_per_row
+from t5x_like.config.objectives import Objective
+from t5x_like.config.rates import Phase, pattern, phases, row_tokens, slots
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import denoise
-from t5x_like.data.features import Features, convert
-from t5x_like.data.store import Store
+from t5x_like.data.features import NO_DENOISER, Features, group_offsets, put_packed, put_rows, stack_offsets
+from t5x_like.data.mixing import Integers, Mixing, PhaseSlots, Places, periods_in
+from t5x_like.data.packing import Packed
+from t5x_like.data.sampling import corpus_rates
+from t5x_like.data.store import Split, Store
+from t5x_like.data.windows import Windows
 
-VERSION = 1
+VERSION = 2
 """Of the law that makes rows; part of the fingerprint."""
-_MOST_SLOTS = 100
+_MOST_SUPERBLOCKS = 1000
 
 # Uses of the seed. The numbers are part of what a seed means.
-_PHASE, _SHUFFLE, _ORDER, _ROW = range(1, 5)
-
-
-def slots_per_superblock(rates: tuple[float, ...]) -> tuple[int, ...]:
-    """Windows of each objective in a superblock: exactly in proportion to the rates if at most 100 windows can be, or
-    else the nearest with 100 (largest remainders), at least one each."""
-    total = sum(rates)
-    shares = [rate / total for rate in rates]
-    for size in range(1, _MOST_SLOTS + 1):
-        counts = [round(share * size) for share in shares]
-        if all(abs(share * size - count) < 1e-9 and count for share, count in zip(shares, counts, strict=True)):
-            return tuple(counts)
-    counts = [max(int(share * _MOST_SLOTS), 1) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - shares[index] * _MOST_SLOTS)
-    for index in by_remainder[: max(_MOST_SLOTS - sum(counts), 0)]:
-        counts[index] += 1
-    return tuple(counts)
+_CORPUS, _PERIOD, _ROW = range(1, 4)
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
-    """Where some rows' text is: objective, first token and key of each. `length` is a function of the objective."""
+class Source:
+    """A corpus of the mixture, ready to be read.
 
-    denoiser_N: npt.NDArray[np.int64]
-    start_N: npt.NDArray[np.int64]
-    key_N: rng.Keys
+    Attributes:
+      objectives, ids: Its objectives, and their indices in `data.objectives`.
+      reader: Of windows, or of packed documents.
+    """
+
+    name: str
+    split: Split
+    objectives: tuple[Objective, ...]
+    ids: tuple[int, ...]
+    reader: Windows | Packed
+
+    def pattern(self, data: DataConfig, phase: Phase) -> tuple[int, ...]:
+        """Rows of each kind in a superblock. Packed rows are of one kind, and one is a superblock."""
+        if isinstance(self.reader, Packed):
+            return (1,)
+        return pattern(self.objectives, data, phase.objectives)
 
 
 class Stream:
     """Batches of training rows. Holds no position: any step of any host can be asked for at any time.
 
+    Args:
+      stores: In the order of `data.sources`.
+      data: The mixture and the shape of rows.
+      batch_size: Rows of a step, over all sub-batches.
+      split: The stores' split to read.
+
     Raises:
-      DataError: the split has less text than one superblock needs.
+      DataError: a split has less text than one superblock needs, or the stores' vocabularies differ.
       ConfigError: an objective does not fit the rows, or can need more sentinels than the vocabulary has.
     """
 
-    def __init__(self, store: Store, data: DataConfig, batch_size: int, split: str = "train"):
-        self.store = store
+    def __init__(self, stores: Sequence[Store], data: DataConfig, batch_size: int, split: str = "train"):
+        self.stores = tuple(stores)
         self.data = data
         self.batch_size = batch_size
-        self._split = store.split(split)
-        self.window_lengths = window_lengths(data, store.vocabulary.num_sentinels)
-        """Raw tokens per window, by objective."""
-        self.slots = slots_per_superblock(tuple(objective.rate for objective in data.mixture))
-        """Windows of each objective in a superblock: the mixture by example."""
-        self._slots = np.repeat(np.arange(len(self.slots)), self.slots)
-        self._superblock = int(np.dot(self.slots, self.window_lengths))
-        tokens = self._split.num_tokens
-        self._superblocks = tokens // self._superblock
-        if not self._superblocks:
-            raise DataError(
-                f"{store.path}: found {tokens:,} {split} tokens, expected at least {self._superblock:,}, "
-                f"one window for each of the mixture's {len(self._slots)} shares; bring more text or shorter rows"
-            )
+        self.split = split
+        self.vocabulary = _common_vocabulary(stores)
+        _check_objectives(data, self.vocabulary.num_sentinels)
+        self._seed = rng.fold_in(data.seed, VERSION)
+        self.sources = [self._source(index, share) for index, share in enumerate(data.sources)]
+        self.shapes = row_shapes(data)
+        counts = sub_batch_slots(data)[0]
+        self._shares = {name: (counts[name], sum(counts.values())) for name in self.shapes}
+        self._phases = self._make_phases()
+        self._mixings = {
+            name: Mixing(self._phases, self._in_shape(name), self._shares[name], rng.fold_in(self._key(_PERIOD), index))
+            for index, name in enumerate(self.shapes)
+        }
 
     @property
-    def rows_per_epoch(self) -> int:
-        return self._superblocks * len(self._slots)
+    def store(self) -> Store:
+        """The first store; its tokenizer is that of all."""
+        return self.stores[0]
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides which row is where: runs that differ in it read different batches."""
+        """Digest of everything that decides which row is where: runs that differ in it read different rows."""
         document = {
             "version": VERSION,
-            "store": self.store.fingerprint,
-            "split": self._split.name,
-            "mixture": [dataclasses.asdict(objective) for objective in self.data.mixture],
+            "stores": [
+                (share.name, store.fingerprint) for share, store in zip(self.data.sources, self.stores, strict=True)
+            ],
+            "split": self.split,
+            "objectives": [
+                [dataclasses.asdict(objective) for objective in source.objectives] for source in self.sources
+            ],
+            "packed": [isinstance(source.reader, Packed) for source in self.sources],
+            "phases": [dataclasses.asdict(phase) for phase in self._phases],
             "layout": self.data.layout,
-            "lengths": [self.data.inputs_length, self.data.targets_length],
+            "lengths": [self.data.inputs_length, self.data.targets_length, *self.data.short_targets_lengths],
             "seed": self.data.seed,
-            "batch_size": self.batch_size,
         }
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:32]
 
     def batch(self, step: int, host: int = 0, hosts: int = 1) -> dict[str, Features]:
-        """The rows of `step` that `host` loads: a contiguous part of the global batch, in order.
+        """The rows of `step` that `host` loads, of a run that has had this batch size from its first step on."""
+        return self.batch_at(step * self.batch_size, host, hosts)
+
+    def batch_at(self, first_row: int, host: int = 0, hosts: int = 1) -> dict[str, Features]:
+        """The batch behind the first `first_row` rows of the run, as far as `host` loads it: of each sub-batch a
+        contiguous part, in order.
 
         Concatenated over the hosts they are the global batch, whatever the number of hosts.
         """
-        first = step * self.batch_size
-        start, stop = first + self.batch_size * host // hosts, first + self.batch_size * (host + 1) // hosts
-        return {"main": self.rows(np.arange(start, stop, dtype=np.int64))}
+        batch = {}
+        for name, (mine, all_) in self._shares.items():
+            first, rows = first_row * mine // all_, self.batch_size * mine // all_
+            start, stop = first + rows * host // hosts, first + rows * (host + 1) // hosts
+            batch[name] = self.rows(np.arange(start, stop, dtype=np.int64), name)
+        return batch
 
-    def row(self, index: int) -> Features:
-        """Row `index` of the whole run, as features of one row."""
-        return self.rows(np.array([index], np.int64))
+    def row(self, index: int, sub_batch: str = MAIN) -> Features:
+        """A row as features of one row; rows of each sub-batch are numbered for themselves."""
+        return self.rows(np.array([index], np.int64), sub_batch)
 
-    def rows(self, index_N: npt.NDArray[np.int64]) -> Features:
-        """Features of the rows with these indices, which count from 0 over all epochs; N may be 0."""
-        if not index_N.size:
-            return {name: values[:0] for name, values in self.row(0).items()}
-        windows = self.windows(index_N)
-        return make_features(self.store, self._split.name, self.data, self.window_lengths, windows)
+    def rows(self, index_N: Integers, sub_batch: str = MAIN) -> Features:
+        """Features of rows of a sub-batch by their numbers, from 0 over all epochs; N may be 0."""
+        shape, rows = self.shapes[sub_batch], len(index_N)
+        spec = sub_batch_spec(self.data, shape, rows)
+        out = {name: np.zeros(array.shape, np.int32) for name, array in spec.items()}
+        if shape.packed:
+            out["denoiser_ids"][:] = NO_DENOISER
+        places = self._mixings[sub_batch].places(index_N)
+        keys_N = rng.fold_in(rng.fold_in(self._key(_ROW), list(self.shapes).index(sub_batch)), index_N)
+        self._put_windows(out, shape, places, keys_N)
+        for index, source in enumerate(self.sources):
+            mine = np.flatnonzero(places.corpus_N == index)
+            if isinstance(source.reader, Packed) and mine.size:
+                self._put_packed(out, source, source.reader, mine, places.number_N[mine], keys_N[mine])
+        return out
 
-    def windows(self, index_N: npt.NDArray[np.int64]) -> Windows:
-        """Where the text of these rows is."""
-        seed = rng.fold_in(self.data.seed, VERSION)
-        rows, slots = self.rows_per_epoch, len(self._slots)
-        epoch_N, row_N = np.divmod(index_N, rows)
-        epoch_key_N = rng.fold_in(seed, epoch_N)
-        place_N = rng.permute(row_N, rows, rng.fold_in(epoch_key_N, _SHUFFLE))
-        superblock_N, slot_N = np.divmod(place_N, slots)
+    @property
+    def rows_per_epoch(self) -> dict[str, int]:
+        """Rows of each corpus that make a pass over it, at the rates of the first phase."""
+        found = {}
+        for source, counts in zip(self.sources, self._phases[0].patterns, strict=True):
+            packed = isinstance(source.reader, Packed)
+            superblocks = source.reader.num_rows if packed else source.reader.stretches[0].per_epoch
+            found[source.name] = superblocks * sum(counts)
+        return found
 
-        # The order of the objectives inside each superblock, and the length of all windows before the slot.
-        order_key_N = rng.fold_in(rng.fold_in(epoch_key_N, _ORDER), superblock_N)
-        order_NxS = self._slots[np.argsort(rng.bits(order_key_N, 0, slots), axis=1)]
-        lengths_NxS = np.asarray(self.window_lengths)[order_NxS]
-        before_N = np.where(np.arange(slots) < slot_N[:, None], lengths_NxS, 0).sum(axis=1)
-        denoiser_N = order_NxS[np.arange(len(index_N)), slot_N]
+    def epochs(self, first_row: int) -> dict[str, float]:
+        """Passes over each corpus that the first so many rows of a run make, by name."""
+        index = max(i for i, phase in enumerate(self._phases) if phase.first_row <= first_row)
+        phase = self._phases[index]
+        periods = (first_row - phase.first_row) / phase.rows
+        found = {}
+        for corpus, source in enumerate(self.sources):
+            superblocks = phase.used[corpus] + periods * phase.superblocks[corpus]
+            if isinstance(source.reader, Packed):
+                found[source.name] = superblocks / source.reader.num_rows
+            else:
+                stretch = source.reader.stretches[phase.stretches[corpus]]
+                found[source.name] = stretch.epochs(superblocks, source.split.num_tokens)
+        return found
 
-        tokens = self._split.num_tokens
-        phase_N = rng.below(rng.fold_in(epoch_key_N, _PHASE), tokens)
-        start_N = (phase_N + superblock_N * self._superblock + before_N) % tokens
-        return Windows(denoiser_N, start_N, rng.fold_in(rng.fold_in(seed, _ROW), index_N))
+    def shares(self) -> list[tuple[str, Objective, float]]:
+        """(corpus, objective, share of the rows) of the first phase. Packed rows count as of the corpus's first
+        objective."""
+        phase = self._phases[0]
+        found = []
+        for source, counts, number in zip(self.sources, phase.patterns, phase.superblocks, strict=True):
+            for objective, count in zip(source.objectives, counts, strict=False):
+                found.append((source.name, objective, count * number / phase.rows))
+        return found
+
+    def _key(self, use: int) -> rng.Keys:
+        return rng.fold_in(self._seed, use)
+
+    def _source(self, index: int, share: CorpusShare) -> Source:
+        data = self.data
+        store = self.stores[index]
+        split = store.split(self.split)
+        objectives = share.mixture or data.mixture
+        key = rng.fold_in(self._key(_CORPUS), index)
+        names = [objective.name for objective in data.objectives]
+        ids = tuple(names.index(objective.name) for objective in objectives)
+        reader: Windows | Packed
+        if (share.examples or data.examples) == "documents":
+            reader = Packed(split, int(store.info.get("parts", 1)), data, objectives, key)
+        else:
+            lengths = tuple(row_tokens(objective, data) for objective in objectives)
+            reader = Windows(split.num_tokens, lengths, key)
+        return Source(share.name, split, objectives, ids, reader)
+
+    def _make_phases(self) -> list[PhaseSlots]:
+        """The slots of each phase, and where in its text each corpus is when the phase begins."""
+        changes = phases(self.data)
+        sizes = [source.split.num_tokens for source in self.sources]
+        used = [0] * len(self.sources)
+        stretches = [-1] * len(self.sources)
+        known: list[tuple[int, ...] | None] = [None] * len(self.sources)
+        made: list[PhaseSlots] = []
+        for index, change in enumerate(changes):
+            patterns = [source.pattern(self.data, change) for source in self.sources]
+            for corpus, source in enumerate(self.sources):
+                if isinstance(source.reader, Packed):
+                    stretches[corpus] = 0
+                elif patterns[corpus] != known[corpus]:
+                    stretches[corpus] = self._begin_stretch(source, source.reader, patterns[corpus], used[corpus])
+                    used[corpus] = 0
+                known[corpus] = patterns[corpus]
+            rates = corpus_rates(self.data.sampling, change.corpora, dict(zip(change.corpora, sizes, strict=True)))
+            per_superblock = [rate / sum(counts) for rate, counts in zip(rates, patterns, strict=True)]
+            superblocks = slots(per_superblock, _MOST_SUPERBLOCKS)
+            first_row = change.start_step * self.batch_size
+            phase = PhaseSlots(first_row, tuple(patterns), superblocks, tuple(stretches), tuple(used))
+            made.append(phase)
+            if index + 1 < len(changes):
+                periods = periods_in(changes[index + 1].start_step * self.batch_size - first_row, phase.rows)
+                used = [before + periods * number for before, number in zip(used, superblocks, strict=True)]
+        return made
+
+    def _begin_stretch(self, source: Source, windows: Windows, counts: tuple[int, ...], used: int) -> int:
+        needed, tokens = windows.superblock(counts), source.split.num_tokens
+        if tokens < needed:
+            raise DataError(
+                f"corpus {source.name}: found {tokens:,} {self.split} tokens, expected at least {needed:,}, one window "
+                f"for each of the mixture's {sum(counts)} shares; bring more text or shorter rows"
+            )
+        epoch, offset = windows.stretches[-1].end(used) if windows.stretches else (0, 0)
+        return windows.add_stretch(counts, epoch, offset)
+
+    def _in_shape(self, name: str) -> list[list[bool]]:
+        """By corpus and objective: whether its rows are in this sub-batch."""
+        return [
+            [True]
+            if isinstance(source.reader, Packed)
+            else [
+                len(self.shapes) == 1 or sub_batch_of(objective, self.data) == name for objective in source.objectives
+            ]
+            for source in self.sources
+        ]
+
+    def _put_windows(self, out: Features, shape: RowShape, places: Places, keys_N: rng.Keys) -> None:
+        """Reads the windows and denoises them, all windows of an objective at once, whatever their corpora."""
+        id_N = np.full(len(keys_N), -1, np.int64)
+        for index, source in enumerate(self.sources):
+            if isinstance(source.reader, Windows):
+                mine = places.corpus_N == index
+                id_N[mine] = np.asarray(source.ids)[places.objective_N[mine]]
+        for number, objective in enumerate(self.data.objectives):
+            row_n = np.flatnonzero(id_N == number)
+            if not row_n.size:
+                continue
+            tokens = self._gather(objective, row_n, places)
+            examples = denoise(tokens, keys_N[row_n], objective, self.vocabulary)
+            together = windows_per_row(objective)
+            if together == 1:
+                put_rows(out, row_n, examples, self.data.layout, shape, number)
+                continue
+            offsets = group_offsets(examples, together, self.data.layout)
+            segment_n = np.tile(np.arange(1, together + 1), len(row_n))
+            put_packed(out, np.repeat(row_n, together), segment_n, offsets, examples, self.data.layout, number)
+
+    def _gather(self, objective: Objective, row_n: Integers, places: Places) -> npt.NDArray[Any]:
+        """[n, tokens of a row]: the text of rows of one objective."""
+        length = row_tokens(objective, self.data)
+        corpora = np.unique(places.corpus_N[row_n]).tolist()
+        tokens: npt.NDArray[Any] | None = None
+        for corpus in corpora:
+            source = self.sources[corpus]
+            assert isinstance(source.reader, Windows)
+            here = places.corpus_N[row_n] == corpus
+            rows = row_n[here]
+            own = [item.name for item in source.objectives].index(objective.name)
+            start_n = np.empty(len(rows), np.int64)
+            for stretch in np.unique(places.stretch_N[rows]).tolist():
+                some = places.stretch_N[rows] == stretch
+                start_n[some] = source.reader.starts(stretch, own, places.number_N[rows[some]])
+            gathered = source.split.gather(start_n, length)
+            if len(corpora) == 1:
+                return gathered
+            if tokens is None:
+                tokens = np.empty((len(row_n), length), np.int32)
+            tokens[here] = gathered
+        assert tokens is not None
+        return tokens
+
+    def _put_packed(
+        self, out: Features, source: Source, packed: Packed, row_n: Integers, number_n: Integers, keys_n: rng.Keys
+    ) -> None:
+        piece, owner_m = packed.pieces(packed.plan_rows(number_n))
+        keys_m = rng.fold_in(keys_n[owner_m], piece.segment_N)
+        for index, number in enumerate(source.ids):
+            for some, examples in packed.examples(piece, keys_m, index, self.vocabulary):
+                offsets = stack_offsets(piece.offset_NxK[some], self.data.layout)
+                rows = row_n[owner_m[some]]
+                put_packed(out, rows, piece.segment_N[some], offsets, examples, self.data.layout, number)
 
 
-def window_lengths(data: DataConfig, num_sentinels: int) -> tuple[int, ...]:
-    """Raw tokens per window of each objective of the mixture.
+def _common_vocabulary(stores: Sequence[Store]) -> Any:
+    """The vocabulary of all stores.
 
     Raises:
-      ConfigError: a window is empty, or its spans can outnumber the sentinels.
+      DataError: they have different tokenizers, so that one id would mean different text.
     """
+    first = stores[0]
+    for store in stores[1:]:
+        mine, theirs = store.info["tokenizer_fingerprint"], first.info["tokenizer_fingerprint"]
+        if (mine, store.vocabulary) != (theirs, first.vocabulary):
+            raise DataError(
+                f"{store.path}: found a store made by the tokenizer {mine} with {store.vocabulary.vocab_size:,} ids, "
+                f"expected {theirs} with {first.vocabulary.vocab_size:,}, as {first.path}; prepare both with one"
+            )
+    return first.vocabulary
+
+
+def _check_objectives(data: DataConfig, num_sentinels: int) -> None:
+    """Raises ConfigError where a window is empty, or its spans can outnumber the vocabulary's sentinels."""
     problems = []
-    lengths = []
-    for index, objective in enumerate(data.mixture):
+    for objective in data.objectives:
         shape = (data.layout, data.inputs_length, data.targets_length)
-        length = raw_window_length(objective, *shape)
         needed = sentinels_needed(objective, *shape)
-        lengths.append(length)
-        where = f"data.mixture.{index} ({objective.name})"
-        if length < 1:
+        where = f"data.mixture ({objective.name})"
+        if raw_window_length(objective, *shape) < 1:
             problems.append(Problem(where, "rows too short for two tokens", "longer inputs_length and targets_length"))
         if needed > num_sentinels:
             problems.append(Problem(where, f"up to {needed} spans", f"at most {num_sentinels}, one per sentinel"))
     if problems:
         raise ConfigError(problems)
-    return tuple(lengths)
-
-
-def make_features(
-    store: Store, split: str, data: DataConfig, lengths: tuple[int, ...], windows: Windows
-) -> dict[str, npt.NDArray[Any]]:
-    """Reads the windows and denoises them, all windows of an objective at once; rows keep their order."""
-    rows = len(windows.denoiser_N)
-    features: Features = {}
-    for index, objective in enumerate(data.mixture):
-        row_n = np.flatnonzero(windows.denoiser_N == index)
-        if not row_n.size:
-            continue
-        tokens_nxL = store.split(split).gather(windows.start_N[row_n], lengths[index])
-        examples = denoise(tokens_nxL, windows.key_N[row_n], objective, store.vocabulary)
-        part = convert(examples, data.layout, data.inputs_length, data.targets_length)
-        for name, values in part.items():
-            if name not in features:
-                features[name] = np.zeros((rows, values.shape[1]), np.int32)
-            features[name][row_n] = values
-    return {**features, "denoiser_ids": windows.denoiser_N.astype(np.int32)}
