@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 from t5x_like.config import RunConfig, batch_spec
@@ -77,7 +76,7 @@ def _matrix_product_rate(size: int = 1024, repeats: int = 8) -> float:
     return 2.0 * size**3 / min(seconds)
 
 
-def show(program: Program, stream: Stream, workdir: Path, step: int, console: Console) -> None:
+def show(program: Program, stream: Stream, workdir: Path, step: int, first_row: int, console: Console) -> None:
     """Prints the tables at the start of a run, and the first rows that it will train on as text."""
     run = program.run
     total = run.training.num_train_steps
@@ -98,10 +97,8 @@ def show(program: Program, stream: Stream, workdir: Path, step: int, console: Co
         versions=versions(),
     )
     print_summary(summary, console)
-    first = step * run.training.batch_size
-    rows = stream.rows(np.arange(first, first + min(_ROWS_SHOWN, run.training.batch_size)))
     console.print(f"first rows of step {step}, each cut at {_TOKENS_SHOWN} tokens; `t5x-like inspect` shows more")
-    console.print(*describe_rows(rows, run.data, stream.store.tokenizer, _TOKENS_SHOWN))
+    console.print(*describe_rows(stream, first_row, _ROWS_SHOWN, _TOKENS_SHOWN))
 
 
 def _model(run: RunConfig) -> str:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from t5x_like.config import BatchSpec, ConfigError, RunConfig, batch_spec
+from t5x_like.config import BatchSpec, ConfigError, RunConfig, batch_spec, evaluation_spec
 from t5x_like.models.build import ModelSpec, abstract, build, merge
 from t5x_like.models.model import Model
 from t5x_like.monitoring.metrics import Mean
@@ -39,7 +39,7 @@ class Program:
       abstract_state: The training state {params, opt_state, step, rng} as `jax.ShapeDtypeStruct`s with shardings:
         what a checkpoint is restored into.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
-      eval_step: (params, batch) -> metrics, jitted, for batches of the shape of `batch_spec`.
+      eval_step: (params, batch) -> metrics, jitted, for batches of the shape of `evaluation_spec`.
     """
 
     run: RunConfig
@@ -119,7 +119,8 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
-    eval_step = jax.jit(constrained(make_eval_step(run, apply)), in_shardings=(shardings["params"], inputs))
+    held_out = batch_shardings(mesh, rules, evaluation_spec(run))
+    eval_step = jax.jit(constrained(make_eval_step(run, apply)), in_shardings=(shardings["params"], held_out))
     return Program(run, mesh, rules, spec, optimizer, shape, abstract_state, axes, train_step, eval_step)
 
 

@@ -19,7 +19,7 @@ from t5x_like.checkpoints.space import require_free_space, state_bytes
 from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
 from t5x_like.config.serialization import to_dict
 from t5x_like.data.prefetch import Prefetcher
-from t5x_like.data.prepare import open_store
+from t5x_like.data.prepare import open_stores
 from t5x_like.data.store import Store
 from t5x_like.data.stream import Stream
 from t5x_like.evaluation.command import evaluate_and_record, is_evaluated
@@ -44,9 +44,12 @@ class Session:
     run: RunConfig
     workdir: Path
     program: Program
-    store: Store
+    stores: tuple[Store, ...]
+    stream: Stream
     batches: Prefetcher
-    fingerprint: str
+    first_row: int
+    """Rows of the run that were read before this process's first step."""
+    first_step: int
     checkpoints: CheckpointManager
     writers: Writers
     progress: Progress
@@ -64,6 +67,10 @@ class Session:
     compiled: bool = False
     evaluated: int | None = None
     """Step of the last evaluation."""
+
+    def rows_read(self, step: int) -> int:
+        """Rows of the run that the steps before `step` have trained on: the data's whole position."""
+        return self.first_row + (step - self.first_step) * self.run.training.batch_size
 
     def next_batch(self) -> Any:
         """The next global batch, on its way to the devices."""
@@ -99,7 +106,7 @@ class Session:
                 self._write_interval(self.step)
             meta = {
                 "config": to_dict(self.run),
-                "data": {"step": self.step, "fingerprint": self.fingerprint},
+                "data": {"rows": self.rows_read(self.step), "fingerprint": self.stream.fingerprint},
                 "interval": {name: list(mean) for name, mean in self.interval.items()},
                 "seconds": self.clock.totals(),
                 "mesh": dict(self.program.mesh.shape),
@@ -116,7 +123,7 @@ class Session:
         self._collect()
         with self.clock.state("eval"):
             with self._written():
-                evaluate_and_record(self.program, self.state["params"], self.store, self.workdir, self.step)
+                evaluate_and_record(self.program, self.state["params"], self.stores, self.workdir, self.step)
         self.evaluated = self.step
         self.progress.status(f"evaluated step {self.step}")
 
@@ -166,6 +173,7 @@ class Session:
             peak=self.peak,
         )
         metrics["goodput"] = goodput(self.clock.totals())
+        metrics |= {f"epochs/{name}": count for name, count in self.stream.epochs(self.rows_read(step)).items()}
         with self._written():
             self.writers.write(step, metrics)
         if metrics["nonfinite"] == 1.0:
@@ -198,9 +206,9 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
     console = Console()
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(workdir / "log.txt", console))
-        store = open_store(run.data)
-        _require_rows_for(store, run)
-        stream = Stream(store, run.data, run.training.batch_size, "train")
+        stores = open_stores(run.data)
+        _require_rows_for(stores[0], run)
+        stream = Stream(stores, run.data, run.training.batch_size, "train")
         program = assemble(run, jax.devices())
         directory = workdir / run_directory.CHECKPOINTS
         require_free_space(
@@ -209,21 +217,22 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
         checkpoints = CheckpointManager(directory, run.checkpoints)
         stack.callback(checkpoints.close)
         restored = checkpoints.latest() is not None
-        step, state, interval = 0, None, {}
+        step, first_row, state, interval = 0, 0, None, {}
         if restored:
             step, state, meta = checkpoints.restore(program.abstract_state)
             _require_same_data(meta["data"], stream.fingerprint)
+            first_row = meta["data"]["rows"]
             interval = {name: Mean(*pair) for name, pair in meta["interval"].items()}
             clock.go_on(meta["seconds"])
         else:
             state = program.init()
         restored_step = step if restored else None
-        overview.show(program, stream, workdir, step, console)
+        overview.show(program, stream, workdir, step, first_row, console)
         progress = Progress(run.training.num_train_steps, console=console, step=step)
         stack.callback(progress.close)
         writers = _open_writers(run, workdir, restored_step, progress)
         stack.callback(writers.close)
-        batches = Prefetcher(stream, step, jax.process_index(), jax.process_count())
+        batches = Prefetcher(stream, first_row, jax.process_index(), jax.process_count())
         stack.callback(batches.close)
         # From here on, what is nothing else is waiting for steps.
         clock.enter("step")
@@ -231,9 +240,11 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
             run=run,
             workdir=workdir,
             program=program,
-            store=store,
+            stores=stores,
+            stream=stream,
             batches=batches,
-            fingerprint=stream.fingerprint,
+            first_row=first_row,
+            first_step=step,
             checkpoints=checkpoints,
             writers=writers,
             progress=progress,

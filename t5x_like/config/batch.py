@@ -53,7 +53,7 @@ def sub_batch_of(objective: Objective, data: DataConfig) -> str:
 
 def row_shapes(data: DataConfig) -> dict[str, RowShape]:
     """The sub-batches that the data's objectives need, "main" first, by name."""
-    documents = any((share.examples or data.examples) == "documents" for share in data.sources)
+    documents = any(data.examples_of(share) == "documents" for share in data.sources)
     paired = {sub_batch_of(objective, data) for objective in data.objectives if windows_per_row(objective) > 1}
     lengths = {MAIN: data.targets_length}
     lengths |= {f"targets_{length}": length for length in sorted(data.short_targets_lengths, reverse=True)}

@@ -92,6 +92,14 @@ class DataConfig:
         """The corpora: those of the mixture, or the one."""
         return self.corpora or (CorpusShare(name=self.corpus.name, corpus=self.corpus),)
 
+    def examples_of(self, share: CorpusShare) -> Literal["windows", "documents"]:
+        """How a corpus is cut into examples."""
+        return share.examples or self.examples
+
+    def objectives_of(self, share: CorpusShare) -> tuple[Objective, ...]:
+        """The objectives of a corpus."""
+        return share.mixture or self.mixture
+
     @property
     def objectives(self) -> tuple[Objective, ...]:
         """All objectives of the run, each name once: what `denoiser_ids` are indices into."""

@@ -45,8 +45,8 @@ def corpora_problems(data: DataConfig) -> Problems:
 
 def _objectives_of(where: str, share: CorpusShare, data: DataConfig) -> Problems:
     """Pairs need a supervised objective and whole examples; other objectives need text."""
-    objectives = share.mixture or data.mixture
-    documents = (share.examples or data.examples) == "documents"
+    objectives = data.objectives_of(share)
+    documents = data.examples_of(share) == "documents"
     if share.corpus.inputs_field is not None:
         if len(objectives) != 1 or not isinstance(objectives[0], Supervised):
             kinds = ", ".join(objective.kind for objective in objectives) or "none"
@@ -98,7 +98,7 @@ def schedule_problems(data: DataConfig) -> Problems:
         if not any(phase.corpora.values()):
             yield Problem(f"{where}.corpora", "a rate of 0 for all", "a rate above 0 for one at least")
         for share in data.sources:
-            if not any(phase.objectives[objective.name] for objective in share.mixture or data.mixture):
+            if not any(phase.objectives[objective.name] for objective in data.objectives_of(share)):
                 yield Problem(f"{where}.objectives", "a rate of 0 for all", "a rate above 0 for one at least")
 
 

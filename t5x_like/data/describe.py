@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from t5x_like.config.data import DataConfig
-from t5x_like.config.lengths import expected_loss_tokens
+from t5x_like.config.batch import rows_per_sub_batch
+from t5x_like.config.rates import row_loss_tokens, row_tokens
 from t5x_like.config.run import RunConfig
-from t5x_like.data.features import Features
-from t5x_like.data.prepare import open_store
+from t5x_like.data.packing import Packed
+from t5x_like.data.prepare import open_stores
 from t5x_like.data.store import SPLITS, Store
 from t5x_like.data.stream import Stream
 from t5x_like.data.tokenizers import Tokenizer
@@ -28,16 +28,17 @@ _GIVEN, _SCORED, _SENTINEL, _MODE, _END = "default", "green", "bold yellow", "bo
 
 
 def inspect(run: RunConfig, rows: int, console: Console | None = None) -> None:
-    """Prints the store, the mixture and the first `rows` training rows of a run.
+    """Prints the stores, the mixture and the first `rows` training rows of a run.
 
     Raises:
-      DataError: the store is not prepared.
+      DataError: a store is not prepared.
     """
     console = console or Console()
-    store = open_store(run.data)
-    stream = Stream(store, run.data, run.training.batch_size)
-    console.print(store_table(store), mixture_table(stream))
-    console.print(*describe_rows(stream.rows(np.arange(rows)), run.data, store.tokenizer))
+    stream = Stream(open_stores(run.data), run.data, run.training.batch_size)
+    console.print(*map(store_table, stream.stores), mixture_table(stream))
+    for first in range(0, rows, stream.batch_size):
+        panels = describe_rows(stream, first, min(rows - first, stream.batch_size))
+        console.print(*panels)
 
 
 def store_table(store: Store) -> Table:
@@ -55,25 +56,27 @@ def store_table(store: Store) -> Table:
 
 def mixture_table(stream: Stream) -> Table:
     """The mixture three times: by example, by raw token and by token of the loss, which are not the same."""
-    table = Table(title=f"mixture: {stream.rows_per_epoch:,} rows an epoch", title_justify="left")
-    for name in ("objective", "window", "loss tokens", "by example", "by token", "by loss token"):
-        table.add_column(name, justify="left" if name == "objective" else "right")
+    several = len(stream.sources) > 1
+    rows = ", ".join(f"{count:,} rows of {name}" for name, count in stream.rows_per_epoch.items())
+    table = Table(title=f"mixture: an epoch is {rows}", title_justify="left")
+    names = ("corpus", "objective", "row", "loss tokens", "by example", "by token", "by loss token", "sub-batch")
+    for name in names[0 if several else 1 :]:
+        table.add_column(name, justify="left" if name in ("corpus", "objective", "sub-batch") else "right")
     for share in mixture_shares(stream):
-        table.add_row(
-            share.name,
-            str(share.window),
-            f"{share.loss_tokens:.1f}",
-            *(f"{part:.1%}" for part in (share.by_example, share.by_token, share.by_loss_token)),
-        )
+        numbers = [f"{part:.1%}" for part in (share.by_example, share.by_token, share.by_loss_token)]
+        row = [share.corpus, share.name, f"{share.tokens:.0f}", f"{share.loss_tokens:.1f}", *numbers, share.sub_batch]
+        table.add_row(*row[0 if several else 1 :])
     return table
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """An objective's part of the mixture. `window` and `loss_tokens` are per row; the latter is the expectation."""
+    """A corpus's and objective's part of the mixture. `tokens` (raw) and `loss_tokens` are per row: means."""
 
+    corpus: str
     name: str
-    window: int
+    sub_batch: str
+    tokens: float
     loss_tokens: float
     by_example: float
     by_token: float
@@ -81,28 +84,74 @@ class Share:
 
 
 def mixture_shares(stream: Stream) -> list[Share]:
-    windows = np.array(stream.window_lengths)
-    examples = np.array(stream.slots) / sum(stream.slots)
-    pairs = zip(stream.data.mixture, stream.window_lengths, strict=True)
-    loss = np.array([expected_loss_tokens(objective, length) for objective, length in pairs])
-    by_token = examples * windows / (examples @ windows)
+    """The mixture of the first phase. Of packed rows, whose lengths are those of the documents, a sample is counted."""
+    shares = stream.shares()
+    data = stream.data
+    sizes = []
+    for corpus, objective, _ in shares:
+        source = next(source for source in stream.sources if source.name == corpus)
+        if isinstance(source.reader, Packed):
+            sizes.append(source.reader.row_means(objective))
+        else:
+            sizes.append((row_tokens(objective, data), row_loss_tokens(objective, data)))
+    tokens, loss = np.array(sizes, np.float64).reshape(-1, 2).T
+    examples = np.array([share for *_, share in shares])
+    by_token = examples * tokens / (examples @ tokens)
     by_loss_token = examples * loss / (examples @ loss)
-    names = [objective.name for objective in stream.data.mixture]
-    columns = (windows, loss, examples, by_token, by_loss_token)
-    return [Share(name, *row) for name, *row in zip(names, *(column.tolist() for column in columns), strict=True)]
+    columns = zip(
+        tokens.tolist(), loss.tolist(), examples.tolist(), by_token.tolist(), by_loss_token.tolist(), strict=True
+    )
+    return [
+        Share(corpus, objective.name, stream.sub_batch_of(corpus, objective), *numbers)
+        for (corpus, objective, _), numbers in zip(shares, columns, strict=True)
+    ]
 
 
-def describe_rows(
-    features: Features, data: DataConfig, tokenizer: Tokenizer, max_tokens: int | None = None
-) -> list[RenderableType]:
-    """A panel per row: its denoiser, inputs and targets as text; sentinels yellow, mode tokens magenta, what the loss
-    is on green. `max_tokens` cuts long rows."""
+def describe_rows(stream: Stream, first_row: int, rows: int, max_tokens: int | None = None) -> list[RenderableType]:
+    """A panel per example of the first `rows` rows of the batch behind `first_row`: its denoiser, inputs and targets as
+    text; sentinels yellow, mode tokens magenta, what the loss is on green. `max_tokens` cuts long rows. Of several
+    sub-batches, each shows its share of the rows."""
     panels: list[RenderableType] = []
-    for row in range(len(features["denoiser_ids"])):
-        objective = data.mixture[int(features["denoiser_ids"][row])]
-        parts = _parts({name: values[row] for name, values in features.items()}, tokenizer, max_tokens)
-        panels.append(Panel(Group(*parts), title=f"{row}: {objective.name}", title_align="left"))
+    for name, count in _divided(stream, rows).items():
+        first = stream.first_of(name, first_row)
+        features = stream.rows(np.arange(first, first + count), name)
+        where = f"{name} " if len(stream.shapes) > 1 else ""
+        for row in range(count):
+            examples = list(segments({key: values[row] for key, values in features.items()}))
+            for number, example in enumerate(examples, start=1):
+                title = f"{where}{first + row}" + (f".{number}" if len(examples) > 1 else "")
+                objective = stream.data.objectives[int(example["denoiser_ids"].max())]
+                parts = _parts(example, stream.store.tokenizer, max_tokens)
+                panels.append(Panel(Group(*parts), title=f"{title}: {objective.name}", title_align="left"))
     return panels
+
+
+def _divided(stream: Stream, rows: int) -> dict[str, int]:
+    """Rows to show of each sub-batch: in proportion, none without one, `rows` in all as far as that goes."""
+    sizes = rows_per_sub_batch(stream.data, stream.batch_size)
+    counts, left, size = {}, rows, sum(sizes.values())
+    for name, part in sizes.items():
+        counts[name] = min(max(round(left * part / size), 1), left) if left else 0
+        left, size = left - counts[name], size - part
+    return counts
+
+
+def segments(row: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """The examples of a row: it itself, or what its segments hold."""
+    stacks = [stack for stack in ("encoder", "decoder") if f"{stack}_segment_ids" in row]
+    if not stacks:
+        yield row
+        return
+    segments = {stack: row[f"{stack}_segment_ids"] for stack in stacks}
+    for number in range(1, max(int(ids.max()) for ids in segments.values()) + 1):
+        example = {
+            name: values[segments[stack] == number]
+            for stack in stacks
+            for name, values in row.items()
+            if name.startswith(stack)
+        }
+        example["denoiser_ids"] = row["denoiser_ids"][segments[stacks[-1]] == number]
+        yield example
 
 
 def _parts(row: dict[str, npt.NDArray[Any]], tokenizer: Tokenizer, limit: int | None) -> Iterable[Text]:

@@ -41,7 +41,7 @@ def put_rows(
     if not shape.packed:
         out["denoiser_ids"][row_n] = objective
         return
-    for stack, lengths_n in _stack_lengths(examples, layout).items():
+    for stack, lengths_n in stack_lengths(examples, layout).items():
         places_L = np.arange(out[f"{stack}_segment_ids"].shape[1])
         present_nxL = places_L < lengths_n[:, None]
         out[f"{stack}_segment_ids"][row_n] = present_nxL
@@ -67,7 +67,7 @@ def put_packed(
     """
     widths = examples.inputs_NxI.shape[1], examples.targets_NxT.shape[1]
     features = convert(examples, layout, *((max(widths), 0) if layout == "encoder" else widths))
-    for stack, lengths_n in _stack_lengths(examples, layout).items():
+    for stack, lengths_n in stack_lengths(examples, layout).items():
         length = out[f"{stack}_segment_ids"].shape[1]
         if (offsets[stack] + lengths_n > length).any():
             raise ValueError(f"{stack}: examples that end behind the last of {length} cells")
@@ -88,7 +88,7 @@ def _ranges(lengths_n: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.arange(lengths_n.sum()) - np.repeat(np.cumsum(lengths_n) - lengths_n, lengths_n)
 
 
-def _stack_lengths(examples: Examples, layout: Layout) -> dict[str, npt.NDArray[np.int64]]:
+def stack_lengths(examples: Examples, layout: Layout) -> dict[str, npt.NDArray[np.int64]]:
     """Cells of each example by stack; the stack with the targets comes last."""
     if layout == "encoder":
         return {"encoder": examples.input_lengths_N}
@@ -97,19 +97,10 @@ def _stack_lengths(examples: Examples, layout: Layout) -> dict[str, npt.NDArray[
     return {"decoder": examples.input_lengths_N + examples.target_lengths_N}
 
 
-def stack_offsets(offset_NxK: npt.NDArray[np.int64], layout: Layout) -> dict[str, npt.NDArray[np.int64]]:
-    """First cells by stack, out of columns: encoder and decoder, or the only one."""
-    stacks = {"encoder": ("encoder",), "encoder_decoder": ("encoder", "decoder")}.get(layout, ("decoder",))
-    return {stack: offset_NxK[:, column] for column, stack in enumerate(stacks)}
-
-
-def group_offsets(examples: Examples, group: int, layout: Layout) -> dict[str, npt.NDArray[np.int64]]:
-    """First cells where every `group` examples stand in a row one after the other."""
-    offsets = {}
-    for stack, lengths_n in _stack_lengths(examples, layout).items():
-        by_row = lengths_n.reshape(-1, group)
-        offsets[stack] = (np.cumsum(by_row, axis=1) - by_row).ravel()
-    return offsets
+def offsets_in_groups(lengths_n: npt.NDArray[np.int64], group_n: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where each example begins if those of a group stand one after the other. `group_n` counts up from 0."""
+    ends_n = np.cumsum(lengths_n)
+    return ends_n - lengths_n - (ends_n - lengths_n)[np.searchsorted(group_n, group_n)]
 
 
 def shift_right(tokens_NxL: Tokens) -> Tokens:

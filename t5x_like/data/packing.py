@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import DataError
-from t5x_like.config.lengths import longest, raw_window_length
+from t5x_like.config.lengths import expected_loss_tokens, longest, raw_window_length
 from t5x_like.config.objectives import Objective, Supervised
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise
@@ -65,7 +65,6 @@ class Piece:
       inputs_NxB, targets_NxB: [N, 2] first and last + 1 token; the inputs are empty where there are none.
       row_N: Row of the plan.
       segment_N: From 1, the place within the row.
-      offset_NxK: First cell in each stream.
     """
 
     objective_N: Integers
@@ -73,7 +72,6 @@ class Piece:
     targets_NxB: Integers
     row_N: Integers
     segment_N: Integers
-    offset_NxK: Integers
 
 
 class Packed:
@@ -104,17 +102,14 @@ class Packed:
         cells_NxK = self._cells(inputs, targets, objective_N)
         row_N = first_fit(cells_NxK, self._capacity)
         by_row = np.argsort(row_N, kind="stable")
-        row_N, cells_NxK = row_N[by_row], cells_NxK[by_row]
+        row_N = row_N[by_row]
         self._first = np.searchsorted(row_N, np.arange(row_N[-1] + 2))
-        begins_N = self._first[row_N]
-        sums_NxK = np.cumsum(cells_NxK, axis=0) - cells_NxK
         self._plan = Piece(
             objective_N[by_row],
             inputs[by_row],
             targets[by_row],
             row_N,
-            np.arange(len(row_N)) - begins_N + 1,
-            sums_NxK - sums_NxK[begins_N],
+            np.arange(len(row_N)) - self._first[row_N] + 1,
         )
         self.num_rows = len(self._first) - 1
 
@@ -123,15 +118,41 @@ class Packed:
         epoch_N, place_N = np.divmod(number_N, self.num_rows)
         return rng.permute(place_N, self.num_rows, rng.fold_in(rng.fold_in(self._key, _SHUFFLE), epoch_N))
 
+    @property
+    def superblocks_per_epoch(self) -> int:
+        return self.num_rows
+
+    def epochs(self, stretch: int, superblocks: float) -> float:
+        """Passes over the documents that end behind so many rows."""
+        del stretch
+        return superblocks / self.num_rows
+
+    @property
+    def num_pieces(self) -> int:
+        """Examples of an epoch."""
+        return len(self._plan.row_N)
+
+    def row_means(self, objective: Objective) -> tuple[float, float]:
+        """(raw tokens, tokens of the loss) of a row under one of the objectives, on average over the plan."""
+        mine = self._plan.objective_N == self._objectives.index(objective)
+        raw_M = np.diff(self._plan.targets_NxB[mine])[:, 0]
+        lengths, counts = np.unique(raw_M, return_counts=True)
+        each = [expected_loss_tokens(objective, length) for length in lengths.tolist()]
+        loss = float(np.dot(each, counts))
+        given = np.diff(self._plan.inputs_NxB[mine]).sum()
+        return float(raw_M.sum() + given) / self.num_rows, loss / self.num_rows
+
+    def pick(self, index_M: Integers) -> Piece:
+        """Examples by their index in the plan."""
+        return Piece(*(getattr(self._plan, field.name)[index_M] for field in dataclasses.fields(Piece)))
+
     def pieces(self, plan_row_N: Integers) -> tuple[Piece, Integers]:
         """The examples of rows of the plan, and for each the index in `plan_row_N` of its row."""
         first_N, last_N = self._first[plan_row_N], self._first[plan_row_N + 1]
         counts_N = last_N - first_N
         owner_M = np.repeat(np.arange(len(plan_row_N)), counts_N)
         index_M = np.arange(counts_N.sum()) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N) + first_N[owner_M]
-        plan = self._plan
-        fields = (getattr(plan, field.name)[index_M] for field in dataclasses.fields(plan))
-        return Piece(*fields), owner_M
+        return self.pick(index_M), owner_M
 
     def examples(
         self, piece: Piece, keys_N: rng.Keys, objective: int, vocabulary: Vocabulary

@@ -275,6 +275,11 @@ class Store:
         return Store(path, json.loads((path / "info.json").read_text(encoding="utf-8")))
 
     @property
+    def parts(self) -> int:
+        """Stretches of tokens per document: 1 for text, 2 for pairs of inputs and targets."""
+        return int(self.info.get("parts", 1))
+
+    @property
     def fingerprint(self) -> str:
         """Of the tokens and of the meaning of their ids."""
         return _digest(f"{self.info['content_fingerprint']} {self.info['tokenizer_fingerprint']}")[:32]

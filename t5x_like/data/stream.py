@@ -24,7 +24,7 @@ from t5x_like.config.objectives import Objective
 from t5x_like.config.rates import Phase, pattern, phases, row_tokens, slots
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import denoise
-from t5x_like.data.features import NO_DENOISER, Features, group_offsets, put_packed, put_rows, stack_offsets
+from t5x_like.data.features import NO_DENOISER, Features, offsets_in_groups, put_packed, put_rows, stack_lengths
 from t5x_like.data.mixing import Integers, Mixing, PhaseSlots, Places, periods_in
 from t5x_like.data.packing import Packed
 from t5x_like.data.sampling import corpus_rates
@@ -130,10 +130,22 @@ class Stream:
         """
         batch = {}
         for name, (mine, all_) in self._shares.items():
-            first, rows = first_row * mine // all_, self.batch_size * mine // all_
+            first, rows = self.first_of(name, first_row), self.batch_size * mine // all_
             start, stop = first + rows * host // hosts, first + rows * (host + 1) // hosts
             batch[name] = self.rows(np.arange(start, stop, dtype=np.int64), name)
         return batch
+
+    def first_of(self, sub_batch: str, first_row: int) -> int:
+        """The sub-batch's own number of its first row behind the first `first_row` rows of the run."""
+        mine, all_ = self._shares[sub_batch]
+        return first_row * mine // all_
+
+    def sub_batch_of(self, corpus: str, objective: Objective) -> str:
+        """Name of the sub-batch that a corpus's rows of an objective are in."""
+        source = next(source for source in self.sources if source.name == corpus)
+        if isinstance(source.reader, Packed) or len(self.shapes) == 1:
+            return next(iter(self.shapes))
+        return sub_batch_of(objective, self.data)
 
     def row(self, index: int, sub_batch: str = MAIN) -> Features:
         """A row as features of one row; rows of each sub-batch are numbered for themselves."""
@@ -160,9 +172,7 @@ class Stream:
         """Rows of each corpus that make a pass over it, at the rates of the first phase."""
         found = {}
         for source, counts in zip(self.sources, self._phases[0].patterns, strict=True):
-            packed = isinstance(source.reader, Packed)
-            superblocks = source.reader.num_rows if packed else source.reader.stretches[0].per_epoch
-            found[source.name] = superblocks * sum(counts)
+            found[source.name] = source.reader.superblocks_per_epoch * sum(counts)
         return found
 
     def epochs(self, first_row: int) -> dict[str, float]:
@@ -173,11 +183,7 @@ class Stream:
         found = {}
         for corpus, source in enumerate(self.sources):
             superblocks = phase.used[corpus] + periods * phase.superblocks[corpus]
-            if isinstance(source.reader, Packed):
-                found[source.name] = superblocks / source.reader.num_rows
-            else:
-                stretch = source.reader.stretches[phase.stretches[corpus]]
-                found[source.name] = stretch.epochs(superblocks, source.split.num_tokens)
+            found[source.name] = source.reader.epochs(phase.stretches[corpus], superblocks)
         return found
 
     def shares(self) -> list[tuple[str, Objective, float]]:
@@ -197,13 +203,13 @@ class Stream:
         data = self.data
         store = self.stores[index]
         split = store.split(self.split)
-        objectives = share.mixture or data.mixture
+        objectives = data.objectives_of(share)
         key = rng.fold_in(self._key(_CORPUS), index)
         names = [objective.name for objective in data.objectives]
         ids = tuple(names.index(objective.name) for objective in objectives)
         reader: Windows | Packed
-        if (share.examples or data.examples) == "documents":
-            reader = Packed(split, int(store.info.get("parts", 1)), data, objectives, key)
+        if data.examples_of(share) == "documents":
+            reader = Packed(split, store.parts, data, objectives, key)
         else:
             lengths = tuple(row_tokens(objective, data) for objective in objectives)
             reader = Windows(split.num_tokens, lengths, key)
@@ -244,7 +250,7 @@ class Stream:
                 f"corpus {source.name}: found {tokens:,} {self.split} tokens, expected at least {needed:,}, one window "
                 f"for each of the mixture's {sum(counts)} shares; bring more text or shorter rows"
             )
-        epoch, offset = windows.stretches[-1].end(used) if windows.stretches else (0, 0)
+        epoch, offset = windows.end_stretch(used) if windows.stretches else (0, 0)
         return windows.add_stretch(counts, epoch, offset)
 
     def _in_shape(self, name: str) -> list[list[bool]]:
@@ -275,9 +281,11 @@ class Stream:
             if together == 1:
                 put_rows(out, row_n, examples, self.data.layout, shape, number)
                 continue
-            offsets = group_offsets(examples, together, self.data.layout)
+            owner_n = np.repeat(np.arange(len(row_n)), together)
+            lengths = stack_lengths(examples, self.data.layout)
+            offsets = {stack: offsets_in_groups(lengths_n, owner_n) for stack, lengths_n in lengths.items()}
             segment_n = np.tile(np.arange(1, together + 1), len(row_n))
-            put_packed(out, np.repeat(row_n, together), segment_n, offsets, examples, self.data.layout, number)
+            put_packed(out, row_n[owner_n], segment_n, offsets, examples, self.data.layout, number)
 
     def _gather(self, objective: Objective, row_n: Integers, places: Places) -> npt.NDArray[Any]:
         """[n, tokens of a row]: the text of rows of one objective."""
@@ -308,11 +316,20 @@ class Stream:
     ) -> None:
         piece, owner_m = packed.pieces(packed.plan_rows(number_n))
         keys_m = rng.fold_in(keys_n[owner_m], piece.segment_N)
-        for index, number in enumerate(source.ids):
-            for some, examples in packed.examples(piece, keys_m, index, self.vocabulary):
-                offsets = stack_offsets(piece.offset_NxK[some], self.data.layout)
-                rows = row_n[owner_m[some]]
-                put_packed(out, rows, piece.segment_N[some], offsets, examples, self.data.layout, number)
+        layout = self.data.layout
+        made = [
+            (number, some, examples)
+            for index, number in enumerate(source.ids)
+            for some, examples in packed.examples(piece, keys_m, index, self.vocabulary)
+        ]
+        lengths: dict[str, Integers] = {}
+        for _, some, examples in made:
+            for stack, lengths_n in stack_lengths(examples, layout).items():
+                lengths.setdefault(stack, np.zeros(len(owner_m), np.int64))[some] = lengths_n
+        offsets = {stack: offsets_in_groups(lengths_m, owner_m) for stack, lengths_m in lengths.items()}
+        for number, some, examples in made:
+            here = {stack: offset_m[some] for stack, offset_m in offsets.items()}
+            put_packed(out, row_n[owner_m[some]], piece.segment_N[some], here, examples, layout, number)
 
 
 def _common_vocabulary(stores: Sequence[Store]) -> Any:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.data import DataConfig
+from t5x_like.config.batch import MAIN, RowShape, sub_batch_spec
+from t5x_like.config.data import CorpusShare, DataConfig
 from t5x_like.config.lengths import prefix_target_range, raw_window_length
-from t5x_like.config.objectives import CausalLM, PrefixLM
+from t5x_like.config.objectives import CausalLM, Objective, PrefixLM
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise, split_at
-from t5x_like.data.features import Features, convert
+from t5x_like.data.features import Features, convert, put_rows
+from t5x_like.data.packing import Packed
 from t5x_like.data.store import Split, Store
 
 Batch = dict[str, Features]
@@ -41,20 +43,49 @@ class ScoredBatch:
 
 
 def objective_batches(
-    store: Store, data: DataConfig, batch_size: int, objective: int, num_batches: int, split: str = "validation"
+    store: Store,
+    data: DataConfig,
+    share: CorpusShare,
+    batch_size: int,
+    objective: Objective,
+    num_batches: int,
+    split: str = "validation",
 ) -> Iterator[Batch]:
-    """Batches of held-out windows, all under one objective of the mixture.
+    """Batches of held-out examples of one corpus, one per row, all under one objective.
 
     Args:
-      objective: Index into `data.mixture`.
-      num_batches: At most; fewer where the split has no more windows. The last batch is filled up with rows of
+      share: The corpus of the store: its examples are windows or documents.
+      objective: Of this corpus.
+      num_batches: At most; fewer where the split has no more examples. The last batch is filled up with rows of
         padding, whose loss weights are 0.
     """
-    spec = data.mixture[objective]
-    length = raw_window_length(spec, data.layout, data.inputs_length, data.targets_length)
+    number = data.objectives.index(objective)
+    if data.examples_of(share) == "documents":
+        yield from _document_batches(store, data, batch_size, number, num_batches, split)
+        return
+    alone = dataclasses.replace(objective, paired=False) if isinstance(objective, PrefixLM) else objective
+    length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length)
     for tokens_NxL, window_N in _windows(store.split(split), length, batch_size, num_batches):
-        examples = denoise(tokens_NxL, rng.fold_in(_NOISE, window_N), spec, store.vocabulary)
-        yield _batch(convert(examples, data.layout, data.inputs_length, data.targets_length), batch_size, objective)
+        examples = denoise(tokens_NxL, rng.fold_in(_NOISE, window_N), alone, store.vocabulary)
+        yield _batch(convert(examples, data.layout, data.inputs_length, data.targets_length), batch_size, number)
+
+
+def _document_batches(
+    store: Store, data: DataConfig, batch_size: int, objective: int, num_batches: int, split: str
+) -> Iterator[Batch]:
+    """One document or pair per row."""
+    if not store.split(split).num_documents:
+        return
+    packed = Packed(store.split(split), store.parts, data, (data.objectives[objective],), rng.fold_in(_ORDER, 0))
+    shape = RowShape(data.inputs_length, data.targets_length, packed=False)
+    for first in range(0, min(packed.num_pieces, batch_size * num_batches), batch_size):
+        piece = packed.pick(np.arange(first, min(first + batch_size, packed.num_pieces)))
+        keys_N = rng.fold_in(_NOISE, np.arange(first, first + len(piece.row_N)))
+        spec = sub_batch_spec(data, shape, batch_size)
+        out = {name: np.zeros(array.shape, np.int32) for name, array in spec.items()}
+        for row_n, examples in packed.examples(piece, keys_N, 0, store.vocabulary):
+            put_rows(out, row_n, examples, data.layout, shape, objective)
+        yield {MAIN: {**out, "denoiser_ids": np.full(batch_size, objective, np.int32)}}
 
 
 def prefix_lm_batches(
@@ -65,10 +96,12 @@ def prefix_lm_batches(
     Windows and rows are those of training: the mixture's prefix LM has its own window length and mode token, and is cut
     in the middle, or as near to it as its law allows, since a model that never made so long targets would expect EOS.
     A mixture without one has its causal LM, which is given the first half as text to go on with; one of span corruption
-    only, a prefix LM without mode token. The EOS that closes the targets is no text and has weight 0. An encoder has no
-    such batches.
+    only, a prefix LM without mode token. The EOS that closes the targets is no text and has weight 0. An encoder and a
+    corpus of pairs have no such batches.
     """
     if data.layout == "encoder":
+        return
+    if store.parts > 1:
         return
     objective, index = _continuation(data)
     length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length)
@@ -83,7 +116,7 @@ def prefix_lm_batches(
 def _continuation(data: DataConfig) -> tuple[PrefixLM | CausalLM, int]:
     """The objective whose form the rows get, and its index in the mixture."""
     for kind in (PrefixLM, CausalLM):
-        for index, objective in enumerate(data.mixture):
+        for index, objective in enumerate(data.objectives):
             if isinstance(objective, kind):
                 return objective, index
     return PrefixLM(name="prefix_lm", min_target_fraction=0.5, max_target_fraction=0.5), 0
@@ -134,4 +167,4 @@ def _batch(features: Features, batch_size: int, objective: int) -> Batch:
         name: np.concatenate([values, np.zeros((batch_size - rows, values.shape[1]), np.int32)])
         for name, values in features.items()
     }
-    return {"main": {**filled, "denoiser_ids": np.full(batch_size, objective, np.int32)}}
+    return {MAIN: {**filled, "denoiser_ids": np.full(batch_size, objective, np.int32)}}

@@ -5,8 +5,8 @@ So each token is in exactly one window per epoch although the objectives' window
 not fill a last superblock is left out; since every epoch starts its first superblock at another place, it is not the
 same text each time. The windows of one objective are visited in a pseudo-random permutation.
 
-Where the proportions of the objectives change within an epoch, a new stretch begins: what is left of the epoch's text
-is cut anew and visited by a permutation of its own.
+Where the proportions of the objectives change within an epoch, the stretch ends: its last epoch is the part of the text
+that it needs, and the next stretch cuts what is left, visited by a permutation of its own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Stretch:
       size: Tokens of a superblock.
       epoch, offset: Where it begins: in an epoch, behind so many of its tokens.
       first, per_epoch: Superblocks in the rest of the first epoch, and in each that follows.
+      total: Superblocks of the whole stretch; None: it has no end.
     """
 
     pattern: tuple[int, ...]
@@ -41,18 +42,30 @@ class Stretch:
     offset: int
     first: int
     per_epoch: int
+    total: int | None = None
 
-    def end(self, superblocks: int) -> tuple[int, int]:
-        """(epoch, offset) behind so many superblocks."""
-        if superblocks < self.first:
-            return self.epoch, self.offset + superblocks * self.size
-        full, rest = divmod(superblocks - self.first, self.per_epoch)
+    def end(self) -> tuple[int, int]:
+        """(epoch, offset) of what follows."""
+        assert self.total is not None
+        if self.total < self.first:
+            return self.epoch, self.offset + self.total * self.size
+        full, rest = divmod(self.total - self.first, self.per_epoch)
         return self.epoch + 1 + full, rest * self.size
+
+    def parts(self) -> list[tuple[int, int]]:
+        """(first superblock, superblocks of an epoch) from there on: rest of an epoch, whole epochs, a last part."""
+        found = [(0, self.first), (self.first, self.per_epoch)]
+        if self.total is None:
+            return found
+        if self.total < self.first:
+            return [(0, self.total)]
+        last = (self.total - self.first) % self.per_epoch
+        return [*found, (self.total - last, last)] if last else found
 
     def epochs(self, superblocks: float, tokens: int) -> float:
         """Passes over a split of so many tokens that end behind so many superblocks, with fractions."""
         if superblocks < self.first:
-            return self.epoch + (self.offset + superblocks * self.size) / tokens
+            return self.epoch + (self.offset + superblocks / self.first * (tokens - self.offset)) / tokens
         return self.epoch + 1 + (superblocks - self.first) / self.per_epoch
 
 
@@ -71,6 +84,14 @@ class Windows:
         self.stretches: list[Stretch] = []
         self._key = key
 
+    @property
+    def superblocks_per_epoch(self) -> int:
+        return self.stretches[0].per_epoch
+
+    def epochs(self, stretch: int, superblocks: float) -> float:
+        """Passes over the text that end behind so many superblocks of a stretch, with fractions."""
+        return self.stretches[stretch].epochs(superblocks, self.num_tokens)
+
     def superblock(self, pattern: tuple[int, ...]) -> int:
         """Tokens of a superblock."""
         return int(np.dot(pattern, self.lengths))
@@ -83,27 +104,34 @@ class Windows:
         self.stretches.append(Stretch(pattern, size, epoch, offset, first, per_epoch))
         return len(self.stretches) - 1
 
+    def end_stretch(self, superblocks: int) -> tuple[int, int]:
+        """Ends the newest stretch behind so many superblocks; returns the (epoch, offset) where the next begins."""
+        self.stretches[-1] = dataclasses.replace(self.stretches[-1], total=superblocks)
+        return self.stretches[-1].end()
+
     def starts(self, stretch: int, objective: int, number_N: Integers) -> Integers:
         """First token of windows of one objective, by their number within the stretch."""
         cut = self.stretches[stretch]
         count = cut.pattern[objective]
-        in_first_N = number_N < cut.first * count
-        epoch_N = np.full(len(number_N), cut.epoch, np.int64)
-        local_N = number_N.copy()
-        if not in_first_N.all():
-            later_N = ~in_first_N
-            full_N, local_N[later_N] = np.divmod(number_N[later_N] - cut.first * count, cut.per_epoch * count)
-            epoch_N[later_N] += 1 + full_N
+        parts = cut.parts()
+        part_N = np.searchsorted([first * count for first, _ in parts], number_N, side="right") - 1
+        epoch_N, local_N, place_N = (np.empty(len(number_N), np.int64) for _ in range(3))
+        for part, (first, superblocks) in enumerate(parts):
+            here = part_N == part
+            full, local_N[here] = np.divmod(number_N[here] - first * count, max(superblocks * count, 1))
+            # Whole epochs follow the first; so does a last part, behind so many of them.
+            behind = 0 if first == 0 and part == 0 else 1 + (first - cut.first) // cut.per_epoch
+            epoch_N[here] = cut.epoch + behind + full
         epoch_key_N = rng.fold_in(rng.fold_in(self._key, stretch), epoch_N)
         shuffle_key_N = rng.fold_in(rng.fold_in(epoch_key_N, _SHUFFLE), objective)
-        place_N = np.empty(len(number_N), np.int64)
-        for here_N, superblocks in ((in_first_N, cut.first), (~in_first_N, cut.per_epoch)):
-            if here_N.any():
-                place_N[here_N] = rng.permute(local_N[here_N], superblocks * count, shuffle_key_N[here_N])
+        for part, (_, superblocks) in enumerate(parts):
+            here = part_N == part
+            if here.any():
+                place_N[here] = rng.permute(local_N[here], superblocks * count, shuffle_key_N[here])
         superblock_N, rank_N = np.divmod(place_N, count)
         before_N = self._before(cut, objective, rank_N, rng.fold_in(rng.fold_in(epoch_key_N, _ORDER), superblock_N))
         phase_N = rng.below(rng.fold_in(rng.fold_in(self._key, _PHASE), epoch_N), self.num_tokens)
-        offset_N = np.where(in_first_N, cut.offset, 0)
+        offset_N = np.where(epoch_N == cut.epoch, cut.offset, 0)
         return (phase_N + offset_N + superblock_N * cut.size + before_N) % self.num_tokens
 
     def _before(self, cut: Stretch, objective: int, rank_N: Integers, key_N: rng.Keys) -> Integers:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config import CausalLM, ConfigError, DataConfig, MaskedLM, Objective, PrefixLM, Problem
+from t5x_like.config import CausalLM, ConfigError, DataConfig, MaskedLM, Objective, PrefixLM, Problem, Supervised
 from t5x_like.config.objectives import Mode
 from t5x_like.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 
@@ -50,7 +50,7 @@ def objective_format(objective: Objective, data: DataConfig) -> PromptFormat:
         mode=objective.mode,
         ends_in_eos=not causal,
         bidirectional=data.layout == "prefix_lm" and not causal,
-        sentinels=not isinstance(objective, CausalLM | PrefixLM),
+        sentinels=not isinstance(objective, CausalLM | PrefixLM | Supervised),
     )
 
 
@@ -63,9 +63,9 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
     Raises:
       ConfigError: an encoder, which generates nothing, or a mode that the mixture does not have.
     """
-    objectives = [objective for objective in data.mixture if not isinstance(objective, MaskedLM)]
+    objectives = [objective for objective in data.objectives if not isinstance(objective, MaskedLM)]
     if data.layout == "encoder" or not objectives:
-        found = f"layout '{data.layout}', objectives {', '.join(objective.name for objective in data.mixture)}"
+        found = f"layout '{data.layout}', objectives {', '.join(objective.name for objective in data.objectives)}"
         fix = "an encoder fills masks but generates no text"
         raise ConfigError([Problem("data", found, "a run with a decoder", fix)])
     by_mode: dict[str, Objective] = {}
@@ -79,8 +79,12 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
         return objective_format(by_mode[mode], data)
     if by_mode:
         return objective_format(by_mode.get("S", next(iter(by_mode.values()))), data)
-    order = ("prefix_lm", "causal_lm", "span_corruption")
-    return objective_format(min(objectives, key=lambda objective: order.index(objective.kind)), data)
+    order = ("supervised", "prefix_lm", "causal_lm", "span_corruption")
+
+    def place(objective: Objective) -> int:
+        return order.index(objective.kind) if objective.kind in order else len(order)
+
+    return objective_format(min(objectives, key=place), data)
 
 
 def longest_prompt(data: DataConfig, form: PromptFormat) -> int:

@@ -11,7 +11,7 @@ import jax
 from t5x_like import run_directory
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import RefusedError, RunConfig
-from t5x_like.data.prepare import open_store
+from t5x_like.data.prepare import open_stores
 from t5x_like.data.store import Store
 from t5x_like.data.stream import Stream
 from t5x_like.program import Program, assemble
@@ -23,8 +23,13 @@ class Trained:
 
     run: RunConfig
     program: Program
-    store: Store
+    stores: tuple[Store, ...]
     checkpoints: CheckpointManager
+
+    @property
+    def store(self) -> Store:
+        """The first store; its tokenizer is that of all."""
+        return self.stores[0]
 
     def params(self, step: int | None = None) -> tuple[int, Any]:
         """A checkpoint's step and parameters, each placed where the program wants it; None takes the newest.
@@ -34,7 +39,7 @@ class Trained:
         """
         step, params, meta = self.checkpoints.restore_params(self.program.abstract_params, step)
         trained_on = meta["data"]["fingerprint"]
-        found = Stream(self.store, self.run.data, self.run.training.batch_size).fingerprint
+        found = Stream(self.stores, self.run.data, self.run.training.batch_size).fingerprint
         if found != trained_on:
             raise RefusedError(
                 f"{self.store.path}: found data with the fingerprint {found}, expected {trained_on}, on which the "
@@ -52,6 +57,6 @@ def open_trained(run_dir: Path) -> Trained:
       DataError: the run's token store, which holds the tokenizer, is missing.
     """
     run = run_directory.read_config(run_dir)
-    store = open_store(run.data)
+    stores = open_stores(run.data)
     checkpoints = CheckpointManager(run_dir / run_directory.CHECKPOINTS, run.checkpoints, read_only=True)
-    return Trained(run, assemble(run, jax.devices()), store, checkpoints)
+    return Trained(run, assemble(run, jax.devices()), stores, checkpoints)

@@ -51,10 +51,12 @@ def evaluate_run(
     for chosen in steps or (None,):
         step, params = trained.params(chosen)
         if output is None:
-            result = evaluate_and_record(trained.program, params, trained.store, run_dir, step, num_batches=num_batches)
+            result = evaluate_and_record(
+                trained.program, params, trained.stores, run_dir, step, num_batches=num_batches
+            )
         else:
             batches = num_batches or trained.run.evaluation.num_batches
-            result = evaluate(trained.program, params, trained.store, step=step, num_batches=batches)
+            result = evaluate(trained.program, params, trained.stores, step=step, num_batches=batches)
         results.append(result)
         for table in tables(result):
             console.print(table)
@@ -70,7 +72,7 @@ def evaluate_run(
 
 
 def evaluate_and_record(
-    program: Program, params: Any, store: Store, run_dir: Path, step: int, *, num_batches: int | None = None
+    program: Program, params: Any, stores: Sequence[Store], run_dir: Path, step: int, *, num_batches: int | None = None
 ) -> Result:
     """Scores parameters and writes evaluation.json, samples.json (both of the newest step that was evaluated) and the
     step's line of evaluations.jsonl.
@@ -80,8 +82,8 @@ def evaluate_and_record(
     """
     run = program.run
     batches = num_batches or run.evaluation.num_batches
-    result = evaluate(program, params, store, step=step, num_batches=batches)
-    samples = decode_samples(program, params, store, count=run.monitoring.samples)
+    result = evaluate(program, params, stores, step=step, num_batches=batches)
+    samples = decode_samples(program, params, stores, count=run.monitoring.samples)
     if jax.process_index() == 0:
         newest = _record(run_dir / EVALUATIONS, result)
         if newest == step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ Tree = Any
 Features = Mapping[str, npt.NDArray[Any]]
 
 
-def evaluate(program: Program, params: Tree, store: Store, *, step: int, num_batches: int) -> dict[str, Any]:
-    """Scores on the store's held-out split; the same rows whatever the step, the seed and the mesh.
+def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: int, num_batches: int) -> dict[str, Any]:
+    """Scores on the stores' held-out splits; the same rows whatever the step, the seed and the mesh.
 
     Args:
       program: Any architecture.
@@ -32,7 +32,8 @@ def evaluate(program: Program, params: Tree, store: Store, *, step: int, num_bat
 
     Returns:
       step: The step.
-      objectives: By name of the mixture's objectives: loss (nats per scored token), accuracy, tokens.
+      objectives: By name of the mixture's objectives, of several corpora by "corpus/objective": loss (nats per scored
+        token), accuracy, tokens.
       prefix_lm: Of windows whose first half is given: loss_per_token (nats), bits_per_byte (the loss of all scored
         tokens over the bytes of their text; EOS between documents is scored and has no bytes), bytes. None for
         encoders, as are the baselines.
@@ -41,14 +42,17 @@ def evaluate(program: Program, params: Tree, store: Store, *, step: int, num_bat
     """
     data, rows = program.run.data, program.run.training.batch_size
     objectives = {}
-    for index, objective in enumerate(data.mixture):
-        sums = _sums(program, params, validation.objective_batches(store, data, rows, index, num_batches))
-        objectives[objective.name] = {
-            "loss": value(sums["loss"]),
-            "accuracy": value(sums["accuracy"]),
-            "tokens": round(sums["loss"].weight),
-        }
-    scored = list(validation.prefix_lm_batches(store, data, rows, num_batches))
+    for share, store in zip(data.sources, stores, strict=True):
+        for objective in data.objectives_of(share):
+            batches = validation.objective_batches(store, data, share, rows, objective, num_batches)
+            sums = _sums(program, params, batches)
+            name = f"{share.name}/{objective.name}" if len(stores) > 1 else objective.name
+            objectives[name] = {
+                "loss": value(sums["loss"]),
+                "accuracy": value(sums["accuracy"]),
+                "tokens": round(sums["loss"].weight),
+            }
+    scored = [batch for store in stores for batch in validation.prefix_lm_batches(store, data, rows, num_batches)]
     text = b"".join(batch.text for batch in scored)
     result: dict[str, Any] = {"step": step, "objectives": objectives, "prefix_lm": None, "baselines": None}
     if text:
@@ -59,7 +63,8 @@ def evaluate(program: Program, params: Tree, store: Store, *, step: int, num_bat
             "bits_per_byte": bits_per_byte(loss, len(text)),
             "bytes": len(text),
         }
-        counts = _train_counts(store.split("train"), store.vocabulary.vocab_size)
+        size = stores[0].vocabulary.vocab_size
+        counts = np.sum([_train_counts(store.split("train"), size) for store in stores], axis=0)
         result["baselines"] = {
             "unigram_bits_per_byte": baselines.unigram_bits(counts, tokens) / len(text),
             "byte_entropy_bits_per_byte": baselines.byte_entropy(text),
@@ -74,7 +79,7 @@ def bits_per_byte(loss: Mean, num_bytes: int) -> float:
     return float(loss.sum) / math.log(2) / num_bytes
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)
 def _train_counts(split: Split, vocab_size: int) -> npt.NDArray[np.int64]:
     """Counted once per process: a training run evaluates more than once."""
     return split.token_counts(vocab_size)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_like.config import DataConfig
+from t5x_like.config import DataConfig, Objective
 from t5x_like.data import validation
 from t5x_like.data.store import Store
 from t5x_like.data.tokenizers import Tokenizer
@@ -26,7 +26,7 @@ Features = Mapping[str, npt.NDArray[Any]]
 Sample = dict[str, str]
 
 
-def decode_samples(program: Program, params: Tree, store: Store, *, count: int) -> list[Sample]:
+def decode_samples(program: Program, params: Tree, stores: Sequence[Store], *, count: int) -> list[Sample]:
     """At least `count` held-out examples in all, as many of each objective, decoded greedily.
 
     Returns:
@@ -36,24 +36,29 @@ def decode_samples(program: Program, params: Tree, store: Store, *, count: int) 
       prediction: What the model says in place of the targets.
     """
     data = program.run.data
-    per_objective = -(-count // len(data.mixture))
-    if per_objective == 0:
+    kinds = [
+        (share, store, objective)
+        for share, store in zip(data.sources, stores, strict=True)
+        for objective in data.objectives_of(share)
+    ]
+    each = -(-count // len(kinds))
+    if each == 0:
         return []
     samples = []
-    for index, objective in enumerate(data.mixture):
+    for share, store, objective in kinds:
         rows = program.run.training.batch_size
-        for batch in validation.objective_batches(store, data, rows, index, num_batches=1):
-            decode = _infill if data.layout == "encoder" else functools.partial(_generate, index)
-            found = decode(program, params, batch["main"], per_objective, store)
+        for batch in validation.objective_batches(store, data, share, rows, objective, num_batches=1):
+            decode = _infill if data.layout == "encoder" else functools.partial(_generate, objective)
+            found = decode(program, params, batch["main"], each, store)
             samples += [{"denoiser": objective.name, **sample} for sample in found]
     return samples
 
 
 def _generate(
-    objective: int, program: Program, params: Tree, features: Features, count: int, store: Store
+    objective: Objective, program: Program, params: Tree, features: Features, count: int, store: Store
 ) -> list[Sample]:
     data, tokenizer = program.run.data, store.tokenizer
-    prompt_form = objective_format(data.mixture[objective], data)
+    prompt_form = objective_format(objective, data)
     examples = list(_examples(features, data, count, halve=not prompt_form.ends_in_eos))
     predictions = generate_tokens(
         program,

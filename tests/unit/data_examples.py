@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,23 @@ from t5x_like.data.tokenizers import ByteTokenizer
 from t5x_like.data.vocabulary import NUM_SPECIAL, Vocabulary
 
 
-def numbered_store(path: Path, train: int, validation: int = 0, num_sentinels: int = 64) -> Store:
-    """A store in which every token differs from all others: token i of a split is 3 + i."""
-    vocabulary = Vocabulary(base_size=NUM_SPECIAL + max(train, validation), num_sentinels=num_sentinels)
+def numbered_store(
+    path: Path,
+    train: int,
+    validation: int = 0,
+    num_sentinels: int = 64,
+    base: int | None = None,
+    lengths: Sequence[int] = (),
+) -> Store:
+    """A store in which every token differs from all others: token i of a split is 3 + i. `base`: for more.
+    `lengths`: of the training documents; none: one document."""
+    vocabulary = Vocabulary(base_size=NUM_SPECIAL + (base or max(train, validation)), num_sentinels=num_sentinels)
     with StoreWriter(path, vocab_size=vocabulary.vocab_size) as writer:
         for split, count in (("train", train), ("validation", validation)):
             if count:
-                writer.append(split, [np.arange(NUM_SPECIAL, NUM_SPECIAL + count)], count)
+                tokens = np.arange(NUM_SPECIAL, NUM_SPECIAL + count)
+                cuts = np.cumsum(lengths)[:-1] if lengths and split == "train" else []
+                writer.append(split, np.split(tokens, cuts), count)
         info = {
             "tokenizer": dataclasses.asdict(TokenizerConfig(kind="bytes")),
             "vocabulary": dataclasses.asdict(vocabulary),
@@ -32,6 +44,18 @@ def numbered_store(path: Path, train: int, validation: int = 0, num_sentinels: i
         }
         writer.commit(info, tokenizer_model=None)
     return Store.open(path)
+
+
+def pair_store(path: Path, lengths: Sequence[tuple[int, int]]) -> tuple[Store, list[tuple[list[int], list[int]]]]:
+    """A store of pairs of these lengths, and the pairs."""
+    numbers = itertools.count(NUM_SPECIAL)
+    pairs = [tuple([next(numbers) for _ in range(size)] for size in sizes) for sizes in lengths]
+    vocabulary = Vocabulary(base_size=next(numbers), num_sentinels=4)
+    with StoreWriter(path, vocab_size=vocabulary.vocab_size) as writer:
+        writer.append("train", [np.array(part, np.int64) for pair in pairs for part in pair], 1)
+        info = {"vocabulary": dataclasses.asdict(vocabulary), "tokenizer_fingerprint": "numbers", "parts": 2}
+        writer.commit(info, tokenizer_model=None)
+    return Store.open(path), pairs
 
 
 def text_store(path: Path, train: list[str], validation: list[str] | None = None, num_sentinels: int = 64) -> Store:

@@ -31,9 +31,9 @@ def test_a_row_shows_its_whole_text_its_denoiser_and_its_parts(tmp_path: Path, l
     run = example(layout)
     text = " ".join(f"word{i}" for i in range(2000))
     store = text_store(tmp_path / "s", [text], num_sentinels=run.data.tokenizer.num_sentinels)
-    stream = Stream(store, run.data, 4)
+    stream = Stream([store], run.data, 4)
     rows = stream.rows(np.arange(12))
-    panels = describe.describe_rows(rows, run.data, store.tokenizer)
+    panels = describe.describe_rows(stream, 0, 12)
     assert len(panels) == 12
     for row, panel in enumerate(panels):
         shown = printed(panel)
@@ -41,23 +41,21 @@ def test_a_row_shows_its_whole_text_its_denoiser_and_its_parts(tmp_path: Path, l
         assert f"{row}: {objective.name}" in shown and "targets [" in shown
         if isinstance(objective, SpanCorruption):
             assert f"[{objective.mode}]" in shown and shown.count("<extra_id_0>") == 2
-    cut = printed(describe.describe_rows(rows, run.data, store.tokenizer, max_tokens=10)[0])
+    cut = printed(describe.describe_rows(stream, 0, 12, max_tokens=10)[0])
     assert " more" in cut and cut.count("word") < printed(panels[0]).count("word")
 
 
 def test_scored_tokens_and_sentinels_have_their_colours(tmp_path: Path) -> None:
     data = data_config()
     store = text_store(tmp_path / "s", ["abcdefgh " * 200])
-    row = Stream(store, data, 4).rows(np.arange(1))
-    shown = printed(describe.describe_rows(row, data, store.tokenizer)[0], color=True)
+    shown = printed(describe.describe_rows(Stream([store], data, 4), 0, 1)[0], color=True)
     assert "\x1b[32m" in shown and "\x1b[1;33m" in shown and "\x1b[1;35m" in shown
 
 
 def test_control_codes_of_a_corpus_do_not_reach_the_terminal(tmp_path: Path) -> None:
     data = data_config("causal_lm")
     store = text_store(tmp_path / "s", ["\x1b[31mred\x07\x00\r\u202e\x9b [bold]no markup[/bold]\n" * 40])
-    rows = Stream(store, data, 4).rows(np.arange(3))
-    shown = printed(*describe.describe_rows(rows, data, store.tokenizer))
+    shown = printed(*describe.describe_rows(Stream([store], data, 4), 0, 3))
     assert not set(shown) & set("\x1b\x07\x00\r\u202e\x9b")
     assert "␛[31mred␇␀␍\\u202e\\u009b [bold]no markup[/bold]⏎" in shown.replace("│", "").replace("\n", "").replace(
         " " * 2, ""
@@ -65,7 +63,7 @@ def test_control_codes_of_a_corpus_do_not_reach_the_terminal(tmp_path: Path) -> 
 
 
 def test_the_mixture_by_example_is_not_the_mixture_by_loss_token(tmp_path: Path) -> None:
-    stream = Stream(numbered_store(tmp_path / "s", 5000), data_config(), 8)
+    stream = Stream([numbered_store(tmp_path / "s", 5000)], data_config(), 8)
     shares = describe.mixture_shares(stream)
     for field in ("by_example", "by_token", "by_loss_token"):
         assert sum(getattr(share, field) for share in shares) == pytest.approx(1.0)

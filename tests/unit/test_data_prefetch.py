@@ -16,11 +16,11 @@ from t5x_like.data.stream import Stream
 
 @pytest.fixture
 def stream(tmp_path: Path) -> Stream:
-    return Stream(numbered_store(tmp_path / "s", 3000), data_config(), 6)
+    return Stream([numbered_store(tmp_path / "s", 3000)], data_config(), 6)
 
 
 def test_batches_come_in_order_from_the_start_step(stream: Stream) -> None:
-    with Prefetcher(stream, 5, host=1, hosts=2) as batches:
+    with Prefetcher(stream, 5 * 6, host=1, hosts=2) as batches:
         for step in range(5, 12):
             expected = stream.batch(step, 1, 2)["main"]
             assert all(np.array_equal(values, expected[name]) for name, values in next(batches)["main"].items())
@@ -28,8 +28,8 @@ def test_batches_come_in_order_from_the_start_step(stream: Stream) -> None:
 
 def test_it_stays_no_further_ahead_than_it_may(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    batch = stream.batch
-    monkeypatch.setattr(stream, "batch", lambda step, *place: made.append(step) or batch(step, *place))
+    batch_at = stream.batch_at
+    monkeypatch.setattr(stream, "batch_at", lambda row, *place: made.append(row) or batch_at(row, *place))
     with Prefetcher(stream, 0) as batches:
         next(batches)
         time.sleep(0.2)
@@ -37,14 +37,14 @@ def test_it_stays_no_further_ahead_than_it_may(stream: Stream, monkeypatch: pyte
 
 
 def test_an_error_is_raised_where_its_batch_was_due(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = stream.batch
+    batch_at = stream.batch_at
 
-    def failing(step: int, *place: int) -> object:
-        if step == 2:
+    def failing(row: int, *place: int) -> object:
+        if row == 12:
             raise OSError("the disk is gone")
-        return batch(step, *place)
+        return batch_at(row, *place)
 
-    monkeypatch.setattr(stream, "batch", failing)
+    monkeypatch.setattr(stream, "batch_at", failing)
     batches = Prefetcher(stream, 0)
     next(batches), next(batches)
     with pytest.raises(OSError, match="the disk is gone"):

@@ -5,17 +5,34 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from config_examples import example
 from data_examples import data_config, numbered_store, raw_tokens, text_store
 
-from t5x_like.config import ConfigError, DataConfig, DataError, MaskedLM, PrefixLM, SpanCorruption, batch_spec, ul2
+from t5x_like.config import (
+    ConfigError,
+    CorpusConfig,
+    CorpusShare,
+    DataConfig,
+    DataError,
+    MaskedLM,
+    PrefixLM,
+    RatePhase,
+    SpanCorruption,
+    batch_spec,
+    ul2,
+)
 from t5x_like.config.objectives import Layout
+from t5x_like.config.rates import row_tokens, slots
+from t5x_like.data import describe
+from t5x_like.data.denoise import restore
 from t5x_like.data.store import Store
-from t5x_like.data.stream import Stream, slots_per_superblock
+from t5x_like.data.stream import Stream
 from t5x_like.data.vocabulary import NUM_SPECIAL
 
 LAYOUTS: tuple[Layout, ...] = ("encoder_decoder", "prefix_lm", "causal_lm", "encoder")
@@ -26,28 +43,35 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return numbered_store(tmp_path_factory.mktemp("stores") / "numbers", 6000, 900)
 
 
+def epoch_rows(stream: Stream) -> int:
+    """Rows of an epoch of a stream of one corpus."""
+    (rows,) = stream.rows_per_epoch.values()
+    return rows
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_token_once_per_epoch(store: Store, layout: Layout) -> None:
     data = data_config(layout)
-    stream = Stream(store, data, batch_size=8)
+    stream = Stream([store], data, batch_size=8)
     left_out = []
+    rows = epoch_rows(stream)
     for epoch in range(2):
         seen: list[np.ndarray] = []
-        denoisers: list[int] = []
-        for index in range(epoch * stream.rows_per_epoch, (epoch + 1) * stream.rows_per_epoch):
-            row = stream.row(index)
+        features = stream.rows(np.arange(epoch * rows, (epoch + 1) * rows))
+        for index in range(rows):
+            row = {name: values[index : index + 1] for name, values in features.items()}
             seen.append(raw_tokens(row, data, store.vocabulary))
-            denoisers.append(int(row["denoiser_ids"][0]))
         tokens = np.concatenate(seen)
         assert len(np.unique(tokens)) == len(tokens)
         # A window is a stretch of text, and all but less than a superblock of the split is in one.
         places = [window.astype(int) - NUM_SPECIAL for window in seen]
         assert all((np.diff(window) % 6000 == 1).all() for window in places)
-        superblock = sum(n * length for n, length in zip(stream.slots, stream.window_lengths, strict=True))
+        superblock = sum(row_tokens(objective, data) for objective in data.mixture)
         assert 6000 - len(tokens) == 6000 % superblock
-        counts = np.bincount(denoisers, minlength=len(data.mixture))
-        assert np.array_equal(counts * sum(stream.slots), np.array(stream.slots) * stream.rows_per_epoch)
+        counts = np.bincount(features["denoiser_ids"], minlength=len(data.mixture))
+        assert (counts == rows // len(data.mixture)).all()
         left_out.append(frozenset(range(NUM_SPECIAL, NUM_SPECIAL + 6000)) - set(tokens.tolist()))
+        assert stream.epochs((epoch + 1) * rows)["python_docs"] == epoch + 1
     if left_out[0]:
         assert left_out[0] != left_out[1]
 
@@ -55,7 +79,7 @@ def test_each_token_once_per_epoch(store: Store, layout: Layout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("hosts", [2, 3, 8, 13])
 def test_hosts_share_out_the_global_batch(store: Store, layout: Layout, hosts: int) -> None:
-    stream = Stream(store, data_config(layout), batch_size=10)
+    stream = Stream([store], data_config(layout), batch_size=10)
     for step in (0, 7, 1000):
         whole = stream.batch(step)["main"]
         parts = [stream.batch(step, host, hosts)["main"] for host in range(hosts)]
@@ -64,7 +88,7 @@ def test_hosts_share_out_the_global_batch(store: Store, layout: Layout, hosts: i
 
 
 def test_a_batch_is_its_rows_and_a_late_step_is_like_an_early_one(store: Store) -> None:
-    stream = Stream(store, data_config(), batch_size=6)
+    stream = Stream([store], data_config(), batch_size=6)
     for step in (0, 10**9):
         batch = stream.batch(step)["main"]
         for row in range(6):
@@ -72,20 +96,138 @@ def test_a_batch_is_its_rows_and_a_late_step_is_like_an_early_one(store: Store) 
             assert all(np.array_equal(alone[name][0], batch[name][row]) for name in batch)
 
 
-def test_another_batch_size_reads_the_same_rows(store: Store) -> None:
-    data = data_config()
-    small, large = Stream(store, data, 4), Stream(store, data, 12)
-    joined = np.concatenate([small.batch(step)["main"]["encoder_input_tokens"] for step in range(3)])
-    assert np.array_equal(joined, large.batch(0)["main"]["encoder_input_tokens"])
+@pytest.mark.parametrize("short", [(), (20,)], ids=["one shape", "two shapes"])
+def test_another_batch_size_goes_on_with_the_next_rows(store: Store, short: tuple[int, ...]) -> None:
+    """Batches of 7, then of 21 by three hosts, then of 14: the rows are those of one batch of all."""
+    data = dataclasses.replace(data_config(), short_targets_lengths=short)
+    parts, row = [], 0
+    for rows, hosts in ((7, 1), (7, 2), (21, 3), (14, 8)):
+        stream = Stream([store], data, rows)
+        parts += [stream.batch_at(row, host, hosts) for host in range(hosts)]
+        row += rows
+    whole = Stream([store], data, row).batch_at(0)
+    assert len(whole) == 1 + len(short)
+    for name, features in whole.items():
+        for feature, values in features.items():
+            assert np.array_equal(np.concatenate([part[name][feature] for part in parts]), values)
+
+
+def test_two_shapes_use_up_the_same_text_at_the_same_pace(store: Store) -> None:
+    data = dataclasses.replace(data_config(), short_targets_lengths=(20,))
+    stream = Stream([store], data, 7)
+    seen: list[np.ndarray] = []
+    for step in range(epoch_rows(stream) // 7):
+        batch = stream.batch(step)
+        assert batch["main"]["decoder_target_tokens"].shape == (4, 48)
+        assert batch["targets_20"]["decoder_target_tokens"].shape == (3, 20)
+        assert sorted(np.concatenate([part["denoiser_ids"] for part in batch.values()])) == list(range(7))
+        for features in batch.values():
+            for row in range(len(features["denoiser_ids"])):
+                one = {name: values[row : row + 1] for name, values in features.items()}
+                seen.append(raw_tokens(one, data, store.vocabulary))
+    tokens = np.concatenate(seen)
+    assert len(np.unique(tokens)) == len(tokens) > 5500
+
+
+def filled(batch: Mapping[str, Mapping[str, np.ndarray]]) -> float:
+    """Share of the cells that are not padding."""
+    cells = [values for part in batch.values() for name, values in part.items() if name.endswith("_segment_ids")]
+    if not cells:
+        names = ("encoder_input_tokens", "decoder_target_tokens")
+        cells = [values for part in batch.values() for name, values in part.items() if name in names]
+    return sum(int((values > 0).sum()) for values in cells) / sum(values.size for values in cells)
+
+
+@pytest.mark.parametrize("layout", ["encoder_decoder", "prefix_lm"])
+def test_rows_of_the_seven_denoisers_are_full(tmp_path: Path, layout: Layout) -> None:
+    """512/512 with two shorter sub-batches, and single rows of 1024: at least 97 % of the cells are not padding."""
+    paired = tuple(
+        dataclasses.replace(objective, paired=True) if isinstance(objective, PrefixLM) else objective
+        for objective in ul2()
+    )
+    short = (176, 128) if layout == "encoder_decoder" else ()
+    data = dataclasses.replace(
+        data_config(layout, paired), inputs_length=512, targets_length=512, short_targets_lengths=short
+    )
+    stream = Stream([numbered_store(tmp_path / "s", 30000, num_sentinels=160)], data, 56)
+    assert np.mean([filled(stream.batch(step)) for step in range(4)]) >= 0.97
+
+
+def test_corpora_come_in_their_rates_and_each_has_its_own_epochs(tmp_path: Path) -> None:
+    stores = [numbered_store(tmp_path / name, tokens) for name, tokens in (("a", 3000), ("b", 1000))]
+    corpora = (
+        CorpusShare(name="a", corpus=CorpusConfig(), rate=3.0),
+        CorpusShare(name="b", corpus=CorpusConfig(), rate=1.0, mixture=(PrefixLM(name="other"),)),
+    )
+    mixture = (SpanCorruption(name="x", rate=2.0), PrefixLM(name="y"))
+    data = dataclasses.replace(data_config(mixture=mixture), corpora=corpora)
+    with pytest.raises(DataError, match="made by the tokenizer"):
+        Stream(stores, data, 4)
+    stores[1] = numbered_store(tmp_path / "c", 1000, base=3000)
+    stream = Stream(stores, data, 4)
+    assert [(corpus, objective.name, share) for corpus, objective, share in stream.shares()] == [
+        ("a", "x", 0.5),
+        ("a", "y", 0.25),
+        ("b", "other", 0.25),
+    ]
+    rows = stream.rows(np.arange(4 * stream.rows_per_epoch["b"]))
+    ids = rows["denoiser_ids"]
+    assert np.array_equal(np.bincount(ids) / len(ids), [0.5, 0.25, 0.25])
+    epochs = stream.epochs(len(ids))
+    assert epochs["b"] == 1.0 and epochs["a"] == pytest.approx(3 * len(ids) / 4 / stream.rows_per_epoch["a"])
+    examples = zip(rows["encoder_input_tokens"], rows["decoder_target_tokens"], ids, strict=True)
+    windows = [restore(one, two, data.objectives[number], stream.vocabulary) for one, two, number in examples]
+    tokens = np.concatenate([window for window, number in zip(windows, ids, strict=True) if number == 2])
+    assert len(np.unique(tokens)) == len(tokens)
+
+
+def test_rates_that_change_neither_repeat_nor_lose_an_epochs_text(store: Store) -> None:
+    """A change within the first epoch: what is left of its text is read under the new rates, none of it twice."""
+    mixture = (SpanCorruption(name="x", rate=1.0), PrefixLM(name="y", rate=1.0))
+    data = data_config(mixture=mixture)
+    changed = dataclasses.replace(data, schedule=(RatePhase(start_step=5, objectives=(("x", 0.0),)),))
+    stream = Stream([store], changed, 8)
+    assert [np.bincount(stream.batch(step)["main"]["denoiser_ids"], minlength=2).tolist() for step in range(5)] == [
+        [4, 4]
+    ] * 5
+    for step in (5, 900):
+        assert (stream.batch(step)["main"]["denoiser_ids"] == 1).all()
+    rows, seen = 0, []
+    while stream.epochs(rows)["python_docs"] < 1.0:
+        seen.append(raw_tokens(stream.row(rows), data, store.vocabulary))
+        rows += 1
+    tokens = np.concatenate(seen)
+    assert len(np.unique(tokens)) == len(tokens)
+    # Lost: the last, unfilled superblock of either cut.
+    assert 6000 - len(tokens) < sum(row_tokens(objective, data) for objective in mixture) + row_tokens(mixture[1], data)
+
+
+def test_corpora_whose_rate_rises_go_on_where_they_are(tmp_path: Path) -> None:
+    stores = [numbered_store(tmp_path / "a", 3000), numbered_store(tmp_path / "b", 3000)]
+    corpora = tuple(CorpusShare(name=name, corpus=CorpusConfig()) for name in "ab")
+    data = dataclasses.replace(
+        data_config(), corpora=corpora, schedule=(RatePhase(start_step=3, corpora=(("b", 3.0),)),)
+    )
+    stream = Stream(stores, data, 14)
+    assert [stream.epochs(rows)["a"] for rows in (0, 42)] == [0, 3 * 7 / stream.rows_per_epoch["a"]]
+    assert stream.epochs(42 + 28)["b"] == pytest.approx((21 + 21) / stream.rows_per_epoch["b"])
+
+
+@pytest.mark.parametrize("unit", ["token", "loss_token"])
+def test_rates_can_be_shares_of_tokens(tmp_path: Path, unit: Literal["token", "loss_token"]) -> None:
+    data = dataclasses.replace(data_config(), rates_by=unit)
+    shares = describe.mixture_shares(Stream([numbered_store(tmp_path / "s", 20000)], data, 8))
+    assert [getattr(share, f"by_{unit}") for share in shares] == pytest.approx([1 / 7] * 7, abs=0.02)
+    assert max(share.by_example for share in shares) > 0.17
 
 
 def test_epochs_and_seeds_differ(store: Store) -> None:
     data = data_config()
-    stream = Stream(store, data, 8)
+    stream = Stream([store], data, 8)
     index = np.arange(8)
-    first, second = stream.rows(index), stream.rows(index + stream.rows_per_epoch)
-    other = Stream(store, dataclasses.replace(data, seed=1), 8).rows(index)
-    again = Stream(store, data, 8).rows(index)
+    first, second = stream.rows(index), stream.rows(index + epoch_rows(stream))
+    other = Stream([store], dataclasses.replace(data, seed=1), 8).rows(index)
+    again = Stream([store], data, 8).rows(index)
     for name in ("encoder_input_tokens", "denoiser_ids"):
         assert not np.array_equal(first[name], second[name])
         assert not np.array_equal(first[name], other[name])
@@ -96,7 +238,7 @@ def test_epochs_and_seeds_differ(store: Store) -> None:
 def test_batches_are_as_specified(tmp_path: Path, layout: Layout) -> None:
     run = example(layout)
     store = text_store(tmp_path / "s", ["some text, " * 800], num_sentinels=run.data.tokenizer.num_sentinels)
-    batch = Stream(store, run.data, run.training.batch_size).batch(3)
+    batch = Stream([store], run.data, run.training.batch_size).batch(3)
     specification = batch_spec(run)
     assert batch.keys() == specification.keys()
     for name, array in specification["main"].items():
@@ -105,12 +247,13 @@ def test_batches_are_as_specified(tmp_path: Path, layout: Layout) -> None:
 
 
 def test_rates_decide_the_windows_of_a_superblock() -> None:
-    assert slots_per_superblock((1.0,) * 7) == (1,) * 7
-    assert slots_per_superblock((0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.2)) == (2, 2, 1, 1, 1, 1, 2)
-    assert slots_per_superblock((2.5,)) == (1,)
-    uneven = slots_per_superblock((0.5, 0.3141, 0.1859))
+    assert slots((1.0,) * 7) == (1,) * 7
+    assert slots((0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.2)) == (2, 2, 1, 1, 1, 1, 2)
+    assert slots((2.5,)) == (1,)
+    uneven = slots((0.5, 0.3141, 0.1859))
     assert sum(uneven) == 100 and uneven == (50, 31, 19)
-    assert slots_per_superblock((1.0, 1e-6)) == (99, 1)
+    assert slots((1.0, 1e-6)) == (99, 1)
+    assert slots((1.0, 0.0, 1.0)) == (1, 0, 1)
 
 
 def test_fingerprint_changes_with_everything_that_decides_rows(store: Store, tmp_path: Path) -> None:
@@ -122,33 +265,33 @@ def test_fingerprint_changes_with_everything_that_decides_rows(store: Store, tmp
         dataclasses.replace(data, mixture=ul2(uniform=False)),
         dataclasses.replace(data, mixture=data.mixture[:6]),
     ]
-    prints = [Stream(store, changed, 8).fingerprint for changed in (data, *changes)]
-    prints += [Stream(store, data, 9).fingerprint, Stream(numbered_store(tmp_path / "o", 5999), data, 8).fingerprint]
+    prints = [Stream([store], changed, 8).fingerprint for changed in (data, *changes)]
+    prints.append(Stream([numbered_store(tmp_path / "o", 5999)], data, 8).fingerprint)
     assert len(set(prints)) == len(prints)
-    assert Stream(store, dataclasses.replace(data, prefetch=5, store="elsewhere"), 8).fingerprint == prints[0]
+    assert Stream([store], dataclasses.replace(data, prefetch=5, store="elsewhere"), 9).fingerprint == prints[0]
 
 
 def test_too_little_text_and_too_few_sentinels_are_refused_with_the_numbers(store: Store, tmp_path: Path) -> None:
     small = numbered_store(tmp_path / "s", 100)
     data = data_config()
-    needed = sum(Stream(store, data, 8).window_lengths)
+    needed = sum(row_tokens(objective, data) for objective in data.mixture)
     with pytest.raises(DataError, match=f"found 100 train tokens, expected at least {needed}"):
-        Stream(small, data, 8)
+        Stream([small], data, 8)
     poor = numbered_store(tmp_path / "p", 6000, num_sentinels=5)
     with pytest.raises(ConfigError, match=r"X_3_0.5.*up to \d+ spans.*at most 5"):
-        Stream(poor, data, 8)
+        Stream([poor], data, 8)
 
 
 def test_tokens_under_mixed_objectives_come_in_proportion(tmp_path: Path) -> None:
     mixture = (SpanCorruption(name="a", rate=3.0), PrefixLM(name="b", rate=1.0))
-    stream = Stream(numbered_store(tmp_path / "s", 5000), data_config(mixture=mixture), 16)
+    stream = Stream([numbered_store(tmp_path / "s", 5000)], data_config(mixture=mixture), 16)
     ids = np.concatenate([stream.batch(step)["main"]["denoiser_ids"] for step in range(40)])
-    whole = ids[: len(ids) // stream.rows_per_epoch * stream.rows_per_epoch]
+    whole = ids[: len(ids) // epoch_rows(stream) * epoch_rows(stream)]
     assert np.bincount(whole).tolist() == [len(whole) * 3 // 4, len(whole) // 4]
 
 
 def test_masked_lm_windows_fill_their_rows(store: Store) -> None:
-    stream = Stream(store, data_config("encoder", (MaskedLM(),)), 4)
+    stream = Stream([store], data_config("encoder", (MaskedLM(),)), 4)
     assert (stream.batch(0)["main"]["encoder_target_tokens"] > 0).all()
 
 
@@ -161,7 +304,7 @@ from t5x_like.data import describe, prefetch, prepare, validation
 from t5x_like.data.store import Store
 from t5x_like.data.stream import Stream
 data = DataConfig(layout="encoder_decoder", mixture=ul2(), inputs_length=48, targets_length=48)
-Stream(Store.open(Path({str(store.path)!r})), data, 8).batch(0)
+Stream([Store.open(Path({str(store.path)!r}))], data, 8).batch(0)
 heavy = {{"jax", "tensorflow", "seqio", "sentencepiece", "pyarrow"}} & set(sys.modules)
 assert not heavy, heavy
 """

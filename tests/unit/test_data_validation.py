@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from t5x_like.config import CausalLM, DataConfig, PrefixLM, SpanCorruption
 from t5x_like.config.lengths import prefix_target_range, raw_window_length
 from t5x_like.config.objectives import Layout
 from t5x_like.data.store import Store
-from t5x_like.data.validation import objective_batches, prefix_lm_batches
+from t5x_like.data.validation import Batch, objective_batches, prefix_lm_batches
 
 TEXTS = [f"Document {i}: " + "größer als dieser Text – " * (i % 7 + 1) for i in range(40)]
 
@@ -21,6 +22,10 @@ TEXTS = [f"Document {i}: " + "größer als dieser Text – " * (i % 7 + 1) for i
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return text_store(tmp_path_factory.mktemp("stores") / "texts", ["unused " * 100], TEXTS)
+
+
+def held_out_batches(store: Store, data: DataConfig, rows: int, objective: int, num_batches: int) -> Iterator[Batch]:
+    return objective_batches(store, data, data.sources[0], rows, data.mixture[objective], num_batches)
 
 
 def rows_of(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -39,7 +44,7 @@ def test_windows_do_not_overlap_and_the_last_batch_is_filled_with_rows_of_no_wei
     for index in range(len(data.mixture)):
         seen: list[np.ndarray] = []
         filling = 0
-        for batch in objective_batches(store, data, 4, index, num_batches=100):
+        for batch in held_out_batches(store, data, 4, index, num_batches=100):
             assert (batch["main"]["denoiser_ids"] == index).all()
             for row in rows_of(batch["main"]):
                 if row[weights].any():
@@ -56,10 +61,10 @@ def test_windows_do_not_overlap_and_the_last_batch_is_filled_with_rows_of_no_wei
 def test_batches_depend_on_nothing_but_the_text_and_the_objective(store: Store) -> None:
     data = data_config()
     other = dataclasses.replace(data, seed=9, mixture=data.mixture[1:], prefetch=3)
-    for one, two in zip(objective_batches(store, data, 4, 3, 2), objective_batches(store, other, 4, 2, 2), strict=True):
+    for one, two in zip(held_out_batches(store, data, 4, 3, 2), held_out_batches(store, other, 4, 2, 2), strict=True):
         assert np.array_equal(one["main"]["encoder_input_tokens"], two["main"]["encoder_input_tokens"])
-    some = next(iter(objective_batches(store, data, 8, 0, 1)))["main"]["encoder_input_tokens"]
-    parts = [batch["main"]["encoder_input_tokens"] for batch in objective_batches(store, data, 4, 0, 2)]
+    some = next(iter(held_out_batches(store, data, 8, 0, 1)))["main"]["encoder_input_tokens"]
+    parts = [batch["main"]["encoder_input_tokens"] for batch in held_out_batches(store, data, 4, 0, 2)]
     assert np.array_equal(np.concatenate(parts), some)
 
 
@@ -122,9 +127,9 @@ def test_a_split_shorter_than_a_window_is_one_window_and_an_empty_one_none(tmp_p
     short = text_store(tmp_path / "short", ["x"], ["only this"])
     (batch,) = prefix_lm_batches(short, data, 4, 3)
     assert batch.text == b"this"
-    assert len(list(objective_batches(short, data, 4, 0, 3))) == 1
+    assert len(list(held_out_batches(short, data, 4, 0, 3))) == 1
     empty = text_store(tmp_path / "empty", ["x"])
-    assert not list(prefix_lm_batches(empty, data, 4, 3)) and not list(objective_batches(empty, data, 4, 0, 3))
+    assert not list(prefix_lm_batches(empty, data, 4, 3)) and not list(held_out_batches(empty, data, 4, 0, 3))
 
 
 def test_an_encoder_has_no_continuations(store: Store) -> None:
