@@ -63,10 +63,11 @@ def placed(program: Program, params):
 def test_a_model_that_knows_nothing_pays_for_every_token_alike(store, layout):
     """Uniform logits: ln V per token, and log2 V times tokens over bytes per byte."""
     program = program_for(layout)
-    result = evaluate(program, placed(program, random_params(program, head=0.0)), store, step=5, num_batches=3)
+    result = evaluate(program, placed(program, random_params(program, head=0.0)), [store], step=5, num_batches=3)
     assert result["step"] == 5
-    for index, objective in enumerate(program.run.data.mixture):
-        batches = list(validation.objective_batches(store, program.run.data, 8, index, 3))
+    data = program.run.data
+    for objective in data.mixture:
+        batches = list(validation.objective_batches(store, data, data.sources[0], 8, objective, 3))
         weights = next(name for name in batches[0]["main"] if name.endswith("loss_weights"))
         scores = result["objectives"][objective.name]
         assert scores["tokens"] == sum(batch["main"][weights].sum() for batch in batches) > 0
@@ -91,7 +92,8 @@ def test_scores_are_of_each_token_once(store):
     params = random_params(program)
     loss = right = tokens = 0.0
     logits_of = jax.jit(lambda batch: program.model(params)(batch))
-    for batch in validation.objective_batches(store, program.run.data, 8, 0, 2):
+    data = program.run.data
+    for batch in validation.objective_batches(store, data, data.sources[0], 8, data.mixture[0], 2):
         features = batch["main"]
         logits = np.asarray(logits_of(features), np.float64)
         for row, column in np.argwhere(features["decoder_loss_weights"]):
@@ -99,7 +101,7 @@ def test_scores_are_of_each_token_once(store):
             loss += np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[target]
             right += scores.argmax() == target
             tokens += 1
-    found = evaluate(program, placed(program, params), store, step=0, num_batches=2)["objectives"]["R_3_0.15"]
+    found = evaluate(program, placed(program, params), [store], step=0, num_batches=2)["objectives"]["R_3_0.15"]
     assert found["tokens"] == tokens
     assert found["loss"] == pytest.approx(loss / tokens, rel=1e-5)
     assert found["accuracy"] == pytest.approx(right / tokens, rel=1e-6)
@@ -111,17 +113,17 @@ def test_split_parameters_get_the_same_scores(store):
     sharded = placed(many, params)
     assert len(sharded["head"]["kernel"].sharding.device_set) == 4
     assert sharded["head"]["kernel"].addressable_shards[0].data.size == params["head"]["kernel"].size // 4
-    expected = evaluate(one, placed(one, params), store, step=0, num_batches=1)
-    found = evaluate(many, sharded, store, step=0, num_batches=1)
+    expected = evaluate(one, placed(one, params), [store], step=0, num_batches=1)
+    found = evaluate(many, sharded, [store], step=0, num_batches=1)
     for name, scores in expected["objectives"].items():
         assert found["objectives"][name] == pytest.approx(scores, rel=1e-4)
     assert found["prefix_lm"] == pytest.approx(expected["prefix_lm"], rel=1e-4)
-    assert decode_samples(many, sharded, store, count=1) == decode_samples(one, placed(one, params), store, count=1)
+    assert decode_samples(many, sharded, [store], count=1) == decode_samples(one, placed(one, params), [store], count=1)
 
 
 def test_baselines_are_of_the_scored_bytes(store):
     program = program_for("causal_lm")
-    found = evaluate(program, placed(program, random_params(program)), store, step=0, num_batches=2)["baselines"]
+    found = evaluate(program, placed(program, random_params(program)), [store], step=0, num_batches=2)["baselines"]
     scored = list(validation.prefix_lm_batches(store, program.run.data, 8, 2))
     text = b"".join(batch.text for batch in scored)
 
@@ -157,7 +159,7 @@ def test_samples_show_inputs_targets_and_prediction(tmp_path, layout):
     store = text_store(tmp_path / "plain", TRAIN, [text])
     program = program_for(layout)
     data = program.run.data
-    found = decode_samples(program, placed(program, random_params(program)), store, count=2)
+    found = decode_samples(program, placed(program, random_params(program)), [store], count=2)
     each = 1 if len(data.mixture) > 1 else 2
     assert [sample["denoiser"] for sample in found] == [o.name for o in data.mixture for _ in range(each)]
     for sample in found:
@@ -173,7 +175,7 @@ def test_samples_show_inputs_targets_and_prediction(tmp_path, layout):
             assert put_back(sample["inputs"].removeprefix(f"[{mode}]"), sample["targets"]) in text
         if layout == "encoder":
             assert sample["prediction"].count("<extra_id_") == sample["targets"].count("<extra_id_")
-    assert decode_samples(program, placed(program, random_params(program)), store, count=0) == []
+    assert decode_samples(program, placed(program, random_params(program)), [store], count=0) == []
 
 
 def put_back(inputs: str, targets: str) -> str:
