@@ -120,8 +120,15 @@ def tables(result: Result) -> list[Table]:
         objectives.add_column(name, justify="right")
     for name, scores in result["objectives"].items():
         objectives.add_row(name, f"{scores['loss']:.4f}", f"{scores['accuracy']:.1%}", f"{scores['tokens']:,}")
+    own = Table(title="what the model reports of itself")
+    for name in ("objective", "metric", "mean"):
+        own.add_column(name, justify="right" if name == "mean" else "left")
+    for name, scores in result["objectives"].items():
+        for metric in [metric for metric in scores if metric not in ("loss", "accuracy", "tokens")]:
+            own.add_row(name, metric, f"{scores[metric]:.4f}")
+    found = [objectives, own] if own.row_count else [objectives]
     if result["prefix_lm"] is None:
-        return [objectives]
+        return found
     bits = Table(title=f"bits per byte of the same {result['prefix_lm']['bytes']:,} bytes")
     bits.add_column("code")
     bits.add_column("bits", justify="right")
@@ -134,4 +141,4 @@ def tables(result: Result) -> list[Table]:
     }
     for key, name in names.items():
         bits.add_row(name, f"{result['baselines'][key]:.3f}")
-    return [objectives, bits]
+    return [*found, bits]

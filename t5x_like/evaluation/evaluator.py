@@ -16,6 +16,7 @@ from t5x_like.data.store import Split, Store
 from t5x_like.evaluation import baselines
 from t5x_like.monitoring.metrics import Mean, add, value
 from t5x_like.program import Program
+from t5x_like.training.losses import is_of_logits
 
 Tree = Any
 Features = Mapping[str, npt.NDArray[Any]]
@@ -33,7 +34,7 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
     Returns:
       step: The step.
       objectives: By name of the mixture's objectives, of several corpora by "corpus/objective": loss (nats per scored
-        token), accuracy, tokens.
+        token), accuracy, tokens; and what the model itself reports, under its names.
       prefix_lm: Of windows whose first half is given: loss_per_token (nats), bits_per_byte (the loss of all scored
         tokens over the bytes of their text; EOS between documents is scored and has no bytes), bytes. None for
         encoders, as are the baselines.
@@ -51,6 +52,7 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
                 "loss": value(sums["loss"]),
                 "accuracy": value(sums["accuracy"]),
                 "tokens": round(sums["loss"].weight),
+                **{of: value(mean) for of, mean in sums.items() if not is_of_logits(of)},
             }
     scored = [batch for store in stores for batch in validation.prefix_lm_batches(store, data, rows, num_batches)]
     text = b"".join(batch.text for batch in scored)

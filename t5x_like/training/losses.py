@@ -53,6 +53,11 @@ def sub_batch_metrics(
     return metrics | {f"loss/{name}": Mean(sums[i], counts[i]) for i, name in enumerate(denoisers)}
 
 
+def is_of_logits(name: str) -> bool:
+    """Whether a metric of this name is of the logits and their targets, and not the model's own."""
+    return name in ("loss", "z_loss", "accuracy", "loss_tokens") or name.startswith("loss/")
+
+
 def _is_best(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits = jax.lax.stop_gradient(logits)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -59,11 +59,17 @@ def run_for(architecture: str, partitioning: PartitioningConfig, **training: Any
             head_bias=True,
         ),
     }
+    models["electra"] = dataclasses.replace(
+        models["encoder"],
+        generator=dataclasses.replace(bert, d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, d_ff=64),
+        embedding_width=48,
+    )
     layouts: dict[str, tuple[Layout, Objective]] = {
         "encoder_decoder": ("encoder_decoder", PrefixLM(name="s")),
         "prefix_lm": ("prefix_lm", PrefixLM(name="s")),
         "decoder": ("causal_lm", CausalLM()),
         "encoder": ("encoder", MaskedLM()),
+        "electra": ("encoder", MaskedLM()),
     }
     layout, objective = layouts[architecture]
     options = {"optimizer": AdamW(weight_decay=0.0), "max_gradient_norm": None} | training

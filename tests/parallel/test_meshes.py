@@ -154,6 +154,20 @@ def test_sub_batches_are_one_padded_batch(parts: int, monkeypatch: pytest.Monkey
     assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
 
 
+@pytest.mark.parametrize("mesh", ["fsdp", "data_fsdp_tensor"])
+def test_generator_and_discriminator_do_not_depend_on_the_mesh(mesh: str) -> None:
+    """The same samples, losses and gradients; the discriminator's are fifty times as large, so that one sample that
+    were another would be seen."""
+    expected_state, expected = one_device("electra")
+    state, metrics = step_on(run_for("electra", MESHES[mesh]), start("electra"))
+    for name in ("loss", "discriminator/loss", "gradient_norm"):
+        assert value(metrics[name]) == pytest.approx(value(expected[name]), rel=1e-4)
+    for name in ("discriminator/replaced", "discriminator/accuracy", "discriminator/recall"):
+        assert float(metrics[name].sum) == float(expected[name].sum)
+    assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
+    assert shard_shape(query_kernel(state["params"]["generator"]))[1] < 32
+
+
 def test_fresh_parameters_and_evaluation_do_not_depend_on_the_mesh() -> None:
     run = run_for("decoder", MESHES["data_fsdp_tensor"])
     program = assembled(run)

@@ -1,6 +1,7 @@
 """Held-out scores: what a model without knowledge must get, and baselines against direct computation."""
 
 import collections
+import dataclasses
 import functools
 import lzma
 import math
@@ -14,7 +15,7 @@ from data_examples import data_config, text_store
 from t5x_like.config import ModelConfig, PartitioningConfig, RunConfig, StackConfig, TrainingConfig
 from t5x_like.data import validation
 from t5x_like.evaluation import baselines
-from t5x_like.evaluation.command import _record
+from t5x_like.evaluation.command import _record, tables
 from t5x_like.evaluation.evaluator import evaluate
 from t5x_like.evaluation.samples import decode_samples
 from t5x_like.monitoring.records import read_records
@@ -84,6 +85,27 @@ def test_a_model_that_knows_nothing_pays_for_every_token_alike(store, layout):
         "bytes": num_bytes,
     }
     assert program.eval_step._cache_size() == 1, "all batches have the shapes of training"
+
+
+def test_what_the_model_reports_of_itself_is_among_the_scores(store):
+    """A discriminator that knows nothing pays ln 2 per token and calls none replaced; a generator with flat logits
+    hits one token in V."""
+    run = program_for("encoder").run
+    model = dataclasses.replace(run.model, generator=dataclasses.replace(run.model.encoder, d_model=16))
+    program = assemble(dataclasses.replace(run, model=model), jax.devices()[:1])
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), program.spec.params)
+    result = evaluate(program, placed(program, params), [store], step=5, num_batches=3)
+    (scores,) = result["objectives"].values()
+    assert scores["loss"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
+    assert scores["discriminator/loss"] == pytest.approx(math.log(2), rel=1e-5)
+    data = program.run.data
+    batches = validation.objective_batches(store, data, data.sources[0], 8, data.mixture[0], 3)
+    present = sum((batch["main"]["encoder_input_tokens"] != 0).sum() for batch in batches)
+    assert 0.9 * scores["tokens"] <= scores["discriminator/replaced"] * present <= scores["tokens"]
+    assert scores["discriminator/accuracy"] == pytest.approx(1 - scores["discriminator/replaced"], rel=1e-6)
+    assert scores["discriminator/recall"] == 0 and math.isnan(scores["discriminator/precision"])
+    columns = [column.header for table in tables(result) for column in table.columns]
+    assert columns == ["objective", "loss", "accuracy", "tokens", "objective", "metric", "mean"]
 
 
 def test_scores_are_of_each_token_once(store):
