@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +67,12 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from t5x_like.data.prepare import prepare
 
-    prepare(run.data, report=print)
+    make_parts = None
+    if options.beam:
+        from t5x_like.data.beam import make_parts_by
+
+        make_parts = make_parts_by(shlex.split(options.beam_options))
+    prepare(run.data, report=print, workers=options.workers, make_parts=make_parts)
     return EXIT_OK
 
 
@@ -172,7 +178,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and leave")
     _devices_option(train)
 
-    _recipe_command(commands, "prepare", _prepare, "turn the recipe's corpus into a store of tokens")
+    prepare = _recipe_command(commands, "prepare", _prepare, "turn the recipe's corpora into stores of tokens")
+    prepare.add_argument("--workers", type=_positive, metavar="N", help="processes (default: as many as cores)")
+    prepare.add_argument("--beam", action="store_true", help="as an Apache Beam pipeline, in place of --workers")
+    prepare.add_argument(
+        "--beam-options", default="", metavar="OPTIONS", help="of the pipeline, as in '--runner=FlinkRunner'"
+    )
 
     inspect = _recipe_command(commands, "inspect", _inspect, "show rows of the first batch as text, masks in colour")
     inspect.add_argument("--rows", type=_positive, default=8, metavar="N", help="rows to show (default: 8)")

@@ -16,11 +16,12 @@ class CorpusConfig:
     text_field: str = "text"
     """The field of a JSON line, Parquet row or TFDS example that holds the text; of pairs, the targets."""
     inputs_field: str | None = None
-    """Supervised pairs: the field that holds the inputs. None: plain text."""
+    """Supervised pairs: the field that holds the inputs, of a Task its `inputs` feature. None: plain text."""
     tfds: str | None = None
     """A TensorFlow Datasets name with its config and version, as in `wikipedia/20230601.en:1.0.0`."""
     task: str | None = None
-    """A registered seqio Task or Mixture; its `targets` (or `text`) feature is read."""
+    """A registered seqio Task, or a Mixture, each Task of which is read once whatever its rate: the `targets` feature,
+    by its ids where they are those of the run's tokenizer, or else by the text that they were made from."""
     module: str | None = None
     """Module to import so that `task` is registered."""
     packages: bool = True
@@ -43,7 +44,8 @@ class CorpusConfig:
 class TokenizerConfig:
     """A vocabulary. Ids: pad 0, eos 1, unk 2, pieces; then sentinels (the first has the highest id); then R, S, X."""
 
-    kind: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    kind: Literal["sentencepiece", "bytes", "task"] = "sentencepiece"
+    """task: the vocabulary of the corpus's seqio Task, whose ids are then the store's."""
     path: str | None = None
     """An existing SentencePiece model; None lets `prepare` train one on the corpus."""
     vocab_size: int = 4096

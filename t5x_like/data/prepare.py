@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -16,29 +18,38 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import rich.console
-import rich.progress
-
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import DataError, RefusedError
-from t5x_like.data import corpora, tokenizers
-from t5x_like.data.documents import Document, Reading
-from t5x_like.data.store import FORMAT_VERSION, SPLITS, Store, StoreWriter, is_committed
+from t5x_like.data import corpora, locations, parts, tokenizers, workers
+from t5x_like.data.documents import Reading, plan_division
+from t5x_like.data.locations import Location
+from t5x_like.data.parts import Job
+from t5x_like.data.progress import Meter, Report
+from t5x_like.data.store import (
+    FORMAT_VERSION,
+    MODEL,
+    SPLITS,
+    Store,
+    StoreWriter,
+    is_committed,
+    partial_of,
+    token_dtype,
+)
 from t5x_like.data.tokenizers import SentencePieceTokenizer, Tokenizer
-from t5x_like.data.vocabulary import EOS_ID
+from t5x_like.data.units import Unit
 
-Report = Callable[[str], None]
+MakeParts = Callable[[Job, Sequence[tuple[int, Unit]], Callable[[int, int, int], None]], None]
+"""Makes the parts of the units; told documents, tokens and how much was read, now and then."""
 
 TRAINING_BYTES_PER_PIECE = 500
 """Text that a SentencePiece model is trained on at most: three times as much takes three times as long and shortens
 the tokens of held-out text by under 2 %."""
-_BATCH_BYTES = 2**22
-_ENCODING_THREADS = 2
+SMALL_BYTES = 2**25
+"""A corpus up to this size is prepared in the process itself."""
 
 
-def store_paths(data: DataConfig) -> tuple[Path, ...]:
+def store_paths(data: DataConfig) -> tuple[Location, ...]:
     """Where the stores of the corpora of `data.sources` are, or will be.
 
     A name has a digest of the configuration and one of the sources: paths, sizes and times of the user's files, the
@@ -59,7 +70,7 @@ def _is_trained(tokenizer: TokenizerConfig) -> bool:
     return tokenizer.kind == "sentencepiece" and tokenizer.path is None
 
 
-def _store_path(data: DataConfig, corpus: CorpusConfig, trained_on: Sequence[CorpusConfig]) -> Path:
+def _store_path(data: DataConfig, corpus: CorpusConfig, trained_on: Sequence[CorpusConfig]) -> Location:
     config: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "corpus": dataclasses.asdict(corpus),
@@ -69,20 +80,20 @@ def _store_path(data: DataConfig, corpus: CorpusConfig, trained_on: Sequence[Cor
     if trained_on:
         config["trained_on"] = [dataclasses.asdict(other) for other in trained_on]
     name = f"{re.sub(r'[^A-Za-z0-9]+', '_', corpus.name)}-{_digest(config)[:12]}"
-    root = Path(data.store)
+    root = locations.location(data.store)
     try:
         sources = _sources(corpus, data.tokenizer)
         if trained_on:
             sources += [_sources(other, data.tokenizer) for other in trained_on]
         return root / f"{name}-{_digest(sources)[:8]}"
     except DataError:
-        made = [path for path in sorted(root.glob(f"{name}-*")) if is_committed(path)]
+        made = [root / child for child in locations.children(root, f"{name}-") if is_committed(root / child)]
         if len(made) != 1:
             raise
         return made[0]
 
 
-def store_path(data: DataConfig) -> Path:
+def store_path(data: DataConfig) -> Location:
     """Where the store of a single corpus is, or will be."""
     (path,) = store_paths(data)
     return path
@@ -112,35 +123,38 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def prepare(data: DataConfig, report: Report = print) -> tuple[Store, ...]:
+def prepare(
+    data: DataConfig, report: Report = print, workers: int | None = None, make_parts: MakeParts | None = None
+) -> tuple[Store, ...]:
     """Makes the token stores of `data.sources`, in their order and with one tokenizer, or finds them made.
 
-    Interrupted at any moment, the next call starts over and leaves nothing behind; two calls at once wait for each
-    other.
+    Killed at any moment, the next call goes on: parts that are finished are kept. Two calls at once wait for each other
+    (in an object store they do not, and write the same). The files are the same bytes whatever the number of workers.
 
     Args:
       data: Names the corpora, the tokenizer and the folder of the stores.
       report: Gets a line now and then.
+      workers: Processes that read and tokenise; None for as many as there are cores. Small corpora need none.
+      make_parts: What runs the work in place of these processes, as `data.beam` does.
 
     Raises:
       DataError: a corpus or the tokenizer cannot be used, or a store cannot be written.
       RefusedError: the disk is full.
     """
-    paths = store_paths(data)
-    for share, path in zip(data.sources, paths, strict=True):
-        _prepare(data, share.corpus, path, paths, report)
-    return _agreeing([Store.open(path) for path in paths])
+    building = _Building(data, store_paths(data), report, workers or os.cpu_count() or 1, make_parts)
+    for share, path in zip(data.sources, building.paths, strict=True):
+        _prepare(building, share.corpus, path)
+    return _agreeing([Store.open(path) for path in building.paths])
 
 
-def _prepare(data: DataConfig, corpus: CorpusConfig, path: Path, paths: Sequence[Path], report: Report) -> None:
+def _prepare(building: _Building, corpus: CorpusConfig, path: Location) -> None:
     if is_committed(path):
-        report(f"{path}: prepared already")
+        building.report(f"{path}: prepared already")
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path, report):
+        with _lock(path, building.report):
             if not is_committed(path):
-                _build(data, corpus, path, paths, report)
+                building.build(corpus, path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             fix = "free some space or name another folder by --data.store"
@@ -178,8 +192,12 @@ def _agreeing(stores: Sequence[Store]) -> tuple[Store, ...]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, report: Report) -> Iterator[None]:
+def _lock(path: Location, report: Report) -> Iterator[None]:
     """One process at a time makes a store. The system lets go of the lock when the process dies."""
+    if not isinstance(path, Path):
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,40 +207,137 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _build(data: DataConfig, corpus: CorpusConfig, path: Path, paths: Sequence[Path], report: Report) -> None:
-    report(f"{path}: preparing {corpus.name}")
-    started = time.monotonic()
-    tokenizer = _tokenizer(data, paths, report)
-    reading = Reading()
-    source = hashlib.blake2b(digest_size=16)
-    with StoreWriter(path, vocab_size=tokenizer.vocab_size) as writer, _Meter(report) as meter:
-        for documents in _batches(corpora.read(corpus, reading)):
-            texts = [document.text for document in documents]
-            encoded = tokenizer.encode_batch(texts, num_threads=_ENCODING_THREADS)
-            sizes = []
-            for document in documents:
-                data_bytes = document.text.encode()
-                source.update(f"{document.split} {len(data_bytes)} ".encode())
-                source.update(data_bytes)
-                sizes.append(len(data_bytes))
-            for split in SPLITS:
-                chosen = [index for index, document in enumerate(documents) if document.split == split]
-                if chosen:
-                    ended = [np.append(encoded[index], encoded[index].dtype.type(EOS_ID)) for index in chosen]
-                    writer.append(split, ended, sum(sizes[index] for index in chosen))
-            tokens = sum(map(len, encoded)) + len(encoded)
-            meter.add(len(texts), tokens, reading.progress)
-        info = {
-            "corpus": dataclasses.asdict(corpus),
-            "tokenizer": dataclasses.asdict(data.tokenizer),
-            "vocabulary": dataclasses.asdict(tokenizer.vocabulary),
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "source_fingerprint": source.hexdigest(),
-            "left_out": dict(reading.left_out),
-        }
-        model = tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else None
-        writer.commit(info, tokenizer_model=model)
-    _summarise(Store.open(path), time.monotonic() - started, report)
+class _Building:
+    """What making the stores of a mixture has in common."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        paths: Sequence[Location],
+        report: Report,
+        workers: int,
+        make_parts: MakeParts | None,
+    ):
+        self.paths = paths
+        self.report = report
+        self._data = data
+        self._workers = workers
+        self._make_parts = make_parts
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one for all stores: brought along, a Task's, or trained."""
+        config = self._data.tokenizer
+        if config.kind == "task":
+            from t5x_like.data import seqio_source
+
+            return seqio_source.task_tokenizer([share.corpus for share in self._data.sources], config)
+        if not _is_trained(config):
+            return tokenizers.load(config, Path(config.path) if config.path else None)
+        # What was trained for a store of this mixture, finished or not, is what would be trained again.
+        for path in self.paths:
+            for place in (path, partial_of(path)) if is_committed(path) else (partial_of(path),):
+                if model := locations.read_bytes(place / MODEL):
+                    return tokenizers.from_model(config, model, str(place / MODEL))
+        return self._train(config)
+
+    def _train(self, config: TokenizerConfig) -> Tokenizer:
+        self.report(f"training a SentencePiece vocabulary of {config.vocab_size:,}")
+        started = time.monotonic()
+        limit = TRAINING_BYTES_PER_PIECE * config.vocab_size // len(self._data.sources)
+        texts = (text for share in self._data.sources for text in _sample(_training_texts(share.corpus), limit))
+        model = tokenizers.train_sentencepiece(texts, config.vocab_size)
+        self.report(f"trained it in {time.monotonic() - started:.1f} s")
+        return SentencePieceTokenizer(model, config.num_sentinels, "the trained model")
+
+    def build(self, corpus: CorpusConfig, path: Location) -> None:
+        self.report(f"{path}: preparing {corpus.name}")
+        started = time.monotonic()
+        job, units = self._plan(corpus, partial_of(path))
+        while True:
+            self._make_missing(job, units)
+            try:
+                self._assemble(job, units, corpus, path)
+                break
+            except parts.DamagedPart as error:
+                self.report(f"part {error} is damaged: it is made again")
+        _summarise(Store.open(path), time.monotonic() - started, self.report)
+
+    def _plan(self, corpus: CorpusConfig, partial: Location) -> tuple[Job, list[Unit]]:
+        """What is to be done, and by which rule documents are held out: the first ones decide that."""
+        tokenizer = self.tokenizer
+        units = corpora.units(corpus)
+        reading = Reading()
+        documents = corpora.read_units(units, corpus, reading, tokenizer)
+        first = next(documents, None)
+        if first is None:
+            raise corpora.no_text(corpus, reading)
+        division = plan_division(itertools.chain([first], documents), corpus.validation_fraction)
+        code = ""
+        if corpus.task:
+            from t5x_like.data import seqio_source
+
+            code = seqio_source.code_digest(corpus)
+        job = Job(
+            folder=str(_absolute(partial) / "parts"),
+            corpus=corpus,
+            tokenizer=_resolved(tokenizer),
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            division=division,
+            dtype=token_dtype(tokenizer.vocab_size),
+            code=code,
+        )
+        return job, units
+
+    def _make_missing(self, job: Job, units: Sequence[Unit]) -> None:
+        todo = [(index, unit) for index, unit in enumerate(units) if not parts.is_made(job, index, unit)]
+        if len(todo) < len(units):
+            self.report(f"going on: {len(units) - len(todo):,} of {len(units):,} parts are there")
+        if not todo:
+            return
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, SentencePieceTokenizer):  # for the workers, and for the next call
+            locations.write_bytes(job.model, tokenizer.model)
+        with Meter(self.report, sum(unit.size for _, unit in todo)) as meter:
+            if self._make_parts is not None:
+                self._make_parts(job, todo, meter.add)
+            elif self._needs_workers(job, todo):
+                workers.make_parts(job, todo, self._workers, meter.add)
+            else:
+                for index, unit in todo:
+                    parts.make(job, index, unit, tokenizer, num_threads=self._workers, progress=meter.add)
+
+    def _needs_workers(self, job: Job, todo: Sequence[tuple[int, Unit]]) -> bool:
+        """Small work is done before workers have started. `memory://` is a place in this process."""
+        alone = self._workers == 1 or len(todo) == 1 or job.folder.startswith("memory://")
+        return not alone and sum(unit.size for _, unit in todo) >= SMALL_BYTES
+
+    def _assemble(self, job: Job, units: Sequence[Unit], corpus: CorpusConfig, path: Location) -> None:
+        tokenizer = self.tokenizer
+        pairs = corpus.inputs_field is not None
+        with StoreWriter(path, vocab_size=tokenizer.vocab_size, parts=2 if pairs else 1) as writer:
+            found = parts.assemble(job, units, writer)
+            info = {
+                "corpus": dataclasses.asdict(corpus),
+                "tokenizer": {**dataclasses.asdict(self._data.tokenizer), "kind": job.tokenizer.kind},
+                "vocabulary": dataclasses.asdict(tokenizer.vocabulary),
+                "tokenizer_fingerprint": tokenizer.fingerprint,
+                **found,
+            }
+            model = tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else None
+            writer.commit(info, tokenizer_model=model)
+
+
+def _resolved(tokenizer: Tokenizer) -> TokenizerConfig:
+    """What makes the tokenizer again from its model file. That one is without the sentinels it may have had."""
+    number = tokenizer.vocabulary.num_sentinels
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return TokenizerConfig(kind="sentencepiece", num_sentinels=number)
+    return TokenizerConfig(kind="bytes", num_sentinels=number)
+
+
+def _absolute(place: Location) -> Location:
+    return place.absolute() if isinstance(place, Path) else place
 
 
 def _summarise(store: Store, seconds: float, report: Report) -> None:
@@ -234,22 +349,6 @@ def _summarise(store: Store, seconds: float, report: Report) -> None:
     if not store.split("validation").num_tokens:
         report("no text is held out: the corpus is too small to divide")
     report(f"{store.path}: prepared in {seconds:.1f} s, vocabulary of {store.vocabulary.vocab_size:,}")
-
-
-def _tokenizer(data: DataConfig, paths: Sequence[Path], report: Report) -> Tokenizer:
-    config = data.tokenizer
-    if not _is_trained(config):
-        return tokenizers.load(config, Path(config.path) if config.path else None)
-    for path in paths:  # a store of the same mixture that is there has what is to be trained
-        if is_committed(path):
-            return Store.open(path).tokenizer
-    report(f"training a SentencePiece vocabulary of {config.vocab_size:,}")
-    started = time.monotonic()
-    limit = TRAINING_BYTES_PER_PIECE * config.vocab_size // len(data.sources)
-    texts = (text for share in data.sources for text in _sample(_training_texts(share.corpus), limit))
-    model = tokenizers.train_sentencepiece(texts, config.vocab_size)
-    report(f"trained it in {time.monotonic() - started:.1f} s")
-    return SentencePieceTokenizer(model, config.num_sentinels, "the trained model")
 
 
 def _training_texts(corpus: CorpusConfig) -> Iterator[str]:
@@ -275,54 +374,3 @@ def _until(texts: Iterable[str], limit: int) -> Iterator[str]:
             return
         yield text[:limit]
         limit -= len(text)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of some megabytes, so that encoding them in parallel pays and memory stays bounded."""
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class _Meter:
-    """Shows how far and how fast it goes: a live bar on a terminal, or else a line every few seconds."""
-
-    def __init__(self, report: Report, every_seconds: float = 5.0):
-        self._report = report
-        self._every = every_seconds
-        self._start = self._last = time.monotonic()
-        self._documents = self._tokens = 0
-        self._bar: rich.progress.Progress | None = None
-
-    def __enter__(self) -> _Meter:
-        console = rich.console.Console(stderr=True)
-        if console.is_terminal:
-            columns = ("{task.description}", rich.progress.BarColumn(), rich.progress.TimeRemainingColumn())
-            self._bar = rich.progress.Progress(*columns, console=console, transient=True)
-            self._bar.add_task("", total=None)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def add(self, documents: int, tokens: int, progress: float | None) -> None:
-        self._documents += documents
-        self._tokens += tokens
-        now = time.monotonic()
-        elapsed = max(now - self._start, 1e-3)
-        text = f"{self._documents:,} documents, {self._tokens:,} tokens, {self._tokens / elapsed:,.0f} tokens/s"
-        if self._bar:
-            total = None if progress is None else 1.0
-            self._bar.update(self._bar.task_ids[0], description=text, total=total, completed=progress or 0.0)
-        elif now - self._last >= self._every:
-            self._last = now
-            self._report(text + (f", {elapsed / progress - elapsed:,.0f} s left" if progress else ""))

@@ -9,12 +9,17 @@ A store is a folder:
     validation/...          the same
     COMMITTED               digest of info.json, written last
 
-The arrays are zarr3 in shards, written and read through TensorStore, with a checksum on every chunk.
+The arrays are zarr3 in shards, written and read through TensorStore, with a checksum on every chunk. A store may
+also be in an object store, by URL (see `locations`).
+
+A store of supervised pairs has `parts` 2 in its info.json: the array holds inputs_0 targets_0 inputs_1 targets_1 ...
+without EOS, and `offsets` has two entries per pair.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import functools
 import hashlib
@@ -31,12 +36,14 @@ import tensorstore
 
 from t5x_like.config.corpora import TokenizerConfig
 from t5x_like.config.errors import DataError
+from t5x_like.data import locations
+from t5x_like.data.locations import Location, Url
 from t5x_like.data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from t5x_like.data.tokenizers import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "validation")
 IN_MEMORY_BYTES = 512 * 2**20
 """Splits up to this size are read whole when first used; of larger ones, the chunks that a row needs."""
@@ -44,13 +51,14 @@ _SHARD = 2**24
 _CHUNK = 2**14
 _CACHE_BYTES = 256 * 2**20
 _MARKER = "COMMITTED"
+MODEL = "tokenizer.model"
 
 
-def _spec(path: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+def _spec(path: Location) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": locations.kvstore(path)}
 
 
-def _create(path: Path, dtype: str) -> Any:
+def _create(path: Location, dtype: str) -> Any:
     endian = {"name": "bytes", "configuration": {"endian": "little"}}
     sharding = {
         "name": "sharding_indexed",
@@ -66,13 +74,14 @@ def _create(path: Path, dtype: str) -> Any:
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [_SHARD]}},
         "codecs": [sharding],
     }
-    return tensorstore.open({**_spec(path), "metadata": metadata}, create=True).result()
+    spec = {**_spec(path), "metadata": metadata}
+    return tensorstore.open(spec, create=True, context=locations.CONTEXT).result()
 
 
 class _ArrayWriter:
     """Appends to a one-dimensional array, a whole shard at a time."""
 
-    def __init__(self, path: Path, dtype: str):
+    def __init__(self, path: Location, dtype: str):
         self._array = _create(path, dtype)
         self._dtype = np.dtype(dtype)
         self._pending: list[npt.NDArray[Any]] = []
@@ -109,25 +118,31 @@ class _ArrayWriter:
 
 
 class StoreWriter:
-    """Writes a store beside its final place and moves it there when it is complete.
+    """Writes a store.
 
-    Leaving the `with` block without `commit` removes what was written; a process that dies leaves a folder
-    `<store>.partial`, which the next writer removes. Only one writer may be at work on a store at a time.
+    A folder's is written beside its final place, in `<store>.partial/store`, and moved there when it is complete; a
+    process that dies leaves the partial folder, of which the next writer removes what this one wrote. An object store
+    has no rename: there the marker is written last. Leaving the `with` block without `commit` removes what was written.
+    Only one writer may be at work on a store at a time.
     """
 
-    def __init__(self, path: Path, *, vocab_size: int):
+    def __init__(self, path: Location, *, vocab_size: int, parts: int = 1):
+        """`parts`: 1 for texts, each of which ends in EOS; 2 for pairs of inputs and targets."""
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
-        self.dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-        self._tokens = {split: _ArrayWriter(self.partial / split / "tokens", self.dtype) for split in SPLITS}
-        self._offsets = {split: _ArrayWriter(self.partial / split / "offsets", "uint64") for split in SPLITS}
+        self.partial = partial_of(path)
+        self._at: Location = path if isinstance(path, Url) else self.partial / "store"
+        locations.remove(self._at)
+        if isinstance(self._at, Path):
+            self._at.mkdir(parents=True)
+        self.dtype = token_dtype(vocab_size)
+        self._parts = parts
+        self._tokens = {split: _ArrayWriter(self._at / split / "tokens", self.dtype) for split in SPLITS}
+        self._offsets = {split: _ArrayWriter(self._at / split / "offsets", "uint64") for split in SPLITS}
         for offsets in self._offsets.values():
             offsets.append(np.zeros(1, np.uint64))
         self._ends = dict.fromkeys(SPLITS, 0)
         self._bytes = dict.fromkeys(SPLITS, 0)
+        self._committed = False
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -135,14 +150,22 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self.partial.exists():
-            shutil.rmtree(self.partial, ignore_errors=True)
+        if not self._committed:
+            with contextlib.suppress(OSError, DataError):
+                locations.remove(self._at)
+            if isinstance(self.partial, Path):
+                with contextlib.suppress(OSError):
+                    self.partial.rmdir()  # unless there is more in it than ours
 
     def append(self, split: str, documents: list[npt.NDArray[Any]], text_bytes: int) -> None:
         """Adds documents, each with its EOS, and the number of UTF-8 bytes that they were."""
         lengths = np.array([len(document) for document in documents], np.uint64)
-        self._tokens[split].append(np.concatenate(documents))
-        self._offsets[split].append(self._ends[split] + np.cumsum(lengths))
+        self.extend(split, np.concatenate(documents), lengths, text_bytes)
+
+    def extend(self, split: str, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.uint64], text_bytes: int) -> None:
+        """Adds documents that are one array already; of pairs, `lengths` has two entries each."""
+        self._tokens[split].append(tokens)
+        self._offsets[split].append(self._ends[split] + np.cumsum(lengths, dtype=np.uint64))
         self._ends[split] += int(lengths.sum())
         self._bytes[split] += text_bytes
 
@@ -156,10 +179,11 @@ class StoreWriter:
         document = {
             "format_version": FORMAT_VERSION,
             "dtype": self.dtype,
+            "parts": self._parts,
             **info,
             "splits": {
                 split: {
-                    "documents": self._offsets[split].size - 1,
+                    "documents": (self._offsets[split].size - 1) // self._parts,
                     "tokens": self._tokens[split].size,
                     "bytes": self._bytes[split],
                 }
@@ -168,14 +192,27 @@ class StoreWriter:
             "content_fingerprint": content.hexdigest(),
         }
         if tokenizer_model is not None:
-            (self.partial / "tokenizer.model").write_bytes(tokenizer_model)
+            locations.write_bytes(self._at / MODEL, tokenizer_model)
         text = json.dumps(document, indent=2) + "\n"
-        (self.partial / "info.json").write_text(text, encoding="utf-8")
-        (self.partial / _MARKER).write_text(_digest(text) + "\n", encoding="utf-8")
-        _sync_files(self.partial)
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        os.rename(self.partial, self.path)
+        locations.write_bytes(self._at / "info.json", text.encode())
+        locations.write_bytes(self._at / _MARKER, f"{_digest(text)}\n".encode())
+        if isinstance(self._at, Path) and isinstance(self.path, Path):
+            _sync_files(self._at)
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            os.rename(self._at, self.path)
+        self._committed = True
+        locations.remove(self.partial)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest type of a store's tokens that holds all ids."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def partial_of(path: Location) -> Location:
+    """Where a store that is in the making keeps what it has so far."""
+    return path.with_name(path.name + ".partial")
 
 
 def _digest(text: str) -> str:
@@ -190,20 +227,27 @@ def _sync_files(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def is_committed(path: Path) -> bool:
+def is_committed(path: Location) -> bool:
     """Whether a complete store of this format is at `path`."""
+    return _committed_info(path) is not None
+
+
+def _committed_info(path: Location) -> dict[str, Any] | None:
     try:
-        text = (path / "info.json").read_text(encoding="utf-8")
-        marker = (path / _MARKER).read_text(encoding="utf-8").strip()
-        return marker == _digest(text) and json.loads(text)["format_version"] == FORMAT_VERSION
+        text = locations.read_bytes(path / "info.json")
+        marker = locations.read_bytes(path / _MARKER)
+        if text is None or marker is None or marker.decode().strip() != _digest(text.decode()):
+            return None
+        info: dict[str, Any] = json.loads(text)
+        return info if info["format_version"] == FORMAT_VERSION else None
     except (OSError, ValueError, KeyError):
-        return False
+        return None
 
 
 class Split:
     """One split of a store: a flat array of tokens, read whole if it is small."""
 
-    def __init__(self, path: Path, name: str, info: dict[str, int], dtype: str):
+    def __init__(self, path: Location, name: str, info: dict[str, int], dtype: str):
         self._path = path / name
         self.name = name
         self.num_documents = info["documents"]
@@ -223,7 +267,8 @@ class Split:
 
     @functools.cached_property
     def offsets(self) -> npt.NDArray[np.uint64]:
-        """[documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]], its EOS included."""
+        """[documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]], its EOS included. Of pairs, [2 *
+        documents + 1]: inputs i are tokens[offsets[2i]:offsets[2i + 1]], and its targets follow."""
         return _read(_open(self._path / "offsets", {}), self._path)
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
@@ -254,7 +299,7 @@ class Split:
 class Store:
     """A committed store, open for reading."""
 
-    def __init__(self, path: Path, info: dict[str, Any]):
+    def __init__(self, path: Location, info: dict[str, Any]):
         self.path = path
         self.info = info
         """The contents of info.json."""
@@ -262,17 +307,23 @@ class Store:
         self._splits = {name: Split(path, name, info["splits"][name], info["dtype"]) for name in SPLITS}
 
     @staticmethod
-    def open(path: Path) -> Store:
+    def open(path: Location) -> Store:
         """Opens the store at `path`.
 
         Raises:
           DataError: there is none, or only a part of one.
         """
-        if not is_committed(path):
-            partial = path.exists() or path.with_name(path.name + ".partial").exists()
+        info = _committed_info(path)
+        if info is None:
+            partial = locations.exists(path) or locations.exists(partial_of(path))
             found = "a half-written token store" if partial else "no token store"
             raise DataError(f"{path}: found {found}, expected a complete one; run `t5x-like prepare RECIPE` first")
-        return Store(path, json.loads((path / "info.json").read_text(encoding="utf-8")))
+        return Store(path, info)
+
+    @property
+    def parts(self) -> int:
+        """1 for texts, 2 for pairs of inputs and targets."""
+        return int(self.info["parts"])
 
     @property
     def parts(self) -> int:
@@ -288,28 +339,29 @@ class Store:
     def tokenizer(self) -> Tokenizer:
         from t5x_like.data import tokenizers
 
-        model = self.path / "tokenizer.model"
         # The model here is without the sentinels that its file may have brought; the vocabulary knows their number.
         sentinels = {"num_sentinels": self.vocabulary.num_sentinels}
         config = TokenizerConfig(**{**self.info["tokenizer"], **sentinels})
-        return tokenizers.load(config, model if model.exists() else None)
+        model = locations.read_bytes(self.path / MODEL)
+        return tokenizers.from_model(config, model, str(self.path / MODEL))
 
     def split(self, name: str) -> Split:
         return self._splits[name]
 
 
-def _open(path: Path, context: dict[str, Any]) -> Any:
+def _open(path: Location, context: dict[str, Any]) -> Any:
     try:
-        return tensorstore.open(_spec(path), context=tensorstore.Context(context), read=True).result()
+        shared = tensorstore.Context(context, parent=locations.CONTEXT)
+        return tensorstore.open(_spec(path), context=shared, read=True).result()
     except ValueError as error:
         raise DataError(f"{path}: unreadable ({error}); delete the store and run `t5x-like prepare RECIPE`") from None
 
 
-def _read(array: Any, path: Path) -> npt.NDArray[Any]:
+def _read(array: Any, path: Location) -> npt.NDArray[Any]:
     return _result(array.read(), path)
 
 
-def _result(read: Any, path: Path) -> npt.NDArray[Any]:
+def _result(read: Any, path: Location) -> npt.NDArray[Any]:
     try:
         return read.result()
     except (ValueError, concurrent.futures.CancelledError) as error:

@@ -39,6 +39,7 @@ class Tokenizer(abc.ABC):
         self._strip_first_space = strip_first_space
         self.vocabulary = Vocabulary(base_size=len(pieces), num_sentinels=num_sentinels)
         joined = b"\0".join(str(len(piece)).encode() + b":" + piece for piece in pieces)
+        self._piece_bytes = np.array([len(piece) for piece in pieces] + [0], np.int64)
         self.fingerprint = hashlib.sha256(f"{kind} {num_sentinels} ".encode() + joined).hexdigest()[:32]
         """Of the pieces in their order, not of the file, which records how it was trained."""
 
@@ -63,6 +64,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
         """Ids of each text, without EOS. Text never becomes a sentinel or a mode token, whatever it spells."""
+
+    def has_pieces_of(self, other: Tokenizer) -> bool:
+        """Whether the ids of text, that is all below the sentinels, stand for the same bytes."""
+        return list(self._pieces) == list(other._pieces)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -92,6 +97,10 @@ class Tokenizer(abc.ABC):
         Pad, EOS, sentinels and mode tokens stand for none. A cut inside a character gives a part of its bytes.
         """
         return b"".join(self._pieces[token] for token in ids if token < len(self._pieces))
+
+    def num_bytes(self, ids: Ids) -> int:
+        """How many bytes `to_bytes` would return."""
+        return int(self._piece_bytes.take(ids, mode="clip").sum())
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; sentinels and mode tokens are spelled out, pad and EOS are left out, and bytes that are no
@@ -143,6 +152,9 @@ class SentencePieceTokenizer(Tokenizer):
             if entry.holds_text:
                 to_ours[index] = NUM_SPECIAL + len(text_pieces)
                 text_pieces.append(entry.bytes())
+        same = np.array_equal(to_ours[NUM_SPECIAL:], np.arange(NUM_SPECIAL, len(to_ours)))
+        self.ids_are_the_models = same and self._processor.unk_id() == UNK_ID
+        """The model numbers its pieces as we do; text never becomes a control piece, so that these do not matter."""
         self._to_ours = to_ours
         probe = self._processor.encode("a", out_type=str)
         super().__init__(
@@ -156,10 +168,15 @@ class SentencePieceTokenizer(Tokenizer):
         parts = [(index, part) for index, text in enumerate(texts) for part in _stretches(text)]
         ids: list[list[Ids]] = [[] for _ in texts]
         for group in _groups(parts):
-            encoded: Any = self._processor.encode([part for _, part in group], num_threads=num_threads)
+            encoded = self._encode_group([part for _, part in group], num_threads)
             for (index, _), part_ids in zip(group, encoded, strict=True):
-                ids[index].append(self._to_ours[np.asarray(part_ids, np.int64)])
-        return [np.concatenate(parts_ids) for parts_ids in ids]
+                ids[index].append(part_ids if self.ids_are_the_models else self._to_ours[part_ids])
+        return [parts_ids[0] if len(parts_ids) == 1 else np.concatenate(parts_ids) for parts_ids in ids]
+
+    def _encode_group(self, texts: list[str], num_threads: int) -> list[Ids]:
+        if hasattr(self._processor, "EncodeAsNumpy"):  # since 0.2.2, and a fifth faster than by lists
+            return self._processor.encode(texts, return_type="numpy", num_threads=num_threads)
+        return [np.array(part, np.int32) for part in self._processor.encode(texts, num_threads=num_threads)]
 
 
 def _groups(parts: Sequence[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
@@ -199,20 +216,24 @@ def load(config: TokenizerConfig, path: Path | None) -> Tokenizer:
       DataError: the file is missing or is no SentencePiece model.
       ConfigError: more sentinels are asked for than the file brings.
     """
+    try:
+        return from_model(config, path.read_bytes() if path else None, str(path))
+    except OSError as error:
+        raise DataError(f"{path}: unreadable ({error.strerror}), expected a SentencePiece model") from None
+
+
+def from_model(config: TokenizerConfig, model: bytes | None, source: str) -> Tokenizer:
+    """The tokenizer of `config` with the contents of its model file, None for bytes; `source` names it in errors."""
     if config.kind == "bytes":
         return ByteTokenizer(config.num_sentinels)
-    if path is None:
+    if model is None:
         raise DataError(
             "data.tokenizer.path: found none, expected a SentencePiece model; `t5x-like prepare` trains one"
         )
     try:
-        model = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: unreadable ({error.strerror}), expected a SentencePiece model") from None
-    try:
-        return SentencePieceTokenizer(model, config.num_sentinels, str(path))
+        return SentencePieceTokenizer(model, config.num_sentinels, source)
     except (ValueError, RuntimeError, OSError, IndexError) as error:
-        raise DataError(f"{path}: found no SentencePiece model ({error}), expected one") from None
+        raise DataError(f"{source}: found no SentencePiece model ({error}), expected one") from None
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -88,10 +88,10 @@ def test_without_prepare_the_error_names_it(data: DataConfig) -> None:
         open_store(data)
 
 
-@pytest.mark.parametrize("moment", ["append", "commit", "rename"])
+@pytest.mark.parametrize("moment", ["extend", "commit", "rename"])
 def test_killed_and_called_again_it_makes_what_it_would_have_made(data: DataConfig, moment: str) -> None:
     kill = {
-        "append": "store.StoreWriter.append = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+        "extend": "store.StoreWriter.extend = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
         "commit": "store.StoreWriter.commit = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)",
         "rename": "store._sync_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
     }[moment]

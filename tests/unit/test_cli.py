@@ -147,10 +147,10 @@ def test_train(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prepare_and_inspect(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = fake(monkeypatch, "t5x_like.data.prepare", "prepare")
     inspected = fake(monkeypatch, "t5x_like.data.describe", "inspect")
-    assert main(["prepare", config, "--data.tokenizer.num-sentinels", "40"]) == 0
+    assert main(["prepare", config, "--workers", "2", "--data.tokenizer.num-sentinels", "40"]) == 0
     assert main(["inspect", config, "--rows", "3"]) == 0
     run = changed(example(), "data.tokenizer.num_sentinels", 40)
-    assert prepared == [((run.data,), {"report": print})]
+    assert prepared == [((run.data,), {"report": print, "workers": 2, "make_parts": None})]
     assert inspected == [((example(),), {"rows": 3})]
 
 
