@@ -93,12 +93,6 @@ def _store_path(data: DataConfig, corpus: CorpusConfig, trained_on: Sequence[Cor
         return made[0]
 
 
-def store_path(data: DataConfig) -> Location:
-    """Where the store of a single corpus is, or will be."""
-    (path,) = store_paths(data)
-    return path
-
-
 def _sources(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> list[Any]:
     sources: list[Any] = []
     if corpus.files:
@@ -171,12 +165,6 @@ def open_stores(data: DataConfig) -> tuple[Store, ...]:
       RefusedError: they were not made with one tokenizer.
     """
     return _agreeing([Store.open(path) for path in store_paths(data)])
-
-
-def open_store(data: DataConfig) -> Store:
-    """The prepared store of a single corpus."""
-    (store,) = open_stores(data)
-    return store
 
 
 def _agreeing(stores: Sequence[Store]) -> tuple[Store, ...]:

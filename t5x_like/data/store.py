@@ -322,13 +322,8 @@ class Store:
 
     @property
     def parts(self) -> int:
-        """1 for texts, 2 for pairs of inputs and targets."""
-        return int(self.info["parts"])
-
-    @property
-    def parts(self) -> int:
         """Stretches of tokens per document: 1 for text, 2 for pairs of inputs and targets."""
-        return int(self.info.get("parts", 1))
+        return int(self.info["parts"])
 
     @property
     def fingerprint(self) -> str:

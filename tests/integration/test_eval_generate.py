@@ -30,7 +30,7 @@ from t5x_like.config import (
     TokenizerConfig,
     TrainingConfig,
 )
-from t5x_like.data.prepare import prepare, store_path
+from t5x_like.data.prepare import prepare, store_paths
 from t5x_like.trainer import train
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -168,7 +168,7 @@ def test_a_changed_store_is_refused(trained, tmp_path, capsys):
     other = dataclasses.replace(run, data=dataclasses.replace(run.data, store=str(tmp_path / "stores")))
     shorter = dataclasses.replace(other.data, corpus=dataclasses.replace(run.data.corpus, max_documents=50))
     prepare(shorter, report=lambda line: None)
-    store_path(shorter).rename(store_path(other.data))
+    store_paths(shorter)[0].rename(store_paths(other.data)[0])
     copied = tmp_path / "run"
     shutil.copytree(trained, copied)
     run_directory.write_atomically(copied / "config.json", run_directory.to_json(other))

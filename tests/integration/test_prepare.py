@@ -18,7 +18,7 @@ import pytest
 from t5x_like.config import CorpusConfig, CorpusShare, DataConfig, DataError, RefusedError, TokenizerConfig, ul2
 from t5x_like.data import python_docs
 from t5x_like.data.documents import Document, divide
-from t5x_like.data.prepare import open_store, open_stores, prepare, store_path, store_paths
+from t5x_like.data.prepare import open_stores, prepare, store_paths
 from t5x_like.data.store import Store, is_committed
 
 REPOSITORY = Path(__file__).parents[2]
@@ -80,12 +80,12 @@ def test_every_document_is_there_in_order_and_the_second_call_finds_it(data: Dat
     (again,) = prepare(data, report=lines.append)
     assert again.fingerprint == store.fingerprint and lines == [f"{store.path}: prepared already"]
     assert {path: path.stat().st_mtime_ns for path in Path(data.store).rglob("*")} == before
-    assert open_store(dataclasses.replace(data, seed=5, prefetch=9)).path == store.path
+    assert open_stores(dataclasses.replace(data, seed=5, prefetch=9))[0].path == store.path
 
 
 def test_without_prepare_the_error_names_it(data: DataConfig) -> None:
     with pytest.raises(DataError, match=r"no token store.*run `t5x-like prepare RECIPE` first"):
-        open_store(data)
+        open_stores(data)[0]
 
 
 @pytest.mark.parametrize("moment", ["extend", "commit", "rename"])
@@ -98,10 +98,10 @@ def test_killed_and_called_again_it_makes_what_it_would_have_made(data: DataConf
     process = in_a_process(data, f"import os, signal\nfrom t5x_like.data import store\n{kill}")
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    path = store_path(data)
+    path = store_paths(data)[0]
     assert not path.exists() and path.with_name(path.name + ".partial").exists()
     with pytest.raises(DataError, match="a half-written token store"):
-        open_store(data)
+        open_stores(data)[0]
 
     (resumed,) = prepare(data, report=silent)
     (undisturbed,) = prepare(dataclasses.replace(data, store=data.store + "2"), report=silent)
@@ -119,7 +119,7 @@ def test_two_at_once_make_one(data: DataConfig) -> None:
     assert [process.returncode for process in processes] == [0, 0], outputs
     built = [": prepared in " in output for output, _ in outputs]
     assert sorted(built) == [False, True]
-    assert is_committed(store_path(data))
+    assert is_committed(store_paths(data)[0])
 
 
 def test_changed_files_make_another_store_and_absent_ones_find_the_one_there_is(data: DataConfig) -> None:
@@ -128,7 +128,7 @@ def test_changed_files_make_another_store_and_absent_ones_find_the_one_there_is(
     text = changed.read_text()
     changed.unlink()
     (other := changed.with_name("part0.jsonl")).rename(changed.with_name("elsewhere"))
-    assert open_store(data).path == first.path
+    assert open_stores(data)[0].path == first.path
     changed.with_name("elsewhere").rename(other)
     changed.write_text(text + '{"text": "one more document"}\n')
     (second,) = prepare(data, report=silent)
@@ -136,7 +136,7 @@ def test_changed_files_make_another_store_and_absent_ones_find_the_one_there_is(
     for path in (changed, other):
         path.unlink()
     with pytest.raises(DataError, match="found no file that matches"):
-        open_store(data)
+        open_stores(data)[0]
 
 
 def test_a_corpus_too_small_for_its_vocabulary_says_so_and_leaves_nothing(data: DataConfig) -> None:
@@ -274,17 +274,17 @@ for config in {list(bad.values())!r}:
 
     texts = [f"text {i} é" for i in range(30)]
     for name in ("tokenised", "kept"):
-        store = open_store(configs[name])
+        store = open_stores(configs[name])[0]
         assert documents(store, "train") == texts and documents(store, "validation") == ["held out"]
         assert store.info["left_out"] == {"empty": 1}
-    assert sorted(set(documents(open_store(configs["both"]), "train"))) == sorted(texts)
-    assert sorted(documents(open_store(configs["tfds"]), "train")) == sorted(texts)
+    assert sorted(set(documents(open_stores(configs["both"])[0], "train"))) == sorted(texts)
+    assert sorted(documents(open_stores(configs["tfds"])[0], "train")) == sorted(texts)
 
     # The embedded corpus gives the same tokens as a Task and as itself.
     embedded = dataclasses.replace(
         configs["python_docs"], corpus=CorpusConfig(packages=False, validation_fraction=0.02)
     )
-    (ours,), task = prepare(embedded, report=silent), open_store(configs["python_docs"])
+    (ours,), task = prepare(embedded, report=silent), open_stores(configs["python_docs"])[0]
     for split in ("train", "validation"):
         one, two = ours.split(split), task.split(split)
         assert np.array_equal(one.offsets, two.offsets)
