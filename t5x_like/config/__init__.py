@@ -16,7 +16,7 @@ from t5x_like.config.errors import (
     UserError,
 )
 from t5x_like.config.mixtures import ul2
-from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.model import Experts, ModelConfig, RopeScaling, StackConfig
 from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption, Supervised
 from t5x_like.config.run import (
     CheckpointConfig,
@@ -60,6 +60,8 @@ __all__ = [
     "SpanCorruption",
     "Supervised",
     "StackConfig",
+    "RopeScaling",
+    "Experts",
     "TokenizerConfig",
     "TrainingConfig",
     "UserError",

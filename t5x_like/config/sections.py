@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.errors import Problem
-from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.model import ModelConfig, RopeScaling, StackConfig
 from t5x_like.config.objectives import MaskedLM, Objective, PrefixLM, SpanCorruption
 from t5x_like.config.run import CheckpointConfig, EvaluationConfig, MonitoringConfig, PartitioningConfig
 from t5x_like.config.training import Adafactor, AdamW, Schedule, TrainingConfig
@@ -51,24 +51,29 @@ def model_problems(model: ModelConfig) -> Problems:
         )
     encoder, decoder = model.encoder, model.decoder
     if encoder and decoder and encoder.d_model != decoder.d_model:
-        yield Problem(
-            "model.decoder.d_model",
-            f"{decoder.d_model} beside model.encoder.d_model {encoder.d_model}",
-            "equal widths: the stacks share the token table, and cross-attention reads the encoder's output",
-        )
+        yield from _unequal_widths(model, encoder, decoder)
     if encoder and encoder.positions == "relative_bias" and not encoder.relative_bias_bidirectional:
         yield degenerate_buckets("model.encoder", "an encoder sees")
     yield from at_least("model.vocab_size", model.vocab_size, 1)
     yield from above("model.embedding_stddev", model.embedding_stddev, 0)
     yield from _embedding_width(model)
     yield from _generator(model)
-    if model.scale_logits and not model.tie_embeddings:
+    if model.unscaled_token is not None:
+        yield from within("model.unscaled_token", model.unscaled_token, 0, model.vocab_size - 1)
+    yield from above("model.logits_softcap", model.logits_softcap, 0)
+    if model.separate_encoder_embeddings and not (encoder and decoder):
+        yield Problem("model.separate_encoder_embeddings", "True", "False: there is one stack and one table")
+
+
+def _unequal_widths(model: ModelConfig, encoder: StackConfig, decoder: StackConfig) -> Problems:
+    where = "model.decoder.d_model"
+    found = f"{decoder.d_model} beside model.encoder.d_model {encoder.d_model}"
+    if not model.separate_encoder_embeddings:
         yield Problem(
-            "model.scale_logits",
-            "True with model.tie_embeddings False",
-            "a tied table: the factor makes up for the size of a token table that also is the head",
-            "tie the embeddings, or leave the logits unscaled",
+            where, found, "equal widths: the stacks share the token table", "or model.separate_encoder_embeddings True"
         )
+    if decoder.cross_attention == "merged":
+        yield Problem(where, found, "equal widths: merged attention has the same projections for both stacks' states")
 
 
 def _embedding_width(model: ModelConfig) -> Problems:
@@ -121,11 +126,50 @@ def _stack(where: str, stack: StackConfig) -> Problems:
         if stack.head_dim % 2:
             yield Problem(f"{where}.head_dim", str(stack.head_dim), "an even number: rope turns pairs of dimensions")
         yield from above(f"{where}.rope_base", stack.rope_base, 1)
+        yield from above(f"{where}.local_rope_base", stack.local_rope_base, 1)
+    if stack.rope_scaling:
+        yield from _rope_scaling(f"{where}.rope_scaling", stack.rope_scaling)
+    yield from _windows(where, stack)
+    if stack.experts:
+        yield from at_least(f"{where}.experts.num_experts", stack.experts.num_experts, 1)
+        chosen = f"{where}.experts.experts_per_token"
+        yield from within(chosen, stack.experts.experts_per_token, 1, max(stack.experts.num_experts, 1))
+        yield from above(f"{where}.experts.capacity_factor", stack.experts.capacity_factor, 0)
+        yield from within(f"{where}.experts.load_balancing", stack.experts.load_balancing, 0, 1)
+        if stack.use_bias or stack.dropout_rate > 0 or not stack.mlp_gated:
+            yield Problem(f"{where}.experts", "biases, dropout or no gate", "gated experts without biases and dropout")
+    if stack.cross_attention == "merged" and stack.positions in ("relative_bias", "disentangled"):
+        found = f"merged with positions {stack.positions}"
+        yield Problem(f"{where}.cross_attention", found, "rope: the encoder's keys have no place among the buckets")
+    yield from at_least(f"{where}.token_types", stack.token_types, 0)
+    yield from above(f"{where}.attention_softcap", stack.attention_softcap, 0)
+    if not stack.first_layer_attention_norm and stack.norm_placement != "pre":
+        yield Problem(f"{where}.first_layer_attention_norm", "False", "True: only a pre-norm stack can leave it out")
     if stack.positions == "relative_bias":
         yield from _relative_bias(where, stack)
+    if stack.positions == "disentangled":
+        yield from at_least(f"{where}.relative_bias_buckets", stack.relative_bias_buckets, 4)
+        farthest = stack.relative_bias_buckets // 2 + 2
+        yield from at_least(f"{where}.relative_bias_max_distance", stack.relative_bias_max_distance, farthest)
     yield from above(f"{where}.norm_epsilon", stack.norm_epsilon, 0)
     yield from above(f"{where}.attention_scale", stack.attention_scale, 0)
     yield from within(f"{where}.dropout_rate", stack.dropout_rate, 0, 1, ends="[)")
+
+
+def _rope_scaling(where: str, scaling: RopeScaling) -> Problems:
+    yield from above(f"{where}.factor", scaling.factor, 0)
+    yield from above(f"{where}.low_frequency_factor", scaling.low_frequency_factor, 0)
+    yield from above(f"{where}.high_frequency_factor", scaling.high_frequency_factor, scaling.low_frequency_factor)
+    yield from at_least(f"{where}.original_max_positions", scaling.original_max_positions, 1)
+
+
+def _windows(where: str, stack: StackConfig) -> Problems:
+    if not stack.layer_pattern:
+        yield Problem(f"{where}.layer_pattern", "nothing", "one kind of layer or more")
+    if "local" in stack.layer_pattern and stack.window is None:
+        yield Problem(f"{where}.window", "None with local layers", "how many cells they see to the left and the right")
+    for cells in stack.window or ():
+        yield from at_least(f"{where}.window", cells, 0)
 
 
 def _attention_dropout(where: str, stack: StackConfig, model: ModelConfig) -> Problems:
@@ -137,6 +181,13 @@ def _attention_dropout(where: str, stack: StackConfig, model: ModelConfig) -> Pr
             f"{stack.dropout_rate:g} with model.attention {model.attention}",
             "no dropout, or dropout_broadcast_length True with as many key heads as query heads",
             "or model.attention reference",
+        )
+    unsupported = stack.attention_softcap is not None or stack.positions == "disentangled"
+    if model.attention != "reference" and unsupported:
+        yield Problem(
+            "model.attention",
+            f"{model.attention} with attention_softcap or disentangled positions",
+            "reference: the fused backends have neither",
         )
 
 

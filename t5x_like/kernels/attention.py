@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -50,7 +51,7 @@ class MaskSpec:
 
     Attributes:
       causal: A query sees keys at its own position and before.
-      window: A query sees keys at distance window - 1 at most, to either side (to the left where causal).
+      window: (left, right): a query sees keys at these distances at most, to the left and to the right.
       q_positions, kv_positions: [B, Q], [B, K]; None counts cells from 0. Packed rows need none: within a segment the
         difference of cells is the difference of positions.
       q_segment_ids, kv_segment_ids: [B, Q], [B, K]. With both, a query sees the keys of its own id, so padding (0) sees
@@ -61,7 +62,7 @@ class MaskSpec:
     """
 
     causal: bool = False
-    window: int | None = None
+    window: tuple[int, int] | None = None
     q_positions: Array | None = None
     kv_positions: Array | None = None
     q_segment_ids: Array | None = None
@@ -106,9 +107,30 @@ def relative_position_buckets(
 def prepare(mask: MaskSpec, relative_bias: RelativeBias | None, q_length: int, kv_length: int) -> Prepared:
     """Materialises a description. Layers that share it call this once and hand the result to `attention`."""
     return Prepared(
-        bias=None if relative_bias is None else _dense_bias(mask, relative_bias, q_length, kv_length),
+        bias=None if relative_bias is None else dense_bias(mask, relative_bias, q_length, kv_length),
         mask=dense_mask(mask, q_length, kv_length),
     )
+
+
+def after_another(first: Prepared, first_length: int, second: Prepared, second_length: int) -> Prepared:
+    """The mask of keys of one kind and, after them, of another; without bias."""
+    assert first.bias is None and second.bias is None
+    masks = [
+        jnp.ones((1, 1, 1, length), jnp.bool_) if prepared.mask is None else prepared.mask
+        for prepared, length in ((first, first_length), (second, second_length))
+    ]
+    rows, queries = (max(mask.shape[axis] for mask in masks) for axis in (0, 2))
+    return Prepared(
+        bias=None,
+        mask=jnp.concatenate([jnp.broadcast_to(mask, (rows, 1, queries, mask.shape[3])) for mask in masks], axis=3),
+    )
+
+
+def masks_together(prepared: Sequence[Prepared], q_length: int, kv_length: int) -> Array:
+    """Masks of several kinds of layers in one array [kinds, 1 or B, 1, Q, K]."""
+    everything = jnp.ones((1, 1, q_length, kv_length), jnp.bool_)
+    masks = [everything if each.mask is None else each.mask for each in prepared]
+    return jnp.stack(jnp.broadcast_arrays(*masks, everything)[:-1])
 
 
 def _positions(mask: MaskSpec, q_length: int, kv_length: int) -> tuple[Array, Array]:
@@ -129,15 +151,32 @@ def dense_mask(mask: MaskSpec, q_length: int, kv_length: int) -> Array | None:
             seen = seen | (mask.q_prefix[:, :, None] & mask.kv_prefix[:, None, :])
         conditions.append(seen)
     if mask.window is not None:
-        conditions.append(jnp.abs(distance) < mask.window)
+        left, right = mask.window
+        conditions.append((distance <= left) & (distance >= -right))
     if mask.kv_segment_ids is not None:
         kv_ids = mask.kv_segment_ids[:, None, :]
         conditions.append(kv_ids != 0 if mask.q_segment_ids is None else mask.q_segment_ids[:, :, None] == kv_ids)
     return functools.reduce(jnp.logical_and, conditions)[:, None] if conditions else None
 
 
-def _dense_bias(mask: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_length: int) -> Array:
-    """[1 or B, H, Q, K]."""
+def disentangled_buckets(mask: MaskSpec, q_length: int, kv_length: int, *, buckets: int, max_distance: int) -> Array:
+    """Rows of DeBERTa's table for each (query position - key position), int32 [1 or B, Q, K] (He et al. 2021).
+
+    Distances below buckets / 2 have a row each, larger ones up to `max_distance` share rows by logarithm; the table has
+    2 * buckets rows and distance 0 is in the middle.
+    """
+    q_1or_BxQ, kv_1or_BxK = _positions(mask, q_length, kv_length)
+    distance = q_1or_BxQ[:, :, None] - kv_1or_BxK[:, None, :]
+    exact = buckets // 2
+    far = jnp.maximum(jnp.abs(distance), exact).astype(jnp.float32) / exact
+    log_ratio = jnp.log(far) / jnp.log(jnp.float32((max_distance - 1) / exact))
+    logarithmic = jnp.ceil(log_ratio * (exact - 1)).astype(jnp.int32) + exact
+    bucket = jnp.where(jnp.abs(distance) <= exact, distance, jnp.sign(distance) * logarithmic)
+    return jnp.clip(bucket + buckets, 0, 2 * buckets - 1)
+
+
+def dense_bias(mask: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_length: int) -> Array:
+    """T5's bias as an array [1 or B, H, Q, K]; of the mask, the positions are read."""
     table = relative_bias.table
 
     def lookup(relative_position: Array) -> Array:
@@ -169,6 +208,7 @@ def attention(
     mask: MaskSpec | Prepared,
     *,
     scale: float,
+    softcap: float | None = None,
     relative_bias: RelativeBias | None = None,
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
@@ -181,6 +221,7 @@ def attention(
 
     Args:
       mask: Who sees whom; or that and the bias, prepared by `prepare`.
+      softcap: Scores s become softcap * tanh(s / softcap) before bias and mask, as in Gemma 2; "reference" only.
       relative_bias: T5's bias; not with a prepared mask.
       dropout_rate: Of the probabilities; without dropout_rng there is none.
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
@@ -213,10 +254,13 @@ def attention(
             v_BxKxGxh,
             mask,
             scale=scale,
+            softcap=softcap,
             dropout_rate=dropout_rate,
             dropout_rng=dropout_rng,
             dropout_broadcast_length=dropout_broadcast_length,
         )
+    if softcap is not None:
+        raise ValueError(f'attention="{implementation}" has no softcap: set attention="reference"')
     if dropout_rng is not None:
         raise ValueError(
             f'attention="{implementation}" cannot drop single probabilities (dropout_rate {dropout_rate}): set '
@@ -241,6 +285,7 @@ def _reference(
     prepared: Prepared,
     *,
     scale: float,
+    softcap: float | None,
     dropout_rate: float,
     dropout_rng: Array | None,
     dropout_broadcast_length: bool,
@@ -257,6 +302,8 @@ def _reference(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(q: Array, k: Array, v: Array, prepared: Prepared, keep: Array | None) -> Array:
         scores = jnp.einsum("bqgrh,bkgh->bgrqk", q, k, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
         if prepared.bias is not None:
             bias = prepared.bias
             scores = scores + bias.reshape(bias.shape[0], *shape, *bias.shape[2:])

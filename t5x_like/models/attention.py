@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import AttentionImplementation, StackConfig
 from t5x_like.kernels.attention import Prepared, attention
-from t5x_like.models.layers import Dense, attention_scale, attention_stddevs, rotate
+from t5x_like.models.layers import Dense, Norm, attention_scale, attention_stddevs, rotate
 from t5x_like.partitioning.constrain import constrain
 
 KeysValues = tuple[Array, Array]
 """[B, K, G, h] each."""
 CosSin = tuple[Array, Array]
+
+
+class Distances(NamedTuple):
+    """Of disentangled attention: a state for each bucket of distances, and the bucket of each query and key.
+
+    Attributes:
+      states: [R, d].
+      rows: int32 [1 or B, Q, K], numbers of states.
+    """
+
+    states: Array
+    rows: Array
 
 
 class Attention(nnx.Module):
@@ -30,11 +45,15 @@ class Attention(nnx.Module):
         self.key = Dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, rngs=rngs)
         self.value = Dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, rngs=rngs)
         self.out = Dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=bias, rngs=rngs)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = Norm(config, head_dim), Norm(config, head_dim)
 
     def keys_values(self, x_BxKxd: Array, cos_sin: CosSin | None = None) -> KeysValues:
         """Keys (rotated, with cos_sin) and values of a sequence, [B, K, G, h] each."""
         names = ("batch", "length", "kv_heads", "head_dim")
         key, value = self.key(x_BxKxd), self.value(x_BxKxd)
+        if self.config.qk_norm:
+            key = self.key_norm(key)
         if cos_sin is not None:
             key = rotate(key, cos_sin)
         return constrain(key, names), constrain(value, names)
@@ -46,9 +65,14 @@ class Attention(nnx.Module):
         mask: Prepared,
         *,
         cos_sin: CosSin | None = None,
+        distances: Distances | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
         query = self.query(x_BxQxd)
+        if self.config.qk_norm:
+            query = self.query_norm(query)
+        if distances is not None:
+            mask = Prepared(self._distance_bias(query, keys_values[0], distances), mask.mask)
         if cos_sin is not None:
             query = rotate(query, cos_sin)
         mixed_BxQxHxh = attention(
@@ -56,9 +80,25 @@ class Attention(nnx.Module):
             *keys_values,
             mask,
             scale=attention_scale(self.config),
+            softcap=self.config.attention_softcap,
             dropout_rate=self.config.dropout_rate,
             dropout_rng=dropout_rng,
             dropout_broadcast_length=self.config.dropout_broadcast_length,
             implementation=self.implementation,
         )
         return self.out(mixed_BxQxHxh)
+
+    def _distance_bias(self, query_BxQxHxh: Array, key_BxKxGxh: Array, distances: Distances) -> Array:
+        """What a query makes of a key's distance and the key of the query's, [B, H, Q, K] (He et al. 2021, with keys
+        and queries of distances made by the projections of the content)."""
+        states_1xRxd = distances.states[None]
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        query_RxHxh = self.query(states_1xRxd)[0]
+        key_RxHxh = jnp.repeat(self.key(states_1xRxd)[0], heads // kv_heads, axis=1)
+        key_BxKxHxh = jnp.repeat(key_BxKxGxh, heads // kv_heads, axis=2)
+        of_query = jnp.einsum("bqhx,rhx->bhqr", query_BxQxHxh, key_RxHxh, preferred_element_type=jnp.float32)
+        of_key = jnp.einsum("bkhx,rhx->bhkr", key_BxKxHxh, query_RxHxh, preferred_element_type=jnp.float32)
+        rows = distances.rows[:, None]
+        to_position = jnp.take_along_axis(of_query, rows, axis=3)
+        from_position = jnp.take_along_axis(of_key, jnp.swapaxes(rows, 2, 3), axis=3)
+        return attention_scale(self.config) * (to_position + jnp.swapaxes(from_position, 2, 3))

@@ -5,33 +5,44 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import AttentionImplementation, StackConfig
-from t5x_like.kernels.attention import Prepared
-from t5x_like.models.attention import Attention, CosSin, KeysValues
-from t5x_like.models.layers import Mlp, Norm, dropout
+from t5x_like.kernels.attention import MaskSpec, Prepared, RelativeBias, dense_bias
+from t5x_like.models.attention import Attention, CosSin, Distances, KeysValues
+from t5x_like.models.experts import MixtureOfExperts, Routing
+from t5x_like.models.layers import Embedding, Mlp, Norm, dropout, param
 from t5x_like.partitioning.constrain import constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What all blocks of a stack are given alike.
+    """What the blocks of a stack are given: all the same, or with own `mask`, `cos_sin` and `is_first`.
 
     Attributes:
-      mask: Of the self-attention, with the relative bias in it.
+      mask: Of the self-attention, with the relative bias in it; with merged attention also of the encoder's states,
+        which come last.
+      spec: The description of that mask, for tables of relative bias that each layer has of its own.
       cos_sin: Rotary positions of x, or None.
+      distances: Of disentangled positions, or None.
       encoded: [B, S, d] for cross-attention, or None: there is none, or each layer has its keys and values ready.
       cross_mask: Of the cross-attention.
       cache_index: Where the new keys and values go in the layers' caches; None without a cache.
+      valid: bool [B, L], False for padding, which experts do not count; None: none.
+      is_first: bool scalar where the first layer's attention has no norm in front, else None.
     """
 
     mask: Prepared
+    spec: MaskSpec
     cos_sin: CosSin | None = None
+    distances: Distances | None = None
     encoded: Array | None = None
     cross_mask: Prepared | None = None
     cache_index: Array | None = None
+    valid: Array | None = None
+    is_first: Array | None = None
 
 
 class Block(nnx.Module):
@@ -52,12 +63,19 @@ class Block(nnx.Module):
         self.config = config
         self.self_attention_norm = Norm(config)
         self.self_attention = Attention(config, implementation, kv_width=config.d_model, rngs=rngs)
-        self.has_cross_attention = encoder_width is not None
-        if encoder_width is not None:
+        if config.relative_bias_per_layer and config.positions == "relative_bias":
+            self.relative_bias = relative_bias_table(config, rngs=rngs)
+        self.has_cross_attention = encoder_width is not None and config.cross_attention == "separate"
+        self.is_merged = encoder_width is not None and config.cross_attention == "merged"
+        if encoder_width is not None and self.has_cross_attention:
             self.cross_attention_norm = Norm(config)
             self.cross_attention = Attention(config, implementation, kv_width=encoder_width, rngs=rngs)
         self.mlp_norm = Norm(config)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs) if config.experts is None else MixtureOfExperts(config, rngs=rngs)
+        if config.norm_placement == "both":
+            self.self_attention_post_norm, self.mlp_post_norm = Norm(config), Norm(config)
+            if self.has_cross_attention:
+                self.cross_attention_post_norm = Norm(config)
 
     def __call__(
         self,
@@ -67,17 +85,21 @@ class Block(nnx.Module):
         dropout_rng: Array | None = None,
         cache: KeysValues | None = None,
         cross_keys_values: KeysValues | None = None,
-    ) -> tuple[Array, KeysValues]:
+    ) -> tuple[Array, KeysValues, Routing | None]:
         """Args:
           cache: This layer's cached keys and values, [B, K, G, h] each; those of x are put at `shared.cache_index`.
           cross_keys_values: Keys and values of the encoder's output, where they are computed already.
 
         Returns:
-          x after the block, and the keys and values of x.
+          x after the block, the keys and values of x, and where the tokens went if the block has experts.
         """
-        rngs = [None] * 6 if dropout_rng is None else [jax.random.fold_in(dropout_rng, place) for place in range(6)]
+        rngs = [None] * 7 if dropout_rng is None else [jax.random.fold_in(dropout_rng, place) for place in range(7)]
+        if cross_keys_values is None and shared.encoded is not None:
+            cross_keys_values = self.encoder_keys_values(shared.encoded)
 
         inner = self._before(x_BxLxd, self.self_attention_norm)
+        if shared.is_first is not None:
+            inner = jnp.where(shared.is_first, x_BxLxd, inner)
         new = seen = self.self_attention.keys_values(inner, shared.cos_sin)
         if cache is not None:
             assert shared.cache_index is not None
@@ -85,28 +107,69 @@ class Block(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, added.astype(old.dtype), shared.cache_index, axis=1)
                 for old, added in zip(cache, new, strict=True)
             )
-        branch = self.self_attention(inner, seen, shared.mask, cos_sin=shared.cos_sin, dropout_rng=rngs[0])
-        x_BxLxd = self._after(x_BxLxd, branch, self.self_attention_norm, rngs[1])
+        mask = self._with_own_bias(shared, inner.shape[1], seen[0].shape[1])
+        if self.is_merged:
+            assert cross_keys_values is not None
+            seen = tuple(  # type: ignore[assignment]
+                jnp.concatenate([own, other.astype(own.dtype)], axis=1)
+                for own, other in zip(seen, cross_keys_values, strict=True)
+            )
+        branch = self.self_attention(
+            inner,
+            seen,
+            mask,
+            cos_sin=shared.cos_sin,
+            distances=self._dropped(shared.distances, rngs[6]),
+            dropout_rng=rngs[0],
+        )
+        x_BxLxd = self._after(x_BxLxd, branch, "self_attention", rngs[1])
 
         if self.has_cross_attention:
-            assert shared.cross_mask is not None
+            assert shared.cross_mask is not None and cross_keys_values is not None
             inner = self._before(x_BxLxd, self.cross_attention_norm)
-            if cross_keys_values is None:
-                assert shared.encoded is not None
-                cross_keys_values = self.cross_attention.keys_values(shared.encoded)
             branch = self.cross_attention(inner, cross_keys_values, shared.cross_mask, dropout_rng=rngs[2])
-            x_BxLxd = self._after(x_BxLxd, branch, self.cross_attention_norm, rngs[3])
+            x_BxLxd = self._after(x_BxLxd, branch, "cross_attention", rngs[3])
 
-        branch = self.mlp(self._before(x_BxLxd, self.mlp_norm), dropout_rng=rngs[4])
-        return self._after(x_BxLxd, branch, self.mlp_norm, rngs[5]), new
+        inner, routing = self._before(x_BxLxd, self.mlp_norm), None
+        if isinstance(self.mlp, MixtureOfExperts):
+            branch, routing = self.mlp(inner, valid=shared.valid)
+        else:
+            branch = self.mlp(inner, dropout_rng=rngs[4])
+        return self._after(x_BxLxd, branch, "mlp", rngs[5]), new, routing
+
+    def encoder_keys_values(self, encoded_BxSxd: Array) -> KeysValues:
+        """Keys and values of the encoder's states."""
+        return (self.self_attention if self.is_merged else self.cross_attention).keys_values(encoded_BxSxd)
+
+    def _with_own_bias(self, shared: Shared, q_length: int, kv_length: int) -> Prepared:
+        if not hasattr(self, "relative_bias"):
+            return shared.mask
+        bias = relative_bias_of(self.config, self.relative_bias)
+        return Prepared(dense_bias(shared.spec, bias, q_length, kv_length), shared.mask.mask)
+
+    def _dropped(self, distances: Distances | None, dropout_rng: Array | None) -> Distances | None:
+        if distances is None:
+            return None
+        return distances._replace(states=dropout(distances.states[None], self.config, dropout_rng)[0])
 
     def _before(self, x: Array, norm: Norm) -> Array:
-        return norm(x) if self.config.norm_placement == "pre" else x
+        return x if self.config.norm_placement == "post" else norm(x)
 
-    def _after(self, x: Array, branch: Array, norm: Norm, dropout_rng: Array | None) -> Array:
+    def _after(self, x: Array, branch: Array, name: str, dropout_rng: Array | None) -> Array:
+        if self.config.norm_placement == "both":
+            branch = getattr(self, f"{name}_post_norm")(branch)
         x = x + dropout(branch, self.config, dropout_rng)
-        x = norm(x) if self.config.norm_placement == "post" else x
+        x = getattr(self, f"{name}_norm")(x) if self.config.norm_placement == "post" else x
         return constrain(x, ("batch", "length", "embed"))
+
+
+def relative_bias_table(config: StackConfig, *, rngs: nnx.Rngs) -> Embedding:
+    rows = ("relative_buckets", config.relative_bias_buckets)
+    return Embedding(rows, ("heads", config.num_heads), stddev=config.d_model**-0.5, rngs=rngs)
+
+
+def relative_bias_of(config: StackConfig, table: Embedding) -> RelativeBias:
+    return RelativeBias(table.embedding[...], config.relative_bias_bidirectional, config.relative_bias_max_distance)
 
 
 def stacked_blocks(
@@ -117,4 +180,25 @@ def stacked_blocks(
     def make(key: Array) -> Block:
         return Block(config, implementation, encoder_width=encoder_width, rngs=nnx.Rngs(params=key))
 
-    return jax.vmap(make)(jax.random.split(rngs.params(), config.num_layers))
+    blocks = jax.vmap(make)(jax.random.split(rngs.params(), config.num_layers))
+    if not config.first_layer_attention_norm:
+        for name, parameter in _parameters(blocks.self_attention_norm):
+            setattr(blocks.self_attention_norm, name, param(parameter[...][1:], parameter.get_metadata("logical")))
+    return blocks
+
+
+def layers_alike(blocks: Block) -> Block:
+    """Stacked blocks with as many rows in each parameter: the norm that the first layer has not got is filled up."""
+    if blocks.config.first_layer_attention_norm:
+        return blocks
+    layers = blocks.config.num_layers
+
+    def filled(leaf: Array) -> Array:
+        return leaf if leaf.shape[0] == layers else jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf])
+
+    return jax.tree.map(filled, blocks)
+
+
+def _parameters(norm: Norm) -> list[tuple[str, nnx.Param]]:
+    found = [("scale", norm.scale), ("bias", norm.bias)]
+    return [(name, parameter) for name, parameter in found if parameter is not None]

@@ -84,7 +84,7 @@ class Electra(Model):
         cells = jnp.arange(tokens_BxS.shape[1])[None] if positions is None else positions
         embedded = self.encoder.embed_positions(self._embed(tokens_BxS), cells)
         mask = encoder_mask(tokens_BxS, segment_ids)
-        states, _ = self.generator.encoder(embedded, mask, positions=positions, dropout_rng=dropout_rng)
+        states, *_ = self.generator.encoder(embedded, mask, positions=positions, dropout_rng=dropout_rng)
         return self.generator.head(states, self.token_embedder.embedding[...])
 
     def detect(
@@ -104,10 +104,10 @@ class Generator(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         assert config.generator is not None
-        stack = config.generator
+        stack = dataclasses.replace(config.generator, token_types=0)
         if stack.positions == "learned":
             stack = dataclasses.replace(stack, positions="none")
-        # It reads embeddings that have their positions and their norm already.
+        # It reads embeddings that have their positions, kinds of tokens and norm already.
         shared = dataclasses.replace(config, embedding_width=config.table_width, embedding_norm=False)
         self.encoder = Stack(stack, shared, encoder_width=None, rngs=rngs)
         self.head = Head(config, stack, rngs=rngs)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_like.config.model import Activation, StackConfig
+from t5x_like.config.model import Activation, LayerKind, StackConfig
 from t5x_like.kernels.matmul import matmul
 from t5x_like.kernels.random import keep_mask
 from t5x_like.partitioning.constrain import constrain
@@ -73,18 +73,21 @@ class Embedding(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm (scale only) or LayerNorm (with a bias if the stack has biases); statistics in float32."""
 
-    def __init__(self, config: StackConfig, width: int | None = None):
-        """`width` is d_model by default."""
-        width = width or config.d_model
+    def __init__(self, config: StackConfig, over: tuple[str, int] | None = None):
+        """`over`: logical axis and size of the dimension that is normalised, by default all of a state."""
+        axis, width = over or ("norm", config.d_model)
         self.centred = config.norm == "layernorm"
         self.epsilon = config.norm_epsilon
-        self.scale = param(jnp.ones(width), ("norm",))
-        self.bias = param(jnp.zeros(width), ("norm",)) if self.centred and config.use_bias else None
+        self.offset = 1.0 if config.norm_scale_from_zero else 0.0
+        self.scale = param(jnp.full(width, 1.0 - self.offset), (axis,))
+        self.bias = param(jnp.zeros(width), (axis,)) if self.centred and config.use_bias else None
 
     def __call__(self, x: Array) -> Array:
         @recomputed
         def normalise(x: Array, scale: Array, bias: Array | None) -> Array:
             y = x.astype(jnp.float32)
+            if self.offset:
+                scale = scale + self.offset
             if self.centred:
                 y = y - jnp.mean(y, axis=-1, keepdims=True)
             y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * scale
@@ -151,9 +154,25 @@ def dropout(x_BxLxD: Array, config: StackConfig, rng: Array | None) -> Array:
     return dropped(x_BxLxD, keep)
 
 
-def rope(positions_BxL: Array, head_dim: int, base: float) -> tuple[Array, Array]:
-    """(cosines, sines), float32 [B, L, 1, head_dim / 2], of rotary positions (Su et al. 2021)."""
-    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rope_frequencies(config: StackConfig, kind: LayerKind) -> Array:
+    """Angle per position of each rotated pair in layers of this kind, float32 [head_dim / 2] (Su et al. 2021)."""
+    local = kind == "local"
+    base = config.local_rope_base if local and config.local_rope_base is not None else config.rope_base
+    frequencies = base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None or local:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    # Llama 3.1: how many times a wave fits the rows of the first training decides.
+    fits = scaling.original_max_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = jnp.clip((fits - low) / (high - low), 0.0, 1.0)
+    return (1.0 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def rope(positions_BxL: Array, frequencies: Array) -> tuple[Array, Array]:
+    """(cosines, sines), float32 [B, L, 1, head_dim / 2], of rotary positions."""
     angles = positions_BxL[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

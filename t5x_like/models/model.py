@@ -10,6 +10,7 @@ With segment ids, queries see the keys of their own segment, also across from de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -22,10 +23,12 @@ from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.config.sections import model_problems
 from t5x_like.kernels.attention import MaskSpec
 from t5x_like.kernels.matmul import matmul
+from t5x_like.models.blocks import layers_alike
 from t5x_like.models.cache import Cache
+from t5x_like.models.experts import Routing, load_balancing_loss
 from t5x_like.models.layers import Dense, Embedding, Norm, activate, param
 from t5x_like.models.stacks import LayerCaches, Stack
-from t5x_like.outputs import Output
+from t5x_like.outputs import Loss, Output
 from t5x_like.partitioning.constrain import constrain
 
 
@@ -42,7 +45,7 @@ class Head(nnx.Module):
         if config.head_transform:
             width = config.table_width
             self.transform = Dense([embed], [("mlp", width)], stddev=stddev, use_bias=stack.use_bias, rngs=rngs)
-            self.transform_norm = Norm(stack, width)
+            self.transform_norm = Norm(stack, ("norm", width))
         if not config.tie_embeddings:
             shape = (width, config.vocab_size)
             self.kernel = param(width**-0.5 * jax.random.normal(rngs.params(), shape), ("embed", "vocab"))
@@ -60,6 +63,8 @@ class Head(nnx.Module):
         logits = matmul(x, kernel, 1, jnp.dtype(jnp.float32))
         if self.config.head_bias:
             logits = logits + self.bias[...]
+        if self.config.logits_softcap is not None:
+            logits = self.config.logits_softcap * jnp.tanh(logits / self.config.logits_softcap)
         return constrain(logits, ("batch", "length", "vocab"))
 
 
@@ -76,6 +81,11 @@ class Model(nnx.Module):
         output = next(reversed(config.stacks.values()))
         table = ("vocab", config.vocab_size), ("embed", config.table_width)
         self.token_embedder = Embedding(*table, stddev=config.embedding_stddev, rngs=rngs)
+        if config.encoder is not None and config.separate_encoder_embeddings:
+            table = ("vocab", config.vocab_size), ("embed", config.encoder.d_model)
+            self.encoder_token_embedder = Embedding(*table, stddev=config.embedding_stddev, rngs=rngs)
+        if config.unscaled_token is not None:
+            self.unscaled_embedding = param(jnp.zeros(config.table_width), ("embed",))
         if config.encoder is not None:
             self.encoder = Stack(config.encoder, config, encoder_width=None, rngs=rngs)
         if config.decoder is not None:
@@ -94,9 +104,9 @@ class Model(nnx.Module):
         """What is trained: logits, float32 [B, T, V], of one sub-batch under seqio's feature names, and further losses.
 
         Reads `encoder_input_tokens` and `decoder_input_tokens` as far as there are such stacks; where present
-        `*_segment_ids` and `*_positions` of packed rows and, in decoders, `decoder_causal_attention`. Positions restart
-        in each segment and count its cells; learned and rotary positions read them, order and distance are those of the
-        cells.
+        `*_segment_ids` and `*_positions` of packed rows, `*_token_types` and, in decoders, `decoder_causal_attention`.
+        Positions restart in each segment and count its cells; learned and rotary positions read them, order and
+        distance are those of the cells.
 
         Args:
           dropout_rng: Key; None for no dropout.
@@ -106,17 +116,19 @@ class Model(nnx.Module):
         """
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
         encoder_ids = batch.get("encoder_segment_ids")
-        encoded = None
+        encoded, losses = None, {}
         if self.config.encoder is not None:
-            encoded = self.encode(
+            encoded, routing = self._encode(
                 feature(batch, "encoder_input_tokens", self.config),
                 segment_ids=encoder_ids,
                 positions=batch.get("encoder_positions"),
+                token_types=batch.get("encoder_token_types"),
                 dropout_rng=rngs[0],
             )
+            losses = _balancing("encoder", self.config.encoder, routing)
         if self.config.decoder is None:
             assert encoded is not None
-            return Output(self._logits(encoded))
+            return Output(self._logits(encoded), losses)
 
         tokens = feature(batch, "decoder_input_tokens", self.config)
         decoder_ids = batch.get("decoder_segment_ids")
@@ -132,15 +144,17 @@ class Model(nnx.Module):
                 cross_mask = MaskSpec(kv_segment_ids=valid.astype(jnp.int32))
             else:
                 cross_mask = MaskSpec(q_segment_ids=decoder_ids, kv_segment_ids=encoder_ids)
-        states, _ = self.decoder(
+        states, _, routing = self.decoder(
             self._embed(tokens),
             mask,
             positions=batch.get("decoder_positions"),
+            token_types=batch.get("decoder_token_types"),
+            valid=_not_padding(tokens) if decoder_ids is None else decoder_ids != 0,
             encoded=encoded,
             cross_mask=cross_mask,
             dropout_rng=rngs[1],
         )
-        return Output(self._logits(states))
+        return Output(self._logits(states), losses | _balancing("decoder", self.config.decoder, routing))
 
     def encode(
         self,
@@ -148,11 +162,33 @@ class Model(nnx.Module):
         *,
         segment_ids: Array | None = None,
         positions: Array | None = None,
+        token_types: Array | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
         """The encoder's states [B, S, d]. Without segment ids, tokens with id 0 are padding."""
-        mask = encoder_mask(tokens_BxS, segment_ids)
-        return self.encoder(self._embed(tokens_BxS), mask, positions=positions, dropout_rng=dropout_rng)[0]
+        return self._encode(
+            tokens_BxS, segment_ids=segment_ids, positions=positions, token_types=token_types, dropout_rng=dropout_rng
+        )[0]
+
+    def _encode(
+        self,
+        tokens_BxS: Array,
+        *,
+        segment_ids: Array | None,
+        positions: Array | None,
+        token_types: Array | None,
+        dropout_rng: Array | None,
+    ) -> tuple[Array, Routing | None]:
+        separate = self.config.separate_encoder_embeddings
+        states, _, routing = self.encoder(
+            self._embed(tokens_BxS, self.encoder_token_embedder if separate else None),
+            encoder_mask(tokens_BxS, segment_ids),
+            positions=positions,
+            token_types=token_types,
+            valid=(tokens_BxS if segment_ids is None else segment_ids) != 0,
+            dropout_rng=dropout_rng,
+        )
+        return states, routing
 
     def init_cache(self, rows: int, length: int, *, encoder_length: int = 0) -> Cache:
         """An empty cache for `length` tokens per row; with an encoder, `start_decoding` makes one that is ready."""
@@ -187,7 +223,7 @@ class Model(nnx.Module):
         if encoder_segment_ids is None:
             encoder_segment_ids = jnp.ones(encoded.shape[:2], jnp.int32)
         encoded = encoded.astype(self.dtype)
-        keys, values = jax.lax.map(lambda block: block.cross_attention.keys_values(encoded), self.decoder.layers)
+        keys, values = jax.lax.map(lambda block: block.encoder_keys_values(encoded), layers_alike(self.decoder.layers))
         return cache._replace(
             cross_keys=keys, cross_values=values, encoder_segment_ids=encoder_segment_ids.astype(jnp.int32)
         )
@@ -230,20 +266,41 @@ class Model(nnx.Module):
         cross = None
         if cache.cross_keys is not None and cache.cross_values is not None:
             cross = (cache.cross_keys, cache.cross_values)
-        states, new_keys_values = self.decoder(
+        states, new_keys_values, _ = self.decoder(
             self._embed(tokens_BxT),
             mask,
             positions=positions_BxT,
+            valid=valid,
             cross_mask=None if cross is None else MaskSpec(kv_segment_ids=cache.encoder_segment_ids),
             caches=LayerCaches((cache.keys, cache.values), cross, cache.next_slot),
         )
         return self._logits(states), cache.append(new_keys_values)
 
-    def _embed(self, tokens: Array) -> Array:
-        return constrain(self.token_embedder(tokens, self.dtype), ("batch", "length", "embed"))
+    def _embed(self, tokens: Array, embedder: Embedding | None = None) -> Array:
+        x = (embedder or self.token_embedder)(tokens, self.dtype)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(math.sqrt(x.shape[-1]), x.dtype)
+        if self.config.unscaled_token is not None:
+            own = self.unscaled_embedding[...].astype(x.dtype)
+            x = jnp.where((tokens == self.config.unscaled_token)[..., None], own, x)
+        return constrain(x, ("batch", "length", "embed"))
 
     def _logits(self, states: Array) -> Array:
         return self.head(states, self.token_embedder.embedding[...])
+
+
+def _balancing(name: str, stack: StackConfig, routing: Routing | None) -> dict[str, Loss]:
+    """The loss that spreads a stack's tokens over its experts, if it has any."""
+    if routing is None or stack.experts is None:
+        return {}
+    tokens = jnp.sum(routing.tokens) / stack.num_layers
+    loss = Loss(load_balancing_loss(routing) * tokens, tokens, stack.experts.load_balancing)
+    return {f"load_balancing/{name}": loss}
+
+
+def _not_padding(tokens_BxL: Array) -> Array:
+    """A decoder's tokens that are no padding, bool [B, L]; the first may have id 0 and be the start token."""
+    return (tokens_BxL != 0) | (jnp.arange(tokens_BxL.shape[1]) == 0)
 
 
 def encoder_mask(tokens_BxS: Array, segment_ids: Array | None) -> MaskSpec:

@@ -6,30 +6,34 @@ import dataclasses
 from collections.abc import Mapping
 
 from t5x_like.config.batch import ArraySpec
-from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part: token_embedder, encoder and decoder (as far as they are there), head, generator. A tied table
-    is counted once, as token_embedder."""
+    """Parameters by part: token_embedder, encoder and decoder (as far as they are there), head, generator, and the rarer
+    tables that a model may have beside them. A tied table is counted once, as token_embedder."""
     output = next(reversed(config.stacks.values()))
     stacks = {
-        name: _stack(stack, config, cross=name == "decoder" and config.encoder is not None)
+        name: _stack(stack, config, reads=config.encoder if name == "decoder" else None)
         for name, stack in config.stacks.items()
     }
     parts = {"token_embedder": config.vocab_size * config.table_width, **stacks}
+    if config.separate_encoder_embeddings and config.encoder is not None:
+        parts["encoder_token_embedder"] = config.vocab_size * config.encoder.d_model
+    if config.unscaled_token is not None:
+        parts["unscaled_embedding"] = config.table_width
     if config.generator is None:
         return {**parts, "head": _head(output, config)}
     # Its embeddings are the encoder's: it has a projection of its own, and neither positions nor their norm.
     shared = dataclasses.replace(config, embedding_width=config.table_width, embedding_norm=False)
-    own = config.generator
+    own = dataclasses.replace(config.generator, token_types=0)
     if own.positions == "learned":
         own = dataclasses.replace(own, positions="none")
     d = output.d_model
     return {
         **parts,
         "head": d * d + _bias(output, d) + d + 1,
-        "generator": _stack(own, shared, cross=False) + _head(own, config),
+        "generator": _stack(own, shared, reads=None) + _head(own, config),
     }
 
 
@@ -65,23 +69,50 @@ def _projection(stack: StackConfig, config: ModelConfig) -> int:
     return 0 if width == stack.d_model else width * stack.d_model
 
 
-def _stack(stack: StackConfig, config: ModelConfig, *, cross: bool) -> int:
-    q_width, kv_width = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
-    attention = _attention_kernels(stack) + _bias(stack, q_width + 2 * kv_width + stack.d_model) + _norm(stack)
-    inner = 2 if stack.mlp_gated else 1
-    mlp = _mlp_kernels(stack) + _bias(stack, inner * stack.d_ff + stack.d_model) + _norm(stack)
-    total = stack.num_layers * ((2 if cross else 1) * attention + mlp)
-    if stack.positions == "relative_bias":
+def _stack(stack: StackConfig, config: ModelConfig, *, reads: StackConfig | None) -> int:
+    """`reads` is the encoder beside a decoder."""
+    layer = _attention(stack, stack.d_model) + _mlp(stack)
+    if reads is not None and stack.cross_attention == "separate":
+        layer += _attention(stack, reads.d_model)
+    if stack.positions == "relative_bias" and stack.relative_bias_per_layer:
+        layer += stack.relative_bias_buckets * stack.num_heads
+    total = stack.num_layers * layer
+    if stack.positions == "relative_bias" and not stack.relative_bias_per_layer:
         total += stack.relative_bias_buckets * stack.num_heads
+    if stack.positions == "disentangled":
+        total += 2 * stack.relative_bias_buckets * stack.d_model + _norm(stack)
     width = config.embedding_width or stack.d_model
+    total += stack.token_types * width
     if stack.positions == "learned":
         total += stack.max_positions * width
     if config.embedding_norm:
         total += _norm(stack, width)
-    if stack.norm_placement == "pre":
+    if stack.norm_placement != "post":
         total += _norm(stack)
+    if not stack.first_layer_attention_norm:
+        total -= _norm(stack)
     projection = _projection(stack, config)
     return total + projection + (_bias(stack, stack.d_model) if projection else 0)
+
+
+def _branch_norms(stack: StackConfig) -> int:
+    return (2 if stack.norm_placement == "both" else 1) * _norm(stack)
+
+
+def _attention(stack: StackConfig, kv_width: int) -> int:
+    """One attention of a layer with its norms; keys and values come from states of `kv_width`."""
+    q, kv = stack.num_heads * stack.head_dim, stack.num_kv_heads * stack.head_dim
+    kernels = 2 * stack.d_model * q + 2 * kv_width * kv
+    qk_norms = 2 * _norm(stack, stack.head_dim) if stack.qk_norm else 0
+    return kernels + _bias(stack, q + 2 * kv + stack.d_model) + qk_norms + _branch_norms(stack)
+
+
+def _mlp(stack: StackConfig) -> int:
+    if stack.experts is not None:
+        count = stack.experts.num_experts
+        return count * _mlp_kernels(stack) + count * stack.d_model + _branch_norms(stack)
+    inner = 2 if stack.mlp_gated else 1
+    return _mlp_kernels(stack) + _bias(stack, inner * stack.d_ff + stack.d_model) + _branch_norms(stack)
 
 
 def _attention_kernels(stack: StackConfig) -> int:
@@ -89,6 +120,7 @@ def _attention_kernels(stack: StackConfig) -> int:
 
 
 def _mlp_kernels(stack: StackConfig) -> int:
+    """Of one MLP or expert."""
     return (3 if stack.mlp_gated else 2) * stack.d_model * stack.d_ff
 
 
@@ -96,8 +128,9 @@ def forward_flops(config: ModelConfig, features: Mapping[str, ArraySpec]) -> int
     """Operations of matrix products (a multiply-add is 2) in one forward pass over a sub-batch of these shapes.
 
     Every cell counts, padding too, in all stacks and in the head; training costs three times as much. Causal attention
-    counts the pairs that it needs, N (N + 1) / 2 per row; what a bidirectional prefix adds depends on the data and is
-    left out. The formulas are those of the encoder-decoder in Raffel et al. 2020 with the keys and values of
+    counts the pairs that it needs, N (N + 1) / 2 per row, and local layers those of their window; what a bidirectional
+    prefix adds depends on the data and is left out. Of experts, those that a token takes count, however they are
+    computed. The formulas are those of the encoder-decoder in Raffel et al. 2020 with the keys and values of
     cross-attention moved to the source.
     """
     source = _row_shape(features, "encoder_input_tokens") if config.encoder is not None else (0, 0)
@@ -105,18 +138,18 @@ def forward_flops(config: ModelConfig, features: Mapping[str, ArraySpec]) -> int
     total = 0
     if config.encoder is not None:
         rows, length = source
-        total += rows * _layers_flops(config.encoder, config, length, pairs=length * length)
+        total += rows * _layers_flops(config.encoder, config, length, causal=False) + _distance_flops(config.encoder)
     if config.decoder is not None:
         rows, length = target
-        total += rows * _layers_flops(config.decoder, config, length, pairs=length * (length + 1) // 2)
+        total += rows * _layers_flops(config.decoder, config, length, causal=True) + _distance_flops(config.decoder)
         if config.encoder is not None:
-            total += rows * _cross_flops(config.decoder, source[1], length)
+            total += rows * _cross_flops(config.decoder, config.encoder.d_model, source[1], length)
     output = next(reversed(config.stacks.values()))
     rows, length = target if config.decoder is not None else source
     head = _head_kernels(output, config)
     if config.generator is not None:
         shared = dataclasses.replace(config, embedding_width=config.table_width)
-        total += rows * _layers_flops(config.generator, shared, length, pairs=length * length)
+        total += rows * _layers_flops(config.generator, shared, length, causal=False)
         head = _head_kernels(config.generator, config) + output.d_model * (output.d_model + 1)
     return total + 2 * rows * length * head
 
@@ -126,13 +159,42 @@ def _row_shape(features: Mapping[str, ArraySpec], name: str) -> tuple[int, int]:
     return rows, length
 
 
-def _layers_flops(stack: StackConfig, config: ModelConfig, length: int, *, pairs: int) -> int:
-    products = 2 * length * (_attention_kernels(stack) + _mlp_kernels(stack))
-    layers = stack.num_layers * (products + 4 * stack.num_heads * stack.head_dim * pairs)
-    return layers + 2 * length * _projection(stack, config)
+def _layers_flops(stack: StackConfig, config: ModelConfig, length: int, *, causal: bool) -> int:
+    mlp = _mlp_kernels(stack)
+    if stack.experts is not None:
+        mlp = stack.experts.experts_per_token * mlp + stack.experts.num_experts * stack.d_model
+    products = stack.num_layers * 2 * length * (_attention_kernels(stack) + mlp)
+    pairs = sum(_pairs(stack, kind, length, causal=causal) for kind in stack.layer_kinds)
+    width = stack.num_heads * stack.head_dim
+    if stack.positions == "disentangled":
+        # Each query with all distances, and each key.
+        products += stack.num_layers * 2 * 2 * width * length * 2 * stack.relative_bias_buckets
+    return products + 4 * width * pairs + 2 * length * _projection(stack, config)
 
 
-def _cross_flops(stack: StackConfig, source: int, target: int) -> int:
+def _pairs(stack: StackConfig, kind: LayerKind, length: int, *, causal: bool) -> int:
+    """Queries and keys that see each other in a row."""
+    left, right = stack.window if kind == "local" and stack.window is not None else (length, length)
+    right = 0 if causal else right
+    to_left, to_right = min(left, length - 1), min(right, length - 1)
+
+    def within(distance: int) -> int:
+        return distance * length - distance * (distance + 1) // 2
+
+    return length + within(to_left) + within(to_right)
+
+
+def _distance_flops(stack: StackConfig) -> int:
+    """Keys and queries of the distances of disentangled positions: once per batch."""
+    if stack.positions != "disentangled":
+        return 0
+    heads = stack.num_heads + stack.num_kv_heads
+    return stack.num_layers * 2 * 2 * stack.relative_bias_buckets * stack.d_model * heads * stack.head_dim
+
+
+def _cross_flops(stack: StackConfig, source_width: int, source: int, target: int) -> int:
     d, h = stack.d_model, stack.head_dim
-    products = 2 * target * 2 * d * stack.num_heads * h + 2 * source * 2 * d * stack.num_kv_heads * h
+    products = 2 * source * 2 * source_width * stack.num_kv_heads * h
+    if stack.cross_attention == "separate":
+        products += 2 * target * 2 * d * stack.num_heads * h
     return stack.num_layers * (products + 4 * stack.num_heads * h * source * target)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,19 @@ from flax import nnx
 from jax import Array
 
 from t5x_like.config.errors import ConfigError, Problem
-from t5x_like.config.model import ModelConfig, StackConfig
-from t5x_like.kernels.attention import MaskSpec, RelativeBias, prepare
-from t5x_like.models.attention import KeysValues
-from t5x_like.models.blocks import Block, Shared, stacked_blocks
-from t5x_like.models.layers import Dense, Embedding, Norm, dropout, rope
+from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
+from t5x_like.kernels.attention import (
+    MaskSpec,
+    Prepared,
+    after_another,
+    disentangled_buckets,
+    masks_together,
+    prepare,
+)
+from t5x_like.models.attention import CosSin, Distances, KeysValues
+from t5x_like.models.blocks import Shared, layers_alike, relative_bias_of, relative_bias_table, stacked_blocks
+from t5x_like.models.experts import Routing
+from t5x_like.models.layers import Dense, Embedding, Norm, dropout, rope, rope_frequencies
 from t5x_like.partitioning.constrain import constrain
 
 
@@ -43,17 +52,24 @@ class Stack(nnx.Module):
         if config.positions == "learned":
             rows = ("positions", config.max_positions)
             self.position_embedder = Embedding(rows, ("embed", width), stddev=model.embedding_stddev, rngs=rngs)
-        if config.positions == "relative_bias":
-            rows = ("relative_buckets", config.relative_bias_buckets)
-            self.relative_bias = Embedding(rows, ("heads", config.num_heads), stddev=d**-0.5, rngs=rngs)
+        if config.token_types:
+            rows = ("positions", config.token_types)
+            self.token_type_embedder = Embedding(rows, ("embed", width), stddev=model.embedding_stddev, rngs=rngs)
+        if config.positions == "relative_bias" and not config.relative_bias_per_layer:
+            self.relative_bias = relative_bias_table(config, rngs=rngs)
+        if config.positions == "disentangled":
+            rows = ("relative_buckets", 2 * config.relative_bias_buckets)
+            self.distance_embedder = Embedding(rows, ("embed", d), stddev=model.embedding_stddev, rngs=rngs)
+            self.distance_norm = Norm(config)
         if model.embedding_norm:
-            self.embedding_norm = Norm(config, width)
+            self.embedding_norm = Norm(config, ("norm", width))
         if width != d:
             self.embedding_projection = Dense(
                 [("embed", width)], [("mlp", d)], stddev=width**-0.5, use_bias=config.use_bias, rngs=rngs
             )
+        self._is_merged = encoder_width is not None and config.cross_attention == "merged"
         self.layers = stacked_blocks(config, model.attention, encoder_width=encoder_width, rngs=rngs)
-        if config.norm_placement == "pre":
+        if config.norm_placement != "post":
             self.final_norm = Norm(config)
 
     def __call__(
@@ -62,57 +78,105 @@ class Stack(nnx.Module):
         mask: MaskSpec,
         *,
         positions: Array | None = None,
+        token_types: Array | None = None,
+        valid: Array | None = None,
         encoded: Array | None = None,
         cross_mask: MaskSpec | None = None,
         dropout_rng: Array | None = None,
         caches: LayerCaches | None = None,
-    ) -> tuple[Array, KeysValues]:
+    ) -> tuple[Array, KeysValues, Routing | None]:
         """Args:
           x_BxLxd: Embedded tokens, as wide as the token table.
-          mask: Of the self-attention.
+          mask: Of the self-attention of global layers; local ones add their window.
           positions: [B, L] for rotary and learned positions; None counts cells.
+          token_types: [B, L]; None: all 0.
+          valid: bool [B, L], False for padding, for experts; None: all are valid.
           encoded: [B, S, d] for cross-attention; with `caches` its keys and values are read from there.
           cross_mask: Of the cross-attention.
           dropout_rng: None for no dropout.
           caches: While decoding: the earlier keys and values.
 
         Returns:
-          The states [B, L, d], and each layer's keys and values of x, [layers, B, L, G, h] each.
+          The states [B, L, d], each layer's keys and values of x, [layers, B, L, G, h] each, and each layer's routing
+          if it has experts.
         """
         config = self.config
         length = x_BxLxd.shape[1]
         rngs = [None] * 3 if dropout_rng is None else list(jax.random.split(dropout_rng, 3))
         if positions is None:
             positions = jnp.arange(length)[None]
-        x = dropout(self.embed_positions(x_BxLxd, positions), config, rngs[0])
+        x = dropout(self.embed_positions(x_BxLxd, positions, token_types), config, rngs[0])
         if hasattr(self, "embedding_projection"):
             x = self.embedding_projection(x)
         x = constrain(x, ("batch", "length", "embed"))
 
         kv_length = length if caches is None else caches.self_attention[0].shape[2]
-        bias = None
-        if config.positions == "relative_bias":
-            table = self.relative_bias.embedding[...]
-            bias = RelativeBias(table, config.relative_bias_bidirectional, config.relative_bias_max_distance)
         cross_length = 0
         if encoded is not None:
             cross_length = encoded.shape[1]
         elif caches is not None and caches.cross_attention is not None:
             cross_length = caches.cross_attention[0].shape[2]
+        cross = None if cross_mask is None else prepare(cross_mask, None, length, cross_length)
+        kinds = list(dict.fromkeys(config.layer_kinds))
+        masks = [self._mask(kind, mask, length, kv_length, cross, cross_length) for kind in kinds]
         shared = Shared(
-            mask=prepare(mask, bias, length, kv_length),
-            cos_sin=rope(positions, config.head_dim, config.rope_base) if config.positions == "rope" else None,
+            mask=masks[0],
+            spec=mask,
+            cos_sin=self._rope(kinds[0], positions),
+            distances=self._distances(mask, length, kv_length),
             encoded=encoded,
-            cross_mask=None if cross_mask is None else prepare(cross_mask, None, length, cross_length),
+            cross_mask=cross,
             cache_index=None if caches is None else caches.next_slot,
+            valid=valid,
         )
-        x, keys_values = self._run_layers(x, shared, rngs[1], caches)
-        if config.norm_placement == "pre":
+        by_kind = None
+        if len(kinds) > 1:
+            by_kind = _ByKind(
+                masks_together(masks, length, kv_length + (cross_length if self._is_merged else 0)),
+                _stacked([self._rope(kind, positions) for kind in kinds]),
+            )
+        x, keys_values, routing = self._run_layers(x, shared, by_kind, rngs[1], caches)
+        if config.norm_placement != "post":
             x = self.final_norm(x)
-        return dropout(x, config, rngs[2]), keys_values
+        return dropout(x, config, rngs[2]), keys_values, routing
 
-    def embed_positions(self, x: Array, positions: Array) -> Array:
-        """Embedded tokens with learned positions added and normalised, as far as the stack does either."""
+    def _mask(
+        self, kind: LayerKind, mask: MaskSpec, q_length: int, kv_length: int, cross: Prepared | None, cross_length: int
+    ) -> Prepared:
+        config = self.config
+        if kind == "local":
+            mask = dataclasses.replace(mask, window=config.window)
+        bias = relative_bias_of(config, self.relative_bias) if hasattr(self, "relative_bias") else None
+        prepared = prepare(mask, bias, q_length, kv_length)
+        if self._is_merged:
+            assert cross is not None
+            return after_another(prepared, kv_length, cross, cross_length)
+        return prepared
+
+    def _rope(self, kind: LayerKind, positions: Array) -> CosSin | None:
+        if self.config.positions != "rope":
+            return None
+        return rope(positions, rope_frequencies(self.config, kind))
+
+    def _distances(self, mask: MaskSpec, q_length: int, kv_length: int) -> Distances | None:
+        config = self.config
+        if config.positions != "disentangled":
+            return None
+        rows = disentangled_buckets(
+            mask,
+            q_length,
+            kv_length,
+            buckets=config.relative_bias_buckets,
+            max_distance=config.relative_bias_max_distance,
+        )
+        return Distances(self.distance_norm(self.distance_embedder.embedding[...]), rows)
+
+    def embed_positions(self, x: Array, positions: Array, token_types: Array | None = None) -> Array:
+        """Embedded tokens with kinds of tokens and learned positions added and normalised, as far as the stack does."""
+        if self.config.token_types:
+            x = x + self.token_type_embedder(
+                jnp.zeros(x.shape[:2], jnp.int32) if token_types is None else token_types, x.dtype
+            )
         if self.config.positions == "learned":
             if x.shape[1] > self.config.max_positions:
                 problem = Problem(
@@ -125,18 +189,34 @@ class Stack(nnx.Module):
         return self.embedding_norm(x) if hasattr(self, "embedding_norm") else x
 
     def _run_layers(
-        self, x: Array, shared: Shared, dropout_rng: Array | None, caches: LayerCaches | None
-    ) -> tuple[Array, KeysValues]:
-        """All blocks, one after the other. Each has its own dropout key, made from its number."""
+        self,
+        x: Array,
+        shared: Shared,
+        by_kind: _ByKind | None,
+        dropout_rng: Array | None,
+        caches: LayerCaches | None,
+    ) -> tuple[Array, KeysValues, Routing | None]:
+        """All blocks, one after the other. Each has its own dropout key, made from its number. What differs between
+        kinds of layers is computed once per kind and chosen by number, so that one compiled block serves all."""
         cache = None if caches is None else caches.self_attention
         cross = None if caches is None else caches.cross_attention
-        layers = (self.layers, jnp.arange(self.config.num_layers), cache, cross)
+        kinds = None
+        if by_kind is not None:
+            names = list(dict.fromkeys(self.config.layer_kinds))
+            kinds = jnp.array([names.index(kind) for kind in self.config.layer_kinds])
+        layers = (layers_alike(self.layers), jnp.arange(self.config.num_layers), kinds, cache, cross)
 
-        def run(x: Array, layer: tuple[Block, Array, KeysValues | None, KeysValues | None]) -> tuple[Array, KeysValues]:
-            block, number, layer_cache, layer_cross = layer
+        def run(x: Array, layer: Any) -> tuple[Array, tuple[KeysValues, Routing | None]]:
+            block, number, kind, layer_cache, layer_cross = layer
+            own = shared
+            if by_kind is not None:
+                mask, cos_sin = jax.tree.map(lambda each: each[kind], (by_kind.masks, by_kind.cos_sin))
+                own = dataclasses.replace(own, mask=Prepared(shared.mask.bias, mask), cos_sin=cos_sin)
+            if not self.config.first_layer_attention_norm:
+                own = dataclasses.replace(own, is_first=number == 0)
             rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
-            x, new = block(x, shared, dropout_rng=rng, cache=layer_cache, cross_keys_values=layer_cross)
-            return x, new
+            x, new, routing = block(x, own, dropout_rng=rng, cache=layer_cache, cross_keys_values=layer_cross)
+            return x, (new, routing)
 
         match self.remat:
             case "dots":
@@ -146,9 +226,27 @@ class Stack(nnx.Module):
             case "full":
                 run = jax.checkpoint(run, prevent_cse=not self.scan_layers)
         if self.scan_layers:
-            return jax.lax.scan(run, x, layers)
+            x, (new_keys_values, routing) = jax.lax.scan(run, x, layers)
+            return x, new_keys_values, routing
         collected = []
         for number in range(self.config.num_layers):
-            x, new = run(x, jax.tree.map(lambda leaf, n=number: leaf[n], layers))
-            collected.append(new)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
+            x, of_layer = run(x, jax.tree.map(lambda leaf, n=number: leaf[n], layers))
+            collected.append(of_layer)
+        new_keys_values, routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
+        return x, new_keys_values, routing
+
+
+class _ByKind(NamedTuple):
+    """What differs between kinds of layers, with the kinds in front.
+
+    Attributes:
+      masks: bool [kinds, 1 or B, 1, Q, K].
+      cos_sin: [kinds, 1 or B, L, 1, h / 2] each, or None.
+    """
+
+    masks: Array
+    cos_sin: CosSin | None
+
+
+def _stacked(trees: list[CosSin | None]) -> CosSin | None:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -43,7 +43,8 @@ def check_partitioning(
             size = " x ".join(map(str, leaf.array.shape))
             expected = f"parameters of more than {LARGE} elements to be split on a mesh that shares parameters out"
             found.append(Problem(leaf.path, f"{size} whole on every device", expected, "give one of its axes a rule"))
-    return [*found, *_idle_axes(mesh, rules), *_batch_problems(run, mesh, rules)]
+    names = {name for leaf in leaves(logical_axes, abstract_params) for name in leaf.axes}
+    return [*found, *_idle_axes(mesh, rules, has_experts="experts" in names), *_batch_problems(run, mesh, rules)]
 
 
 def _left_whole(leaf: Leaf, rules: Rules, mesh: Mesh) -> bool:
@@ -52,10 +53,18 @@ def _left_whole(leaf: Leaf, rules: Rules, mesh: Mesh) -> bool:
     return sharing and whole and math.prod(leaf.array.shape) > LARGE
 
 
-def _idle_axes(mesh: Mesh, rules: Rules) -> list[Problem]:
-    used = {axis for table in (rules.parameters, rules.activations) for axes in table.values() for axis in axes}
+def _idle_axes(mesh: Mesh, rules: Rules, *, has_experts: bool) -> list[Problem]:
+    tables = (rules.parameters, rules.activations)
+    used = {
+        axis for table in tables for name, axes in table.items() for axis in axes if has_experts or name != "experts"
+    }
     return [
-        Problem(f"partitioning.{axis}", str(degree), "1", "no rule uses this axis: its devices would repeat each other")
+        Problem(
+            f"partitioning.{axis}",
+            str(degree),
+            "1",
+            "nothing in this model is split over it: its devices would repeat each other",
+        )
         for axis, degree in mesh.shape.items()
         if degree > 1 and axis not in used
     ]

@@ -27,6 +27,7 @@ PARAMETERS: Table = {
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "experts": ("expert",),
     "head_dim": (),
     "layers": (),
     "norm": (),
@@ -41,6 +42,7 @@ ACTIVATIONS: Table = {
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    "experts": ("expert",),
     "head_dim": (),
     "positions": (),
 }

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.model import Experts, ModelConfig, RopeScaling, StackConfig
 from t5x_like.models.build import abstract, build, merge
 
 VOCABULARY = 61
@@ -27,6 +27,41 @@ def model(architecture: str, positions: str = "relative_bias", *, stack_changes=
         vocab_size=VOCABULARY,
         **changes,
     )
+
+
+GEMMA = {"layer_pattern": ("local", "global"), "window": (3, 3), "norm_placement": "both", "norm_scale_from_zero": True}
+GEMMA |= {"local_rope_base": 100.0, "attention_softcap": 2.0, "rope_scaling": RopeScaling(kind="linear", factor=2.0)}
+
+
+def _merged() -> ModelConfig:
+    config = model("encoder_decoder", "rope", stack_changes=GEMMA | {"qk_norm": True}, tie_embeddings=True)
+    decoder = dataclasses.replace(config.decoder, cross_attention="merged")
+    return dataclasses.replace(config, decoder=decoder, scale_embeddings=True, unscaled_token=7, logits_softcap=3.0)
+
+
+def _unequal() -> ModelConfig:
+    config = model("encoder_decoder", "rope", stack_changes=GEMMA, tie_embeddings=True)
+    encoder = dataclasses.replace(config.encoder, d_model=24, num_layers=3, window=(2, 1))
+    return dataclasses.replace(config, encoder=encoder, separate_encoder_embeddings=True)
+
+
+EXAMPLES: dict[str, ModelConfig] = {
+    "merged": _merged(),
+    "unequal": _unequal(),
+    "per-layer bias": model("encoder_decoder", stack_changes={"relative_bias_per_layer": True}),
+    "local": model("decoder", "rope", stack_changes=GEMMA),
+    "local prefix": model("prefix_lm", "rope", stack_changes=GEMMA),
+    "experts": model("decoder", "rope", stack_changes={"experts": Experts(num_experts=3)}),
+    "first layer": model(
+        "encoder_decoder", "rope", stack_changes={"norm": "layernorm", "first_layer_attention_norm": False}
+    ),
+    "disentangled": model(
+        "decoder",
+        "disentangled",
+        stack_changes={"relative_bias_buckets": 4, "relative_bias_max_distance": 12, "token_types": 2},
+    ),
+}
+"""What some family needs and T5 has not."""
 
 
 @functools.cache

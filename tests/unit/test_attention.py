@@ -35,7 +35,7 @@ def truth(spec: MaskSpec, rows: int, queries: int, keys: int) -> np.ndarray:
                 ok = True
                 if spec.causal and k > q:
                     ok = spec.q_prefix is not None and bool(spec.q_prefix[b, i] and spec.kv_prefix[b, j])
-                if spec.window is not None and abs(q - k) >= spec.window:
+                if spec.window is not None and not -spec.window[1] <= q - k <= spec.window[0]:
                     ok = False
                 if spec.kv_segment_ids is not None:
                     wanted = spec.kv_segment_ids[b, j]
@@ -52,12 +52,12 @@ def specs():
     return {
         "all": MaskSpec(),
         "causal": MaskSpec(causal=True),
-        "window": MaskSpec(window=2),
-        "causal window": MaskSpec(causal=True, window=3),
+        "window": MaskSpec(window=(2, 1)),
+        "causal window": MaskSpec(causal=True, window=(2, 2)),
         "padding": MaskSpec(kv_segment_ids=segments),
         "segments": MaskSpec(q_segment_ids=segments, kv_segment_ids=segments),
         "causal segments": MaskSpec(causal=True, q_segment_ids=segments, kv_segment_ids=segments),
-        "positions": MaskSpec(causal=True, window=4, q_positions=positions, kv_positions=positions),
+        "positions": MaskSpec(causal=True, window=(3, 0), q_positions=positions, kv_positions=positions),
         "prefix": MaskSpec(causal=True, q_prefix=prefix, kv_prefix=prefix),
         "packed prefix": MaskSpec(
             causal=True,

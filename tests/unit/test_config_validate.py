@@ -51,7 +51,6 @@ WRONG: list[tuple[str, Any, str]] = [
     ("model.encoder.relative_bias_bidirectional", False, "an encoder sees keys to the right"),
     ("model.encoder.relative_bias_buckets", 31, "found 31"),
     ("model.encoder.relative_bias_max_distance", 8, "more than 8"),
-    ("model.scale_logits", True, "tie"),
     ("model.embedding_stddev", 0.0, "found 0"),
     ("data.corpus.module", "my.tasks", "'my.tasks' without a task"),
     ("data.corpus.files", ("notes.csv",), "'notes.csv'"),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_examples import VOCABULARY, forward, logits, model, parameters, tokens
+from model_examples import EXAMPLES, VOCABULARY, forward, logits, model, parameters, tokens
 
 from t5x_like.config.errors import ConfigError, DataError
 from t5x_like.models import presets
@@ -61,6 +61,19 @@ def test_packed_examples_have_the_logits_of_separate_ones(architecture, position
     separate = np.concatenate([logits(config, row)[0] for row in rows])
     assert np.abs(separate[0] - separate[-1]).max() > 0.1
     np.testing.assert_allclose(packed[: len(separate)], separate, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_packing_and_unrolling_change_nothing_for_what_some_families_need(name):
+    config = EXAMPLES[name]
+    architecture = "prefix_lm" if "prefix" in name else config.architecture
+    rows = [example(architecture, 0, 6, 4), example(architecture, 1, 3, 7)]
+    packed = pack(rows, padding=3)
+    separate = np.concatenate([logits(config, row)[0] for row in rows])
+    found = logits(config, packed)[0]
+    np.testing.assert_allclose(found[: len(separate)], separate, **TOLERANCE)
+    unrolled = forward(dataclasses.replace(config, scan_layers=False))(parameters(config), packed)
+    np.testing.assert_allclose(unrolled, found[None], **TOLERANCE)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)

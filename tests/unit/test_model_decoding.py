@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model_examples import forward, model, parameters, tokens
+from model_examples import EXAMPLES, forward, model, parameters, tokens
 
 from t5x_like.models.build import abstract, merge
 
@@ -52,18 +52,26 @@ def decoded(config, rows, encoder_tokens, *, bidirectional):
 @pytest.mark.parametrize("positions", ["relative_bias", "rope", "learned", "none"])
 @pytest.mark.parametrize("architecture", ["encoder_decoder", "decoder", "prefix_lm"])
 def test_decoding_through_the_cache_is_the_forward_pass(architecture, positions):
-    config = model(architecture, positions)
+    assert_decodes(model(architecture, positions), prefix=architecture == "prefix_lm")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_decoding_with_what_some_families_need_is_the_forward_pass(name):
+    assert_decodes(EXAMPLES[name], prefix="prefix" in name)
+
+
+def assert_decodes(config, *, prefix):
     rows = tokens(0, ROWS, LENGTH)
     rows[:, 0] = 0
     batch = {"decoder_input_tokens": rows}
     encoder_tokens = tokens(1, ROWS, 7)
     encoder_tokens[1, 4:] = 0
-    if architecture == "encoder_decoder":
+    if config.encoder is not None:
         batch["encoder_input_tokens"] = encoder_tokens
-    if architecture == "prefix_lm":
+    if prefix:
         batch["decoder_causal_attention"] = (np.arange(LENGTH) < PROMPT_LENGTHS[:, None]).astype(np.int32)
     expected = forward(config)(parameters(config), batch)
-    found = decoded(config, rows, encoder_tokens, bidirectional=architecture == "prefix_lm")
+    found = decoded(config, rows, encoder_tokens, bidirectional=prefix)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
 
 

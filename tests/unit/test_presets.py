@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
-from model_examples import model
+from model_examples import EXAMPLES, model
 
+from t5x_like.config import Experts
 from t5x_like.config.batch import ArraySpec
 from t5x_like.models import presets
 from t5x_like.models.build import abstract, merge
@@ -28,6 +30,44 @@ PUBLISHED = {
     "T5 1.0 xxl": (presets.t5_1_0("xxl"), 11_307_321_344),
     "mT5 base": (presets.mt5_base(), 582_401_280),
     "Llama 3.2 1B": (presets.decoder_1b(), 1_235_814_400),
+    "mT5 small": (presets.mt5("small"), 300_176_768),
+    "mT5 large": (presets.mt5("large"), 1_229_581_312),
+    "mT5 xl": (presets.mt5("xl"), 3_742_619_648),
+    "mT5 xxl": (presets.mt5("xxl"), 12_921_057_280),
+    "Llama 3.2 3B": (presets.llama_3("3b"), 3_212_749_824),
+    "Llama 3.1 8B": (presets.llama_3("8b"), 8_030_261_248),
+    "Llama 3.1 70B": (presets.llama_3("70b"), 70_553_706_496),
+    "Mixtral 8x7B": (presets.mixtral_8x7b(), 46_702_792_704),
+    "Gemma 2 2B": (presets.gemma_2("2b"), 2_614_341_888),
+    "Gemma 2 9B": (presets.gemma_2("9b"), 9_241_705_984),
+    "Gemma 2 27B": (presets.gemma_2("27b"), 27_227_128_320),
+    "GPT-2 small": (presets.gpt_2("small"), 124_439_808),
+    "GPT-2 medium": (presets.gpt_2("medium"), 354_823_168),
+    "GPT-2 large": (presets.gpt_2("large"), 774_030_080),
+    "GPT-2 xl": (presets.gpt_2("xl"), 1_557_611_200),
+    "BERT base with segments": (presets.bert("base"), 109_514_298),
+    "BERT large": (presets.bert("large"), 335_174_458),
+    # What transformers 5.23 counts in a model of the published size.
+    "umT5 small": (presets.umt5("small"), 175_333_376 + 256_384 * 512),
+    "umT5 base": (presets.umt5("base"), 395_140_608 + 256_384 * 768),
+    "umT5 xl": (presets.umt5("xl"), 3_243_282_432 + 256_384 * 2048),
+    "umT5 xxl": (presets.umt5("xxl"), 11_922_382_848 + 256_384 * 4096),
+    "Gemma 3 270M": (presets.gemma_3("270m"), 268_098_176),
+    "Gemma 3 1B": (presets.gemma_3("1b"), 999_885_952),
+    "Gemma 3 4B": (presets.gemma_3("4b"), 3_880_263_168),
+    "Gemma 3 12B": (presets.gemma_3("12b"), 11_766_034_176),
+    "Gemma 3 27B": (presets.gemma_3("27b"), 27_009_346_304),
+    "T5Gemma 2B-2B": (presets.t5gemma("2b-2b"), 5_596_853_760),
+    "T5Gemma 9B-2B": (presets.t5gemma("9b-2b"), 12_292_375_296),
+    "T5Gemma 9B-9B": (presets.t5gemma("9b-9b"), 20_333_401_088),
+    "T5Gemma 2 270M-270M": (presets.t5gemma_2("270m-270m"), 368_424_832),
+    "T5Gemma 2 1B-1B": (presets.t5gemma_2("1b-1b"), 1_697_783_168),
+    "T5Gemma 2 4B-4B": (presets.t5gemma_2("4b-4b"), 7_089_112_576),
+    "ModernBERT base": (presets.modernbert("base"), 149_655_232),
+    "ModernBERT large": (presets.modernbert("large"), 395_881_664),
+    "DeBERTa-v3 small": (presets.deberta_v3("small"), 142_024_548),
+    "DeBERTa-v3 base": (presets.deberta_v3("base"), 184_551_780),
+    "DeBERTa-v3 large": (presets.deberta_v3("large"), 435_191_908),
     # BertForMaskedLM without its two rows of segment types.
     "BERT base": (presets.bert_base(), 109_514_298 - 2 * 768),
 }
@@ -76,6 +116,12 @@ ODD = {
         head_transform=True,
         head_bias=True,
     ),
+    "per-layer bias": model("encoder_decoder", stack_changes={"relative_bias_per_layer": True}),
+    "merged, local layers, normalised keys": EXAMPLES["merged"],
+    "unequal widths": EXAMPLES["unequal"],
+    "experts": EXAMPLES["experts"],
+    "disentangled": EXAMPLES["disentangled"],
+    "first layer without norm": EXAMPLES["first layer"],
     "layernorm without bias": model("decoder", "rope", stack_changes={"norm": "layernorm"}, tie_embeddings=True),
     "narrow embeddings": model(
         "encoder_decoder", "learned", embedding_width=24, tie_embeddings=True, head_transform=True, embedding_norm=True
@@ -108,13 +154,33 @@ def test_flops_are_the_short_form_and_attention_and_the_premium_of_cross_attenti
     assert forward_flops(config, spec) == 2 * (encoder + decoder + cross + 2 * 114 * 768 * 32128)
 
 
-@pytest.mark.parametrize("name", ["encoder_decoder", "decoder", "encoder", "electra"])
+SMOKE = presets.smoke("encoder_decoder")
+FLOPS = {
+    **{name: presets.smoke(name) for name in ("encoder_decoder", "decoder", "encoder")},
+    "electra": dataclasses.replace(presets.smoke("electra"), embedding_width=96),
+    "merged": dataclasses.replace(SMOKE, decoder=dataclasses.replace(SMOKE.decoder, cross_attention="merged")),
+    "unequal": dataclasses.replace(
+        SMOKE, encoder=dataclasses.replace(SMOKE.encoder, d_model=192), separate_encoder_embeddings=True
+    ),
+    "disentangled": dataclasses.replace(
+        presets.smoke("encoder"),
+        encoder=dataclasses.replace(
+            SMOKE.encoder, positions="disentangled", relative_bias_buckets=16, relative_bias_max_distance=64
+        ),
+    ),
+    # All experts for all tokens, so that XLA counts them all.
+    "experts": dataclasses.replace(
+        presets.smoke("decoder"), decoder=dataclasses.replace(SMOKE.decoder, experts=Experts(num_experts=2))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
 def test_flops_are_those_that_xla_counts(name):
     """XLA counts elementwise work too and computes the full square of causal scores: above ours by little."""
-    config = dataclasses.replace(presets.smoke(name), scan_layers=False)  # XLA counts the body of a loop once.
+    config = dataclasses.replace(FLOPS[name], scan_layers=False)  # XLA counts the body of a loop once.
     features = [f"{side}_input_tokens" for side in config.stacks]
     if name == "electra":
-        config = dataclasses.replace(config, embedding_width=96)
         features += ["encoder_target_tokens", "encoder_loss_weights"]
     spec = {feature: ArraySpec((4, 64), "int32") for feature in features}
     of_model = abstract(config)
@@ -123,6 +189,23 @@ def test_flops_are_those_that_xla_counts(name):
         of_model.params, batch
     )
     assert 1.0 < lowered.cost_analysis()["flops"] / forward_flops(config, spec) < 1.15
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [(3, 1), (0, 0), (100, 7)])
+def test_local_layers_cost_the_pairs_of_their_window(causal, window):
+    stack = dataclasses.replace(presets.smoke("encoder").encoder, num_layers=2, layer_pattern=("local", "global"))
+    config = dataclasses.replace(presets.smoke("encoder"), encoder=dataclasses.replace(stack, window=window))
+    everywhere = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, layer_pattern=("global",)))
+    if causal:
+        config, everywhere = (dataclasses.replace(c, encoder=None, decoder=c.encoder) for c in (config, everywhere))
+    length = 12
+    spec = {f"{'decoder' if causal else 'encoder'}_input_tokens": ArraySpec((1, length), "int32")}
+    distance = np.arange(length)[:, None] - np.arange(length)
+    seen = (distance <= window[0]) & (distance >= (0 if causal else -window[1]))
+    all_seen = distance >= (0 if causal else -length)
+    unseen = int(all_seen.sum() - seen.sum())
+    assert forward_flops(everywhere, spec) - forward_flops(config, spec) == 4 * 4 * 32 * unseen
 
 
 def test_presets_and_arithmetic_need_no_jax():
