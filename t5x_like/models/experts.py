@@ -58,7 +58,7 @@ class MixtureOfExperts(nnx.Module):
         self.activation = config.mlp_activation
         self.experts = config.experts
         count, embed, mlp = config.experts.num_experts, ("embed", config.d_model), ("mlp", config.d_ff)
-        self.router = Dense([embed], [("experts", count)], stddev=config.d_model**-0.5, use_bias=False, rngs=rngs)
+        self.router = Dense([embed], [("router", count)], stddev=config.d_model**-0.5, use_bias=False, rngs=rngs)
         self.wi_0, self.wi_1 = Experts(count, embed, mlp, rngs=rngs), Experts(count, embed, mlp, rngs=rngs)
         self.wo = Experts(count, mlp, embed, rngs=rngs)
 

@@ -30,6 +30,7 @@ PARAMETERS: Table = {
     "experts": ("expert",),
     "head_dim": (),
     "layers": (),
+    "router": (),
     "norm": (),
     "positions": (),
     "relative_buckets": (),

@@ -1,4 +1,4 @@
-"""Statistics of parameters that are stacked over layers: each layer's slice counts as a parameter of its own."""
+"""Statistics of parameters that are stacked over layers or experts: each slice counts as a parameter of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from t5x_like.partitioning.rules import LogicalAxes
 
-STACKED = frozenset({"layers"})
+STACKED = frozenset({"layers", "experts"})
 
 
 def averaged_dims(axes: LogicalAxes) -> tuple[int, ...]:
