@@ -63,6 +63,8 @@ def model_problems(model: ModelConfig) -> Problems:
     yield from above("model.logits_softcap", model.logits_softcap, 0)
     if model.separate_encoder_embeddings and not (encoder and decoder):
         yield Problem("model.separate_encoder_embeddings", "True", "False: there is one stack and one table")
+    if model.separate_encoder_embeddings and model.embedding_width:
+        yield Problem("model.embedding_width", str(model.embedding_width), "None: each table is as wide as its stack")
 
 
 def _unequal_widths(model: ModelConfig, encoder: StackConfig, decoder: StackConfig) -> Problems:

@@ -10,8 +10,8 @@ from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part: token_embedder, encoder and decoder (as far as they are there), head, generator, and the rarer
-    tables that a model may have beside them. A tied table is counted once, as token_embedder."""
+    """Parameters by part: token_embedder, encoder and decoder (as far as they are there), head, generator, and the
+    rarer tables that a model may have beside them. A tied table is counted once, as token_embedder."""
     output = next(reversed(config.stacks.values()))
     stacks = {
         name: _stack(stack, config, reads=config.encoder if name == "decoder" else None)
