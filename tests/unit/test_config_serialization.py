@@ -46,6 +46,7 @@ PRESETS = {
     "deberta_v3": presets.deberta_v3(),
     "decoder_1b": presets.decoder_1b(),
     "bert_base": presets.bert_base(),
+    "electra": presets.electra(),
     "smoke": presets.smoke(),
 }
 
