@@ -17,7 +17,18 @@ from t5x_like.config.errors import (
 )
 from t5x_like.config.mixtures import ul2
 from t5x_like.config.model import Experts, ModelConfig, RopeScaling, StackConfig
-from t5x_like.config.objectives import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption, Supervised
+from t5x_like.config.objectives import (
+    Bart,
+    BlankInfilling,
+    CausalLM,
+    CausalMasking,
+    FillInTheMiddle,
+    MaskedLM,
+    Objective,
+    PrefixLM,
+    SpanCorruption,
+    Supervised,
+)
 from t5x_like.config.run import (
     CheckpointConfig,
     EvaluationConfig,
@@ -39,14 +50,18 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "ArraySpec",
+    "Bart",
     "BatchSpec",
+    "BlankInfilling",
     "CausalLM",
+    "CausalMasking",
     "CheckpointConfig",
     "ConfigError",
     "CorpusConfig",
     "DataConfig",
     "DataError",
     "EvaluationConfig",
+    "FillInTheMiddle",
     "MaskedLM",
     "ModelConfig",
     "MonitoringConfig",
@@ -58,10 +73,10 @@ __all__ = [
     "RunConfig",
     "Schedule",
     "SpanCorruption",
-    "Supervised",
     "StackConfig",
     "RopeScaling",
     "Experts",
+    "Supervised",
     "TokenizerConfig",
     "TrainingConfig",
     "UserError",

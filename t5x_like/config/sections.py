@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.errors import Problem
 from t5x_like.config.model import ModelConfig, RopeScaling, StackConfig
-from t5x_like.config.objectives import MaskedLM, Objective, PrefixLM, SpanCorruption
+from t5x_like.config.objectives import (
+    Bart,
+    BlankInfilling,
+    CausalMasking,
+    FillInTheMiddle,
+    MaskedLM,
+    Objective,
+    PrefixLM,
+    SpanCorruption,
+)
 from t5x_like.config.run import CheckpointConfig, EvaluationConfig, MonitoringConfig, PartitioningConfig
 from t5x_like.config.training import Adafactor, AdamW, Schedule, TrainingConfig
 
@@ -260,6 +269,8 @@ def objective_problems(where: str, objective: Objective) -> Problems:
         yield from within(f"{where}.min_target_fraction", objective.min_target_fraction, 0, 1)
         low = max(objective.min_target_fraction, 0)
         yield from within(f"{where}.max_target_fraction", objective.max_target_fraction, low, 1)
+    if isinstance(objective, FillInTheMiddle | CausalMasking | Bart | BlankInfilling):
+        yield from _infilling_problems(where, objective)
     if isinstance(objective, MaskedLM):
         yield from within(f"{where}.mask_rate", objective.mask_rate, 0, 1, ends="(]")
         yield from within(f"{where}.replace_with_mask", objective.replace_with_mask, 0, 1)
@@ -270,6 +281,26 @@ def objective_problems(where: str, objective: Objective) -> Problems:
                 f"{objective.replace_with_random:g}",
                 f"a number in [0, {left:g}], what replace_with_mask {objective.replace_with_mask:g} leaves",
             )
+        yield from within(f"{where}.span_end_probability", objective.span_end_probability, 0, 1, ends="(]")
+        yield from within(f"{where}.max_span_words", objective.max_span_words, 1, 1000)
+
+
+def _infilling_problems(where: str, objective: FillInTheMiddle | CausalMasking | Bart | BlankInfilling) -> Problems:
+    if isinstance(objective, FillInTheMiddle):
+        yield from within(f"{where}.fim_rate", objective.fim_rate, 0, 1)
+        yield from within(f"{where}.spm_rate", objective.spm_rate, 0, 1)
+    elif isinstance(objective, CausalMasking):
+        yield from within(f"{where}.mean_spans", objective.mean_spans, 0, 100, ends="(]")
+        yield from within(f"{where}.max_spans", objective.max_spans, 1, 100)
+    elif isinstance(objective, Bart):
+        yield from within(f"{where}.infill_rate", objective.infill_rate, 0, 1, ends="[)")
+        yield from within(f"{where}.mean_span_length", objective.mean_span_length, 1, 1000)
+        for name, before in (("delete_rate", objective.infill_rate), ("mask_rate", objective.infill_rate)):
+            others = before + (objective.delete_rate if name == "mask_rate" else 0)
+            yield from within(f"{where}.{name}", getattr(objective, name), 0, max(1 - others, 0))
+    else:
+        yield from within(f"{where}.mask_rate", objective.mask_rate, 0, 0.5, ends="(]")
+        yield from within(f"{where}.mean_span_length", objective.mean_span_length, 0, 1000, ends="(]")
 
 
 def training_problems(training: TrainingConfig) -> Problems:

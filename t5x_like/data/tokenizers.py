@@ -7,6 +7,7 @@ file and for ByT5's bytes these are the ids that seqio and the published checkpo
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,12 +21,13 @@ from t5x_like.config.corpora import TokenizerConfig
 from t5x_like.config.errors import ConfigError, DataError, Problem
 from t5x_like.config.objectives import MODES, Mode
 from t5x_like.data import sentencepiece_model
-from t5x_like.data.vocabulary import EOS_ID, NUM_SPECIAL, PAD_ID, UNK_ID, Vocabulary
+from t5x_like.data.vocabulary import EOS_ID, NUM_SPECIAL, PAD_ID, UNK_ID, TokenTraits, Vocabulary
 
 Ids = npt.NDArray[np.integer[Any]]
 
 _EXTRA_ID = re.compile(r"▁?<extra_id_(\d+)>")
 _UNKNOWN = "⁇".encode()
+_STOPS = (".", "!", "?", "。", "！", "？")
 _STRETCH = 2**20
 _GROUP = 2**23
 
@@ -60,6 +62,15 @@ class Tokenizer(abc.ABC):
 
     def mode_id(self, mode: Mode) -> int:
         return self.vocabulary.mode_id(mode)
+
+    @functools.cached_property
+    def traits(self) -> TokenTraits:
+        """Which pieces begin words and end sentences."""
+        closed = [piece.decode("utf-8", errors="replace").rstrip("\"'”’»)]") for piece in self._pieces]
+        word_starts = np.array([piece[:1].isspace() for piece in self._pieces])
+        sentence_ends = np.array([text.endswith(_STOPS) or "\n" in text for text in closed])
+        word_starts[EOS_ID] = sentence_ends[EOS_ID] = True
+        return TokenTraits(word_starts, sentence_ends)
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+import numpy.typing as npt
+
+from t5x_like.config.lengths import INFILLING_MARKERS
 from t5x_like.config.objectives import MODES, Mode
 
 PAD_ID = 0
@@ -44,6 +48,15 @@ class Vocabulary:
             raise IndexError(f"sentinel {index} of {self.num_sentinels}")
         return self.first_sentinel_id - index
 
+    @property
+    def infilling_ids(self) -> tuple[int, int, int]:
+        """Prefix, suffix and middle marker of fill-in-the-middle: the last three sentinels.
+
+        Raises IndexError where there are fewer.
+        """
+        prefix = self.num_sentinels - INFILLING_MARKERS
+        return self.sentinel_id(prefix), self.sentinel_id(prefix + 1), self.sentinel_id(prefix + 2)
+
     def mode_id(self, mode: Mode) -> int:
         return self.base_size + self.num_sentinels + MODES.index(mode)
 
@@ -56,3 +69,19 @@ class Vocabulary:
         if token >= self.base_size:
             return f"<extra_id_{self.first_sentinel_id - token}>"
         return {PAD_ID: "<pad>", EOS_ID: "</s>"}.get(token)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenTraits:
+    """What whole-word and sentence objectives must know of a vocabulary's pieces. Both arrays are [base_size].
+
+    Attributes:
+      word_starts: The piece begins a word: it starts with whitespace (SentencePiece's U+2581, a byte vocabulary's
+        space), which belongs to the word behind it; or it is EOS, a word of its own. In scripts without spaces a word
+        is as long as what has none.
+      sentence_ends: The piece ends a sentence: it ends in `.`, `!`, `?` or their full-width forms, before closing
+        quotes and brackets; or it holds a newline; or it is EOS.
+    """
+
+    word_starts: npt.NDArray[np.bool_]
+    sentence_ends: npt.NDArray[np.bool_]

@@ -8,7 +8,19 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config import CausalLM, ConfigError, DataConfig, MaskedLM, Objective, PrefixLM, Problem, Supervised
+from t5x_like.config import (
+    Bart,
+    CausalLM,
+    CausalMasking,
+    ConfigError,
+    DataConfig,
+    FillInTheMiddle,
+    MaskedLM,
+    Objective,
+    PrefixLM,
+    Problem,
+    Supervised,
+)
 from t5x_like.config.objectives import Mode
 from t5x_like.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 
@@ -45,12 +57,12 @@ class PromptFormat:
 
 def objective_format(objective: Objective, data: DataConfig) -> PromptFormat:
     """How the inputs of `objective` look in the layout of `data`."""
-    causal = isinstance(objective, CausalLM)
+    causal = isinstance(objective, CausalLM | FillInTheMiddle | CausalMasking)
     return PromptFormat(
         mode=objective.mode,
         ends_in_eos=not causal,
         bidirectional=data.layout == "prefix_lm" and not causal,
-        sentinels=not isinstance(objective, CausalLM | PrefixLM | Supervised),
+        sentinels=not isinstance(objective, CausalLM | PrefixLM | Bart | Supervised),
     )
 
 

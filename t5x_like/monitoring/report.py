@@ -246,6 +246,14 @@ def _describe(objective: Mapping[str, Any]) -> str:
         return "causal LM"
     if kind == "masked_lm":
         return f"masked LM, {100 * number(objective.get('mask_rate')):.0f} %"
+    if kind == "fill_in_the_middle":
+        return f"fill in the middle, {100 * number(objective.get('fim_rate')):.0f} %"
+    if kind == "causal_masking":
+        return "causal masking"
+    if kind == "bart":
+        return f"BART, infilling {100 * number(objective.get('infill_rate')):.0f} %"
+    if kind == "blank_infilling":
+        return f"blank infilling, {100 * number(objective.get('mask_rate')):.0f} %"
     return ""
 
 
