@@ -58,7 +58,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     _simulate_devices(options.devices)
     from t5x_like.trainer import train
 
-    return train(run, options.workdir or Path("runs") / run.name)
+    return train(run, options.workdir or Path("runs") / run.name, options.allow_change)
 
 
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -176,6 +176,13 @@ def _parser() -> argparse.ArgumentParser:
     train = _recipe_command(commands, "train", _train, "pre-train or go on training; the same command again resumes")
     train.add_argument("--workdir", type=Path, metavar="DIR", help="the run's directory (default: runs/NAME)")
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration as JSON and leave")
+    train.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="go on although this training field differs from the run's, as in training.batch_size",
+    )
     _devices_option(train)
 
     prepare = _recipe_command(commands, "prepare", _prepare, "turn the recipe's corpora into stores of tokens")

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
@@ -21,6 +21,10 @@ EXIT = "exit.json"
 
 FREE_TO_CHANGE = ("checkpoints.", "evaluation.", "monitoring.", "data.prefetch", "data.store", "partitioning.", "name")
 """Fields that do not decide what is computed (a changed mesh restores the same state): a run may resume with others."""
+
+
+MAY_BE_ALLOWED = "training."
+"""Fields whose change alters the run, and is let pass where the user names them: the state and the data still fit."""
 
 
 def may_change(path: str, run: RunConfig) -> bool:
@@ -48,10 +52,13 @@ def read_config(directory: Path) -> RunConfig:
     return from_json(text, source=str(path))
 
 
-def claim_config(directory: Path, run: RunConfig) -> RunConfig:
+def claim_config(directory: Path, run: RunConfig, allowed: Sequence[str] = ()) -> RunConfig:
     """Writes config.json, or checks that the one that is there describes the same run.
 
     One that was refused before its first step has left a config.json too: it holds nothing back.
+
+    Args:
+      allowed: Fields of `training` that may differ from now on, because the user says so.
 
     Returns:
       The run as it is read back from there, where every number has the type of its field.
@@ -64,12 +71,18 @@ def claim_config(directory: Path, run: RunConfig) -> RunConfig:
     if path.exists() and _has_begun(directory):
         kept = read_config(directory)
         changed = differences(kept, run)
-        refused = {field: values for field, values in changed.items() if not may_change(field, run)}
+        named = [field for field in allowed if field.startswith(MAY_BE_ALLOWED)]
+        refused = {
+            field: values
+            for field, values in changed.items()
+            if not may_change(field, run) and not any(field == name or field.startswith(f"{name}.") for name in named)
+        }
         if refused:
             lines = "\n".join(f"  {field}: {old!r} in the run, {new!r} now" for field, (old, new) in refused.items())
             raise RefusedError(
                 f"{directory} holds a run with another configuration:\n{lines}\n"
-                "Take another --workdir, or the run's own values."
+                "Take another --workdir, or the run's own values; to go on with other values of a training field from "
+                "here, name it: --allow-change training.batch_size"
             )
     text = to_json(run)
     try:

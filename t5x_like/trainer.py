@@ -7,6 +7,7 @@ measured, leave if asked to. A save comes before the data moves on, so that a ch
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from t5x_like import run_directory
@@ -19,8 +20,11 @@ from t5x_like.session import Session, finished_step, open_session
 _LOG = logging.getLogger(__name__)
 
 
-def train(run: RunConfig, workdir: Path) -> int:
+def train(run: RunConfig, workdir: Path, allowed_changes: Sequence[str] = ()) -> int:
     """Trains `run` in `workdir` up to its last step, from its newest checkpoint if there is one.
+
+    Args:
+      allowed_changes: Fields in which `run` may differ from what is in `workdir`.
 
     Returns:
       The process's exit code: EXIT_OK when the last step is saved, EXIT_RESUMABLE when a signal stopped the run after a
@@ -30,7 +34,7 @@ def train(run: RunConfig, workdir: Path) -> int:
       UserError: the run cannot start or go on; exit.json in `workdir` says the same.
     """
     with run_directory.locked(workdir), interruption() as stop:
-        run = run_directory.claim_config(workdir, run)
+        run = run_directory.claim_config(workdir, run, allowed_changes)
         finished = finished_step(run, workdir)
         if finished is not None:
             print(f"{workdir}: step {finished} of {run.training.num_train_steps} is saved; nothing to train")

@@ -47,6 +47,22 @@ def test_what_does_not_decide_the_result_may_change(tmp_path: Path, run: RunConf
     assert run_directory.read_config(tmp_path) == changed
 
 
+def test_a_training_field_may_differ_where_it_is_named(tmp_path: Path, run: RunConfig) -> None:
+    run_directory.claim_config(tmp_path, run)
+    (tmp_path / run_directory.METRICS).write_text('{"step": 1}\n')
+    larger = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=16))
+    other = dataclasses.replace(larger, data=dataclasses.replace(run.data, seed=7))
+    for refused, allowed in (
+        (larger, ()),
+        (larger, ("training.schedule",)),
+        (other, ("training.batch_size", "data.seed")),
+    ):
+        with pytest.raises(RefusedError, match="--allow-change"):
+            run_directory.claim_config(tmp_path, refused, allowed)
+    run_directory.claim_config(tmp_path, larger, ("training.batch_size",))
+    assert run_directory.read_config(tmp_path) == larger
+
+
 @pytest.mark.parametrize(
     ("kind", "decay_steps", "allowed"), [("rsqrt", None, True), ("cosine", None, False), ("cosine", 50, True)]
 )
