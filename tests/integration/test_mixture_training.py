@@ -1,4 +1,4 @@
-"""Runs over mixtures: several shapes of rows in a step, several corpora, packed pairs, another batch size on the way."""
+"""Runs over mixtures: several shapes of rows in a step, several corpora, packed pairs, another batch size."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def small_run(place: Path, data: DataConfig, batch_size: int, steps: int) -> Run
 
 
 def position(workdir: Path, run: RunConfig) -> int:
-    _, _, meta = CheckpointManager(workdir / "checkpoints", run.checkpoints, read_only=True).restore_params(None)
-    return int(meta["data"]["rows"])
+    checkpoints = CheckpointManager(workdir / "checkpoints", run.checkpoints, read_only=True)
+    newest = checkpoints.latest()
+    assert newest is not None
+    return int(checkpoints.read_meta(newest)["data"]["rows"])
 
 
 def records(workdir: Path) -> list[dict[str, float]]:
@@ -72,21 +74,21 @@ def test_two_shapes_and_another_batch_size_on_the_way(tmp_path: Path) -> None:
         targets_length=64,
         short_targets_lengths=(24,),
     )
-    run = small_run(tmp_path, data, batch_size=6, steps=4)
+    run = small_run(tmp_path, data, batch_size=24, steps=4)
     assert validate(run) == []
-    uneven = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=8))
+    uneven = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=25))
     (problem,) = validate(uneven)
     assert problem.where == "training.batch_size" and "2 main, 1 targets_24" in problem.expected
     prepare(run.data, report=lambda line: None)
     workdir = tmp_path / "run"
     assert train(run, workdir) == 0
-    assert position(workdir, run) == 24
+    assert position(workdir, run) == 96
 
-    larger = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=12, num_train_steps=6))
+    larger = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size=48, num_train_steps=6))
     with pytest.raises(RefusedError, match="--allow-change"):
         train(larger, workdir)
     assert train(larger, workdir, ["training.batch_size"]) == 0
-    assert position(workdir, larger) == 48
+    assert position(workdir, larger) == 192
     epochs = [record["epochs/python_docs"] for record in records(workdir)]
     assert epochs[0] == pytest.approx(epochs[1] / 2) and epochs[2] == pytest.approx(2 * epochs[1])
     assert {"loss/short", "loss/long", "loss/S"} <= records(workdir)[-1].keys()
