@@ -36,6 +36,7 @@ from t5x_like.config.run import (
     PartitioningConfig,
     RunConfig,
 )
+from t5x_like.config.seqio import SeqioConfig
 from t5x_like.config.training import Adafactor, AdamW, Schedule, TrainingConfig
 
 __all__ = [
@@ -72,6 +73,7 @@ __all__ = [
     "RefusedError",
     "RunConfig",
     "Schedule",
+    "SeqioConfig",
     "SpanCorruption",
     "StackConfig",
     "RopeScaling",

@@ -7,6 +7,7 @@ from typing import Literal
 from t5x_like.config.base import configuration
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.objectives import Layout, Objective
+from t5x_like.config.seqio import SeqioConfig
 
 
 @configuration
@@ -58,6 +59,8 @@ class DataConfig:
     """A mixture of corpora, in place of `corpus`."""
     sampling: SamplingConfig = SamplingConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    seqio: SeqioConfig | None = None
+    """A registered seqio Task or Mixture read live, in place of corpora, tokenizer and mixture (which is then ())."""
     layout: Layout
     """How inputs and targets become model features: seqio's EncDec, PrefixLM, LM and Encoder feature converters."""
     mixture: tuple[Objective, ...]

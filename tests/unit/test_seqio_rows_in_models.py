@@ -1,0 +1,86 @@
+"""Batches of seqio's own feature converters, packed or not, feed the models as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("seqio")
+
+from model_examples import logits, model  # noqa: E402
+from seqio_examples import live_config  # noqa: E402
+
+from t5x_like.config.objectives import Layout  # noqa: E402
+from t5x_like.config.seqio import packed_features  # noqa: E402
+from t5x_like.data.seqio_live import LiveBatches  # noqa: E402
+from t5x_like.training.losses import targets_and_weights  # noqa: E402
+
+ROWS = 4
+ARCHITECTURES = {"causal_lm": "decoder"}
+DECODER = {"decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"}
+PLAIN = {
+    "encoder_decoder": {
+        "encoder_input_tokens",
+        "decoder_input_tokens",
+        "decoder_target_tokens",
+        "decoder_loss_weights",
+    },
+    "prefix_lm": {
+        "decoder_input_tokens",
+        "decoder_target_tokens",
+        "decoder_loss_weights",
+        "decoder_causal_attention",
+    },
+    "causal_lm": {"decoder_input_tokens", "decoder_target_tokens", "decoder_loss_weights"},
+    "encoder": {"encoder_input_tokens", "encoder_target_tokens", "encoder_loss_weights"},
+}
+
+
+def losses_of_examples(features: dict[str, Any], layout: Layout) -> list[float]:
+    """Summed loss of each example of a batch, by segment where rows are packed."""
+    config = dataclasses.replace(model(ARCHITECTURES.get(layout, layout), "rope"), vocab_size=512)
+    scores = logits(config, features)
+    targets, weights = targets_and_weights(features)
+    likely = np.asarray(jax.nn.log_softmax(scores))
+    loss = -np.take_along_axis(likely, targets[..., None], axis=-1)[..., 0] * np.asarray(weights)
+    stack = "encoder" if layout == "encoder" else "decoder"
+    segments = features.get(f"{stack}_segment_ids", (targets > 0).astype(np.int32))
+    return [
+        float(row[ids == segment].sum())
+        for row, ids in zip(loss, segments, strict=True)
+        for segment in range(1, ids.max() + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("encoder_decoder", "numbers"),
+        ("prefix_lm", "numbers"),
+        ("causal_lm", "numbers"),
+        ("causal_lm", "text_alone"),
+        ("encoder", "masked_numbers"),
+    ],
+)
+def test_packed_rows_have_the_losses_of_separate_examples(layout: Layout, name: str) -> None:
+    """In the order of the examples: seqio packs them one after the other."""
+    found = {}
+    for pack in (True, False):
+        data = live_config(name, layout, pack=pack, shuffle=False, num_epochs=None)
+        batches = LiveBatches(data, ROWS)
+        losses: list[float] = []
+        while len(losses) < 3 * ROWS:
+            features = next(batches)["main"]
+            assert set(features) == PLAIN[layout] | set(packed_features(data) if pack else ())
+            decoder = 16 if layout == "encoder_decoder" else 40
+            for feature, values in features.items():
+                assert values.shape == (ROWS, 24 if feature.startswith("encoder") else decoder), feature
+                assert values.dtype == np.int32
+            losses += losses_of_examples(features, layout)
+        found[pack] = losses[: 3 * ROWS]
+    assert np.ptp(found[False]) > 1.0
+    np.testing.assert_allclose(found[True], found[False], rtol=1e-4)
