@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from t5x_like.config import RunConfig, batch_spec
-from t5x_like.data.describe import describe_rows
-from t5x_like.data.stream import Stream
+from t5x_like.data.batches import Source
 from t5x_like.models.parameters import count_parameters, forward_flops
 from t5x_like.monitoring.summary import Part, StartSummary, print_summary
 from t5x_like.monitoring.throughput import Peak, known_peak, measured_peak
@@ -76,7 +75,7 @@ def _matrix_product_rate(size: int = 1024, repeats: int = 8) -> float:
     return 2.0 * size**3 / min(seconds)
 
 
-def show(program: Program, stream: Stream, workdir: Path, step: int, first_row: int, console: Console) -> None:
+def show(program: Program, source: Source, workdir: Path, step: int, first_row: int, console: Console) -> None:
     """Prints the tables at the start of a run, and the first rows that it will train on as text."""
     run = program.run
     total = run.training.num_train_steps
@@ -97,8 +96,9 @@ def show(program: Program, stream: Stream, workdir: Path, step: int, first_row: 
         versions=versions(),
     )
     print_summary(summary, console)
-    console.print(f"first rows of step {step}, each cut at {_TOKENS_SHOWN} tokens; `t5x-like inspect` shows more")
-    console.print(*describe_rows(stream, first_row, _ROWS_SHOWN, _TOKENS_SHOWN))
+    if source.stores:
+        console.print(f"first rows of step {step}, each cut at {_TOKENS_SHOWN} tokens; `t5x-like inspect` shows more")
+    console.print(*source.describe(first_row, _ROWS_SHOWN, _TOKENS_SHOWN))
 
 
 def _model(run: RunConfig) -> str:

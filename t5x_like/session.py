@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.checkpoints.space import require_free_space, state_bytes
 from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
 from t5x_like.config.serialization import to_dict
-from t5x_like.data.prefetch import Prefetcher
-from t5x_like.data.prepare import open_stores
-from t5x_like.data.store import Store
-from t5x_like.data.stream import Stream
+from t5x_like.data.batches import Batches, Source, open_source
 from t5x_like.evaluation.command import evaluate_and_record, is_evaluated
 from t5x_like.monitoring.clock import Clock, goodput
 from t5x_like.monitoring.logs import logging_to
@@ -44,9 +41,8 @@ class Session:
     run: RunConfig
     workdir: Path
     program: Program
-    stores: tuple[Store, ...]
-    stream: Stream
-    batches: Prefetcher
+    source: Source
+    batches: Batches
     first_row: int
     """Rows of the run that were read before this process's first step."""
     first_step: int
@@ -106,13 +102,13 @@ class Session:
                 self._write_interval(self.step)
             meta = {
                 "config": to_dict(self.run),
-                "data": {"rows": self.rows_read(self.step), "fingerprint": self.stream.fingerprint},
+                "data": {"rows": self.rows_read(self.step), "fingerprint": self.source.fingerprint},
                 "interval": {name: list(mean) for name, mean in self.interval.items()},
                 "seconds": self.clock.totals(),
                 "mesh": dict(self.program.mesh.shape),
                 "versions": overview.versions(),
             }
-            if self.checkpoints.save(self.step, self.state, meta):
+            if self.checkpoints.save(self.step, self.state, meta, self.batches.state_files()):
                 self.progress.status(f"saving step {self.step}")
 
     def evaluate(self) -> None:
@@ -123,7 +119,7 @@ class Session:
         self._collect()
         with self.clock.state("eval"):
             with self._written():
-                evaluate_and_record(self.program, self.state["params"], self.stores, self.workdir, self.step)
+                evaluate_and_record(self.program, self.state["params"], self.source.stores, self.workdir, self.step)
         self.evaluated = self.step
         self.progress.status(f"evaluated step {self.step}")
 
@@ -173,7 +169,7 @@ class Session:
             peak=self.peak,
         )
         metrics["goodput"] = goodput(self.clock.totals())
-        metrics |= {f"epochs/{name}": count for name, count in self.stream.epochs(self.rows_read(step)).items()}
+        metrics |= {f"epochs/{name}": count for name, count in self.source.epochs(self.rows_read(step)).items()}
         with self._written():
             self.writers.write(step, metrics)
         if metrics["nonfinite"] == 1.0:
@@ -206,9 +202,8 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
     console = Console()
     with contextlib.ExitStack() as stack:
         stack.enter_context(logging_to(workdir / "log.txt", console))
-        stores = open_stores(run.data)
-        _require_rows_for(stores[0], run)
-        stream = Stream(stores, run.data, run.training.batch_size, "train")
+        source = open_source(run.data, run.training.batch_size, jax.process_index(), jax.process_count())
+        _require_rows_for(source, run)
         program = assemble(run, jax.devices())
         directory = workdir / run_directory.CHECKPOINTS
         require_free_space(
@@ -217,31 +212,31 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
         checkpoints = CheckpointManager(directory, run.checkpoints)
         stack.callback(checkpoints.close)
         restored = checkpoints.latest() is not None
-        step, first_row, state, interval = 0, 0, None, {}
+        step, first_row, state, interval, files = 0, 0, None, {}, {}
+        of_data = None
         if restored:
             step, state, meta = checkpoints.restore(program.abstract_state)
-            _require_same_data(meta["data"], stream.fingerprint)
-            first_row = meta["data"]["rows"]
+            of_data, files = meta["data"], checkpoints.read_files(step)
+            first_row = of_data["rows"]
             interval = {name: Mean(*pair) for name, pair in meta["interval"].items()}
             clock.go_on(meta["seconds"])
         else:
             state = program.init()
         restored_step = step if restored else None
-        overview.show(program, stream, workdir, step, first_row, console)
+        batches = source.start(first_row, of_data, files)
+        stack.callback(batches.close)
+        overview.show(program, source, workdir, step, first_row, console)
         progress = Progress(run.training.num_train_steps, console=console, step=step)
         stack.callback(progress.close)
         writers = _open_writers(run, workdir, restored_step, progress)
         stack.callback(writers.close)
-        batches = Prefetcher(stream, first_row, jax.process_index(), jax.process_count())
-        stack.callback(batches.close)
         # From here on, what is nothing else is waiting for steps.
         clock.enter("step")
         yield Session(
             run=run,
             workdir=workdir,
             program=program,
-            stores=stores,
-            stream=stream,
+            source=source,
             batches=batches,
             first_row=first_row,
             first_step=step,
@@ -267,18 +262,9 @@ def _open_writers(run: RunConfig, workdir: Path, restored_step: int | None, prog
     return Writers(record, others)
 
 
-def _require_rows_for(store: Store, run: RunConfig) -> None:
+def _require_rows_for(source: Source, run: RunConfig) -> None:
     """Raises ConfigError where the token table lacks ids of the tokenizer, which may be known from its file only."""
-    needed = store.vocabulary.vocab_size
+    needed = source.vocab_size
     if needed > run.model.vocab_size:
-        expected = f"at least {needed}, the ids of the tokenizer in {store.path}"
+        expected = f"at least {needed}, the ids of the tokenizer of {source.origin}"
         raise ConfigError([Problem("model.vocab_size", str(run.model.vocab_size), expected)])
-
-
-def _require_same_data(saved: Mapping[str, Any], fingerprint: str) -> None:
-    if saved["fingerprint"] != fingerprint:
-        raise RefusedError(
-            f"the checkpoint was trained on data with the fingerprint {saved['fingerprint']}, the run's data has "
-            f"{fingerprint}: another corpus, tokenizer or version of the data. Bring the prepared store back, or begin "
-            "anew in another --workdir."
-        )

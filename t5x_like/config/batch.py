@@ -53,6 +53,8 @@ def sub_batch_of(objective: Objective, data: DataConfig) -> str:
 
 def row_shapes(data: DataConfig) -> dict[str, RowShape]:
     """The sub-batches that the data's objectives need, "main" first, by name."""
+    if data.seqio is not None:
+        return {MAIN: RowShape(data.inputs_length, data.targets_length, packed=data.seqio.pack)}
     documents = any(data.examples_of(share) == "documents" for share in data.sources)
     paired = {sub_batch_of(objective, data) for objective in data.objectives if windows_per_row(objective) > 1}
     lengths = {MAIN: data.targets_length}
@@ -108,7 +110,8 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
     encoder: encoder_input_tokens, encoder_target_tokens, encoder_loss_weights.
     Packed rows also have encoder_segment_ids, encoder_positions, decoder_segment_ids and decoder_positions, as far as
     there is an encoder and a decoder.
-    `denoiser_ids`, an index into `data.objectives`: [rows], or where rows are packed [rows, length], by target cell.
+    `denoiser_ids`, an index into `data.objectives`: [rows], or where rows are packed [rows, length], by target cell;
+    not of seqio's Tasks.
     """
     encoder = (rows, shape.inputs_length)
     is_single = data.layout in ("prefix_lm", "causal_lm")
@@ -128,5 +131,6 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
         if shape.packed:
             features |= {"decoder_segment_ids": decoder, "decoder_positions": decoder}
     targets = encoder if data.layout == "encoder" else decoder
-    features["denoiser_ids"] = targets if shape.packed else (rows,)
+    if data.seqio is None:
+        features["denoiser_ids"] = targets if shape.packed else (rows,)
     return {name: ArraySpec(size, "int32") for name, size in features.items()}

@@ -92,7 +92,9 @@ class DataConfig:
 
     @property
     def sources(self) -> tuple[CorpusShare, ...]:
-        """The corpora: those of the mixture, or the one."""
+        """The corpora: those of the mixture, or the one; none where seqio is read live."""
+        if self.seqio is not None:
+            return ()
         return self.corpora or (CorpusShare(name=self.corpus.name, corpus=self.corpus),)
 
     def examples_of(self, share: CorpusShare) -> Literal["windows", "documents"]:

@@ -138,3 +138,21 @@ def sub_batch_problems(data: DataConfig, batch_size: int) -> Problems:
 def _reduced(shares: dict[str, Fraction], rows: int) -> Iterator[tuple[str, int]]:
     for name, share in shares.items():
         yield name, int(share * rows)
+
+
+def seqio_problems(data: DataConfig) -> Problems:
+    """What is wrong with the data of a run that is read live."""
+    assert data.seqio is not None
+    if not data.seqio.mixture_or_task:
+        yield Problem("data.seqio.mixture_or_task", "nothing", "the name of a registered seqio Task or Mixture")
+    if data.layout == "encoder" and data.seqio.mask_id is None:
+        expected = "the id of the Task's mask token: seqio scores the positions where the inputs have it"
+        yield Problem("data.seqio.mask_id", "None with the layout encoder", expected)
+    if data.seqio.num_epochs is not None and data.seqio.num_epochs < 1:
+        yield Problem("data.seqio.num_epochs", str(data.seqio.num_epochs), "at least 1, or None for no end")
+    if data.mixture:
+        expected = "(): the Task makes inputs and targets itself"
+        yield Problem("data.mixture", f"{len(data.mixture)} objectives beside data.seqio", expected)
+    for name in ("corpora", "schedule", "short_targets_lengths"):
+        if getattr(data, name):
+            yield Problem(f"data.{name}", "a value beside data.seqio", "(): it is for prepared stores")

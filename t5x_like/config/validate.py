@@ -9,7 +9,12 @@ from t5x_like.config.corpora import TokenizerConfig
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import Problem
 from t5x_like.config.lengths import raw_window_length, sentinels_needed
-from t5x_like.config.mixture_problems import corpora_problems, schedule_problems, sub_batch_problems
+from t5x_like.config.mixture_problems import (
+    corpora_problems,
+    schedule_problems,
+    seqio_problems,
+    sub_batch_problems,
+)
 from t5x_like.config.model import Architecture, ModelConfig
 from t5x_like.config.objectives import (
     MODES,
@@ -71,6 +76,12 @@ def validate(run: RunConfig) -> list[Problem]:
 
 
 def _data(data: DataConfig) -> Problems:
+    if data.seqio is not None:
+        yield from seqio_problems(data)
+        yield from _lengths(data)
+        yield from within("data.seed", data.seed, 0, 2**32 - 1)
+        yield from at_least("data.prefetch", data.prefetch, 1)
+        return
     yield from corpora_problems(data)
     yield from tokenizer_problems(data.tokenizer)
     lengths = [*_lengths(data)]
@@ -179,7 +190,7 @@ def _model_and_data(model: ModelConfig, data: DataConfig) -> Problems:
                 f"{stack.max_positions} for rows of {rows[name]} cells",
                 f"{rows[name]} or more",
             )
-    needed = required_vocabulary(data.tokenizer)
+    needed = None if data.seqio is not None else required_vocabulary(data.tokenizer)
     if needed is not None and 1 <= model.vocab_size < needed:
         yield Problem(
             "model.vocab_size",

@@ -164,7 +164,17 @@ def open_stores(data: DataConfig) -> tuple[Store, ...]:
       DataError: one is missing or half-written; the message names the command that makes it.
       RefusedError: they were not made with one tokenizer.
     """
+    _require_store(data)
     return _agreeing([Store.open(path) for path in store_paths(data)])
+
+
+def _require_store(data: DataConfig) -> None:
+    if data.seqio is not None:
+        name = data.seqio.mixture_or_task
+        raise DataError(
+            f"data.seqio: {name!r} is read live, so there is no prepared store; expected one here. To prepare the Task "
+            "instead, name it by data.corpus.task"
+        )
 
 
 def _agreeing(stores: Sequence[Store]) -> tuple[Store, ...]:

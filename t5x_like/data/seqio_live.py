@@ -7,6 +7,7 @@ beside it, and a difference is refused.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -28,6 +29,7 @@ from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import DataError, RefusedError
 from t5x_like.config.objectives import Layout
 from t5x_like.data.features import Features
+from t5x_like.data.store import Store
 
 _IDENTITY = "identity.json"
 _PACKAGES = ("seqio", "tensorflow", "tensorflow-text", "tensorflow-datasets")
@@ -36,7 +38,8 @@ _PACKAGES = ("seqio", "tensorflow", "tensorflow-text", "tensorflow-datasets")
 class LiveBatches(Iterator[dict[str, Features]]):
     """The batches of one host, in order, each {"main": features} of numpy arrays as in `config.batch.batch_spec`.
 
-    Nothing is taken ahead of `__next__`: tf.data's own buffers belong to the state that `state_files` returns.
+    Nothing is taken ahead of `__next__`: tf.data's own buffers belong to the state that `state_files` returns. It is a
+    `data.batches.Source` too.
 
     Raises:
       DataError: no such Task or Mixture or split, or it lacks the features of the layout.
@@ -81,6 +84,36 @@ class LiveBatches(Iterator[dict[str, Features]]):
         """Everything that decides which batch is which, as JSON values."""
         self._is_saveable = False
 
+    stores: tuple[Store, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        return f"the seqio Task or Mixture {self.provider.name!r}"
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest of its features' vocabularies, with the sentinels that they bring."""
+        return max(int(feature.vocabulary.vocab_size) for feature in self.provider.output_features.values())
+
+    def epochs(self, first_row: int) -> dict[str, float]:
+        """Not known: Tasks do not say how many examples they have."""
+        del first_row
+        return {}
+
+    def describe(self, first_row: int, rows: int, max_tokens: int) -> list[Any]:
+        """Its Tasks; to show rows would be to take them."""
+        del first_row, rows, max_tokens
+        rates: dict[str, float] = self.identity["rates"]
+        tasks = ", ".join(f"{name} ({rate / sum(rates.values()):.1%})" for name, rate in rates.items())
+        return [f"live from seqio: {self.provider.name}, Tasks: {tasks}"]
+
+    def start(self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes]) -> LiveBatches:
+        """Itself, where it was saved."""
+        del first_row
+        if meta is not None:
+            self.restore(files)
+        return self
+
     @property
     def fingerprint(self) -> str:
         """Digest of `identity`."""
@@ -89,25 +122,36 @@ class LiveBatches(Iterator[dict[str, Features]]):
     def __next__(self) -> dict[str, Features]:
         """Raises DataError where `num_epochs` are over, the position cannot be saved, or seqio's packing has paired the
         wrong examples."""
-        try:
-            tensors = next(self._iterator)
-        except StopIteration:
+        features = self._take()
+        if features is None:
             assert self.data.seqio is not None
             raise DataError(
                 f"data.seqio: {self.provider.name!r} ended after {self._taken:,} batches, which are "
                 f"{self.data.seqio.num_epochs} epochs; expected enough for training.num_train_steps. Set "
                 "data.seqio.num_epochs to None for no end"
-            ) from None
-        except tf.errors.OpError as error:
-            raise DataError(f"data.seqio: {self.provider.name!r} cannot be read ({error.message})") from error
+            )
         self._taken += 1
         if not self._is_saveable:
             self._require_saveable()
+        return {"main": features}
+
+    def rest(self) -> Iterator[Features]:
+        """The features of what is left of `num_epochs`."""
+        while (features := self._take()) is not None:
+            yield features
+
+    def _take(self) -> Features | None:
+        try:
+            tensors = next(self._iterator, None)
+        except tf.errors.OpError as error:
+            raise DataError(f"data.seqio: {self.provider.name!r} cannot be read ({error.message})") from error
+        if tensors is None:
+            return None
         features = {name: tensor.numpy().astype(np.int32) for name, tensor in tensors.items()}
         if self.data.layout == "causal_lm":
             features.pop("decoder_causal_attention", None)
         _require_paired(features, self.provider.name)
-        return {"main": features}
+        return features
 
     def close(self) -> None:
         """Ends tf.data's threads of this iterator."""
@@ -163,6 +207,28 @@ class LiveBatches(Iterator[dict[str, Features]]):
     @staticmethod
     def _name(host: int, hosts: int) -> str:
         return f"seqio-{host:05d}-of-{hosts:05d}.zip"
+
+
+def validation_batches(data: DataConfig, rows: int, num_batches: int) -> Iterator[dict[str, Features]]:
+    """Global batches of the Task's validation split in its order, one example per row, the same on every host.
+
+    They end with the split; the last one is filled up with rows of padding.
+    """
+    assert data.seqio is not None
+    config = dataclasses.replace(data.seqio, pack=False, shuffle=False, num_epochs=1)
+    if "validation" not in load_provider(config.mixture_or_task, config.module).splits:
+        return
+    examples = LiveBatches(dataclasses.replace(data, seqio=config), 1, split="validation")
+    for _ in range(num_batches):
+        found = [features for features, _ in zip(examples.rest(), range(rows), strict=False)]
+        if not found:
+            return
+        yield {
+            "main": {
+                name: np.concatenate([row[name] for row in found] + [np.zeros_like(values)] * (rows - len(found)))
+                for name, values in found[0].items()
+            }
+        }
 
 
 def load_provider(name: str, module: str | None) -> Any:

@@ -28,7 +28,13 @@ class Trained:
 
     @property
     def store(self) -> Store:
-        """The first store; its tokenizer is that of all."""
+        """The first store; its tokenizer is that of all.
+
+        Raises:
+          DataError: the run has none: it reads a seqio Task live.
+        """
+        if not self.stores:
+            open_stores(self.run.data)
         return self.stores[0]
 
     def params(self, step: int | None = None) -> tuple[int, Any]:
@@ -38,6 +44,8 @@ class Trained:
           RefusedError: there is no such checkpoint or it is not intact, or it was trained on other data.
         """
         step, params, meta = self.checkpoints.restore_params(self.program.abstract_params, step)
+        if not self.stores:
+            return step, params
         trained_on = meta["data"]["fingerprint"]
         found = Stream(self.stores, self.run.data, self.run.training.batch_size).fingerprint
         if found != trained_on:
@@ -57,6 +65,6 @@ def open_trained(run_dir: Path) -> Trained:
       DataError: the run's token store, which holds the tokenizer, is missing.
     """
     run = run_directory.read_config(run_dir)
-    stores = open_stores(run.data)
+    stores = () if run.data.seqio is not None else open_stores(run.data)
     checkpoints = CheckpointManager(run_dir / run_directory.CHECKPOINTS, run.checkpoints, read_only=True)
     return Trained(run, assemble(run, jax.devices()), stores, checkpoints)

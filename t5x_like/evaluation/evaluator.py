@@ -33,8 +33,8 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
 
     Returns:
       step: The step.
-      objectives: By name of the mixture's objectives, of several corpora by "corpus/objective": loss (nats per scored
-        token), accuracy, tokens; and what the model itself reports, under its names.
+      objectives: By name of the mixture's objectives, of several corpora by "corpus/objective", or of the seqio Task:
+        loss (nats per scored token), accuracy, tokens; and what the model itself reports, under its names.
       prefix_lm: Of windows whose first half is given: loss_per_token (nats), bits_per_byte (the loss of all scored
         tokens over the bytes of their text; EOS between documents is scored and has no bytes), bytes. None for
         encoders, as are the baselines.
@@ -43,17 +43,18 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
     """
     data, rows = program.run.data, program.run.training.batch_size
     objectives = {}
+    if data.seqio is not None:
+        from t5x_like.data.seqio_live import validation_batches
+
+        sums = _sums(program, params, validation_batches(data, rows, num_batches))
+        if sums["loss"].weight:
+            objectives[data.seqio.mixture_or_task] = _scores(sums)
     for share, store in zip(data.sources, stores, strict=True):
         for objective in data.objectives_of(share):
             batches = validation.objective_batches(store, data, share, rows, objective, num_batches)
             sums = _sums(program, params, batches)
             name = f"{share.name}/{objective.name}" if len(stores) > 1 else objective.name
-            objectives[name] = {
-                "loss": value(sums["loss"]),
-                "accuracy": value(sums["accuracy"]),
-                "tokens": round(sums["loss"].weight),
-                **{of: value(mean) for of, mean in sums.items() if not is_of_logits(of)},
-            }
+            objectives[name] = _scores(sums)
     scored = [batch for store in stores for batch in validation.prefix_lm_batches(store, data, rows, num_batches)]
     text = b"".join(batch.text for batch in scored)
     result: dict[str, Any] = {"step": step, "objectives": objectives, "prefix_lm": None, "baselines": None}
@@ -74,6 +75,15 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
             "lzma_bits_per_byte": baselines.lzma_bits_per_byte(text),
         }
     return result
+
+
+def _scores(sums: Mapping[str, Mean]) -> dict[str, float]:
+    return {
+        "loss": value(sums["loss"]),
+        "accuracy": value(sums["accuracy"]),
+        "tokens": round(sums["loss"].weight),
+        **{of: value(mean) for of, mean in sums.items() if not is_of_logits(of)},
+    }
 
 
 def bits_per_byte(loss: Mean, num_bytes: int) -> float:

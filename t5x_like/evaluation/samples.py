@@ -35,6 +35,8 @@ def decode_samples(program: Program, params: Tree, stores: Sequence[Store], *, c
         Masked LM: every chosen token is shown as a sentinel of its own, whatever the masking put there.
       prediction: What the model says in place of the targets.
     """
+    if not stores:
+        return []  # Read live: there is no tokenizer to spell with.
     data = program.run.data
     kinds = [
         (share, store, objective)
