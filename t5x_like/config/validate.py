@@ -19,6 +19,8 @@ from t5x_like.config.model import Architecture, ModelConfig
 from t5x_like.config.objectives import (
     MODES,
     CausalLM,
+    CausalMasking,
+    FillInTheMiddle,
     Layout,
     MaskedLM,
     Objective,
@@ -120,10 +122,12 @@ def _named_objectives(data: DataConfig) -> Iterator[tuple[str, int, Objective, l
 
 def _objective_in_layout(where: str, objective: Objective, layout: Layout) -> Problems:
     found = f"{objective.kind} in layout {layout}"
-    if (layout == "encoder") != isinstance(objective, MaskedLM):
-        expected = "masked_lm, which predicts in place" if layout == "encoder" else "an objective with a decoder"
-        yield Problem(f"{where}.kind", found, expected, "masked_lm and the layout encoder go together")
-    elif layout == "encoder_decoder" and isinstance(objective, CausalLM):
+    masked = isinstance(objective, MaskedLM)
+    if layout == "encoder" and not masked:
+        yield Problem(f"{where}.kind", found, "masked_lm, which predicts in place", "or a layout with a decoder")
+    elif masked and layout not in ("encoder", "prefix_lm"):
+        yield Problem(f"{where}.kind", found, "attention in both directions", "layout encoder or prefix_lm")
+    elif layout == "encoder_decoder" and isinstance(objective, CausalLM | FillInTheMiddle | CausalMasking):
         yield Problem(
             f"{where}.kind", found, "an objective with inputs for the encoder", "or layout causal_lm or prefix_lm"
         )

@@ -94,6 +94,8 @@ def stack_lengths(examples: Examples, layout: Layout) -> dict[str, npt.NDArray[n
         return {"encoder": examples.input_lengths_N}
     if layout == "encoder_decoder":
         return {"encoder": examples.input_lengths_N, "decoder": examples.target_lengths_N}
+    if examples.aligned:
+        return {"decoder": examples.target_lengths_N}
     return {"decoder": examples.input_lengths_N + examples.target_lengths_N}
 
 
@@ -164,11 +166,25 @@ def _causal_lm(examples: Examples, inputs_length: int, targets_length: int) -> F
 def _prefix_lm(examples: Examples, inputs_length: int, targets_length: int) -> Features:
     """The same stream; attention is bidirectional over the inputs and one position more: since the decoder reads its
     targets one position later, the position that reads the last input token predicts the first target."""
+    if examples.aligned:
+        return _masked_next_token(examples, inputs_length + targets_length)
     features = _causal_lm(examples, inputs_length, targets_length)
     places_L = np.arange(inputs_length + targets_length)
     bidirectional_NxL = places_L < (examples.input_lengths_N + 1)[:, None]
     present_NxL = places_L < (examples.input_lengths_N + examples.target_lengths_N)[:, None]
     return {**features, "decoder_causal_attention": (bidirectional_NxL & present_NxL).astype(np.int32)}
+
+
+def _masked_next_token(examples: Examples, length: int) -> Features:
+    """Masked LM in one stream (GPT-BERT): the decoder reads the masked text one position later and sees all of it, so
+    that each position predicts the token after the one that it reads, as in causal LM."""
+    present_NxL = np.arange(length) < examples.target_lengths_N[:, None]
+    return {
+        "decoder_input_tokens": np.where(present_NxL, shift_right(_padded(examples.inputs_NxI, length)), PAD_ID),
+        "decoder_target_tokens": _padded(examples.targets_NxT, length),
+        "decoder_loss_weights": _weights(examples, length).astype(np.int32),
+        "decoder_causal_attention": present_NxL.astype(np.int32),
+    }
 
 
 def _encoder(examples: Examples, inputs_length: int, targets_length: int) -> Features:

@@ -20,7 +20,7 @@ from t5x_like.config.objectives import Objective, Supervised
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise
 from t5x_like.data.store import Split
-from t5x_like.data.vocabulary import EOS_ID, Vocabulary
+from t5x_like.data.vocabulary import EOS_ID, TokenTraits, Vocabulary
 
 Integers = npt.NDArray[np.int64]
 
@@ -155,7 +155,7 @@ class Packed:
         return self.pick(index_M), owner_M
 
     def examples(
-        self, piece: Piece, keys_N: rng.Keys, objective: int, vocabulary: Vocabulary
+        self, piece: Piece, keys_N: rng.Keys, objective: int, vocabulary: Vocabulary, traits: TokenTraits | None
     ) -> Iterator[tuple[Integers, Examples]]:
         """(indices, Examples) of the pieces under one objective: those of one length at a time."""
         spec = self._objectives[objective]
@@ -168,7 +168,7 @@ class Packed:
         for length in np.unique(lengths).tolist():
             some = mine[lengths == length]
             tokens = self._split.gather(piece.targets_NxB[some, 0], length)
-            yield some, denoise(tokens, keys_N[some], spec, vocabulary)
+            yield some, denoise(tokens, keys_N[some], spec, vocabulary, traits)
 
     @property
     def _capacity(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,11 @@ import tensorstore
 
 from t5x_like.config.corpora import TokenizerConfig
 from t5x_like.config.errors import DataError
+from t5x_like.config.objectives import Objective
 from t5x_like.data import locations
+from t5x_like.data.denoise import needs_traits
 from t5x_like.data.locations import Location, Url
-from t5x_like.data.vocabulary import Vocabulary
+from t5x_like.data.vocabulary import TokenTraits, Vocabulary
 
 if TYPE_CHECKING:
     from t5x_like.data.tokenizers import Tokenizer
@@ -339,6 +342,10 @@ class Store:
         config = TokenizerConfig(**{**self.info["tokenizer"], **sentinels})
         model = locations.read_bytes(self.path / MODEL)
         return tokenizers.from_model(config, model, str(self.path / MODEL))
+
+    def traits_for(self, objectives: Iterable[Objective]) -> TokenTraits | None:
+        """What the objectives must know of the pieces; None, without loading the tokenizer, where none needs it."""
+        return self.tokenizer.traits if any(needs_traits(objective) for objective in objectives) else None
 
     def split(self, name: str) -> Split:
         return self._splits[name]

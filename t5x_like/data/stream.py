@@ -81,6 +81,7 @@ class Stream:
         self.batch_size = batch_size
         self.split = split
         self.vocabulary = _common_vocabulary(stores)
+        self._traits = self.store.traits_for(data.objectives)
         _check_objectives(data, self.vocabulary.num_sentinels)
         self._seed = rng.fold_in(data.seed, VERSION)
         self.sources = [self._source(index, share) for index, share in enumerate(data.sources)]
@@ -276,7 +277,7 @@ class Stream:
             if not row_n.size:
                 continue
             tokens = self._gather(objective, row_n, places)
-            examples = denoise(tokens, keys_N[row_n], objective, self.vocabulary)
+            examples = denoise(tokens, keys_N[row_n], objective, self.vocabulary, self._traits)
             together = windows_per_row(objective)
             if together == 1:
                 put_rows(out, row_n, examples, self.data.layout, shape, number)
@@ -320,7 +321,7 @@ class Stream:
         made = [
             (number, some, examples)
             for index, number in enumerate(source.ids)
-            for some, examples in packed.examples(piece, keys_m, index, self.vocabulary)
+            for some, examples in packed.examples(piece, keys_m, index, self.vocabulary, self._traits)
         ]
         lengths: dict[str, Integers] = {}
         for _, some, examples in made:

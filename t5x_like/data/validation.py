@@ -65,8 +65,9 @@ def objective_batches(
         return
     alone = dataclasses.replace(objective, paired=False) if isinstance(objective, PrefixLM) else objective
     length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length)
+    traits = store.traits_for((objective,))
     for tokens_NxL, window_N in _windows(store.split(split), length, batch_size, num_batches):
-        examples = denoise(tokens_NxL, rng.fold_in(_NOISE, window_N), alone, store.vocabulary)
+        examples = denoise(tokens_NxL, rng.fold_in(_NOISE, window_N), alone, store.vocabulary, traits)
         yield _batch(convert(examples, data.layout, data.inputs_length, data.targets_length), batch_size, number)
 
 
@@ -78,12 +79,13 @@ def _document_batches(
         return
     packed = Packed(store.split(split), store.parts, data, (data.objectives[objective],), rng.fold_in(_ORDER, 0))
     shape = RowShape(data.inputs_length, data.targets_length, packed=False)
+    traits = store.traits_for((data.objectives[objective],))
     for first in range(0, min(packed.num_pieces, batch_size * num_batches), batch_size):
         piece = packed.pick(np.arange(first, min(first + batch_size, packed.num_pieces)))
         keys_N = rng.fold_in(_NOISE, np.arange(first, first + len(piece.row_N)))
         spec = sub_batch_spec(data, shape, batch_size)
         out = {name: np.zeros(array.shape, np.int32) for name, array in spec.items()}
-        for row_n, examples in packed.examples(piece, keys_N, 0, store.vocabulary):
+        for row_n, examples in packed.examples(piece, keys_N, 0, store.vocabulary, traits):
             put_rows(out, row_n, examples, data.layout, shape, objective)
         yield {MAIN: {**out, "denoiser_ids": np.full(batch_size, objective, np.int32)}}
 

@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 
 from t5x_like.config import (
     AdamW,
+    Bart,
+    BlankInfilling,
     CausalLM,
+    CausalMasking,
     ConfigError,
     CorpusConfig,
+    FillInTheMiddle,
     MaskedLM,
     PartitioningConfig,
     PrefixLM,
@@ -130,6 +134,10 @@ OBJECTIVES = {
     "prefix_lm": PrefixLM(name="prefix"),
     "causal_lm": CausalLM(),
     "masked_lm": MaskedLM(),
+    "fill_in_the_middle": FillInTheMiddle(),
+    "causal_masking": CausalMasking(),
+    "bart": Bart(),
+    "blank_infilling": BlankInfilling(),
 }
 
 
@@ -137,10 +145,10 @@ OBJECTIVES = {
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_layout_wants_its_objectives(layout: Layout, kind: str) -> None:
     takes = {
-        "encoder_decoder": ("span_corruption", "prefix_lm"),
-        "prefix_lm": ("span_corruption", "prefix_lm", "causal_lm"),
-        "causal_lm": ("span_corruption", "prefix_lm", "causal_lm"),
-        "encoder": ("masked_lm",),
+        "encoder_decoder": OBJECTIVES.keys() - {"causal_lm", "masked_lm", "fill_in_the_middle", "causal_masking"},
+        "prefix_lm": OBJECTIVES.keys(),
+        "causal_lm": OBJECTIVES.keys() - {"masked_lm"},
+        "encoder": {"masked_lm"},
     }
     found = [p.where for p in validate(changed(example(layout), "data.mixture", (OBJECTIVES[kind],)))]
     assert found == ([] if kind in takes[layout] else ["data.mixture.0.kind"])

@@ -97,6 +97,19 @@ def test_masked_lm_scores_random_and_unchanged_tokens_too() -> None:
     assert (features["encoder_input_tokens"] == VOCABULARY.mask_id).sum() < 19 * 5
 
 
+def test_masked_lm_in_one_stream_predicts_the_next_token() -> None:
+    """GPT-BERT: masked text one position later, raw text as targets, attention in both directions."""
+    examples = some_examples(MaskedLM(mask_rate=0.5))
+    length = examples.targets_NxT.shape[1]
+    features = convert(examples, "prefix_lm", length, 3)
+    reads, predicts = features["decoder_input_tokens"], features["decoder_target_tokens"]
+    assert not reads[:, 0].any() and np.array_equal(reads[:, 1:length], examples.inputs_NxI[:, :-1])
+    assert np.array_equal(predicts[:, :length], examples.targets_NxT)
+    assert np.array_equal(features["decoder_loss_weights"][:, :length] > 0, examples.scored_NxT)
+    assert (features["decoder_causal_attention"] == (np.arange(length + 3) < length)).all()
+    assert not any(values[:, length:].any() for values in features.values())
+
+
 @pytest.mark.parametrize("layout", ["encoder_decoder", "prefix_lm", "causal_lm"])
 def test_an_example_that_does_not_fit_is_an_error(layout: Layout) -> None:
     examples = some_examples(SPANS)

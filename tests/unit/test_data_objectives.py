@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
+from data_examples import data_config, text_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +25,7 @@ from t5x_like.config import (
     Objective,
     PrefixLM,
     SpanCorruption,
+    mixtures,
 )
 from t5x_like.config.lengths import (
     bart_counts,
@@ -44,6 +48,8 @@ from t5x_like.data.denoise import Examples, denoise, needs_traits, restore
 from t5x_like.data.denoising import draws
 from t5x_like.data.denoising.bart import permute_sentences
 from t5x_like.data.denoising.masking import runs_of_words
+from t5x_like.data.store import Store
+from t5x_like.data.stream import Stream
 from t5x_like.data.vocabulary import EOS_ID, NUM_SPECIAL, TokenTraits, Vocabulary
 
 VOCABULARY = Vocabulary(base_size=2000, num_sentinels=400)
@@ -212,6 +218,46 @@ def test_objectives_of_a_single_token(objective: Objective) -> None:
     examples = noisy(numbered(50, 1), objective)
     for inputs, targets in zip(examples.inputs_NxI, examples.targets_NxT, strict=True):
         assert restore(inputs, targets, objective, VOCABULARY).tolist() == [NUM_SPECIAL]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    sentence = "It is a truth, universally acknowledged. So be it! Or not? Who knows.\n"
+    return text_store(tmp_path_factory.mktemp("texts") / "store", [sentence * (1 + n % 7) for n in range(40)])
+
+
+@pytest.mark.parametrize("examples", ["windows", "documents"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("gpt_bert", "prefix_lm"),
+        ("span_bert", "encoder"),
+        ("bert", "encoder"),
+        ("bart", "encoder_decoder"),
+        ("bart", "prefix_lm"),
+        ("glm", "prefix_lm"),
+        ("glm", "encoder_decoder"),
+        ("cm3", "causal_lm"),
+        ("fim", "causal_lm"),
+        ("fim", "prefix_lm"),
+    ],
+)
+def test_streams_of_presets(texts: Store, name: str, layout: Layout, examples: Literal["windows", "documents"]) -> None:
+    mixture = mixtures.bert(whole_words=True) if name == "bert" else getattr(mixtures, name)()
+    data = dataclasses.replace(data_config(layout, mixture), examples=examples)
+    (features,) = Stream([texts], data, batch_size=32).batch(0).values()
+    stack = "encoder" if layout == "encoder" else "decoder"
+    weights, targets = features[f"{stack}_loss_weights"], features[f"{stack}_target_tokens"]
+    assert (weights.sum(axis=1) > 0).all() and targets[weights > 0].all()
+    if layout != "prefix_lm" or name != "gpt_bert":
+        return
+    # Causal rows see one direction, masked rows both; each reads its text one place later.
+    masked = np.where(features["denoiser_ids"] == 1, 1, 0)
+    masked = masked if masked.ndim == 2 else np.repeat(masked[:, None], targets.shape[1], axis=1)
+    flag = features["decoder_causal_attention"] > 0
+    assert flag[(masked > 0) & (targets > 0)].all() and 0 < masked.mean() < 1
+    changed = features["decoder_input_tokens"][:, 1:] != targets[:, :-1]
+    assert changed[(masked[:, 1:] > 0) & (targets[:, 1:] > 0)].mean() == pytest.approx(0.15 * 0.9, abs=0.03)
 
 
 # Fill-in-the-middle.
