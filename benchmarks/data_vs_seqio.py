@@ -58,16 +58,16 @@ def data_config(store: str) -> Any:
 
 
 def stores_of(data: Any) -> Any:
-    from t5x_like.data.prepare import open_store
+    from t5x_like.data.prepare import open_stores
 
-    return open_store(data)
+    return open_stores(data)
 
 
 def prepare(work: Path) -> None:
     """The store, and its documents as TFRecords."""
     from t5x_like.data.prepare import prepare as prepare_store
 
-    store = prepare_store(data_config(str(work)))
+    (store,) = prepare_store(data_config(str(work)))
     done = work / "tfrecords" / "done"
     if done.exists():
         return
@@ -307,7 +307,8 @@ class CountedTokens:
 class CountedStore:
     path = Path("counted")
     fingerprint = "counted"
-    info: Mapping[str, Any] = {"parts": 1}
+    info: Mapping[str, Any] = {"parts": 1, "tokenizer_fingerprint": "counted"}
+    parts = 1
 
     def __init__(self, vocabulary: Any):
         self.vocabulary = vocabulary
@@ -322,16 +323,16 @@ def far_rows(work: Path, repetitions: int = 41) -> dict[str, Any]:
     from t5x_like.data.stream import Stream
 
     data = data_config(str(work))
-    store: Any = CountedStore(stores_of(data).vocabulary)
+    store: Any = CountedStore(stores_of(data)[0].vocabulary)
     seconds: dict[int, list[float]] = {0: [], 10**9: []}
     for _ in range(repetitions):
         for row, found in seconds.items():
             start = time.thread_time()
-            Stream(store, data, ROWS).batch(row // ROWS)
+            Stream([store], data, ROWS).batch(row // ROWS)
             found.append(time.thread_time() - start)
     near, far = (statistics.median(found) for found in seconds.values())
     return {
-        "rows_per_epoch": Stream(store, data, ROWS).rows_per_epoch,
+        "rows_per_epoch": Stream([store], data, ROWS).rows_per_epoch,
         "row_0_ms": round(near * 1e3, 2),
         "row_1e9_ms": round(far * 1e3, 2),
         "ratio": round(far / near, 3),

@@ -136,6 +136,19 @@ class Stream:
             batch[name] = self.rows(np.arange(start, stop, dtype=np.int64), name)
         return batch
 
+    def batches_at(self, first_row: int, steps: int, host: int = 0, hosts: int = 1) -> list[dict[str, Features]]:
+        """`batch_at` of so many steps, one after the other. Made together, which takes less time for small batches."""
+        batches: list[dict[str, Features]] = [{} for _ in range(steps)]
+        for name, (mine, all_) in self._shares.items():
+            rows = self.batch_size * mine // all_
+            own_N = np.arange(rows * host // hosts, rows * (host + 1) // hosts, dtype=np.int64)
+            firsts = [self.first_of(name, first_row + step * self.batch_size) for step in range(steps)]
+            made = self.rows((np.array(firsts, np.int64)[:, None] + own_N).ravel(), name)
+            for step, batch in enumerate(batches):
+                part = slice(step * len(own_N), (step + 1) * len(own_N))
+                batch[name] = {feature: values[part] for feature, values in made.items()}
+        return batches
+
     def first_of(self, sub_batch: str, first_row: int) -> int:
         """The sub-batch's own number of its first row behind the first `first_row` rows of the run."""
         mine, all_ = self._shares[sub_batch]

@@ -21,30 +21,34 @@ def stream(tmp_path: Path) -> Stream:
 
 def test_batches_come_in_order_from_the_start_step(stream: Stream) -> None:
     with Prefetcher(stream, 5 * 6, host=1, hosts=2) as batches:
-        for step in range(5, 12):
+        for step in range(5, 40):
             expected = stream.batch(step, 1, 2)["main"]
             assert all(np.array_equal(values, expected[name]) for name, values in next(batches)["main"].items())
 
 
 def test_it_stays_no_further_ahead_than_it_may(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches made at once are at most as many as were made before, and at most 16."""
     made: list[int] = []
-    batch_at = stream.batch_at
-    monkeypatch.setattr(stream, "batch_at", lambda row, *place: made.append(row) or batch_at(row, *place))
+    batches_at = stream.batches_at
+    monkeypatch.setattr(stream, "batches_at", lambda row, n, *place: made.append(n) or batches_at(row, n, *place))
     with Prefetcher(stream, 0) as batches:
-        next(batches)
-        time.sleep(0.2)
-        assert len(made) <= 1 + stream.data.prefetch + 1
+        for taken in range(1, 60):
+            next(batches)
+            if taken in (1, 10, 59):
+                time.sleep(0.1)
+                assert sum(made) <= taken + stream.data.prefetch + min(taken + stream.data.prefetch + 1, 16)
+    assert max(made) == 16
 
 
 def test_an_error_is_raised_where_its_batch_was_due(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch_at = stream.batch_at
+    rows = stream.rows
 
-    def failing(row: int, *place: int) -> object:
-        if row == 12:
+    def failing(index_N: np.ndarray, *sub_batch: str) -> object:
+        if 12 in index_N:
             raise OSError("the disk is gone")
-        return batch_at(row, *place)
+        return rows(index_N, *sub_batch)
 
-    monkeypatch.setattr(stream, "batch_at", failing)
+    monkeypatch.setattr(stream, "rows", failing)
     batches = Prefetcher(stream, 0)
     next(batches), next(batches)
     with pytest.raises(OSError, match="the disk is gone"):
