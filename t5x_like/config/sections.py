@@ -113,6 +113,9 @@ def _generator(model: ModelConfig) -> Problems:
     yield from _stack(where, generator)
     yield from _attention_dropout(where, generator, model)
     yield from above("model.discriminator_loss_weight", model.discriminator_loss_weight, 0)
+    for name, stack in (("encoder", model.encoder), ("generator", generator)):
+        if stack.experts:
+            yield Problem(f"model.{name}.experts", f"{stack.experts.num_experts}", "no experts beside a generator")
     learned = "learned" in (generator.positions, model.encoder.positions)
     for name in ("positions", "max_positions") if learned else ():
         if getattr(generator, name) != getattr(model.encoder, name):
