@@ -27,6 +27,8 @@ class Document(NamedTuple):
     tokens: tuple[npt.NDArray[Any], ...] = ()
     """Where the source brings ids: those of the text, or of the inputs and of the targets; without EOS. The text may
     then be empty."""
+    hash: int | None = None
+    """Of the content, once it is known."""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -88,7 +90,8 @@ class Division:
         elif self.mode == "none":
             yield document._replace(split="train")
         elif self.mode == "hash":
-            yield document._replace(split="validation" if _hash(document) < self.bound else "train")
+            number = content_hash(document)
+            yield document._replace(split="validation" if number < self.bound else "train", hash=number)
         else:
             yield from _cut_tail(document, self.fraction)
 
@@ -120,7 +123,7 @@ def _plan(documents: Iterable[Document], fraction: float) -> tuple[Division, lis
     head = list(_first(documents, few, _HELD_CHARACTERS))
     if len(head) == few:
         return Division("hash", bound=int(fraction * 2**64)), head
-    hashes = sorted(_hash(document) for document in head if document.split is None)
+    hashes = sorted(content_hash(document) for document in head if document.split is None)
     held_out = min(round(fraction * len(hashes)), len(hashes) - 1)
     huge = sum(document.size for document in head) >= _HELD_CHARACTERS
     if hashes and (huge or held_out < 1):
@@ -137,7 +140,10 @@ def _first(documents: Iterable[Document], count: int, characters: int) -> Iterat
             return
 
 
-def _hash(document: Document) -> int:
+def content_hash(document: Document) -> int:
+    """64 bits of the document's content."""
+    if document.hash is not None:
+        return document.hash
     return int.from_bytes(hashlib.blake2b(document.content, digest_size=8).digest(), "big")
 
 

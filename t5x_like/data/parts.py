@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.data import corpora, locations, tokenizers
-from t5x_like.data.documents import Division, Document, Reading
+from t5x_like.data.documents import Division, Document, Reading, content_hash
 from t5x_like.data.store import MODEL, SPLITS, StoreWriter
 from t5x_like.data.tokenizers import Tokenizer
 from t5x_like.data.units import Unit
@@ -131,10 +131,8 @@ def make(
         encoded = _encoded(documents, tokenizer, num_threads)
         tokens = 0
         for document, sides in zip(documents, encoded, strict=True):
-            content = document.content
-            source.update(f"{document.split} {len(content)} ".encode())
-            source.update(content)
-            num_bytes = len(content) - len(sides) + 1 if document.has_text else sum(map(tokenizer.num_bytes, sides))
+            num_bytes = _text_bytes(document, sides, tokenizer)
+            source.update(f"{document.split} {num_bytes} {content_hash(document)} ".encode())
             tokens += segments.add(document.split or "train", sides, num_bytes)
         segments.flush_if_large()
         if progress:
@@ -176,6 +174,13 @@ def _encoded(documents: Sequence[Document], tokenizer: Tokenizer, num_threads: i
     return [list(document.tokens) or [next(encoded) for _ in document.texts] for document in documents]
 
 
+def _text_bytes(document: Document, sides: Sequence[npt.NDArray[Any]], tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes of the document's text, or of what its ids stand for."""
+    if document.has_text:
+        return sum(len(text) if text.isascii() else len(text.encode()) for text in document.texts)
+    return sum(map(tokenizer.num_bytes, sides))
+
+
 class _Segments:
     """Gathers documents, and writes them a segment at a time."""
 
@@ -211,7 +216,9 @@ class _Segments:
         counts = {}
         for split in SPLITS:
             ids = self._ids[split]
-            tokens = np.concatenate(ids).astype(self._job.dtype) if ids else np.zeros(0, self._job.dtype)
+            tokens = (
+                np.concatenate(ids, dtype=self._job.dtype, casting="unsafe") if ids else np.zeros(0, self._job.dtype)
+            )
             lengths = np.array(self._lengths[split], np.uint64)
             arrays += [tokens, lengths]
             counts[split] = {"tokens": len(tokens), "lengths": len(lengths), "bytes": self._bytes[split]}

@@ -12,6 +12,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import pydantic_core
+
 from t5x_like.config.corpora import CorpusConfig
 from t5x_like.config.errors import DataError
 from t5x_like.data import units as units_
@@ -194,7 +196,9 @@ def _json_document(
     if line.isspace():
         return ()
     try:
-        row = json.loads(line.decode("utf-8-sig" if may_have_mark else "utf-8"))
+        row = _fast_json(line)
+        if row is None:
+            row = json.loads(line.decode("utf-8-sig" if may_have_mark else "utf-8"))
     except UnicodeDecodeError as error:
         _invalid(where, config, reading, str(error))
         return ()
@@ -212,6 +216,14 @@ def _json_document(
         _invalid(where, config, reading, str(error))
         return ()
     return (Document(text, inputs=inputs),)
+
+
+def _fast_json(line: bytes) -> Any:
+    """A JSON value by a parser of several times the speed; None if that is not content with it."""
+    try:
+        return pydantic_core.from_json(line)
+    except ValueError:
+        return None
 
 
 def _string(row: dict[str, Any], field: str, option: str, where: Callable[[], str]) -> str:

@@ -147,19 +147,21 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         entries = sentencepiece_model.pieces(model)
-        extra = [entry for entry in entries if _EXTRA_ID.fullmatch(entry.piece)]
+        extra = {entry for entry in entries if _EXTRA_ID.fullmatch(entry.piece)}
         if extra and len(extra) < num_sentinels:
             fix = f"set it to at most {len(extra)} or bring a model with more"
             expected = f"at most the {len(extra)} <extra_id_*> pieces of {source}"
             raise ConfigError([Problem("data.tokenizer.num_sentinels", str(num_sentinels), expected, fix)])
-        # Without these pieces, text that spells a sentinel is text.
-        self.model = sentencepiece_model.without(model, lambda entry: bool(_EXTRA_ID.fullmatch(entry.piece)))
+        self.model = model
+        if extra:  # without these pieces, text that spells a sentinel is text
+            self.model = sentencepiece_model.without(model, lambda entry: bool(_EXTRA_ID.fullmatch(entry.piece)))
+            entries = [entry for entry in entries if entry not in extra]
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(self.model)
 
         text_pieces: list[bytes] = []
-        to_ours = np.full(len(entries) - len(extra), UNK_ID, np.int32)
-        for index, entry in enumerate(sentencepiece_model.pieces(self.model)):
+        to_ours = np.full(len(entries), UNK_ID, np.int32)
+        for index, entry in enumerate(entries):
             if entry.holds_text:
                 to_ours[index] = NUM_SPECIAL + len(text_pieces)
                 text_pieces.append(entry.bytes())

@@ -51,7 +51,7 @@ def pair_store(path: Path, lengths: Sequence[tuple[int, int]]) -> tuple[Store, l
     numbers = itertools.count(NUM_SPECIAL)
     pairs = [tuple([next(numbers) for _ in range(size)] for size in sizes) for sizes in lengths]
     vocabulary = Vocabulary(base_size=next(numbers), num_sentinels=4)
-    with StoreWriter(path, vocab_size=vocabulary.vocab_size) as writer:
+    with StoreWriter(path, vocab_size=vocabulary.vocab_size, parts=2) as writer:
         writer.append("train", [np.array(part, np.int64) for pair in pairs for part in pair], 1)
         info = {"vocabulary": dataclasses.asdict(vocabulary), "tokenizer_fingerprint": "numbers", "parts": 2}
         writer.commit(info, tokenizer_model=None)
