@@ -84,6 +84,7 @@ class Stream:
         self._traits = self.store.traits_for(data.objectives)
         _check_objectives(data, self.vocabulary.num_sentinels)
         self._seed = rng.fold_in(data.seed, VERSION)
+        self._row_tokens = [row_tokens(objective, data) for objective in data.objectives]
         self.sources = [self._source(index, share) for index, share in enumerate(data.sources)]
         self.shapes = row_shapes(data)
         counts = sub_batch_slots(data)[0]
@@ -225,7 +226,7 @@ class Stream:
         if data.examples_of(share) == "documents":
             reader = Packed(split, store.parts, data, objectives, key)
         else:
-            lengths = tuple(row_tokens(objective, data) for objective in objectives)
+            lengths = tuple(self._row_tokens[number] for number in ids)
             reader = Windows(split.num_tokens, lengths, key)
         return Source(share.name, split, objectives, ids, reader)
 
@@ -281,15 +282,20 @@ class Stream:
     def _put_windows(self, out: Features, shape: RowShape, places: Places, keys_N: rng.Keys) -> None:
         """Reads the windows and denoises them, all windows of an objective at once, whatever their corpora."""
         id_N = np.full(len(keys_N), -1, np.int64)
+        start_N = np.empty(len(keys_N), np.int64)
         for index, source in enumerate(self.sources):
             if isinstance(source.reader, Windows):
-                mine = places.corpus_N == index
-                id_N[mine] = np.asarray(source.ids)[places.objective_N[mine]]
+                for stretch in range(len(source.reader.stretches)):
+                    mine = np.flatnonzero((places.corpus_N == index) & (places.stretch_N == stretch))
+                    if mine.size:
+                        objective_n = places.objective_N[mine]
+                        id_N[mine] = np.asarray(source.ids)[objective_n]
+                        start_N[mine] = source.reader.starts(stretch, objective_n, places.number_N[mine])
         for number, objective in enumerate(self.data.objectives):
             row_n = np.flatnonzero(id_N == number)
             if not row_n.size:
                 continue
-            tokens = self._gather(objective, row_n, places)
+            tokens = self._gather(self._row_tokens[number], places.corpus_N[row_n], start_N[row_n])
             examples = denoise(tokens, keys_N[row_n], objective, self.vocabulary, self._traits)
             together = windows_per_row(objective)
             if together == 1:
@@ -301,28 +307,14 @@ class Stream:
             segment_n = np.tile(np.arange(1, together + 1), len(row_n))
             put_packed(out, row_n[owner_n], segment_n, offsets, examples, self.data.layout, number)
 
-    def _gather(self, objective: Objective, row_n: Integers, places: Places) -> npt.NDArray[Any]:
-        """[n, tokens of a row]: the text of rows of one objective."""
-        length = row_tokens(objective, self.data)
-        corpora = np.unique(places.corpus_N[row_n]).tolist()
-        tokens: npt.NDArray[Any] | None = None
-        for corpus in corpora:
-            source = self.sources[corpus]
-            assert isinstance(source.reader, Windows)
-            here = places.corpus_N[row_n] == corpus
-            rows = row_n[here]
-            own = [item.name for item in source.objectives].index(objective.name)
-            start_n = np.empty(len(rows), np.int64)
-            for stretch in np.unique(places.stretch_N[rows]).tolist():
-                some = places.stretch_N[rows] == stretch
-                start_n[some] = source.reader.starts(stretch, own, places.number_N[rows[some]])
-            gathered = source.split.gather(start_n, length)
-            if len(corpora) == 1:
-                return gathered
-            if tokens is None:
-                tokens = np.empty((len(row_n), length), np.int32)
-            tokens[here] = gathered
-        assert tokens is not None
+    def _gather(self, length: int, corpus_n: Integers, start_n: Integers) -> npt.NDArray[Any]:
+        """[n, length]: text from these places of these corpora."""
+        if len(self.sources) == 1:
+            return self.sources[0].split.gather(start_n, length)
+        tokens = np.empty((len(start_n), length), np.int32)
+        for corpus in np.unique(corpus_n).tolist():
+            here = corpus_n == corpus
+            tokens[here] = self.sources[corpus].split.gather(start_n[here], length)
         return tokens
 
     def _put_packed(

@@ -109,40 +109,40 @@ class Windows:
         self.stretches[-1] = dataclasses.replace(self.stretches[-1], total=superblocks)
         return self.stretches[-1].end()
 
-    def starts(self, stretch: int, objective: int, number_N: Integers) -> Integers:
-        """First token of windows of one objective, by their number within the stretch."""
+    def starts(self, stretch: int, objective_N: Integers, number_N: Integers) -> Integers:
+        """First token of windows, by their objectives and their numbers among those of it within the stretch."""
         cut = self.stretches[stretch]
-        count = cut.pattern[objective]
+        count_N = np.asarray(cut.pattern)[objective_N]
         parts = cut.parts()
-        part_N = np.searchsorted([first * count for first, _ in parts], number_N, side="right") - 1
-        epoch_N, local_N, place_N = (np.empty(len(number_N), np.int64) for _ in range(3))
-        for part, (first, superblocks) in enumerate(parts):
-            here = part_N == part
-            full, local_N[here] = np.divmod(number_N[here] - first * count, max(superblocks * count, 1))
-            # Whole epochs follow the first; so does a last part, behind so many of them.
-            behind = 0 if first == 0 and part == 0 else 1 + (first - cut.first) // cut.per_epoch
-            epoch_N[here] = cut.epoch + behind + full
+        part_N = np.searchsorted([first for first, _ in parts], number_N // count_N, side="right") - 1
+        first_N, superblocks_N = np.array(parts, np.int64)[part_N].T
+        size_N = superblocks_N * count_N
+        full_N, local_N = np.divmod(number_N - first_N * count_N, size_N)
+        # Whole epochs follow the first; so does a last part, behind so many of them.
+        behind_N = np.where(part_N == 0, 0, 1 + (first_N - cut.first) // cut.per_epoch)
+        epoch_N = cut.epoch + behind_N + full_N
         epoch_key_N = rng.fold_in(rng.fold_in(self._key, stretch), epoch_N)
-        shuffle_key_N = rng.fold_in(rng.fold_in(epoch_key_N, _SHUFFLE), objective)
-        for part, (_, superblocks) in enumerate(parts):
-            here = part_N == part
-            if here.any():
-                place_N[here] = rng.permute(local_N[here], superblocks * count, shuffle_key_N[here])
-        superblock_N, rank_N = np.divmod(place_N, count)
-        before_N = self._before(cut, objective, rank_N, rng.fold_in(rng.fold_in(epoch_key_N, _ORDER), superblock_N))
+        shuffle_key_N = rng.fold_in(rng.fold_in(epoch_key_N, _SHUFFLE), objective_N)
+        place_N = np.empty(len(number_N), np.int64)
+        for size in np.unique(size_N).tolist():
+            here = size_N == size
+            place_N[here] = rng.permute(local_N[here], size, shuffle_key_N[here])
+        superblock_N, rank_N = np.divmod(place_N, count_N)
+        order_key_N = rng.fold_in(rng.fold_in(epoch_key_N, _ORDER), superblock_N)
+        before_N = self._before(cut, objective_N, rank_N, order_key_N)
         phase_N = rng.below(rng.fold_in(rng.fold_in(self._key, _PHASE), epoch_N), self.num_tokens)
         offset_N = np.where(epoch_N == cut.epoch, cut.offset, 0)
         return (phase_N + offset_N + superblock_N * cut.size + before_N) % self.num_tokens
 
-    def _before(self, cut: Stretch, objective: int, rank_N: Integers, key_N: rng.Keys) -> Integers:
+    def _before(self, cut: Stretch, objective_N: Integers, rank_N: Integers, key_N: rng.Keys) -> Integers:
         """Tokens of a superblock before its window of this objective with this rank: its slots are in an order of the
         superblock's own."""
         slots = np.repeat(np.arange(len(cut.pattern)), cut.pattern)
         if len(slots) == 1:
             return np.zeros(len(rank_N), np.int64)
         order_NxS = slots[np.argsort(rng.bits(key_N, 0, len(slots)), axis=1)]
-        mine_NxS = order_NxS == objective
-        rank_NxS = np.cumsum(mine_NxS, axis=1)
-        slot_N = np.argmax(mine_NxS & (rank_NxS == rank_N[:, None] + 1), axis=1)
-        ends_NxS = np.cumsum(np.asarray(self.lengths)[order_NxS], axis=1)
-        return np.take_along_axis(ends_NxS, slot_N[:, None], axis=1)[:, 0] - self.lengths[objective]
+        mine_NxS = order_NxS == objective_N[:, None]
+        is_it_NxS = mine_NxS & (np.cumsum(mine_NxS, axis=1) == rank_N[:, None] + 1)
+        lengths_NxS = np.asarray(self.lengths)[order_NxS]
+        # What comes in front of the one slot.
+        return np.where(np.logical_or.accumulate(is_it_NxS, axis=1), 0, lengths_NxS).sum(axis=1)
