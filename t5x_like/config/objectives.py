@@ -213,3 +213,6 @@ Objective = Annotated[
     | Supervised,
     pydantic.Field(discriminator="kind"),
 ]
+
+WITHOUT_INPUTS = (CausalLM, FillInTheMiddle, CausalMasking)
+"""Objectives that predict a whole stream: there is nothing for an encoder."""

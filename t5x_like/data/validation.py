@@ -15,12 +15,13 @@ import numpy.typing as npt
 from t5x_like.config.batch import MAIN, RowShape, sub_batch_spec
 from t5x_like.config.data import CorpusShare, DataConfig
 from t5x_like.config.lengths import prefix_target_range, raw_window_length
-from t5x_like.config.objectives import CausalLM, Objective, PrefixLM
+from t5x_like.config.objectives import WITHOUT_INPUTS, CausalLM, Objective, PrefixLM
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise, split_at
 from t5x_like.data.features import Features, convert, put_rows
 from t5x_like.data.packing import Packed
 from t5x_like.data.store import Split, Store
+from t5x_like.data.stream import traits_for
 
 Batch = dict[str, Features]
 
@@ -63,6 +64,7 @@ def objective_batches(
     if data.examples_of(share) == "documents":
         yield from _document_batches(store, data, batch_size, number, num_batches, split)
         return
+    traits = traits_for(store, [objective])
     alone = dataclasses.replace(objective, paired=False) if isinstance(objective, PrefixLM) else objective
     length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length)
     traits = store.traits_for((objective,))
@@ -77,6 +79,7 @@ def _document_batches(
     """One document or pair per row."""
     if not store.split(split).num_documents:
         return
+    traits = traits_for(store, [data.objectives[objective]])
     packed = Packed(store.split(split), store.parts, data, (data.objectives[objective],), rng.fold_in(_ORDER, 0))
     shape = RowShape(data.inputs_length, data.targets_length, packed=False)
     traits = store.traits_for((data.objectives[objective],))
@@ -121,6 +124,9 @@ def _continuation(data: DataConfig) -> tuple[PrefixLM | CausalLM, int]:
         for index, objective in enumerate(data.objectives):
             if isinstance(objective, kind):
                 return objective, index
+    for index, objective in enumerate(data.objectives):
+        if isinstance(objective, WITHOUT_INPUTS):
+            return CausalLM(), index
     return PrefixLM(name="prefix_lm", min_target_fraction=0.5, max_target_fraction=0.5), 0
 
 

@@ -11,17 +11,15 @@ import numpy.typing as npt
 from t5x_like.config import (
     Bart,
     CausalLM,
-    CausalMasking,
     ConfigError,
     DataConfig,
-    FillInTheMiddle,
     MaskedLM,
     Objective,
     PrefixLM,
     Problem,
     Supervised,
 )
-from t5x_like.config.objectives import Mode
+from t5x_like.config.objectives import WITHOUT_INPUTS, Mode
 from t5x_like.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 
 
@@ -57,7 +55,7 @@ class PromptFormat:
 
 def objective_format(objective: Objective, data: DataConfig) -> PromptFormat:
     """How the inputs of `objective` look in the layout of `data`."""
-    causal = isinstance(objective, CausalLM | FillInTheMiddle | CausalMasking)
+    causal = isinstance(objective, WITHOUT_INPUTS)
     return PromptFormat(
         mode=objective.mode,
         ends_in_eos=not causal,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from t5x_like.config import DataConfig, MaskedLM, Objective, TokenizerConfig, ul2
-from t5x_like.config.objectives import CausalLM, Layout
+from t5x_like.config.objectives import WITHOUT_INPUTS, CausalLM, Layout
 from t5x_like.data.denoise import restore
 from t5x_like.data.features import Features
 from t5x_like.data.store import Store, StoreWriter
@@ -96,6 +96,14 @@ def raw_tokens(row: Features, data: DataConfig, vocabulary: Vocabulary) -> np.nd
     targets = row["decoder_target_tokens"][0]
     if data.layout == "encoder_decoder":
         return restore(row["encoder_input_tokens"][0], targets, objective, vocabulary)
-    scored = row["decoder_loss_weights"][0] > 0
-    given = (targets != 0) & (np.cumsum(scored) == 0)
+    if isinstance(objective, MaskedLM):
+        return targets[targets != 0]
+    if isinstance(objective, WITHOUT_INPUTS):
+        return restore(targets[:0], targets, objective, vocabulary)
+    # Inputs see one place further than they reach; only then can the first of the targets be without a score.
+    given = np.zeros(len(targets), np.bool_)
+    if data.layout == "prefix_lm":
+        given[: max(int(row["decoder_causal_attention"][0].sum()) - 1, 0)] = True
+    else:
+        given = (targets != 0) & (np.cumsum(row["decoder_loss_weights"][0] > 0) == 0)
     return restore(targets[given], targets[~given], objective, vocabulary)

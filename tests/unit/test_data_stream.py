@@ -15,12 +15,18 @@ from config_examples import example
 from data_examples import data_config, numbered_store, raw_tokens, text_store
 
 from t5x_like.config import (
+    Bart,
+    BlankInfilling,
+    CausalLM,
+    CausalMasking,
     ConfigError,
     CorpusConfig,
     CorpusShare,
     DataConfig,
     DataError,
+    FillInTheMiddle,
     MaskedLM,
+    Objective,
     PrefixLM,
     RatePhase,
     SpanCorruption,
@@ -33,6 +39,7 @@ from t5x_like.data import describe
 from t5x_like.data.denoise import restore
 from t5x_like.data.store import Store
 from t5x_like.data.stream import Stream
+from t5x_like.data.validation import objective_batches
 from t5x_like.data.vocabulary import NUM_SPECIAL
 
 LAYOUTS: tuple[Layout, ...] = ("encoder_decoder", "prefix_lm", "causal_lm", "encoder")
@@ -74,6 +81,36 @@ def test_each_token_once_per_epoch(store: Store, layout: Layout) -> None:
         assert stream.epochs((epoch + 1) * rows)["python_docs"] == epoch + 1
     if left_out[0]:
         assert left_out[0] != left_out[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "objective"),
+    [
+        ("prefix_lm", MaskedLM()),
+        ("causal_lm", FillInTheMiddle()),
+        ("prefix_lm", BlankInfilling(mode="S")),
+        ("encoder_decoder", Bart(permute_sentences=False)),
+        ("causal_lm", CausalMasking()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)
+def test_rows_of_other_objectives_are_windows_too(store: Store, layout: Layout, objective: Objective) -> None:
+    """Together with a plain objective: every token once, held-out batches of the same shape."""
+    plain = PrefixLM(name="plain") if layout != "causal_lm" else CausalLM(name="plain")
+    data = data_config(layout, (objective, plain))
+    stream = Stream([store], data, 8)
+    rows = epoch_rows(stream)
+    features = stream.rows(np.arange(rows))
+    seen = [
+        raw_tokens({name: values[row : row + 1] for name, values in features.items()}, data, store.vocabulary)
+        for row in range(rows)
+    ]
+    tokens = np.concatenate(seen)
+    assert len(np.unique(tokens)) == len(tokens) > 5800
+    held_out = next(iter(objective_batches(store, data, data.sources[0], 8, objective, 1)))["main"]
+    assert {name: values.shape for name, values in held_out.items()} == {
+        name: (8, *values.shape[1:]) for name, values in features.items()
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
