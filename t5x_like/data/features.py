@@ -92,8 +92,6 @@ def stack_lengths(examples: Examples, layout: Layout) -> dict[str, npt.NDArray[n
     """Cells of each example by stack; the stack with the targets comes last."""
     if layout == "encoder":
         return {"encoder": examples.input_lengths_N}
-    if examples.aligned:
-        return {"decoder": examples.target_lengths_N}
     if layout == "encoder_decoder":
         return {"encoder": examples.input_lengths_N, "decoder": examples.target_lengths_N}
     if examples.aligned:
@@ -166,25 +164,6 @@ def _causal_lm(examples: Examples, inputs_length: int, targets_length: int) -> F
 
 
 def _prefix_lm(examples: Examples, inputs_length: int, targets_length: int) -> Features:
-    if examples.aligned:
-        return _next_token_in_place(examples, inputs_length + targets_length)
-    return _bidirectional_prefix(examples, inputs_length, targets_length)
-
-
-def _next_token_in_place(examples: Examples, length: int) -> Features:
-    """Masked next-token prediction (GPT-BERT): the decoder reads the masked text, all of which each position sees, and
-    predicts each chosen token from the position before it, as a causal LM would."""
-    targets_NxL = _padded(examples.targets_NxT, length)
-    present_NxL = np.arange(length) < examples.target_lengths_N[:, None]
-    return {
-        "decoder_input_tokens": shift_right(_padded(examples.inputs_NxI, length)) * present_NxL,
-        "decoder_target_tokens": targets_NxL,
-        "decoder_loss_weights": _weights(examples, length).astype(np.int32),
-        "decoder_causal_attention": present_NxL.astype(np.int32),
-    }
-
-
-def _bidirectional_prefix(examples: Examples, inputs_length: int, targets_length: int) -> Features:
     """The same stream; attention is bidirectional over the inputs and one position more: since the decoder reads its
     targets one position later, the position that reads the last input token predicts the first target."""
     if examples.aligned:

@@ -23,13 +23,12 @@ from t5x_like.config.lengths import raw_window_length, sentinels_needed, windows
 from t5x_like.config.objectives import Objective
 from t5x_like.config.rates import Phase, pattern, phases, row_tokens, slots
 from t5x_like.data import keys as rng
-from t5x_like.data.denoise import denoise, needs_traits
+from t5x_like.data.denoise import denoise
 from t5x_like.data.features import NO_DENOISER, Features, offsets_in_groups, put_packed, put_rows, stack_lengths
 from t5x_like.data.mixing import Integers, Mixing, PhaseSlots, Places, periods_in
 from t5x_like.data.packing import Packed
 from t5x_like.data.sampling import corpus_rates
 from t5x_like.data.store import Split, Store
-from t5x_like.data.vocabulary import TokenTraits
 from t5x_like.data.windows import Windows
 
 VERSION = 2
@@ -84,7 +83,6 @@ class Stream:
         self.vocabulary = _common_vocabulary(stores)
         self._traits = self.store.traits_for(data.objectives)
         _check_objectives(data, self.vocabulary.num_sentinels)
-        self._traits = traits_for(self.stores[0], data.objectives)
         self._seed = rng.fold_in(data.seed, VERSION)
         self._row_tokens = [row_tokens(objective, data) for objective in data.objectives]
         self.sources = [self._source(index, share) for index, share in enumerate(data.sources)]
@@ -338,11 +336,6 @@ class Stream:
         for number, some, examples in made:
             here = {stack: offset_m[some] for stack, offset_m in offsets.items()}
             put_packed(out, row_n[owner_m[some]], piece.segment_N[some], here, examples, layout, number)
-
-
-def traits_for(store: Store, objectives: Sequence[Objective]) -> TokenTraits | None:
-    """What these objectives have to know of the tokenizer's pieces; None: nothing."""
-    return store.tokenizer.traits if any(map(needs_traits, objectives)) else None
 
 
 def _common_vocabulary(stores: Sequence[Store]) -> Any:

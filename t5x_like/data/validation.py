@@ -21,7 +21,6 @@ from t5x_like.data.denoise import Examples, denoise, split_at
 from t5x_like.data.features import Features, convert, put_rows
 from t5x_like.data.packing import Packed
 from t5x_like.data.store import Split, Store
-from t5x_like.data.stream import traits_for
 
 Batch = dict[str, Features]
 
@@ -64,7 +63,6 @@ def objective_batches(
     if data.examples_of(share) == "documents":
         yield from _document_batches(store, data, batch_size, number, num_batches, split)
         return
-    traits = traits_for(store, [objective])
     alone = dataclasses.replace(objective, paired=False) if isinstance(objective, PrefixLM) else objective
     length = raw_window_length(objective, data.layout, data.inputs_length, data.targets_length)
     traits = store.traits_for((objective,))
@@ -79,7 +77,6 @@ def _document_batches(
     """One document or pair per row."""
     if not store.split(split).num_documents:
         return
-    traits = traits_for(store, [data.objectives[objective]])
     packed = Packed(store.split(split), store.parts, data, (data.objectives[objective],), rng.fold_in(_ORDER, 0))
     shape = RowShape(data.inputs_length, data.targets_length, packed=False)
     traits = store.traits_for((data.objectives[objective],))

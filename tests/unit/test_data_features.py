@@ -116,20 +116,3 @@ def test_an_example_that_does_not_fit_is_an_error(layout: Layout) -> None:
     longest = int(examples.target_lengths_N.max())
     with pytest.raises(ValueError, match="does not fit a row"):
         convert(examples, layout, int(examples.input_lengths_N.max()), longest - 1)
-
-
-def test_a_decoder_predicts_masked_tokens_as_the_next_ones() -> None:
-    """What is chosen is predicted from the place before, with a view of the whole masked text: GPT-BERT's objective."""
-    examples = some_examples(ALL_MASKED)
-    features = convert(examples, "prefix_lm", 20, 24)
-    present = np.arange(44) < 38
-    assert np.array_equal(features["decoder_input_tokens"][:, 1:38], examples.inputs_NxI[:, :37])
-    assert (features["decoder_input_tokens"][:, ~present] == 0).all() and (
-        features["decoder_input_tokens"][:, 0] == 0
-    ).all()
-    assert np.array_equal(features["decoder_target_tokens"][:, :38], examples.targets_NxT)
-    assert (features["decoder_causal_attention"] == present).all()
-    scored = features["decoder_loss_weights"] > 0
-    assert (scored.sum(axis=1) == 6).all()
-    # At a scored place the text shows the mask, one cell further on; behind the last there is nothing.
-    assert (features["decoder_input_tokens"][:, 1:38][scored[:, :37]] == VOCABULARY.mask_id).all()
