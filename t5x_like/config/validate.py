@@ -18,9 +18,7 @@ from t5x_like.config.mixture_problems import (
 from t5x_like.config.model import Architecture, ModelConfig
 from t5x_like.config.objectives import (
     MODES,
-    CausalLM,
-    CausalMasking,
-    FillInTheMiddle,
+    WITHOUT_INPUTS,
     Layout,
     MaskedLM,
     Objective,
@@ -127,7 +125,7 @@ def _objective_in_layout(where: str, objective: Objective, layout: Layout) -> Pr
         yield Problem(f"{where}.kind", found, "masked_lm, which predicts in place", "or a layout with a decoder")
     elif masked and layout not in ("encoder", "prefix_lm"):
         yield Problem(f"{where}.kind", found, "attention in both directions", "layout encoder or prefix_lm")
-    elif layout == "encoder_decoder" and isinstance(objective, CausalLM | FillInTheMiddle | CausalMasking):
+    elif layout == "encoder_decoder" and isinstance(objective, WITHOUT_INPUTS):
         yield Problem(
             f"{where}.kind", found, "an objective with inputs for the encoder", "or layout causal_lm or prefix_lm"
         )
