@@ -139,9 +139,10 @@ def test_train(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["--training.batch-size", "16"]
     assert main(["train", config, *overrides]) == 42
     assert main(["train", *overrides, "--workdir", "elsewhere", config]) == 2, "the recipe comes before the overrides"
-    assert main(["train", "--workdir", "elsewhere", config, *overrides]) == 42
+    allowed = ["--allow-change", "training.batch_size"]
+    assert main(["train", "--workdir", "elsewhere", *allowed, config, *overrides]) == 42
     run = changed(example(), "training.batch_size", 16)
-    assert calls == [((run, Path("runs/example")), {}), ((run, Path("elsewhere")), {})]
+    assert calls == [((run, Path("runs/example"), []), {}), ((run, Path("elsewhere"), ["training.batch_size"]), {})]
 
 
 def test_prepare_and_inspect(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +231,7 @@ def test_a_defect_of_ours_is_a_traceback_and_1(tmp_path: Path) -> None:
     code = """
 import sys, types
 stand_in = types.ModuleType("t5x_like.trainer")
-def train(run, workdir): raise ZeroDivisionError("a defect")
+def train(run, workdir, allowed_changes): raise ZeroDivisionError("a defect")
 stand_in.train = train
 sys.modules["t5x_like.trainer"] = stand_in
 import t5x_like.cli
@@ -253,7 +254,7 @@ def test_simulated_devices(config: str) -> None:
     code = """
 import sys, types
 stand_in = types.ModuleType("t5x_like.trainer")
-def train(run, workdir):
+def train(run, workdir, allowed_changes):
     import jax
     print(len(jax.devices()), jax.devices()[0].platform)
     return 0

@@ -1,0 +1,27 @@
+"""T5 1.1 as it was pre-trained: span corruption in T5's own shape, on whatever text is brought.
+
+`configs/runs/t5.py` is the base size: rows of 568 raw tokens become 512 inputs and 114 targets, both full, spans are
+placed by T5's exact law, and Adafactor follows T5's inverse square root. Bring the text (`--data.corpus.tfds c4/en` or
+files) and T5's vocabulary (`--data.tokenizer.path spiece.model`); without a vocabulary, one is trained on the text.
+"""
+
+from t5x_like.config import DataConfig, RunConfig, TokenizerConfig, TrainingConfig
+from t5x_like.config.mixtures import t5
+from t5x_like.models import presets
+
+
+def recipe() -> RunConfig:
+    """T5 1.1 base, 2^16 steps of 128 rows: the length of the published baseline."""
+    return RunConfig(
+        name="t5_1_1_base",
+        # T5's 32,000 pieces and 100 sentinels; three ids for modes, which this objective does not use.
+        model=presets.t5_1_1("base", vocab_size=32_128),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(vocab_size=32_000, num_sentinels=100),
+            layout="encoder_decoder",
+            mixture=t5(),
+            inputs_length=512,
+            targets_length=114,
+        ),
+        training=TrainingConfig(num_train_steps=2**16, batch_size=128),
+    )
