@@ -22,6 +22,7 @@ from t5x_like.monitoring.metrics import Mean
 from t5x_like.outputs import Loss, Output
 
 _PAD_ID = 0
+_BLOCK = 128
 DISCRIMINATOR_LOSS = "discriminator/loss"
 
 
@@ -129,12 +130,21 @@ class ReplacedHead(nnx.Module):
 
 
 def sample(logits_BxLxV: Array, rng: Array) -> Array:
-    """A token from softmax(logits) for each cell, by Gumbel noise; int32 [B, L], without a gradient. Never padding,
-    which encoders do not see."""
+    """Tokens from softmax(logits), one for each cell; int32 [B, L], without a gradient. Never padding.
+
+    By Gumbel noise, a block of the vocabulary first and then a token of it: V / 128 + 128 random numbers, where noise
+    for every token would cost a third of the step on CPU.
+    """
     logits = jax.lax.stop_gradient(logits_BxLxV)
-    noise = jax.random.gumbel(rng, logits.shape, logits.dtype)
-    is_pad = jnp.arange(logits.shape[-1]) == _PAD_ID
-    return jnp.argmax(jnp.where(is_pad, -jnp.inf, logits + noise), axis=-1).astype(jnp.int32)
+    logits = jnp.where(jnp.arange(logits.shape[-1]) == _PAD_ID, -jnp.inf, logits)
+    blocks = jnp.pad(logits, ((0, 0), (0, 0), (0, -logits.shape[-1] % _BLOCK)), constant_values=-jnp.inf)
+    blocks_BxLxGxK = blocks.reshape(*logits.shape[:2], -1, _BLOCK)
+    of_block, of_token = jax.random.split(rng)
+    scores = jax.nn.logsumexp(blocks_BxLxGxK, axis=-1)
+    block = jnp.argmax(scores + jax.random.gumbel(of_block, scores.shape), axis=-1)
+    chosen = jnp.take_along_axis(blocks_BxLxGxK, block[..., None, None], axis=-2)[..., 0, :]
+    token = jnp.argmax(chosen + jax.random.gumbel(of_token, chosen.shape), axis=-1)
+    return (block * _BLOCK + token).astype(jnp.int32)
 
 
 def detection(
