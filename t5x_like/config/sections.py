@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.errors import Problem
@@ -250,12 +250,35 @@ def corpus_problems(corpus: CorpusConfig, where: str = "data.corpus") -> Problem
             )
     if not corpus.text_field:
         yield Problem(f"{where}.text_field", "nothing", "the name of a field")
+    if corpus.inputs_field is not None:
+        yield from _pairs_problems(corpus, where)
     yield from within(f"{where}.validation_fraction", corpus.validation_fraction, 0, 1, ends="()")
     yield from at_least(f"{where}.max_documents", corpus.max_documents, 2, "one for training, one held out")
 
 
-def tokenizer_problems(tokenizer: TokenizerConfig) -> Problems:
+def _pairs_problems(corpus: CorpusConfig, where: str) -> Problems:
+    """Pairs come from sources that have fields."""
+    field = f"{where}.inputs_field"
+    if not corpus.inputs_field:
+        yield Problem(field, "nothing", "the name of a field, or None for plain text")
+    if not (corpus.files or corpus.tfds or corpus.task):
+        yield Problem(field, f"{corpus.inputs_field!r} of the embedded corpus", "files, tfds or task, which have pairs")
+    for pattern in corpus.files:
+        if pattern.endswith(".txt"):
+            yield Problem(field, f"{corpus.inputs_field!r} of {pattern!r}", "files with fields: .jsonl or .parquet")
+    targets = "targets" if corpus.task else corpus.text_field
+    if corpus.inputs_field == targets:
+        yield Problem(field, f"{targets!r}, which holds the targets", "another field than the targets'")
+
+
+def tokenizer_problems(tokenizer: TokenizerConfig, corpora: Sequence[CorpusConfig]) -> Problems:
     where = "data.tokenizer"
+    if tokenizer.kind == "task" and not any(corpus.task for corpus in corpora):
+        yield Problem(
+            f"{where}.kind", "'task' without a seqio Task", "a corpus that names one", "or kind sentencepiece"
+        )
+    if tokenizer.kind == "task" and tokenizer.path:
+        yield Problem(f"{where}.path", repr(tokenizer.path), "none: the Task has its own", "or kind sentencepiece")
     if tokenizer.kind == "bytes" and tokenizer.path:
         yield Problem(f"{where}.path", repr(tokenizer.path), "none: bytes have no model file", "or kind sentencepiece")
     yield from at_least(f"{where}.vocab_size", tokenizer.vocab_size, SMALLEST_SENTENCEPIECE)

@@ -83,7 +83,7 @@ def _data(data: DataConfig) -> Problems:
         yield from at_least("data.prefetch", data.prefetch, 1)
         return
     yield from corpora_problems(data)
-    yield from tokenizer_problems(data.tokenizer)
+    yield from tokenizer_problems(data.tokenizer, [share.corpus for share in data.sources])
     lengths = [*_lengths(data)]
     yield from lengths
     if not data.mixture:
@@ -202,8 +202,8 @@ def _model_and_data(model: ModelConfig, data: DataConfig) -> Problems:
 
 
 def required_vocabulary(tokenizer: TokenizerConfig) -> int | None:
-    """Ids of a tokenizer with its sentinels and mode tokens; None where only a model file knows."""
-    if tokenizer.path:
+    """Ids of a tokenizer with its sentinels and mode tokens; None where only a model file or a Task knows."""
+    if tokenizer.path or tokenizer.kind == "task":
         return None
     pieces = tokenizer.vocab_size if tokenizer.kind == "sentencepiece" else _BYTE_VOCABULARY
     return pieces + tokenizer.num_sentinels + len(MODES)

@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,13 @@ def kvstore(place: Location) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _keys(place: Url) -> Any:
-    return _result(tensorstore.KvStore.open(kvstore(place), context=CONTEXT), place)
+    return _asked(place, lambda: tensorstore.KvStore.open(kvstore(place), context=CONTEXT))
 
 
-def _result(future: Any, place: Location) -> Any:
+def _asked(place: Location, ask: Callable[[], Any]) -> Any:
+    """The result of what is asked of an object store."""
     try:
-        return future.result()
+        return ask().result()
     except ValueError as error:  # TensorStore's name for whatever the service says
         raise DataError(f"{place}: found no object store that answers ({error}); see the URL and the rights") from None
 
@@ -79,7 +81,7 @@ def _result(future: Any, place: Location) -> Any:
 def read_bytes(place: Location) -> bytes | None:
     """The contents of a file or key; None if there is none."""
     if isinstance(place, Url):
-        found = _result(_keys(place.parent).read(place.name), place)
+        found = _asked(place, lambda: _keys(place.parent).read(place.name))
         return bytes(found.value) if found.state == "value" else None
     try:
         return place.read_bytes()
@@ -95,7 +97,7 @@ def write_bytes(place: Location, data: bytes) -> None:
       DataError: of the object store.
     """
     if isinstance(place, Url):
-        _result(_keys(place.parent).write(place.name, data), place)
+        _asked(place, lambda: _keys(place.parent).write(place.name, data))
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     unfinished = place.with_name(f"{place.name}.{os.getpid()}.unfinished")
@@ -112,7 +114,7 @@ def children(place: Location, prefix: str = "") -> list[str]:
     """Names directly under the place that begin with `prefix`, sorted."""
     if isinstance(place, Url):
         # From the parent's keys on: where nothing is, nothing is listed.
-        keys = _result(_keys(place).list(), place)
+        keys = _asked(place, lambda: _keys(place).list())
         found = {key.decode().partition("/")[0] for key in keys}
     else:
         found = {path.name for path in place.iterdir()} if place.is_dir() else set()
@@ -127,8 +129,8 @@ def exists(place: Location) -> bool:
 def remove(place: Location) -> None:
     """Removes the place with all that is under it, if there is anything."""
     if isinstance(place, Url):
-        _result(_keys(place).delete_range(tensorstore.KvStore.KeyRange()), place)
-        _result(_keys(place.parent).write(place.name, None), place)
+        _asked(place, lambda: _keys(place).delete_range(tensorstore.KvStore.KeyRange()))
+        _asked(place, lambda: _keys(place.parent).write(place.name, None))
     elif place.is_dir():
         shutil.rmtree(place)
     else:

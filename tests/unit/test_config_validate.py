@@ -231,6 +231,32 @@ def test_one_source_of_documents() -> None:
 
 
 @pytest.mark.parametrize(
+    ("corpus", "says"),
+    [
+        (CorpusConfig(inputs_field="q"), "'q' of the embedded corpus"),
+        (CorpusConfig(files=("a.jsonl", "b.txt"), inputs_field="q"), "'q' of 'b.txt'"),
+        (CorpusConfig(files=("a.jsonl",), inputs_field="text"), "another field than the targets'"),
+        (CorpusConfig(task="c4", inputs_field="targets"), "another field than the targets'"),
+        (CorpusConfig(files=("a.jsonl",), inputs_field=""), "the name of a field"),
+        (CorpusConfig(files=("a.jsonl", "b.parquet"), inputs_field="q"), None),
+        (CorpusConfig(task="c4", inputs_field="inputs"), None),
+    ],
+)
+def test_pairs_come_from_sources_with_fields(corpus: CorpusConfig, says: str | None) -> None:
+    problems = [p for p in validate(changed(example(), "data.corpus", corpus)) if p.where == "data.corpus.inputs_field"]
+    assert [says in str(p) for p in problems] == ([] if says is None else [True])
+
+
+def test_a_tasks_vocabulary_needs_a_task() -> None:
+    run = changed(example(), "data.tokenizer", TokenizerConfig(kind="task", path="a.model"))
+    found = [str(p) for p in validate(run) if p.where.startswith("data.tokenizer")]
+    assert len(found) == 2 and "'task' without a seqio Task" in found[0] and "the Task has its own" in found[1]
+    run = changed(run, "data.corpus", CorpusConfig(task="c4"))
+    run = changed(run, "data.tokenizer", TokenizerConfig(kind="task"))
+    assert not [p for p in validate(run) if p.where.startswith(("data.tokenizer", "data.corpus"))]
+
+
+@pytest.mark.parametrize(
     "pattern", ["a.txt", "*.jsonl", "texts/**/*.jsonl.gz", "data-*.parquet", "texts/*", "/a b/ä?.txt"]
 )
 def test_patterns_of_files(pattern: str) -> None:

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from t5x_like.config import CorpusConfig, DataError
-from t5x_like.data import corpora, docstrings, documents, python_docs
+from t5x_like.data import corpora, docstrings, documents, python_docs, text_files, units
 from t5x_like.data.documents import Document, Reading, divide
 
 
@@ -219,3 +221,94 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "twice.parquet")
     with pytest.raises(DataError, match="found 2 columns 'text', expected one"):
         texts(config(tmp_path / "twice.parquet"))
+
+
+def pairs(config: CorpusConfig, reading: Reading | None = None) -> list[tuple[str | None, str]]:
+    return [(document.inputs, document.text) for document in corpora.read(config, reading or Reading())]
+
+
+def test_pairs_of_json_lines_and_parquet(tmp_path: Path) -> None:
+    rows: list[object] = [
+        {"q": "one?", "a": "1"},
+        {"q": " ", "a": "2"},
+        {"q": "three?", "a": ""},
+        {"q": "é?", "a": "é"},
+    ]
+    lines = write_jsonl(tmp_path / "a.jsonl", rows)
+    table = write_parquet(tmp_path / "b.parquet", a=["x", None, "z"], q=["x?", "y?", "z?"])
+    reading = Reading()
+    of_pairs = {"inputs_field": "q", "text_field": "a"}
+    found = pairs(config(lines, table, **of_pairs), reading)
+    assert found == [("one?", "1"), ("é?", "é"), ("x?", "x"), ("z?", "z")]
+    assert reading.left_out == {"empty": 3}
+    with pytest.raises(DataError, match=r"a.jsonl:1: found the fields 'q', 'a', expected 'question'.*inputs-field"):
+        pairs(config(lines, inputs_field="question", text_field="a"))
+    with pytest.raises(DataError, match=r"b.parquet: found the columns 'a', 'q', expected 'question'.*inputs-field"):
+        pairs(config(table, inputs_field="question", text_field="a"))
+    blank = write_jsonl(tmp_path / "c.jsonl", rows[1:3])
+    with pytest.raises(DataError, match=r"found no document with inputs and targets \(2 left out: empty\)"):
+        pairs(config(blank, **of_pairs))
+
+
+def test_pairs_are_held_out_whole() -> None:
+    many = [Document(f"answer {i % 7}", inputs=f"question {i}") for i in range(300)]
+    divided = list(divide(many, 0.1))
+    assert [document.texts for document in divided] == [document.texts for document in many]
+    assert 10 < sum(document.split == "validation" for document in divided) < 60, "inputs count, not targets alone"
+    assert [document.split for document in divide(many[:3], 0.1)] == ["train"] * 3, "pairs are not cut"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 400), min_size=1, max_size=20),
+    smallest=st.integers(60, 2000),
+    end=st.booleans(),
+    mark=st.booleans(),
+)
+def test_ranges_of_a_file_have_each_line_once(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], smallest: int, end: bool, mark: bool
+) -> None:
+    """However the ends of the ranges and of the lines lie."""
+    path = tmp_path_factory.mktemp("ranges") / "a.jsonl"
+    written = [f"{number} " + "é" * length for number, length in enumerate(lengths)]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in written]
+    path.write_text("\ufeff" * mark + "\n".join(rows) + "\n" * end, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "_SMALLEST", smallest)
+        patch.setattr(text_files, "_BLOCK", 64)
+        found = corpora.units(config(path))
+        assert sum(unit.size for unit in found) == path.stat().st_size
+        assert len(found) <= -(-path.stat().st_size // smallest)
+        documents = [document for unit in found for document in corpora.read_unit(unit, config(path), Reading())]
+    assert [document.text for document in documents] == written
+
+
+def test_lines_are_counted_from_the_top_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "_SMALLEST", 64)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"line {i}"} for i in range(1, 60)] + [["no object"]])
+    assert len(corpora.units(config(path))) > 10
+    with pytest.raises(DataError, match="a.jsonl:60: found a JSON list"):
+        texts(config(path))
+
+
+def test_units_of_every_kind_hold_all_documents_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": [f"row {i}" for i in range(40)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=6)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write("".join(f'{{"text": "packed {i}"}}\n' for i in range(9)))
+    of = config(tmp_path / "*.txt", tmp_path / "*.parquet", tmp_path / "*.gz")
+    whole = texts(of)
+    assert len(whole) == 5 + 40 + 9
+    monkeypatch.setattr(units, "_SMALLEST", 100)
+    divided = corpora.units(of)
+    assert len(divided) > 4
+    assert [document.text for document in corpora.read_units(divided, of, Reading())] == whole
+    for count in (1, 5, 6, 7, 45, 46, 54, 99):
+        first = config(*of.files, max_documents=count)
+        assert texts(first) == whole[:count]
+        assert len(corpora.units(first)) <= len(divided)
