@@ -54,6 +54,11 @@ def bits(keys_N: Keys, stream: int, count: int) -> npt.NDArray[np.uint64]:
     return mix(fold_in(keys_N, stream)[:, None] + positions)
 
 
+def bits_at(keys_R: Keys, stream: int, position_R: npt.NDArray[np.int64]) -> Keys:
+    """[R]: of each key's words, as `bits` gives them, the one at a position."""
+    return mix(fold_in(keys_R, stream) + (position_R + 1).astype(np.uint64) * _GAMMA)
+
+
 def below(words: Keys, bound: Integers) -> npt.NDArray[np.int64]:
     """Uniform integers in [0, bound) out of random words; the bias is at most bound / 2**64."""
     return (words % _as_uint64(bound)).astype(np.int64)

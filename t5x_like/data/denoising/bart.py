@@ -39,7 +39,7 @@ def add_noise(
     if objective.mode is not None:
         inputs_NxI[:, 0] = vocabulary.mode_id(objective.mode)
     places_I = np.arange(width)
-    inputs_NxI[(places_I >= mode) & (places_I < mode + kept_N[:, None])] = cells.reshape(rows, -1)[kept]
+    inputs_NxI[(places_I >= mode) & (places_I < mode + kept_N[:, None])] = cells.ravel().take(np.flatnonzero(kept))
     inputs_NxI[np.arange(rows), mode + kept_N] = EOS_ID
     targets_NxT = np.concatenate([tokens_NxL, np.full((rows, 1), EOS_ID, np.int32)], axis=1)
     return Examples(inputs_NxI, targets_NxT, mode + kept_N + 1, np.full(rows, length + 1, np.int64))

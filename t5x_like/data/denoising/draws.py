@@ -22,9 +22,14 @@ FORM, COUNT, LENGTHS, PLACES, ORDER, SENTENCES, DOCUMENT, SINGLES = range(8, 16)
 Integers = npt.NDArray[np.int64]
 
 
+def as_fraction(words: rng.Keys) -> npt.NDArray[np.float64]:
+    """Numbers uniform in [0, 1) out of random words."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def uniform(keys_N: rng.Keys, stream: int, count: int) -> npt.NDArray[np.float64]:
     """[N, count] numbers uniform in [0, 1)."""
-    return (rng.bits(keys_N, stream, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return as_fraction(rng.bits(keys_N, stream, count))
 
 
 def sample(keys_N: rng.Keys, stream: int, law: Sequence[float], count: int) -> Integers:
@@ -85,22 +90,25 @@ def place_on_circle(keys_N: rng.Keys, lengths_NxM: Integers, count_N: Integers, 
     before_NxC = np.full((rows, clean), -1, np.int64)
     flagged_NxC = np.zeros((rows, clean), np.bool_)
     flagged_NxC[np.nonzero(of_span_NxM)[0], chosen_NxM[of_span_NxM]] = True
-    before_NxC[flagged_NxC] = lengths_NxM[of_span_NxM]
-    place_NxC = np.cumsum(np.maximum(before_NxC, 0) + 1, axis=1) - 1
+    before_NxC.ravel()[np.flatnonzero(flagged_NxC)] = lengths_NxM[of_span_NxM]
+    place_NxC = np.cumsum(np.maximum(before_NxC, 0) + 1, axis=1) - 1 + np.arange(rows)[:, None] * length
     mask_NxL = np.ones((rows, length), np.bool_)
-    np.put_along_axis(mask_NxL, place_NxC, False, axis=1)
+    mask_NxL.ravel()[place_NxC] = False
     empty_NxL = np.zeros((rows, length), np.bool_)
-    empty = before_NxC == 0
-    empty_NxL[np.nonzero(empty)[0], place_NxC[empty]] = True
+    empty_NxL.ravel()[place_NxC.ravel()[np.flatnonzero(before_NxC == 0)]] = True
     offset_N = rng.below(rng.bits(keys_N, ROTATION, 1)[:, 0], length)
     return rotate(mask_NxL, offset_N), rotate(empty_NxL, offset_N)
 
 
 def random_order(keys_N: rng.Keys, stream: int, count_N: Integers, most: int) -> Integers:
     """[N, most]: the numbers below each count in uniformly random order, then the others."""
-    words_NxM = rng.bits(keys_N, stream, most)
-    words_NxM[np.arange(most) >= count_N[:, None]] = np.iinfo(np.uint64).max
-    return np.argsort(words_NxM, axis=1, kind="stable")
+    # Words that end in their number, in as many bits whatever `most` is, since rows beside a row may need more; those
+    # that come last have the highest bit.
+    number = (np.uint64(1) << np.uint64(24)) - np.uint64(1)
+    words_NxM = rng.bits(keys_N, stream, most) >> np.uint64(1) & ~number | np.arange(most, dtype=np.uint64)
+    words_NxM[np.arange(most) >= count_N[:, None]] |= np.uint64(1) << np.uint64(63)
+    words_NxM.sort(axis=1)
+    return (words_NxM & number).astype(np.int64)
 
 
 def edges_of(mask_NxL: Mask, most: int) -> tuple[Integers, Integers, Integers]:

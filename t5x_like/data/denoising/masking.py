@@ -24,7 +24,7 @@ def mask_tokens(
     vocabulary.sentinel_id(0)
     rows, length = tokens_NxL.shape
     count = masked_count(objective, length)
-    fate_NxL = draws.uniform(keys_N, draws.REPLACEMENT, length)
+    fate_NxL: Integers | None = None
     if objective.unit == "token":
         chosen_NxL = np.zeros((rows, length), np.bool_)
         np.put_along_axis(chosen_NxL, rng.choose(keys_N, draws.CHOICE, length, count), True, axis=1)
@@ -32,19 +32,36 @@ def mask_tokens(
         assert traits is not None  # `denoise` has seen to it
         word_NxL = _words(tokens_NxL, traits, objective.name)
         if objective.unit == "span":
-            chosen_NxL, run_NxL = _choose_runs(word_NxL, keys_N, objective, count)
-            fate_NxL = np.take_along_axis(fate_NxL, run_NxL, axis=1)
+            chosen_NxL, fate_NxL = _choose_runs(word_NxL, keys_N, objective, count)
         else:
             chosen_NxL = _choose_units(word_NxL, keys_N, count, cut=False)
-
-    masked_NxL = chosen_NxL & (fate_NxL < objective.replace_with_mask)
-    random_NxL = chosen_NxL & ~masked_NxL & (fate_NxL < objective.replace_with_mask + objective.replace_with_random)
-    inputs_NxL = tokens_NxL.copy()
-    inputs_NxL[masked_NxL] = vocabulary.mask_id
-    pieces = rng.below(rng.bits(keys_N, draws.RANDOM_TOKEN, length), vocabulary.base_size - NUM_SPECIAL) + NUM_SPECIAL
-    inputs_NxL[random_NxL] = pieces[random_NxL]
+    inputs_NxL = _replace(tokens_NxL, chosen_NxL, fate_NxL, keys_N, objective, vocabulary)
     lengths_N = np.full(rows, length, np.int64)
     return Examples(inputs_NxL, tokens_NxL, lengths_N, lengths_N, chosen_NxL, aligned=True)
+
+
+def _replace(
+    tokens_NxL: Tokens,
+    chosen_NxL: Mask,
+    fate_NxL: Integers | None,
+    keys_N: rng.Keys,
+    objective: MaskedLM,
+    vocabulary: Vocabulary,
+) -> Tokens:
+    """The text with mask tokens and random pieces. Tokens of a row with the same number in `fate_NxL` are masked,
+    replaced or kept together; None: each for itself. Random words are made for chosen tokens only."""
+    row_R, place_R = np.nonzero(chosen_NxL)
+    number_R = place_R if fate_NxL is None else fate_NxL[row_R, place_R]
+    fate_R = draws.as_fraction(rng.bits_at(keys_N[row_R], draws.REPLACEMENT, number_R))
+    to_mask, to_random = objective.replace_with_mask, objective.replace_with_mask + objective.replace_with_random
+    inputs_NxL = tokens_NxL.copy()
+    masked_R = np.flatnonzero(fate_R < to_mask)
+    inputs_NxL[row_R[masked_R], place_R[masked_R]] = vocabulary.mask_id
+    random_R = np.flatnonzero((fate_R >= to_mask) & (fate_R < to_random))
+    row_R, place_R = row_R[random_R], place_R[random_R]
+    words_R = rng.bits_at(keys_N[row_R], draws.RANDOM_TOKEN, place_R)
+    inputs_NxL[row_R, place_R] = rng.below(words_R, vocabulary.base_size - NUM_SPECIAL) + NUM_SPECIAL
+    return inputs_NxL
 
 
 def _words(tokens_NxL: Tokens, traits: TokenTraits, name: str) -> Integers:
@@ -82,10 +99,15 @@ def runs_of_words(word_NxL: Integers, keys_N: rng.Keys, objective: MaskedLM) -> 
     stay = 1 - objective.span_end_probability
     weights = [stay**k for k in range(objective.max_span_words)]
     law = (0.0, *(weight / sum(weights) for weight in weights))
-    ends_NxW = np.cumsum(draws.sample(keys_N, draws.LENGTHS, law, words), axis=1)
+    # A run has a word at least. Where fewer draws cover all words, as most often, more would change nothing.
+    count = words // 2 + 1
+    ends_NxW = np.cumsum(draws.sample(keys_N, draws.LENGTHS, law, count), axis=1)
+    if ends_NxW[:, -1].min() < words:
+        ends_NxW = np.cumsum(draws.sample(keys_N, draws.LENGTHS, law, words), axis=1)
     first_NxW = np.zeros((rows, words + 1), np.int64)
-    np.put_along_axis(first_NxW, np.minimum(ends_NxW, words), 1, axis=1)
-    return np.take_along_axis(np.cumsum(first_NxW, axis=1), word_NxL, axis=1)
+    start_N = np.arange(rows)[:, None] * (words + 1)
+    first_NxW.ravel()[np.minimum(ends_NxW, words) + start_N] = 1
+    return np.cumsum(first_NxW, axis=1).ravel().take(word_NxL + start_N)
 
 
 def _choose_units(unit_NxL: Integers, keys_N: rng.Keys, count: int, *, cut: bool) -> Mask:
@@ -95,7 +117,7 @@ def _choose_units(unit_NxL: Integers, keys_N: rng.Keys, count: int, *, cut: bool
     which no place of a unit is the likelier for. Without, a unit that would exceed `count` is left out; if all would,
     the first gives its first `count` tokens.
     """
-    rows, units = len(unit_NxL), int(unit_NxL[:, -1].max()) + 1
+    (rows, length), units = unit_NxL.shape, int(unit_NxL[:, -1].max()) + 1
     flat = (unit_NxL + np.arange(rows)[:, None] * units).ravel()
     size_NxU = np.bincount(flat, minlength=rows * units).reshape(rows, units)
     first_NxU = np.cumsum(size_NxU, axis=1) - size_NxU
@@ -103,15 +125,16 @@ def _choose_units(unit_NxL: Integers, keys_N: rng.Keys, count: int, *, cut: bool
     size_NxU = np.take_along_axis(size_NxU, order_NxU, axis=1)
     taken_NxU = _until(size_NxU, count) if cut else _fitting(size_NxU, count)
 
-    first_NxU = np.take_along_axis(first_NxU, order_NxU, axis=1)
+    row_T, place_T = np.nonzero(taken_NxU)
+    taken_T = taken_NxU[row_T, place_T]
+    start_T = first_NxU[row_T, order_NxU[row_T, place_T]]
     if cut:
-        last_ones_N = rng.bits(keys_N, draws.FORM, 1) & np.uint64(1) == 1
-        first_NxU += np.where(last_ones_N, size_NxU - taken_NxU, 0)
-    edges_NxUx2 = np.empty((rows, units, 2), np.int64)
-    np.put_along_axis(edges_NxUx2, order_NxU[:, :, None], np.stack([first_NxU, first_NxU + taken_NxU], axis=2), axis=1)
-    first_NxL, end_NxL = np.moveaxis(np.take_along_axis(edges_NxUx2, unit_NxL[:, :, None], axis=1), 2, 0)
-    places_L = np.arange(unit_NxL.shape[1])
-    return (first_NxL <= places_L) & (places_L < end_NxL)
+        last_ones_N = rng.bits(keys_N, draws.FORM, 1)[:, 0] & np.uint64(1) == 1
+        start_T += np.where(last_ones_N[row_T], size_NxU[row_T, place_T] - taken_T, 0)
+    steps = np.zeros((rows, length + 1), np.int8)
+    steps[row_T, start_T] = 1
+    steps[row_T, start_T + taken_T] -= 1
+    return np.cumsum(steps[:, :-1], axis=1, dtype=np.int8).astype(np.bool_)
 
 
 def _until(size_NxU: Integers, count: int) -> Integers:
