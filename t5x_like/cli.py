@@ -112,6 +112,20 @@ def _generate(options: argparse.Namespace, _: list[str]) -> int:
     )
 
 
+def _convert(options: argparse.Namespace, _: list[str]) -> int:
+    _simulate_devices(options.devices)
+    from t5x_like.interop.huggingface import directories
+
+    if options.from_format:
+        scale = {None: None, "yes": True, "no": False}[options.scale_logits]
+        directories.import_directory(options.source, options.out, scale_logits=scale)
+    else:
+        directories.export_directory(
+            options.source, options.out, family=options.family, dtype=options.dtype, step=options.step
+        )
+    return EXIT_OK
+
+
 def _simulate_devices(number: int | None) -> None:
     """A mesh of CPU devices in this process, which must be asked for before jax looks for devices."""
     if number is not None:
@@ -222,6 +236,30 @@ def _parser() -> argparse.ArgumentParser:
         "--num-samples", type=_positive, default=1, metavar="N", help="answers per prompt (default: 1)"
     )
     generate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+
+    convert = _command(commands, "convert", _convert, "turn a Hugging Face model into a checkpoint, or one into that")
+    _devices_option(convert)
+    direction = convert.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--from", dest="from_format", choices=("hf",), help="SOURCE is a Hugging Face directory")
+    direction.add_argument("--to", dest="to_format", choices=("hf",), help="OUT becomes a Hugging Face directory")
+    convert.add_argument("source", type=Path, metavar="SOURCE", help="with --to: a run, or what --from wrote")
+    convert.add_argument("out", type=Path, metavar="OUT", help="a directory that is not there yet")
+    convert.add_argument(
+        "--family", metavar="NAME", help="with --to: its model_type (default: the imported or plainest)"
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="with --to: of the tensors (default: float32)",
+    )
+    convert.add_argument("--step", type=int, metavar="N", help="with --to: checkpoint (default: the newest)")
+    convert.add_argument(
+        "--scale-logits",
+        choices=("yes", "no"),
+        help="with --from: whether T5's logits are scaled (default: as config.json says; umT5: no)",
+    )
+    convert.set_defaults(overrides=False)
     return parser
 
 

@@ -1,0 +1,261 @@
+"""Whole directories: a Hugging Face model to a checkpoint of ours, and back.
+
+What `import_directory` writes:
+
+    model.json          the family and the model's configuration
+    checkpoints/0/      the parameters
+    huggingface/        config.json, tokenizer files, and tensors that the model has no place for: for the way back
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pydantic
+
+from t5x_like import run_directory
+from t5x_like.checkpoints.manager import CheckpointManager
+from t5x_like.config.errors import DataError, RefusedError
+from t5x_like.config.model import ModelConfig
+from t5x_like.config.run import CheckpointConfig
+from t5x_like.interop.huggingface import convert, families
+from t5x_like.interop.huggingface.fields import Fields
+from t5x_like.interop.huggingface.names import tensors
+from t5x_like.interop.safetensors import Pending, TensorFile, Weights, write, write_sharded
+from t5x_like.models.build import abstract
+
+Tree = Any
+MODEL = "model.json"
+SCHEMA_VERSION = 1
+KEPT = "huggingface"
+LEFT_OUT = "left_out.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+SHARD_BYTES = 5_000_000_000
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A directory of Hugging Face's, checked: its tensors are exactly those of its model, but for those left out."""
+
+    described: families.Described
+    weights: Weights
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.described.model
+
+    def params(self, abstract_params: Tree) -> Tree:
+        """The parameters, float32, each made where its sharding puts it.
+
+        Args:
+          abstract_params: `jax.ShapeDtypeStruct`s, with shardings or without.
+        """
+        rules = families.FAMILIES[self.described.kind].rules
+        return convert.read_params(rules, abstract_params, self.weights, self.described.names)
+
+
+def open_directory(directory: Path, *, scale_logits: bool | None = None) -> Source:
+    """Reads config.json and the headers of the tensors.
+
+    Args:
+      scale_logits: Overrules what config.json says of T5s' logits; umT5's cannot say it.
+
+    Raises:
+      DataError: something is missing, malformed, not known or of another shape; the message names it.
+    """
+    fields = Fields.read(directory / "config.json")
+    weights = Weights(directory)
+    described = families.describe(fields, weights, scale_logits=scale_logits)
+    expected = list(
+        tensors(families.FAMILIES[described.kind].rules, convert.shapes_of(abstract(described.model).params))
+    )
+    convert.check(expected, weights, described.names, described.left_out)
+    return Source(described, weights)
+
+
+def import_directory(
+    directory: Path, out: Path, *, scale_logits: bool | None = None, report: Callable[[str], None] = print
+) -> None:
+    """Hugging Face's `directory` to one of ours.
+
+    Raises:
+      DataError: see `open_directory`.
+      RefusedError: `out` is there already.
+    """
+    source = open_directory(directory, scale_logits=scale_logits)
+    described = source.described
+    spec = abstract(source.model)
+    with _made_whole(out) as partial:
+        kept = partial / KEPT
+        kept.mkdir()
+        for name in ("config.json", *TOKENIZER_FILES):
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, kept / name)
+        if described.left_out:
+            write(kept / LEFT_OUT, [_copied(source.weights, name) for name in described.left_out], {"format": "pt"})
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "family": described.kind,
+            "model": json.loads(json.dumps(dataclasses.asdict(source.model))),
+        }
+        (partial / MODEL).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        checkpoints = CheckpointManager(partial / run_directory.CHECKPOINTS, CheckpointConfig())
+        try:
+            checkpoints.save(0, {"params": source.params(spec.params)}, {"family": described.kind})
+        finally:
+            checkpoints.close()
+    report(f"{out}: {described.kind}, {sum(map(_size, jax.tree.leaves(spec.params))):,} parameters")
+    for name in described.left_out:
+        report(f"  left out: {name} {source.weights[name].shape}")
+
+
+def export_directory(
+    directory: Path,
+    out: Path,
+    *,
+    family: str | None = None,
+    dtype: str = "float32",
+    step: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    report: Callable[[str], None] = print,
+) -> None:
+    """A run's directory, or what `import_directory` wrote, to one of Hugging Face's.
+
+    Args:
+      family: Its `model_type`; None takes what was imported, or the plainest family that the model is of.
+      dtype: Of the tensors: float32 or bfloat16.
+      step: Which checkpoint; None takes the newest.
+
+    Raises:
+      DataError, RefusedError: there is no checkpoint, or the model is of no such family; `out` is there already.
+    """
+    model, imported = _read_model(directory)
+    kept = directory / KEPT
+    kind = families.require(model, family or imported)
+    manager = CheckpointManager(directory / run_directory.CHECKPOINTS, CheckpointConfig(), read_only=True)
+    _, params, _ = manager.restore_params(_on_one_device(abstract(model).params), step)
+    with _made_whole(out) as partial:
+        base: dict[str, Any] = {}
+        left_out: list[Pending] = []
+        if imported == kind and (kept / "config.json").is_file():
+            base = Fields.read(kept / "config.json").values
+            if (kept / LEFT_OUT).is_file():
+                file = TensorFile(kept / LEFT_OUT)
+                left_out = [_copied(file, name) for name in file.tensors]
+            for name in TOKENIZER_FILES:
+                if (kept / name).is_file():
+                    shutil.copyfile(kept / name, partial / name)
+        write_directory(
+            partial, model, params, kind, base=base, left_out=left_out, dtype=dtype, shard_bytes=shard_bytes
+        )
+    report(f"{out}: {kind}, {sum(map(_size, jax.tree.leaves(params))):,} parameters in {dtype}")
+
+
+def write_directory(
+    directory: Path,
+    model: ModelConfig,
+    params: Tree,
+    kind: str,
+    *,
+    base: dict[str, Any] | None = None,
+    left_out: list[Pending] | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """config.json and tensors, which `from_pretrained` reads.
+
+    Args:
+      base: Fields of config.json that the model does not decide (ids of special tokens, say).
+      left_out: Further tensors.
+    """
+    if dtype not in _DTYPES:
+        raise DataError(f"dtype {dtype!r}, expected one of {', '.join(_DTYPES)}")
+    family = families.FAMILIES[families.require(model, kind)]
+    config = _merged(base or {}, {"model_type": kind, "dtype": dtype, **family.write(model, kind)})
+    for old in ("torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"):
+        config.pop(old, None)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    found = list(convert.pending(family.rules, params, _DTYPES[dtype]))
+    if config["architectures"][0].endswith("Model"):
+        found = [dataclasses.replace(tensor, name=tensor.name.removeprefix(family.prefix)) for tensor in found]
+    write_sharded(directory, [*found, *(left_out or [])], max_bytes=shard_bytes)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `over`, and so within objects that both have, but for those of rotary positions."""
+    merged = dict(base)
+    for name, value in over.items():
+        inner = merged.get(name)
+        if isinstance(inner, dict) and isinstance(value, dict) and name != "rope_parameters":
+            value = _merged(inner, value)
+        merged[name] = value
+    return merged
+
+
+def _copied(source: Weights | TensorFile, name: str) -> Pending:
+    stored = source[name] if isinstance(source, Weights) else source.tensors[name]
+    return Pending(name, stored.dtype, stored.shape, lambda: source.read(name))
+
+
+def _read_model(directory: Path) -> tuple[ModelConfig, str | None]:
+    """The model of a directory, and the family that it was imported from."""
+    path = directory / MODEL
+    if not path.is_file():
+        return run_directory.read_config(directory).model, None
+    document = Fields.read(path)
+    document.only("schema_version", SCHEMA_VERSION, None)
+    try:
+        model = pydantic.TypeAdapter(ModelConfig).validate_json(json.dumps(document.values.get("model")))
+    except pydantic.ValidationError as error:
+        raise DataError(f"{path}: no model: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
+    kind = document.values.get("family")
+    return model, kind if isinstance(kind, str) else None
+
+
+def _on_one_device(tree: Tree) -> Tree:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def _size(leaf: Any) -> int:
+    return int(np.prod(leaf.shape))
+
+
+@contextlib.contextmanager
+def _made_whole(out: Path) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` if all goes well, and else is removed."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RefusedError(f"{out} is there already; name another place")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(out)
+    except OSError as error:
+        raise RefusedError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

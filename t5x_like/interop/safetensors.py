@@ -1,0 +1,237 @@
+"""The safetensors format: eight bytes with the header's length, a JSON header, the tensors one after the other.
+
+Written here and not imported, because it is a hundred lines and because nothing of a file is believed before it has
+been checked: a header may be absurdly long, its offsets may lie outside the file, a download may have stopped early.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from t5x_like.config.errors import DataError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the format's own library."""
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor is: `begin` counts from the start of the file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    begin: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """An open file. Tensors are mapped, not read: what is not looked at costs nothing."""
+
+    def __init__(self, path: Path):
+        """Raises DataError where the file is missing, truncated or malformed; the message names it."""
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self.tensors = _read_header(path, file, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The tensor, read-only."""
+        stored = self.tensors[name]
+        if not stored.size:
+            return np.zeros(stored.shape, stored.dtype)
+        return np.memmap(self.path, stored.dtype, mode="r", offset=stored.begin, shape=stored.shape or (1,)).reshape(
+            stored.shape
+        )
+
+
+def _read_header(path: Path, file: Any, size: int) -> dict[str, Stored]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise DataError(f"{path}: no safetensors file, or truncated: {size} bytes, a header of {length} announced")
+    if length > MAX_HEADER_BYTES:
+        raise DataError(f"{path}: a header of {length} bytes, expected {MAX_HEADER_BYTES} at most")
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: the header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise DataError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
+    header.pop("__metadata__", None)
+    found = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].begin, item[1].size)):
+        if stored.begin != end:
+            raise DataError(
+                f"{path}: tensor {name!r} begins at byte {stored.begin}, expected {end}, without gap or overlap"
+            )
+        end = stored.begin + stored.size
+        if end > size:
+            raise DataError(f"{path}: truncated: tensor {name!r} ends at byte {end}, the file has {size}")
+    if end != size:
+        raise DataError(f"{path}: {size} bytes, expected {end}, where the last tensor ends")
+    return found
+
+
+def _stored(path: Path, name: str, entry: Any, start: int) -> Stored:
+    try:
+        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        natural = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        natural = False
+    if not natural:
+        raise DataError(
+            f"{path}: tensor {name!r} is described as {str(entry)[:200]}, expected dtype, shape and offsets"
+        )
+    stored = Stored(dtype, shape, start + begin)
+    if end - begin != stored.size:
+        raise DataError(f"{path}: tensor {name!r} has {end - begin} bytes, its shape {shape} needs {stored.size}")
+    return stored
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A tensor to be written; `make` is called when its turn comes, so that one at a time is in memory."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    make: Callable[[], npt.NDArray[Any]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(path: Path, tensors: Iterable[Pending], metadata: Mapping[str, str]) -> None:
+    """Writes a file, tensor by tensor."""
+    tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for tensor in tensors:
+        offsets = [begin, begin + tensor.size]
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        begin = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            array = np.asarray(tensor.make(), dtype=tensor.dtype, order="C")
+            assert array.shape == tensor.shape, (tensor.name, array.shape, tensor.shape)
+            file.write(array.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Weights(Mapping[str, Stored]):
+    """The tensors of a directory by name, in one file or in several with an index."""
+
+    def __init__(self, directory: Path):
+        """Raises DataError where there are none, or the index and the files do not agree."""
+        self.directory = directory
+        if (directory / INDEX).is_file():
+            files = _indexed(directory / INDEX)
+        elif (directory / SINGLE).is_file():
+            whole = TensorFile(directory / SINGLE)
+            files = dict.fromkeys(whole.tensors, whole)
+        else:
+            also = " (pytorch_model.bin executes code when it is read: save it as safetensors first)"
+            raise DataError(
+                f"{directory}: neither {SINGLE} nor {INDEX}{also if (directory / 'pytorch_model.bin').exists() else ''}"
+            )
+        self._files = files
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._files[name].tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        return self._files[name].read(name)
+
+
+def _indexed(path: Path) -> dict[str, TensorFile]:
+    try:
+        mapping = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(mapping.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: expected a JSON object with weight_map, found {type(error).__name__}: {error}"
+        ) from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise DataError(f"{path}: names the file {name!r}, expected a plain name that ends in .safetensors")
+    files = {name: TensorFile(path.parent / name) for name in names}
+    for tensor, name in mapping.items():
+        if tensor not in files[name].tensors:
+            raise DataError(f"{path}: tensor {tensor!r} is not in {name}, where the index has it")
+    for name, file in files.items():
+        unlisted = sorted(tensor for tensor in file.tensors if mapping.get(tensor) != name)
+        if unlisted:
+            raise DataError(f"{path}: {name} holds {unlisted[0]!r}, which the index has not there")
+    return {tensor: files[name] for tensor, name in mapping.items()}
+
+
+def write_sharded(directory: Path, tensors: Iterable[Pending], *, max_bytes: int) -> None:
+    """model.safetensors, or several files of at most `max_bytes` (but for larger tensors) and their index."""
+    shards: list[list[Pending]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(each.size for each in shards[-1]) + tensor.size > max_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        write(directory / SINGLE, shards[0], metadata)
+        return
+    mapping: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write(directory / name, shard, metadata)
+        mapping |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.size for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": mapping}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
