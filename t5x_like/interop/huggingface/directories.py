@@ -199,7 +199,8 @@ def write_directory(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     found = list(convert.pending(family.rules, params, _DTYPES[dtype]))
-    if config["architectures"][0].endswith("Model"):
+    if model.decoder is None and not model.head_transform:
+        # Files of an encoder without its head leave the prefix out.
         found = [dataclasses.replace(tensor, name=tensor.name.removeprefix(family.prefix)) for tensor in found]
     write_sharded(directory, [*found, *(left_out or [])], max_bytes=shard_bytes)
 
