@@ -47,7 +47,7 @@ class Source(Protocol):
         """Passes over each corpus that the first so many rows of the run make, as far as they are known."""
 
     def describe(self, first_row: int, rows: int, max_tokens: int) -> list[Any]:
-        """Its next rows for people, to be printed by rich."""
+        """The mixture and its next rows for people, to be printed by rich."""
 
     def start(self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes]) -> Batches:
         """The batches behind the first `first_row` rows of the run.
@@ -99,9 +99,9 @@ class Prepared:
         return self.stream.epochs(first_row)
 
     def describe(self, first_row: int, rows: int, max_tokens: int) -> list[Any]:
-        from t5x_like.data.describe import describe_rows
+        from t5x_like.data.describe import describe_rows, mixture_table
 
-        return describe_rows(self.stream, first_row, rows, max_tokens)
+        return [mixture_table(self.stream), *describe_rows(self.stream, first_row, rows, max_tokens)]
 
     def start(self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes]) -> Prefetcher:
         del files
