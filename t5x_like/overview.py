@@ -100,8 +100,6 @@ def show(program: Program, source: Source, workdir: Path, step: int, first_row: 
     if epochs := source.epochs(last_row):
         passes = ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items())
         console.print(f"passes over the data by step {total}: {passes}")
-    if source.stores:
-        console.print(f"first rows of step {step}, each cut at {_TOKENS_SHOWN} tokens; `t5x-like inspect` shows more")
     console.print(*source.describe(first_row, _ROWS_SHOWN, _TOKENS_SHOWN))
 
 

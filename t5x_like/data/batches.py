@@ -101,7 +101,8 @@ class Prepared:
     def describe(self, first_row: int, rows: int, max_tokens: int) -> list[Any]:
         from t5x_like.data.describe import describe_rows, mixture_table
 
-        return [mixture_table(self.stream), *describe_rows(self.stream, first_row, rows, max_tokens)]
+        said = f"rows behind the first {first_row}, each cut at {max_tokens} tokens; `t5x-like inspect` shows more"
+        return [mixture_table(self.stream), said, *describe_rows(self.stream, first_row, rows, max_tokens)]
 
     def start(self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes]) -> Prefetcher:
         del files

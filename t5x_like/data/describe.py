@@ -60,12 +60,13 @@ def mixture_table(stream: Stream) -> Table:
     rows = ", ".join(f"{count:,} rows of {name}" for name, count in stream.rows_per_epoch.items())
     table = Table(title=f"mixture: an epoch is {rows}", title_justify="left")
     names = ("corpus", "objective", "row", "loss tokens", "by example", "by token", "by loss token", "sub-batch")
-    for name in names[0 if several else 1 :]:
+    shown = slice(0 if several else 1, None if len(stream.shapes) > 1 else -1)
+    for name in names[shown]:
         table.add_column(name, justify="left" if name in ("corpus", "objective", "sub-batch") else "right")
     for share in mixture_shares(stream):
         numbers = [f"{part:.1%}" for part in (share.by_example, share.by_token, share.by_loss_token)]
         row = [share.corpus, share.name, f"{share.tokens:.0f}", f"{share.loss_tokens:.1f}", *numbers, share.sub_batch]
-        table.add_row(*row[0 if several else 1 :])
+        table.add_row(*row[shown])
     return table
 
 
