@@ -168,9 +168,16 @@ def _parts(row: dict[str, npt.NDArray[Any]], tokenizer: Tokenizer, limit: int | 
         yield _line("targets", targets, scored, tokenizer, limit)
         return
     present = targets != PAD_ID
-    given = present & (np.cumsum(scored) == 0)
+    given, seen = present & (np.cumsum(scored) == 0), "causal"
+    if "decoder_causal_attention" in row:
+        both_ways = row["decoder_causal_attention"] > 0
+        if both_ways[present].all():  # Masked LM; of all other examples, the last cells see only what is before them.
+            read = row["decoder_input_tokens"][present][1:]
+            yield _line("inputs (one place later)", read, scored[present][:-1], tokenizer, limit)
+            yield _line("targets", targets[present], scored[present], tokenizer, limit)
+            return
+        given, seen = np.arange(len(targets)) < both_ways.sum() - 1, "bidirectional"
     if given.any():
-        seen = "bidirectional" if "decoder_causal_attention" in row else "causal"
         yield _line(f"inputs ({seen})", targets[given], scored[given], tokenizer, limit)
     yield _line("targets", targets[~given], scored[~given], tokenizer, limit)
 

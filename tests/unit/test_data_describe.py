@@ -11,7 +11,7 @@ from config_examples import example
 from data_examples import data_config, numbered_store, text_store
 from rich.console import Console
 
-from t5x_like.config import DataError, RunConfig, SpanCorruption
+from t5x_like.config import DataError, MaskedLM, RunConfig, SpanCorruption
 from t5x_like.config.objectives import Layout
 from t5x_like.data import describe
 from t5x_like.data.stream import Stream
@@ -43,6 +43,14 @@ def test_a_row_shows_its_whole_text_its_denoiser_and_its_parts(tmp_path: Path, l
             assert f"[{objective.mode}]" in shown and shown.count("<extra_id_0>") == 2
     cut = printed(describe.describe_rows(stream, 0, 12, max_tokens=10)[0])
     assert " more" in cut and cut.count("word") < printed(panels[0]).count("word")
+
+
+def test_masked_text_in_one_stream_stands_above_the_raw_text(tmp_path: Path) -> None:
+    store = text_store(tmp_path / "s", ["a plain sentence " * 60], num_sentinels=64)
+    data = data_config("prefix_lm", mixture=(MaskedLM(),))
+    shown = printed(describe.describe_rows(Stream([store], data, 4), 0, 1)[0])
+    assert "inputs (one place later) [95 tokens]" in shown and "targets [96 tokens]" in shown
+    assert "<extra_id_0>" in shown.split("targets")[0] and "<extra_id_0>" not in shown.split("targets")[1]
 
 
 def test_scored_tokens_and_sentinels_have_their_colours(tmp_path: Path) -> None:
