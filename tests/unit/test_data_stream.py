@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from config_examples import example
 from data_examples import data_config, numbered_store, raw_tokens, text_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from t5x_like.config import (
     Bart,
@@ -147,6 +150,44 @@ def test_another_batch_size_goes_on_with_the_next_rows(store: Store, short: tupl
     for name, features in whole.items():
         for feature, values in features.items():
             assert np.array_equal(np.concatenate([part[name][feature] for part in parts]), values)
+
+
+@given(segments=st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 8]), st.integers(1, 9)), min_size=1))
+@settings(max_examples=15, deadline=None)
+def test_an_epoch_is_the_same_rows_over_kills_batch_sizes_and_hosts(
+    segments: list[tuple[int, int, int]], store: Store, whole_epoch: collections.Counter[bytes]
+) -> None:
+    """A run in pieces, each resumed where the last one was saved, with as many steps, hosts and rows as it likes."""
+    data = dataclasses.replace(data_config(), short_targets_lengths=(20,))
+    total = sum(whole_epoch.values())
+    seen: collections.Counter[bytes] = collections.Counter()
+    row = 0
+    while row < total:
+        for multiple, hosts, steps in segments:
+            rows = min(7 * multiple, total - row)
+            if not rows:
+                break
+            stream = Stream([store], data, rows)
+            for _ in range(min(steps, (total - row) // rows)):
+                for host in range(hosts):
+                    seen += rows_of(stream.batch_at(row, host, hosts))
+                row += rows
+    assert seen == whole_epoch
+
+
+def rows_of(batch: Mapping[str, Mapping[str, np.ndarray]]) -> collections.Counter[bytes]:
+    """The rows of a batch, as a multiset."""
+    inputs = [row.tobytes() for part in batch.values() for row in part["encoder_input_tokens"]]
+    return collections.Counter(inputs)
+
+
+@pytest.fixture(scope="module")
+def whole_epoch(store: Store) -> collections.Counter[bytes]:
+    data = dataclasses.replace(data_config(), short_targets_lengths=(20,))
+    rows = epoch_rows(Stream([store], data, 7))
+    found = rows_of(Stream([store], data, rows).batch(0))
+    assert set(found.values()) == {1} and len(found) == rows
+    return found
 
 
 def test_two_shapes_use_up_the_same_text_at_the_same_pace(store: Store) -> None:
