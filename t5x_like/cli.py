@@ -78,9 +78,15 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> int:
     run = _configured_run(options, overrides)
+    if options.stats:
+        from t5x_like.inspection.page import write_statistics
+
+        output = options.output or Path("runs") / f"{run.name}.statistics.html"
+        print(write_statistics(run, output, rows=options.sample_rows, first_row=options.first_row))
+        return EXIT_OK
     from t5x_like.data.describe import inspect
 
-    inspect(run, rows=options.rows)
+    inspect(run, rows=options.rows, first_row=options.first_row)
     return EXIT_OK
 
 
@@ -206,8 +212,20 @@ def _parser() -> argparse.ArgumentParser:
         "--beam-options", default="", metavar="OPTIONS", help="of the pipeline, as in '--runner=FlinkRunner'"
     )
 
-    inspect = _recipe_command(commands, "inspect", _inspect, "show rows of the first batch as text, masks in colour")
+    inspect = _recipe_command(commands, "inspect", _inspect, "show training rows as text, masks in colour")
     inspect.add_argument("--rows", type=_positive, default=8, metavar="N", help="rows to show (default: 8)")
+    inspect.add_argument(
+        "--first-row", type=_not_negative, default=0, metavar="I", help="rows of the run before them (default: 0)"
+    )
+    inspect.add_argument(
+        "--stats", action="store_true", help="instead, read a sample of the rows and write their statistics as a page"
+    )
+    inspect.add_argument(
+        "--sample-rows", type=_positive, default=4096, metavar="N", help="rows of the sample (default: 4096)"
+    )
+    inspect.add_argument(
+        "--output", type=Path, metavar="PATH", help="the page's file (default: runs/NAME.statistics.html)"
+    )
 
     evaluate = _run_command(commands, "eval", _eval, "score a run's checkpoints on held-out text")
     evaluate.add_argument(
@@ -313,6 +331,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"found {value}, expected a number above 0")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"found {value}, expected 0 or more")
     return value
 
 

@@ -27,6 +27,11 @@ class Piece:
         """False for control pieces (pad, bos, eos) and for the unknown piece."""
         return self.type not in (_CONTROL, _UNKNOWN)
 
+    @property
+    def is_byte(self) -> bool:
+        """A single byte, for text that no other piece covers."""
+        return self.type == _BYTE
+
     def bytes(self) -> bytes:
         """The UTF-8 bytes that the piece stands for; a byte piece is written `<0x0A>`."""
         if self.type == _BYTE and (match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", self.piece)):

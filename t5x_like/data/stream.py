@@ -182,6 +182,10 @@ class Stream:
                 self._put_packed(out, source, source.reader, mine, places.number_N[mine], keys_N[mine])
         return out
 
+    def corpora(self, index_N: Integers, sub_batch: str = MAIN) -> Integers:
+        """[N]: which of `sources` rows of a sub-batch are of, by their numbers."""
+        return self._mixings[sub_batch].places(index_N).corpus_N
+
     @property
     def rows_per_epoch(self) -> dict[str, int]:
         """Rows of each corpus that make a pass over it, at the rates of the first phase."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -27,6 +23,7 @@ from t5x_like.monitoring.curves import (
     series,
     value_scale,
 )
+from t5x_like.monitoring.pages import content_hash, environment, resource, write_page
 from t5x_like.monitoring.run_files import (
     DENOISER,
     RunFiles,
@@ -40,7 +37,6 @@ from t5x_like.monitoring.run_files import (
 from t5x_like.monitoring.text import visible
 
 FILE = "report.html"
-_TEMPLATES = Path(__file__).parent / "report_template"
 
 _PANELS = {
     "learning_rate": ("Learning rate", "number", False),
@@ -78,47 +74,34 @@ def write_report(run_dir: Path) -> Path:
       FileNotFoundError: `run_dir` is no directory.
       OSError: the report cannot be written.
     """
-    page = render(read_run(run_dir))
-    target = run_dir / FILE
-    temporary = run_dir / (FILE + ".partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, target)
-    return target
+    return write_page(run_dir / FILE, render(read_run(run_dir)))
 
 
 def render(files: RunFiles) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = resource("report.css"), resource("report.js")
     charts = _charts(files)
-    return environment.get_template("report.html").render(
-        files=files,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        status=_status(files.exit),
-        subtitle=_subtitle(files.config),
-        figures=_figures(files),
-        charts=charts,
-        data=[one.data() for group in charts.values() for one in group],
-        baselines=_baseline_bars(files.evaluation),
-        objectives=_objective_rows(files),
-        seconds=_seconds(files.exit),
-        config={key: value for key, value in files.config.items() if isinstance(value, Mapping)},
-        formats=formats,
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            files=files,
+            style=Markup(style),
+            script=Markup(script),
+            style_hash=content_hash(style),
+            script_hash=content_hash(script),
+            status=_status(files.exit),
+            subtitle=_subtitle(files.config),
+            figures=_figures(files),
+            charts=charts,
+            data=[one.data() for group in charts.values() for one in group],
+            baselines=_baseline_bars(files.evaluation),
+            objectives=_objective_rows(files),
+            seconds=_seconds(files.exit),
+            config={key: value for key, value in files.config.items() if isinstance(value, Mapping)},
+            formats=formats,
+        )
     )
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _status(document: Mapping[str, Any]) -> tuple[str, str]:
@@ -228,12 +211,12 @@ def _denoiser_charts(files: RunFiles, x: Scale) -> list[Chart]:
         lines = [draw(training[name], "training", "training", x, y)]
         if len(held_out[name]):
             lines.append(draw_points(held_out[name], "held-out", "held-out", x, y))
-        key, note = f"denoiser-{len(charts)}", _describe(objective)
+        key, note = f"denoiser-{len(charts)}", describe_objective(objective)
         charts.append(chart(key, visible(name), lines, x, y, note=note, css=css))
     return charts if len(charts) > 1 else []  # one objective alone is the mixture
 
 
-def _describe(objective: Mapping[str, Any]) -> str:
+def describe_objective(objective: Mapping[str, Any]) -> str:
     """A denoiser in a few words."""
     kind = objective.get("kind")
     if kind == "span_corruption":
@@ -312,7 +295,7 @@ def _objective_rows(files: RunFiles) -> list[dict[str, str]]:
         rows.append(
             {
                 "name": visible(name),
-                "description": _describe(objective),
+                "description": describe_objective(objective),
                 "css": f"mode-{objective.get('mode')}" if objective.get("mode") in ("R", "S", "X") else "mode-none",
                 "loss": formats.number(loss),
                 "accuracy": formats.percent(accuracy),

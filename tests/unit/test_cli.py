@@ -149,10 +149,17 @@ def test_prepare_and_inspect(config: str, monkeypatch: pytest.MonkeyPatch) -> No
     prepared = fake(monkeypatch, "t5x_like.data.prepare", "prepare")
     inspected = fake(monkeypatch, "t5x_like.data.describe", "inspect")
     assert main(["prepare", config, "--workers", "2", "--data.tokenizer.num-sentinels", "40"]) == 0
-    assert main(["inspect", config, "--rows", "3"]) == 0
+    written = fake(monkeypatch, "t5x_like.inspection.page", "write_statistics", result=Path("page.html"))
+    assert main(["inspect", config, "--rows", "3", "--first-row", "7"]) == 0
+    assert main(["inspect", config, "--stats", "--sample-rows", "100"]) == 0
+    assert main(["inspect", config, "--stats", "--output", "page.html", "--first-row", "5"]) == 0
     run = changed(example(), "data.tokenizer.num_sentinels", 40)
     assert prepared == [((run.data,), {"report": print, "workers": 2, "make_parts": None})]
-    assert inspected == [((example(),), {"rows": 3})]
+    assert inspected == [((example(),), {"rows": 3, "first_row": 7})]
+    assert written == [
+        ((example(), Path("runs/example.statistics.html")), {"rows": 100, "first_row": 0}),
+        ((example(), Path("page.html")), {"rows": 4096, "first_row": 5}),
+    ]
 
 
 def test_eval_and_generate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,9 +65,8 @@ def test_control_codes_of_a_corpus_do_not_reach_the_terminal(tmp_path: Path) -> 
     store = text_store(tmp_path / "s", ["\x1b[31mred\x07\x00\r\u202e\x9b [bold]no markup[/bold]\n" * 40])
     shown = printed(*describe.describe_rows(Stream([store], data, 4), 0, 3))
     assert not set(shown) & set("\x1b\x07\x00\r\u202e\x9b")
-    assert "␛[31mred␇␀␍\\u202e\\u009b [bold]no markup[/bold]⏎" in shown.replace("│", "").replace("\n", "").replace(
-        " " * 2, ""
-    )
+    text = shown.replace("│", "").replace("\n", "").replace(" " * 2, "")
+    assert "\\x1b[31mred\\x07\\x00\\x0d\\u202e\\x9b [bold]no markup[/bold]⏎" in text
 
 
 def test_the_mixture_by_example_is_not_the_mixture_by_loss_token(tmp_path: Path) -> None:
