@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.objectives import BlankInfilling, MaskedLM, Objective
+from t5x_like.config.objectives import WITHOUT_INPUTS, BlankInfilling, MaskedLM, Objective
 from t5x_like.data.tokenizers import Tokenizer
 from t5x_like.data.vocabulary import EOS_ID, PAD_ID
 
@@ -81,7 +81,9 @@ def example(segment: Row, denoiser: int, objective: Objective) -> Example:
     if isinstance(objective, MaskedLM):
         return Example(denoiser, segment["decoder_input_tokens"][1:length], targets, scored, aligned=True, seen=seen)
     given = int(np.argmax(scored)) if scored.any() else length
-    if isinstance(objective, BlankInfilling):
+    if isinstance(objective, WITHOUT_INPUTS):
+        given = 0  # CM3 may begin with a sentinel, which is not scored
+    elif isinstance(objective, BlankInfilling):
         given -= 1  # the sentinel that begins the targets is not scored
     return Example(denoiser, targets[:given], targets[given:], scored[given:], aligned=False, seen=seen)
 

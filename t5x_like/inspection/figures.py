@@ -6,8 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from t5x_like.data.laws import Fit
 from t5x_like.data.store_statistics import Lengths
 from t5x_like.monitoring import formats
@@ -141,7 +139,11 @@ def p_value(value: float | None) -> str:
 
 
 def quantile_row(found: Lengths) -> list[str]:
-    """Mean and quantiles as text."""
-    return [f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}" for value in found.quantiles] + [
-        f"{found.mean:,.1f}" if np.isfinite(found.mean) else "–"
-    ]
+    """Quantiles and mean as text."""
+    return [*map(_length, found.quantiles), _length(round(found.mean, 1))]
+
+
+def _length(value: float) -> str:
+    if value >= 100_000:
+        return formats.count(value)
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"

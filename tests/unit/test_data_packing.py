@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from t5x_like.config import CausalLM, DataError, MaskedLM, Objective, PrefixLM, SpanCorruption, Supervised
 from t5x_like.config.objectives import Layout
-from t5x_like.data import describe
 from t5x_like.data.packing import first_fit
+from t5x_like.data.rows import segments
 from t5x_like.data.stream import Stream
 from t5x_like.data.validation import objective_batches
 from t5x_like.data.vocabulary import EOS_ID, NUM_SPECIAL
@@ -54,7 +54,7 @@ def test_each_document_is_whole_and_once_per_epoch(tmp_path: Path, layout: Layou
         features = stream.rows(np.arange(epoch * rows, (epoch + 1) * rows))
         pieces = []
         for row in range(rows):
-            for example in describe.segments({name: values[row] for name, values in features.items()}):
+            for example in segments({name: values[row] for name, values in features.items()}):
                 assert len(set(example["denoiser_ids"].tolist())) == 1
                 one = {name: values[None] for name, values in example.items()}
                 one["denoiser_ids"] = example["denoiser_ids"][:1]
@@ -94,7 +94,7 @@ def test_pairs_are_given_and_predicted_as_they_are(tmp_path: Path, layout: Layou
     features = stream.rows(np.arange(stream.rows_per_epoch["python_docs"]))
     found = []
     for row in range(len(features["denoiser_ids"])):
-        for example in describe.segments({name: values[row] for name, values in features.items()}):
+        for example in segments({name: values[row] for name, values in features.items()}):
             scored = example["decoder_loss_weights"] > 0
             stream_ = example["decoder_target_tokens"]
             inputs = example["encoder_input_tokens"] if layout == "encoder_decoder" else stream_[~scored]

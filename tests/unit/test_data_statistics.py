@@ -1,0 +1,307 @@
+"""Statistics equal slow direct counts; laws accept our denoisers and reject others."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_examples import data_config, numbered_store, pair_store, text_store
+from scipy.stats import chi2
+
+from t5x_like.config import CausalLM, DataConfig, MaskedLM, Objective, PrefixLM, SpanCorruption, Supervised
+from t5x_like.config.data import CorpusShare
+from t5x_like.config.lengths import noise_counts
+from t5x_like.config.objectives import Bart, BlankInfilling, CausalMasking, FillInTheMiddle, Layout
+from t5x_like.data import keys as rng
+from t5x_like.data.denoise import denoise
+from t5x_like.data.laws import (
+    Fit,
+    Observed,
+    chi_square_tail,
+    combined,
+    composition_law,
+    fits,
+    observe,
+    pair_law,
+)
+from t5x_like.data.rows import Example
+from t5x_like.data.statistics import NGRAM, Statistics, repeated_ngrams, statistics
+from t5x_like.data.store_statistics import document_lengths, lengths, repeated_documents, token_use
+from t5x_like.data.stream import Stream
+from t5x_like.data.vocabulary import EOS_ID, Vocabulary
+
+VOCABULARY = Vocabulary(base_size=500, num_sentinels=64)
+
+
+def sampled(objective: Objective, count: int = 400, length: int = 120, seed: int = 0) -> list[Observed]:
+    """What examples of `objective` show."""
+    tokens = 3 + rng.below(rng.bits(rng.fold_in(seed, np.arange(count)), 5, length), 490)
+    made = denoise(tokens, rng.fold_in(seed + 1, np.arange(count)), objective, VOCABULARY)
+    found = []
+    for row, (given, wanted) in enumerate(zip(made.input_lengths_N, made.target_lengths_N, strict=True)):
+        scored = np.ones(wanted, np.bool_) if made.scored_NxT is None else made.scored_NxT[row, :wanted]
+        example = Example(0, made.inputs_NxI[row, :given], made.targets_NxT[row, :wanted], scored, made.aligned)
+        found.append(observe(example, length, objective, VOCABULARY))
+    return found
+
+
+def least(found: list[Fit]) -> float:
+    assert found
+    return min(fit.p_value for fit in found if fit.p_value is not None)
+
+
+SPANS = SpanCorruption(name="R")
+LONG = SpanCorruption(name="X", mean_noise_span_length=8.0, noise_density=0.5, mode="X")
+PREFIX = PrefixLM(name="S")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        SPANS,
+        LONG,
+        SpanCorruption(name="exact", t5_exact=True),
+        SpanCorruption(name="one", mean_noise_span_length=64.0),
+        PREFIX,
+        PrefixLM(name="narrow", min_target_fraction=0.7, max_target_fraction=0.8),
+        MaskedLM(),
+        CausalMasking(),
+        FillInTheMiddle(),
+    ],
+    ids=lambda objective: objective.name,
+)
+def test_our_denoisers_follow_their_laws(objective: Objective) -> None:
+    for length in (7, 120):
+        found = fits(objective, sampled(objective, length=length), VOCABULARY)
+        assert least(found) > 1e-3 and not any(fit.forbidden for fit in found)
+        for fit in found:
+            assert fit.expected.sum() == pytest.approx(fit.measured.sum())
+
+
+@pytest.mark.parametrize(
+    ("law", "truth"),
+    [
+        (SPANS, dataclasses.replace(SPANS, noise_density=0.2)),
+        (SPANS, dataclasses.replace(SPANS, mean_noise_span_length=2.0)),
+        (SPANS, dataclasses.replace(SPANS, t5_exact=True)),
+        (LONG, dataclasses.replace(LONG, mean_noise_span_length=9.0)),
+        (PREFIX, dataclasses.replace(PREFIX, max_target_fraction=0.6)),
+        (PREFIX, dataclasses.replace(PREFIX, max_target_fraction=0.45)),
+        (MaskedLM(), MaskedLM(replace_with_mask=0.85, replace_with_random=0.075)),
+        (MaskedLM(), MaskedLM(mask_rate=0.2)),
+        (CausalMasking(), CausalMasking(mean_spans=1.6)),
+        (FillInTheMiddle(), FillInTheMiddle(fim_rate=0.65)),
+    ],
+    ids=lambda objective: objective.kind,
+)
+def test_other_laws_are_rejected(law: Objective, truth: Objective) -> None:
+    assert least(fits(law, sampled(truth), VOCABULARY)) < 1e-4
+
+
+def balls_into_spans(noise: int, spans: int, key: int) -> tuple[int, ...]:
+    """A wrong sampler: each token beyond one per span goes to a span at random."""
+    extra = rng.below(rng.bits(rng.fold_in(9, key), 1, noise - spans)[0], spans)
+    return tuple((1 + np.bincount(extra, minlength=spans)).tolist())
+
+
+def sorted_cuts_with_repeats(noise: int, spans: int, key: int) -> tuple[int, ...]:
+    """A wrong sampler: cuts are drawn with replacement, so that spans can be empty."""
+    cuts = np.sort(rng.below(rng.bits(rng.fold_in(9, key), 1, spans - 1)[0], noise + 1))
+    return tuple(np.diff([0, *cuts.tolist(), noise]).tolist())
+
+
+@pytest.mark.parametrize("sampler", [balls_into_spans, sorted_cuts_with_repeats])
+def test_right_counts_in_wrong_spans_are_rejected(sampler: Callable[[int, int, int], tuple[int, ...]]) -> None:
+    noise, spans = noise_counts(LONG, 120)
+    share = (noise - spans) / 120
+    found = [Observed(120, noise, sampler(noise, spans, key), cut=key / 300 < share) for key in range(300)]
+    assert least(fits(LONG, found, VOCABULARY)) < 1e-6
+
+
+def test_p_values_of_the_right_law_are_uniform() -> None:
+    """The spans of an example sum to its noise tokens: taken for independent, they would fit too well."""
+    found = np.array([fits(LONG, sampled(LONG, 60, seed=7 * seed), VOCABULARY)[0].p_value for seed in range(120)])
+    assert 0.2 < (found < 0.3).mean() < 0.42 and 0.4 < (found < 0.5).mean() < 0.6
+    assert 0.6 < (found < 0.7).mean() < 0.8
+
+
+@pytest.mark.parametrize(("total", "parts"), [(1, 1), (5, 1), (6, 2), (7, 3), (9, 4), (5, 5)])
+def test_composition_laws_by_enumeration(total: int, parts: int) -> None:
+    all_ = [parts_ for parts_ in itertools.product(range(1, total + 1), repeat=parts) if sum(parts_) == total]
+    one = np.bincount([composition[0] for composition in all_], minlength=total + 1) / len(all_)
+    np.testing.assert_allclose(composition_law(total, parts), one, atol=1e-12)
+    if parts > 1:
+        pairs = np.zeros((total + 1, total + 1))
+        for composition in all_:
+            pairs[composition[0], composition[-1]] += 1 / len(all_)
+        np.testing.assert_allclose(pair_law(total, parts), pairs, atol=1e-12)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 5, 40, 300])
+def test_chi_square_tail(freedom: int) -> None:
+    for statistic in (0.0, 0.01, 0.5 * freedom, freedom, 1.3 * freedom, 4 * freedom + 20):
+        assert chi_square_tail(statistic, freedom) == pytest.approx(chi2.sf(statistic, freedom), rel=1e-8, abs=1e-300)
+    assert combined([0.5]) == pytest.approx(0.5) and combined([]) == combined([1.0]) == 1.0
+    assert combined([0.01, 0.9]) == pytest.approx(1 - 0.99**2)
+
+
+MIXTURES: dict[Layout, tuple[Objective, ...]] = {
+    "encoder_decoder": (SPANS, LONG, PREFIX, Bart(permute_sentences=False), BlankInfilling()),
+    "prefix_lm": (
+        SPANS,
+        dataclasses.replace(PREFIX, mode="S"),
+        CausalLM(),
+        FillInTheMiddle(),
+        CausalMasking(),
+        BlankInfilling(name="glm", mean_span_length=2.0),
+        MaskedLM(),
+    ),
+    "causal_lm": (CausalLM(),),
+    "encoder": (MaskedLM(),),
+}
+
+
+def one_epoch(stream: Stream) -> Statistics:
+    rows = sum(stream.rows_per_epoch.values())
+    assert rows % stream.batch_size == 0
+    return statistics(stream, rows)
+
+
+@pytest.mark.parametrize("examples", ["windows", "documents"])
+@pytest.mark.parametrize("layout", list(MIXTURES))
+def test_numbers_are_those_of_slow_counts(tmp_path: Path, layout: Layout, examples: str) -> None:
+    sizes = [40, 25, 3, 90, 12, 7, 61] * 12
+    store = numbered_store(tmp_path / "s", sum(sizes), lengths=sizes)
+    data = dataclasses.replace(data_config(layout, MIXTURES[layout]), examples=examples)
+    stream = Stream([store], data, 1)
+    found = one_epoch(stream)
+    cells: collections.Counter[str] = collections.Counter()
+    filled: collections.Counter[str] = collections.Counter()
+    scored = np.zeros(store.vocabulary.base_size, np.int64)
+    loss: collections.Counter[int] = collections.Counter()
+    targets = "encoder" if layout == "encoder" else "decoder"
+    for row in range(found.rows):
+        features = {name: values[0] for name, values in stream.row(row).items()}
+        for stack in {"encoder", targets} if layout == "encoder_decoder" else {targets}:
+            tokens = features[f"{stack}_target_tokens" if stack == targets else "encoder_input_tokens"].tolist()
+            cells[stack] += len(tokens)
+            filled[stack] += sum(token != 0 for token in tokens)
+        names = np.broadcast_to(features["denoiser_ids"], features[f"{targets}_loss_weights"].shape)
+        wanted = zip(features[f"{targets}_target_tokens"], features[f"{targets}_loss_weights"], names, strict=True)
+        for token, weight, name in wanted:
+            if weight:
+                loss[int(name)] += 1
+                if EOS_ID < token < store.vocabulary.base_size:
+                    scored[token] += 1
+    assert {fill.stack: (fill.cells, fill.filled) for fill in found.fill} == {
+        stack: (cells[stack], filled[stack]) for stack in cells
+    }
+    assert found.fill_share == pytest.approx(sum(filled.values()) / sum(cells.values()))
+    total = sum(loss.values())
+    for index, part in enumerate(found.parts):
+        assert part.measured[2] == pytest.approx(loss[index] / total)
+    # The store has no EOS of documents, so that every scored token below the sentinels is a token of the text.
+    exposure = sum(part.exposure for part in found.parts)
+    assert exposure == pytest.approx(scored.sum() / sum(sizes), rel=0.02)
+    assert all(not one.broken for one in found.objectives)
+    assert sum(one.examples for one in found.objectives) >= found.rows
+
+
+def test_the_measured_mixture_is_the_expected_one(tmp_path: Path) -> None:
+    stream = Stream([numbered_store(tmp_path / "s", 60_000)], data_config(), 7)
+    found = statistics(stream, 1400)
+    assert found.rows == 1400
+    for part in found.parts:
+        # The cut of prefix LM varies, so that its loss tokens do.
+        assert part.measured == pytest.approx(part.expected, rel=0.02 if part.objective.kind != "prefix_lm" else 0.08)
+    assert sum(part.exposure for part in found.parts) == pytest.approx(
+        sum(part.scored * part.expected[1] for part in found.parts), rel=0.01
+    )
+    assert least([fit for one in found.objectives for fit in one.fits]) > 1e-4
+    assert found.coverage["python_docs"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_corpora_packed_and_paired_have_their_own_numbers(tmp_path: Path) -> None:
+    pairs, content = pair_store(tmp_path / "p", [(5 + i % 9, 3 + i % 4) for i in range(60)])
+    text = numbered_store(tmp_path / "t", 500, base=pairs.vocabulary.base_size - 3, num_sentinels=4)
+    own = data_config("encoder_decoder", (SpanCorruption(name="R", mean_noise_span_length=8.0),))
+    corpora = (
+        CorpusShare(name="text", corpus=own.corpus, rate=3.0),
+        CorpusShare(name="pairs", corpus=own.corpus, mixture=(Supervised(),), examples="documents"),
+    )
+    data: DataConfig = dataclasses.replace(own, corpora=corpora)
+    stream = Stream([text, pairs], data, 4)
+    found = statistics(stream, 400)
+    by_name = {part.corpus: part for part in found.parts}
+    assert by_name["text"].measured[0] == pytest.approx(0.75) == by_name["text"].expected[0]
+    assert by_name["pairs"].measured == pytest.approx(by_name["pairs"].expected, rel=0.05)
+    wanted = sum(len(targets) for _, targets in content)
+    whole = sum(len(inputs) + len(targets) for inputs, targets in content)
+    assert by_name["pairs"].scored == pytest.approx(wanted / whole, rel=0.05)
+    assert by_name["pairs"].exposure == pytest.approx(wanted / whole, rel=0.05)
+    assert found.coverage["pairs"] == pytest.approx(1.0)
+    sizes = document_lengths(pairs.split("train"), 2)
+    assert sizes["inputs"].tolist() == [len(inputs) for inputs, _ in content]
+    assert sizes["targets"].tolist() == [len(targets) for _, targets in content]
+    assert repeated_documents(pairs.split("train"), 2).repeated == 0
+
+
+def test_repeated_ngrams_by_sets() -> None:
+    text = rng.below(rng.bits(rng.fold_in(3, np.arange(12)), 1, 60), 2) + 5
+    rows = [(row // 2, tokens) for row, tokens in enumerate(text.astype(np.int32))]
+    rows.append((9, np.array([5, 6], np.int32)))
+    ngrams = [(row, tuple(tokens[i : i + NGRAM].tolist())) for row, tokens in rows for i in range(len(tokens) - 7)]
+    where: dict[tuple[int, ...], set[int]] = {}
+    for row, ngram in ngrams:
+        where.setdefault(ngram, set()).add(row)
+    wanted = sum(len(where[ngram]) > 1 for _, ngram in ngrams) / len(ngrams)
+    assert 0.1 < wanted < 1 and repeated_ngrams(rows) == pytest.approx(wanted)
+    assert repeated_ngrams([]) == repeated_ngrams([(0, text[0])]) == 0.0
+    assert repeated_ngrams([(0, text[0]), (1, text[0])]) == 1.0
+
+
+def test_what_is_in_a_store(tmp_path: Path) -> None:
+    texts = ["one two  three", "again", "ünïcode\n", "again", "again", "x" * 300]
+    store = text_store(tmp_path / "s", texts)
+    split = store.split("train")
+    sizes = document_lengths(split, 1)["documents"]
+    assert sizes.tolist() == [len(text.encode()) for text in texts]
+    for log in (False, True):
+        found = lengths(sizes, bins=7, log=log)
+        assert found.count == found.counts_H.sum() == len(texts)
+        assert found.mean == pytest.approx(np.mean(sizes)) and found.quantiles[0] == 5 and found.quantiles[-1] == 300
+        for low, high, count in zip(found.edges_H[:-1], found.edges_H[1:], found.counts_H, strict=True):
+            assert count == sum(low <= size < high for size in sizes.tolist())
+    repeats = repeated_documents(split, 1)
+    assert (repeats.checked, repeats.repeated, repeats.most) == (6, 2, 3)
+    part = repeated_documents(split, 1, most_tokens=len(texts[0]) + 8)
+    assert (part.checked, part.repeated) == (2, 0)
+    use = token_use(store, "train")
+    counts = collections.Counter("".join(texts).encode())
+    assert use.tokens == sum(counts.values()) and use.unknown == 0 and use.byte_fallback is None
+    assert use.frequent[0] == ("x", 300) and len(use.frequent) == min(len(counts), 40)
+    assert use.unused == use.pieces - len(counts) == 256 - len(counts)
+    words = sum(len(text.split()) for text in texts)
+    assert use.words == (words, use.tokens) and use.tokens_per_word == pytest.approx(use.tokens / words)
+
+
+def test_bytes_without_a_piece_are_counted(tmp_path: Path) -> None:
+    from t5x_like.config import CorpusConfig, TokenizerConfig
+    from t5x_like.data.prepare import prepare
+
+    (tmp_path / "a.txt").write_text("plain words of a text, again and again.\n" * 200 + "\U0001f980")
+    data = dataclasses.replace(
+        data_config(),
+        corpus=CorpusConfig(files=(str(tmp_path / "a.txt"),), validation_fraction=0.0),
+        tokenizer=TokenizerConfig(vocab_size=280),
+        store=str(tmp_path / "stores"),
+    )
+    (store,) = prepare(data, report=lambda line: None, workers=1)
+    use = token_use(store, "train")
+    assert use.byte_fallback == 4 and use.unknown == 0
+    assert store.split("validation").num_documents == 0
