@@ -29,7 +29,7 @@ class Example:
         the decoder never reads.
       scored: Targets that the loss is on.
       aligned: Each target is the raw token of the input in the same place (masked LM).
-      seen: How a single stream attends to the inputs; "" where they are an encoder's.
+      seen: How the decoder of a single stream sees the inputs; "" where they are an encoder's.
     """
 
     denoiser: int
@@ -79,7 +79,8 @@ def example(segment: Row, denoiser: int, objective: Objective) -> Example:
         return Example(denoiser, inputs[: _length(inputs)], targets, scored, aligned=False)
     seen = "bidirectional" if "decoder_causal_attention" in segment else "causal"
     if isinstance(objective, MaskedLM):
-        return Example(denoiser, segment["decoder_input_tokens"][1:length], targets, scored, aligned=True, seen=seen)
+        inputs = segment["decoder_input_tokens"][1:length]
+        return Example(denoiser, inputs, targets, scored, aligned=True, seen="one place later")
     given = int(np.argmax(scored)) if scored.any() else length
     if isinstance(objective, WITHOUT_INPUTS):
         given = 0  # CM3 may begin with a sentinel, which is not scored
