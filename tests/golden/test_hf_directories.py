@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from t5x_like.interop.huggingface.convert import pending
 from t5x_like.interop.huggingface.directories import export_directory, import_directory, open_directory
+from t5x_like.interop.huggingface.families import FAMILIES as FAMILIES_OF_FILES
 from t5x_like.interop.safetensors import Weights
 from t5x_like.models.build import abstract, merge
+from t5x_like.models.experts import Routing, load_balancing_loss
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs the hf extra")
 transformers = pytest.importorskip("transformers", reason="parity with transformers needs the hf extra")
@@ -230,3 +233,63 @@ def test_the_same_tokens_greedily(case):
         return jax.lax.scan(step, (first_new, cache), length + np.arange(steps))[1].T
 
     np.testing.assert_array_equal(np.asarray(jax.jit(decode)(params)), expected)
+
+
+GRADIENTS = ["t5_1_1", "llama", "bert", "t5gemma_2", "mixtral"]
+
+
+@pytest.mark.parametrize("case", GRADIENTS, indirect=True)
+def test_the_same_gradients(case):
+    """Of the mean cross-entropy at real positions; read as our parameters, by writing them as a model."""
+    name, model, source, params = case
+    config = source.model
+    features, inputs_real, real = batch(config.architecture)
+    targets = np.random.default_rng(1).integers(1, V, real.shape)
+
+    ids = {key: torch.tensor(x).long() for key, x in features.items()}
+    further = {"decoder_input_ids": ids["decoder_input_tokens"]} if len(ids) == 2 else {}
+    model.zero_grad()
+    logits = model(
+        input_ids=next(iter(ids.values())), attention_mask=torch.tensor(inputs_real).long(), **further
+    ).logits
+    loss = torch.nn.functional.cross_entropy(logits[torch.tensor(real)], torch.tensor(targets[real]))
+    loss.backward()
+
+    def ours(params):
+        log_p = jax.nn.log_softmax(merge(graphdef, params)(features))
+        picked = jax.numpy.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return -jax.numpy.sum(picked * real) / real.sum()
+
+    graphdef = abstract(config).graphdef
+    found, grads = jax.jit(jax.value_and_grad(ours))(params)
+    np.testing.assert_allclose(found, loss.item(), rtol=1e-5)
+    by_name = {key: parameter.grad for key, parameter in model.named_parameters()}
+    renamed = {key.replace("encoder.text_model.", "encoder."): grad for key, grad in by_name.items()}
+    rules = FAMILIES_OF_FILES[source.described.kind].rules
+    compared = 0
+    for tensor in pending(rules, grads, np.dtype(np.float32)):
+        expected = renamed.get(tensor.name)
+        if expected is None:
+            # transformers keeps Mixtral's experts in one array.
+            assert name == "mixtral" and "block_sparse_moe" in tensor.name
+            continue
+        expected, compared = expected.numpy(), compared + 1
+        largest = np.abs(expected).max()
+        # What has no effect (a bias of keys) has rounding errors for gradients.
+        np.testing.assert_allclose(tensor.make(), expected, rtol=1e-4, atol=1e-4 * largest + 1e-7, err_msg=tensor.name)
+    assert compared > 10
+
+
+def test_the_loss_that_balances_experts_is_that_of_mixtral():
+    model = reference("mixtral")
+    rows, _ = tokens(3, 20, [20, 20, 20])
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor(rows).long(), output_router_logits=True)
+    probability = [torch.softmax(logits.float(), dim=-1).numpy() for logits in out.router_logits]
+    chosen = [np.argsort(-each, axis=-1)[:, :2] for each in probability]
+    routing = Routing(
+        chosen=np.stack([np.eye(4, dtype=np.float32)[each].sum((0, 1)) for each in chosen]),
+        probability=np.stack([each.sum(0) for each in probability]),
+        tokens=np.full(2, 60.0, np.float32),
+    )
+    np.testing.assert_allclose(load_balancing_loss(routing), out.aux_loss.item(), rtol=1e-5)

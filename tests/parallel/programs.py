@@ -11,6 +11,7 @@ from t5x_like.config import (
     AdamW,
     CausalLM,
     DataConfig,
+    Experts,
     MaskedLM,
     ModelConfig,
     Objective,
@@ -64,7 +65,24 @@ def run_for(architecture: str, partitioning: PartitioningConfig, **training: Any
         generator=dataclasses.replace(bert, d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, d_ff=64),
         embedding_width=48,
     )
+    rotary = dataclasses.replace(
+        stack, positions="rope", layer_pattern=("local", "global"), window=(5, 3), qk_norm=True
+    )
+    models["experts"] = ModelConfig(
+        encoder=None,
+        decoder=dataclasses.replace(rotary, num_kv_heads=2, experts=Experts(num_experts=4, capacity_factor=1.25)),
+        vocab_size=VOCABULARY,
+    )
+    models["merged"] = ModelConfig(
+        encoder=rotary,
+        decoder=dataclasses.replace(rotary, cross_attention="merged", attention_softcap=20.0),
+        vocab_size=VOCABULARY,
+        unscaled_token=7,
+        tie_embeddings=True,
+    )
     layouts: dict[str, tuple[Layout, Objective]] = {
+        "experts": ("causal_lm", CausalLM()),
+        "merged": ("encoder_decoder", PrefixLM(name="s")),
         "encoder_decoder": ("encoder_decoder", PrefixLM(name="s")),
         "prefix_lm": ("prefix_lm", PrefixLM(name="s")),
         "decoder": ("causal_lm", CausalLM()),

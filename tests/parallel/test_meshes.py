@@ -96,6 +96,27 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
         assert sum(np.prod(shard_shape(x)) for x in leaves) <= SHARE_PER_DEVICE[mesh] * sum(x.size for x in leaves)
 
 
+@pytest.mark.parametrize("mesh", [PartitioningConfig(data=2, fsdp=2, expert=2), PartitioningConfig(fsdp=2, tensor=4)])
+def test_experts_are_split_over_their_axis(mesh: PartitioningConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    expected_state, expected = one_device("experts")
+    capfd.readouterr()
+    state, metrics = step_on(run_for("experts", mesh), start("experts"))
+    assert COMPLAINT not in capfd.readouterr().err
+    for name in ("loss", "load_balancing/decoder"):
+        assert value(metrics[name]) == pytest.approx(value(expected[name]), rel=1e-5)
+    assert 1.9 < value(metrics["load_balancing/decoder"]) < 4
+    assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
+    kernel = state["params"]["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+    assert shard_shape(kernel) == (2, 4 // mesh.expert, 64 // mesh.fsdp, 128 // mesh.tensor)
+
+
+def test_kinds_of_layers_and_merged_attention_do_not_depend_on_the_mesh() -> None:
+    expected_state, expected = one_device("merged")
+    state, metrics = step_on(run_for("merged", MESHES["data_fsdp_tensor"]), start("merged"))
+    assert value(metrics["loss"]) == pytest.approx(value(expected["loss"]), rel=1e-5)
+    assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
+
+
 def test_adafactor_keeps_its_factors_where_the_parameter_is() -> None:
     optimizer = Adafactor(min_dim_size_to_factor=16)
     state = None
