@@ -223,13 +223,18 @@ def poisson(mean: float, at_least: int = 0) -> tuple[float, ...]:
     return tuple(share / total for share in law)
 
 
-@functools.lru_cache
 def expected_draws(law: tuple[float, ...], total: int) -> float:
-    """Mean number of draws of `law` (which has no 0) until their sum reaches `total`: the renewal equation."""
+    """Mean number of draws of `law` (which has no 0) until their sum reaches `total`."""
+    return _draws_by_total(law, 1 << total.bit_length())[total]
+
+
+@functools.lru_cache
+def _draws_by_total(law: tuple[float, ...], most: int) -> tuple[float, ...]:
+    """`expected_draws` for 0, 1, ... `most`: the renewal equation."""
     mean_N = [0.0]
-    for needed in range(1, total + 1):
-        mean_N.append(1 + math.fsum(law[k] * mean_N[needed - k] for k in range(1, min(len(law), needed + 1))))
-    return mean_N[total]
+    for total in range(1, most + 1):
+        mean_N.append(1 + math.fsum(law[k] * mean_N[total - k] for k in range(1, min(len(law), total + 1))))
+    return tuple(mean_N)
 
 
 def max_draws(law: tuple[float, ...], total: int) -> int:

@@ -102,7 +102,10 @@ def t5() -> Mixture:
 
 
 def gpt_bert(*, causal: float = 1.0, masked: float = 15.0, mask_rate: float = 0.15) -> Mixture:
-    """GPT-BERT (Charpentier and Samuel 2024): causal and masked LM in one decoder, 1:15. For layout prefix_lm."""
+    """GPT-BERT (Charpentier and Samuel 2024): causal and masked LM in one decoder, 1:15. For layout prefix_lm.
+
+    The paper's mask rate falls from .3 to .15 in the course of training; here it is constant.
+    """
     return CausalLM(rate=causal), MaskedLM(rate=masked, mask_rate=mask_rate)
 
 

@@ -106,7 +106,7 @@ class FillInTheMiddle:
       SPM: <PRE> <SUF> suffix <MID> prefix middle EOS (the paper's second variant, a PSM whose prefix is empty)
 
     The markers <PRE>, <SUF>, <MID> are the last three sentinels of the vocabulary, so that they are other ids than the
-    sentinels of spans in the same mixture, as long as these need not all (`Vocabulary.infilling_ids`).
+    sentinels of spans in the same mixture, which must leave them free (`Vocabulary.infilling_ids`).
     """
 
     kind: Literal["fill_in_the_middle"] = "fill_in_the_middle"

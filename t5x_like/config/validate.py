@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from t5x_like.config.corpora import TokenizerConfig
 from t5x_like.config.data import DataConfig
 from t5x_like.config.errors import Problem
-from t5x_like.config.lengths import raw_window_length, sentinels_needed
+from t5x_like.config.lengths import INFILLING_MARKERS, raw_window_length, sentinels_needed
 from t5x_like.config.mixture_problems import (
     corpora_problems,
     schedule_problems,
@@ -19,6 +19,7 @@ from t5x_like.config.model import Architecture, ModelConfig
 from t5x_like.config.objectives import (
     MODES,
     WITHOUT_INPUTS,
+    FillInTheMiddle,
     Layout,
     MaskedLM,
     Objective,
@@ -159,10 +160,14 @@ def _window(where: str, objective: Objective, data: DataConfig) -> Problems:
         )
         return
     needed = sentinels_needed(objective, data.layout, data.inputs_length, data.targets_length)
+    markers = any(isinstance(other, FillInTheMiddle) and other.fim_rate > 0 for other in data.objectives)
+    and_markers = ""
+    if needed and markers and not isinstance(objective, FillInTheMiddle):
+        needed, and_markers = needed + INFILLING_MARKERS, ", with those that mark the parts of fill_in_the_middle,"
     if needed > data.tokenizer.num_sentinels:
         yield Problem(
             where,
-            f"{objective.name!r}, which can need {needed} sentinels in a window of {window} tokens",
+            f"{objective.name!r}, which can need {needed} sentinels{and_markers} in a window of {window} tokens",
             f"no more than data.tokenizer.num_sentinels, {data.tokenizer.num_sentinels}",
             f"raise data.tokenizer.num_sentinels to {needed}, or mask fewer or longer spans",
         )

@@ -154,6 +154,17 @@ def test_layout_wants_its_objectives(layout: Layout, kind: str) -> None:
     assert found == ([] if kind in takes[layout] else ["data.mixture.0.kind"])
 
 
+def test_markers_of_fill_in_the_middle_are_no_sentinels_of_spans() -> None:
+    run = changed(example("causal_lm"), "data.mixture", (BlankInfilling(),))
+    needed = sentinels_needed(BlankInfilling(), "causal_lm", run.data.inputs_length, run.data.targets_length)
+    run = changed(run, "data.tokenizer.num_sentinels", needed)
+    assert not validate(run)
+    both = changed(run, "data.mixture", (BlankInfilling(), FillInTheMiddle()))
+    (problem,) = validate(both)
+    assert problem.where == "data.mixture.0" and f"to {needed + 3}" in problem.fix
+    assert not validate(changed(both, "data.tokenizer.num_sentinels", needed + 3))
+
+
 def test_spans_need_cells_for_their_targets() -> None:
     run = changed(example("prefix_lm"), "data.targets_length", 0)
     assert [p.where for p in validate(run)] == ["data.targets_length"]

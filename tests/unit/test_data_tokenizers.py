@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,29 @@ def model() -> bytes:
 @pytest.fixture(scope="module")
 def trained(model: bytes) -> Tokenizer:
     return SentencePieceTokenizer(model, 20, "test")
+
+
+def units(tokenizer: Tokenizer, text: str) -> tuple[list[str], list[str]]:
+    """The text cut where a piece begins a word, and behind each piece that ends a sentence."""
+    ids = tokenizer.encode(text)
+    starts = [i for i, token in enumerate(ids) if i and tokenizer.traits.word_starts[token]]
+    ends = [i + 1 for i, token in enumerate(ids[:-1]) if tokenizer.traits.sentence_ends[token]]
+
+    def parts(cuts: list[int]) -> list[str]:
+        return [tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise([0, *cuts, len(ids)])]
+
+    return parts(starts), parts(ends)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_traits_say_where_words_begin_and_sentences_end(kind: str, trained: Tokenizer) -> None:
+    tokenizer = ByteTokenizer(9) if kind == "bytes" else trained
+    words, sentences = units(tokenizer, "the model reads. every window once\nwith denoiser! text")
+    assert "".join(words) == "".join(sentences) == "the model reads. every window once\nwith denoiser! text"
+    assert words == ["the", " model", " reads.", " every", " window", " once", "\nwith", " denoiser!", " text"]
+    assert sentences == ["the model reads.", " every window once\n", "with denoiser!", " text"]
+    assert tokenizer.traits.word_starts[tokenizer.eos_id] and tokenizer.traits.sentence_ends[tokenizer.eos_id]
+    assert len(tokenizer.traits.word_starts) == tokenizer.vocabulary.base_size
 
 
 def test_byte_ids_are_those_of_byt5() -> None:
