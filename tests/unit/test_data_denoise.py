@@ -181,6 +181,42 @@ def test_t5_published_lengths() -> None:
         assert (examples.targets_NxT >= VOCABULARY.base_size).sum() == 2 * spans
 
 
+def random_spans_helper(inputs_length: int, density: float, mean: float) -> tuple[int, int, int]:
+    """Raw tokens, target tokens and spans by T5's published arithmetic, sentinels and EOS included."""
+
+    def cells(raw: int) -> tuple[int, int, int]:
+        noise = int(round(raw * density))
+        spans = int(round(noise / mean))
+        return raw - noise + spans + 1, noise + spans + 1, spans
+
+    raw = inputs_length
+    while cells(raw + 1)[0] <= inputs_length:
+        raw += 1
+    inputs, targets, spans = cells(raw)
+    if density == 0.5 and targets > inputs:
+        raw, targets = raw - 1, targets - 1
+    return raw, targets, spans
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    inputs_length=st.integers(16, 2100),
+    density=st.one_of(st.sampled_from([0.15, 0.5]), st.floats(0.02, 0.9)),
+    mean=st.one_of(st.sampled_from([3.0, 8.0, 64.0]), st.floats(1.0, 80.0)),
+)
+def test_windows_are_those_of_t5s_helper(inputs_length: int, density: float, mean: float) -> None:
+    """Wherever T5 counts a span at least: where its division rounds to none, its sampler masks one all the same, and
+    the example is longer than the helper says."""
+    raw, targets, spans = random_spans_helper(inputs_length, density, mean)
+    noise = round(raw * density)
+    # More spans than clean or masked tokens cannot be; T5's sampler fails there.
+    if not 1 <= spans <= min(noise, raw - noise) - 1:
+        return
+    objective = SpanCorruption(name="t5", mean_noise_span_length=mean, noise_density=density, t5_exact=True)
+    assert raw_window_length(objective, "encoder_decoder", inputs_length, targets) == raw
+    assert longest(objective, raw).inputs in (inputs_length, inputs_length - 1)
+
+
 @pytest.mark.parametrize("objective", [PrefixLM(name="s"), PrefixLM(name="uniform", max_target_fraction=1.0)])
 def test_prefix_cut_is_uniform_over_its_range(objective: PrefixLM) -> None:
     length, rows = 40, 12_000
