@@ -46,7 +46,7 @@ print(sum(split.num_tokens - split.num_documents for split in splits))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--model", type=Path, help="a SentencePiece model, in place of training one")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))

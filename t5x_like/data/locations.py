@@ -49,6 +49,7 @@ class Url:
 
 
 Location = Path | Url
+Buffer = bytes | memoryview
 
 
 def location(text: str) -> Location:
@@ -89,20 +90,22 @@ def read_bytes(place: Location) -> bytes | None:
         return None
 
 
-def write_bytes(place: Location, data: bytes) -> None:
-    """Writes a file or key: whoever reads it, even after a kill, finds all of it or what was there before.
+def write_bytes(place: Location, *data: Buffer) -> None:
+    """Writes a file or key, the pieces of `data` one after the other. Whoever reads it, even after a kill, finds all of it
+    or what was there before.
 
     Raises:
       OSError: of the file system.
       DataError: of the object store.
     """
     if isinstance(place, Url):
-        _asked(place, lambda: _keys(place.parent).write(place.name, data))
+        _asked(place, lambda: _keys(place.parent).write(place.name, b"".join(data)))
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     unfinished = place.with_name(f"{place.name}.{os.getpid()}.unfinished")
     try:
-        unfinished.write_bytes(data)
+        with open(unfinished, "wb") as file:
+            file.writelines(data)
         os.replace(unfinished, place)
     except OSError:
         with contextlib.suppress(OSError):

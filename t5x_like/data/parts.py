@@ -213,7 +213,7 @@ class _Segments:
             self.flush()
 
     def flush(self) -> None:
-        arrays: list[npt.NDArray[Any]] = []
+        buffers: list[memoryview] = []
         counts = {}
         for split in SPLITS:
             ids = self._ids[split]
@@ -221,11 +221,13 @@ class _Segments:
                 np.concatenate(ids, dtype=self._job.dtype, casting="unsafe") if ids else np.zeros(0, self._job.dtype)
             )
             lengths = np.array(self._lengths[split], np.uint64)
-            arrays += [tokens, lengths]
+            buffers += [array.data.cast("B") for array in (tokens, lengths) if len(array)]
             counts[split] = {"tokens": len(tokens), "lengths": len(lengths), "bytes": self._bytes[split]}
-        data = b"".join(array.tobytes() for array in arrays)
-        locations.write_bytes(self._job.segment(self._index, len(self.made)), data)
-        self.made.append({"splits": counts, "crc32": zlib.crc32(data)})
+        checksum = 0
+        for buffer in buffers:
+            checksum = zlib.crc32(buffer, checksum)
+        locations.write_bytes(self._job.segment(self._index, len(self.made)), *buffers)
+        self.made.append({"splits": counts, "crc32": checksum})
         self._begin()
 
 

@@ -53,7 +53,7 @@ def store_paths(data: DataConfig) -> tuple[Location, ...]:
     """Where the stores of the corpora of `data.sources` are, or will be.
 
     A name has a digest of the configuration and one of the sources: paths, sizes and times of the user's files, the
-    contents of a tokenizer file; where a vocabulary is trained on several corpora, of all of them. Changed sources make
+    contents of a tokenizer file; where several corpora make the vocabulary, of all of them. Changed sources make
     another store. Where the user's files are no longer there, the one store that was made from this configuration is
     taken. The embedded corpus goes by Python's version alone: an upgraded dependency must not change the data of a run
     that is to be resumed.
@@ -62,29 +62,35 @@ def store_paths(data: DataConfig) -> tuple[Location, ...]:
       DataError: the sources are missing and so is a store made from them.
     """
     sources = [share.corpus for share in data.sources]
-    shared = sources if len(sources) > 1 and _is_trained(data.tokenizer) else []
+    shared = sources if len(sources) > 1 and _is_of_the_corpora(data.tokenizer) else []
     return tuple(_store_path(data, corpus, shared) for corpus in sources)
+
+
+def _is_of_the_corpora(tokenizer: TokenizerConfig) -> bool:
+    """Trained on them, or the vocabulary of a Task among them."""
+    return tokenizer.kind == "task" or _is_trained(tokenizer)
 
 
 def _is_trained(tokenizer: TokenizerConfig) -> bool:
     return tokenizer.kind == "sentencepiece" and tokenizer.path is None
 
 
-def _store_path(data: DataConfig, corpus: CorpusConfig, trained_on: Sequence[CorpusConfig]) -> Location:
+def _store_path(data: DataConfig, corpus: CorpusConfig, tokenizer_of: Sequence[CorpusConfig]) -> Location:
+    embedded = any(read.name == "python_docs" for read in (corpus, *tokenizer_of))
     config: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "corpus": dataclasses.asdict(corpus),
         "tokenizer": dataclasses.asdict(data.tokenizer),
-        "python": list(sys.version_info[:2]) if "python_docs" in (corpus.name, *(c.name for c in trained_on)) else None,
+        "python": list(sys.version_info[:2]) if embedded else None,
     }
-    if trained_on:
-        config["trained_on"] = [dataclasses.asdict(other) for other in trained_on]
+    if tokenizer_of:
+        config["tokenizer_of"] = [dataclasses.asdict(other) for other in tokenizer_of]
     name = f"{re.sub(r'[^A-Za-z0-9]+', '_', corpus.name)}-{_digest(config)[:12]}"
     root = locations.location(data.store)
     try:
         sources = _sources(corpus, data.tokenizer)
-        if trained_on:
-            sources += [_sources(other, data.tokenizer) for other in trained_on]
+        if tokenizer_of:
+            sources += [_sources(other, data.tokenizer) for other in tokenizer_of]
         return root / f"{name}-{_digest(sources)[:8]}"
     except DataError:
         made = [root / child for child in locations.children(root, f"{name}-") if is_committed(root / child)]

@@ -108,7 +108,7 @@ class _ArrayWriter:
             for start in range(0, len(block), _SHARD):
                 part = block[start : start + _SHARD]
                 self._array[self.size + start : self.size + start + len(part)].write(part).result()
-                self.digest.update(part.tobytes())
+                self.digest.update(np.ascontiguousarray(part).data)
         except ValueError as error:  # TensorStore's name for whatever the file system says
             full = os.strerror(errno.ENOSPC) in str(error)
             raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
