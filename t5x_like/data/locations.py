@@ -91,7 +91,7 @@ def read_bytes(place: Location) -> bytes | None:
 
 
 def write_bytes(place: Location, *data: Buffer) -> None:
-    """Writes a file or key, the pieces of `data` one after the other. Whoever reads it, even after a kill, finds all of it
+    """Writes a file or key, the pieces of `data` in a row. Whoever reads it, even after a kill, finds all of it
     or what was there before.
 
     Raises:
