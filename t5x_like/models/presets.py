@@ -381,7 +381,10 @@ def bert_base() -> ModelConfig:
 
 
 def modernbert(size: Literal["base", "large"] = "base") -> ModelConfig:
-    """ModernBERT: pre-norm without biases, gated MLP, rotary positions, two of three layers local."""
+    """ModernBERT: pre-norm without biases, gated MLP, rotary positions, two of three layers local.
+
+    Its own tokenizer pads with id 50283, which encoders do not know for padding: give them segment ids.
+    """
     num_layers, d_model, d_ff = {"base": (22, 768, 1152), "large": (28, 1024, 2624)}[size]
     return ModelConfig(
         encoder=StackConfig(

@@ -149,6 +149,7 @@ def test_tensors_that_are_not_those_of_the_model_are_refused(directory, tmp_path
         ("model_type", None, "model_type: found None"),
         ("num_hidden_layers", "2", "num_hidden_layers: found '2', expected a natural number"),
         ("num_hidden_layers", True, "num_hidden_layers: found True"),
+        ("num_hidden_layers", 2**30, "1024 at most"),
         ("num_hidden_layers", 3, r"layers\.2\..* is missing"),
         ("num_key_value_heads", 3, "num_kv_heads"),
         ("num_attention_heads", 0, "num_heads"),
@@ -177,6 +178,66 @@ def test_older_spellings_are_read(directory):
     config["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
     (directory / "config.json").write_text(json.dumps(config))
     assert open_directory(directory).model.decoder == dataclasses.replace(small().decoder)
+
+
+def smaller(model: ModelConfig) -> ModelConfig:
+    size = {"num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 4, "head_dim": 4, "d_ff": 24}
+    stacks = {name: dataclasses.replace(stack, **size, dropout_rate=0.0) for name, stack in model.stacks.items()}
+    return dataclasses.replace(model, **stacks, vocab_size=31)
+
+
+OLDER = {
+    "t5 with copies of the table": (
+        "t5",
+        presets.t5_1_0("small"),
+        lambda arrays: arrays.update(
+            {f"{stack}.embed_tokens.weight": arrays["shared.weight"] for stack in ("encoder", "decoder")}
+            | {"lm_head.weight": arrays["shared.weight"]}
+            | {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.zeros((32, 4))}
+        ),
+    ),
+    "t5 with the decoder's table only": (
+        "t5",
+        presets.t5_1_1("small"),
+        lambda arrays: arrays.update({"decoder.embed_tokens.weight": arrays.pop("shared.weight")}),
+    ),
+    "gpt-2 without prefix": (
+        "gpt2",
+        presets.gpt_2("small"),
+        lambda arrays: [arrays.update({name.removeprefix("transformer."): arrays.pop(name)}) for name in list(arrays)],
+    ),
+    "bert of its first year": (
+        "bert",
+        presets.bert("base"),
+        lambda arrays: (
+            [
+                arrays.update({name.replace(new, old): arrays.pop(name)})
+                for name in list(arrays)
+                for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+                if new in name
+            ]
+            + [arrays.update({"cls.predictions.decoder.weight": arrays["bert.embeddings.word_embeddings.weight"]})]
+            + [arrays.update({"cls.predictions.decoder.bias": arrays["cls.predictions.bias"]})]
+            + [
+                arrays.update(
+                    {"bert.pooler.dense.weight": np.zeros((16, 16)), "cls.seq_relationship.bias": np.zeros(2)}
+                )
+            ]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_files_of_older_versions_are_the_same_model(tmp_path, name):
+    kind, preset, change = OLDER[name]
+    model = smaller(preset)
+    write_directory(tmp_path, model, parameters(model), kind)
+    rewritten(tmp_path, change)
+    source = open_directory(tmp_path)
+    assert families.differences(source.model, kind) == {}
+    assert abstract(source.model).params == abstract(model).params
+    same(source.params(abstract(model).params), parameters(model))
 
 
 def test_an_error_on_the_way_leaves_nothing(directory, tmp_path, monkeypatch):

@@ -76,6 +76,21 @@ def test_packing_and_unrolling_change_nothing_for_what_some_families_need(name):
     np.testing.assert_allclose(unrolled, found[None], **TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["merged", "local", "first layer", "per-layer bias"])
+def test_the_program_does_not_grow_with_the_number_of_layers(name):
+    """Layers that differ in numbers are one block with those numbers as data."""
+
+    def size(num_layers):
+        config = EXAMPLES[name]
+        stacks = {of: dataclasses.replace(stack, num_layers=num_layers) for of, stack in config.stacks.items()}
+        config = dataclasses.replace(config, **stacks)
+        spec, row = abstract(config), example(config.architecture, 0, 6, 4)
+        lowered = jax.jit(jax.grad(lambda params: jnp.sum(merge(spec.graphdef, params)(row)))).lower(spec.params)
+        return len(lowered.as_text().splitlines())
+
+    assert size(4) == size(40)
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_padding_on_the_right_changes_nothing(architecture, positions):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pydantic
 
@@ -52,7 +52,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 SHARD_BYTES = 5_000_000_000
-_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 
 
 @dataclasses.dataclass(frozen=True)

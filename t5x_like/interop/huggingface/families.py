@@ -212,7 +212,9 @@ def differences(model: ModelConfig, kind: str) -> dict[str, tuple[object, object
     family = FAMILIES[kind]
     architecture = {"t5": "encoder_decoder", "bert": "encoder", "deberta": "encoder", "modernbert": "encoder"}
     wanted = architecture.get(re.sub(r"^[mu]*t5.*", "t5", kind.split("-")[0]), "decoder")
-    if model.generator is not None or model.architecture != wanted:
+    if model.generator is not None:
+        return {"generator": (model.generator, None)}
+    if model.architecture != wanted:
         return {"architecture": (model.architecture, wanted)}
     stack = next(iter(model.stacks.values()))
     if (stack.experts is not None) != (kind == "mixtral"):

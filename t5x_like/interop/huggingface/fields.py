@@ -19,6 +19,8 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 KINDS: dict[str, LayerKind] = {"full_attention": "global", "sliding_attention": "local"}
 MAX_CONFIG_BYTES = 10_000_000
+MAX_NUMBERED = 1024
+"""Layers and experts at most: their tensors are listed by name before one of them has been seen."""
 
 
 class Fields:
@@ -49,13 +51,17 @@ class Fields:
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def integer(self, name: str, default: int | None = None, *, most: int = 2**31 - 1) -> int:
         value = self.values.get(name)
         if value is None and default is not None:
             return default
-        if type(value) is not int or not 0 <= value < 2**31:
-            raise self.wrong(name, "a natural number")
+        if type(value) is not int or not 0 <= value <= most:
+            raise self.wrong(name, f"a natural number, {most} at most")
         return value
+
+    def numbered(self, name: str, default: int | None = None) -> int:
+        """How many layers or experts."""
+        return self.integer(name, default, most=MAX_NUMBERED)
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name)

@@ -47,7 +47,7 @@ def read_t5(fields: Fields, present: Present) -> ModelConfig:
         raise fields.wrong("feed_forward_proj", f"gated- or not, then one of {', '.join(ACTIVATIONS)}")
     heads = fields.integer("num_heads")
     encoder = StackConfig(
-        num_layers=fields.integer("num_layers"),
+        num_layers=fields.numbered("num_layers"),
         d_model=fields.integer("d_model"),
         num_heads=heads,
         num_kv_heads=heads,
@@ -68,7 +68,7 @@ def read_t5(fields: Fields, present: Present) -> ModelConfig:
         encoder=encoder,
         decoder=dataclasses.replace(
             encoder,
-            num_layers=fields.integer("num_decoder_layers", encoder.num_layers),
+            num_layers=fields.numbered("num_decoder_layers", encoder.num_layers),
             relative_bias_bidirectional=False,
         ),
         vocab_size=fields.integer("vocab_size"),
@@ -118,7 +118,7 @@ def _rotary_stack(fields: Fields, *, activation: str, default: str, epsilon: flo
     if fields.flag("use_bidirectional_attention", False):
         raise fields.wrong("use_bidirectional_attention", "false: nothing else is supported")
     values: dict[str, Any] = {
-        "num_layers": fields.integer("num_hidden_layers"),
+        "num_layers": fields.numbered("num_hidden_layers"),
         "d_model": width,
         "num_heads": heads,
         "num_kv_heads": fields.integer("num_key_value_heads", heads),
@@ -173,7 +173,7 @@ def read_mixtral(fields: Fields, present: Present) -> ModelConfig:
     base, scaling = fields.rope(1_000_000.0)
     fields.only("sliding_window", None)
     experts = Experts(
-        num_experts=fields.integer("num_local_experts", 8),
+        num_experts=fields.numbered("num_local_experts", 8),
         experts_per_token=fields.integer("num_experts_per_tok", 2),
         load_balancing=fields.number("router_aux_loss_coef", 0.001),
     )
@@ -213,7 +213,7 @@ _GEMMA_MODEL: dict[str, Any] = {"tie_embeddings": True, "scale_embeddings": True
 
 
 def _gemma_2_stack(fields: Fields) -> StackConfig:
-    num_layers, window = fields.integer("num_hidden_layers"), fields.integer("sliding_window", 4096)
+    num_layers, window = fields.numbered("num_hidden_layers"), fields.integer("sliding_window", 4096)
     base, scaling = fields.rope(10_000.0)
     return _rotary_stack(
         fields,
@@ -274,7 +274,7 @@ def _window(stack: StackConfig) -> int:
 
 
 def _gemma_3_stack(fields: Fields, **more: Any) -> StackConfig:
-    num_layers, window = fields.integer("num_hidden_layers"), fields.integer("sliding_window", 4096)
+    num_layers, window = fields.numbered("num_hidden_layers"), fields.integer("sliding_window", 4096)
     every = fields.integer("sliding_window_pattern", 6)
     base, scaling = fields.rope(1_000_000.0, kind="full_attention")
     if isinstance(fields.values.get("rope_parameters"), dict):
@@ -418,7 +418,7 @@ def read_gpt_2(fields: Fields, present: Present) -> ModelConfig:
     return ModelConfig(
         encoder=None,
         decoder=StackConfig(
-            num_layers=fields.integer("n_layer"),
+            num_layers=fields.numbered("n_layer"),
             d_model=width,
             num_heads=heads,
             num_kv_heads=heads,
@@ -473,7 +473,7 @@ def _bert_model(stack: StackConfig, fields: Fields, present: Present) -> ModelCo
 def _bert_stack(fields: Fields, **more: Any) -> StackConfig:
     width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     values: dict[str, Any] = {
-        "num_layers": fields.integer("num_hidden_layers"),
+        "num_layers": fields.numbered("num_hidden_layers"),
         "d_model": width,
         "num_heads": heads,
         "num_kv_heads": heads,
@@ -595,7 +595,7 @@ def read_modernbert(fields: Fields, present: Present) -> ModelConfig:
         bases = [fields.rope(0.0, kind=kind)[0] for kind in ("full_attention", "sliding_attention")]
     else:
         bases = [fields.number("global_rope_theta", 160_000.0), fields.number("local_rope_theta", 10_000.0)]
-    num_layers, half = fields.integer("num_hidden_layers"), fields.integer("local_attention", 128) // 2
+    num_layers, half = fields.numbered("num_hidden_layers"), fields.integer("local_attention", 128) // 2
     activation = fields.activation("hidden_activation", "gelu")
     fields.only("classifier_activation", fields.values.get("hidden_activation", "gelu"), "gelu")
     stack = StackConfig(
