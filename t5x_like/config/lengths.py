@@ -239,7 +239,8 @@ def _draws_by_total(law: tuple[float, ...], most: int) -> tuple[float, ...]:
 
 def max_draws(law: tuple[float, ...], total: int) -> int:
     """Draws of `law` for which a window is sized: four standard deviations above the mean number until the sum reaches
-    `total`. The last of them takes what is left, which happens in fewer than one window of ten thousand."""
+    `total`. Where they do not reach it, the last takes what is left: at a mean of 3, as BART and GLM have it, in one
+    window of ten thousand at most."""
     mean = sum(k * share for k, share in enumerate(law))
     variance = sum(k * k * share for k, share in enumerate(law)) - mean**2
     return math.ceil(total / mean + 4 * math.sqrt(total * variance / mean**3)) + 1

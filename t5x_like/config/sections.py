@@ -321,9 +321,9 @@ def _infilling_problems(where: str, objective: FillInTheMiddle | CausalMasking |
     elif isinstance(objective, Bart):
         yield from within(f"{where}.infill_rate", objective.infill_rate, 0, 1, ends="[)")
         yield from within(f"{where}.mean_span_length", objective.mean_span_length, 1, 1000)
-        for name, before in (("delete_rate", objective.infill_rate), ("mask_rate", objective.infill_rate)):
-            others = before + (objective.delete_rate if name == "mask_rate" else 0)
-            yield from within(f"{where}.{name}", getattr(objective, name), 0, max(1 - others, 0))
+        left = max(1 - objective.infill_rate, 0)
+        yield from within(f"{where}.delete_rate", objective.delete_rate, 0, left)
+        yield from within(f"{where}.mask_rate", objective.mask_rate, 0, max(left - objective.delete_rate, 0) + 1e-9)
     else:
         yield from within(f"{where}.mask_rate", objective.mask_rate, 0, 0.5, ends="(]")
         yield from within(f"{where}.mean_span_length", objective.mean_span_length, 0, 1000, ends="(]")

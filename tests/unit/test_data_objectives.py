@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+from config_examples import changed, example
 from data_examples import data_config, text_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,8 +42,10 @@ from t5x_like.config.lengths import (
     raw_window_length,
     row_lengths,
     sentinels_needed,
+    windows_per_row,
 )
 from t5x_like.config.objectives import Layout
+from t5x_like.config.validate import validate
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise, needs_traits, restore
 from t5x_like.data.denoising import draws
@@ -218,6 +221,30 @@ def test_objectives_of_a_single_token(objective: Objective) -> None:
     examples = noisy(numbered(50, 1), objective)
     for inputs, targets in zip(examples.inputs_NxI, examples.targets_NxT, strict=True):
         assert restore(inputs, targets, objective, VOCABULARY).tolist() == [NUM_SPECIAL]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), objective=everything, layout=st.sampled_from(["encoder_decoder", "prefix_lm", "encoder"]))
+def test_what_validation_lets_pass_makes_examples_that_fit(
+    data: st.DataObject, objective: Objective, layout: Layout
+) -> None:
+    """Whatever numbers an objective has: a list of problems, or examples within their cells and sentinels."""
+    numbers = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.name != "rate"}
+    numbers = {name: value for name, value in numbers.items() if isinstance(value, int | float) and value is not True}
+    if numbers:
+        name = data.draw(st.sampled_from(sorted(numbers)))
+        value = data.draw(st.integers(-2, 300) if isinstance(numbers[name], int) else st.floats(width=32))
+        objective = dataclasses.replace(objective, **{name: bool(value) if numbers[name] is False else value})
+    run = changed(example(layout), "data.mixture", (objective,))
+    if validate(run):
+        return
+    length = raw_window_length(objective, layout, run.data.inputs_length, run.data.targets_length)
+    vocabulary = Vocabulary(base_size=2000, num_sentinels=run.data.tokenizer.num_sentinels)
+    rows = numbered(8, length * windows_per_row(objective))
+    examples = denoise(rows, keys(8), objective, vocabulary, TRAITS)
+    cells = longest(objective, length)
+    assert examples.input_lengths_N.max() <= cells.inputs and examples.target_lengths_N.max() <= cells.targets
+    assert 0 < expected_loss_tokens(objective, length) <= cells.targets
 
 
 @pytest.fixture(scope="module")
