@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from t5x_like.config import CausalLM, CorpusConfig, DataConfig, DataError, TokenizerConfig
-from t5x_like.data import corpora, parts, units, workers
+from t5x_like.data import corpora, documents, parts, units, workers
 from t5x_like.data import prepare as preparing
 from t5x_like.data.prepare import prepare, store_paths
 
@@ -209,3 +210,49 @@ def test_a_worker_that_is_killed_is_told_and_costs_nothing_finished(data: DataCo
     lines: list[str] = []
     prepare(data, report=lines.append)
     assert any(line.startswith("going on: ") for line in lines)
+
+
+def test_segments_of_parts_change_no_byte(data: DataConfig, small_units: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,) = prepare(data, report=silent, workers=1)
+    monkeypatch.setattr(parts, "_SEGMENT_TOKENS", 100)
+    monkeypatch.setattr(parts, "_BATCH_CHARACTERS", 300)
+    (other,) = prepare(elsewhere(data, "segments"), report=silent, workers=1)
+    assert contents(other.path) == contents(whole.path)  # type: ignore[arg-type]
+
+
+def test_the_units_of_a_pair_of_fields_are_pairs(data: DataConfig, small_units: None, tmp_path: Path) -> None:
+    files = (str(tmp_path / "*.jsonl"), str(tmp_path / "*.parquet"))
+    pairs = dataclasses.replace(
+        data, corpus=CorpusConfig(files=files, inputs_field="q", validation_fraction=0.1, max_documents=70)
+    )
+    stores = [prepare(elsewhere(pairs, str(number)), report=silent, workers=number)[0] for number in (1, 2)]
+    one, two = stores
+    assert contents(one.path) == contents(two.path)  # type: ignore[arg-type]
+    assert one.parts == 2
+    train, validation = one.split("train"), one.split("validation")
+    assert train.num_documents + validation.num_documents == 70 and validation.num_documents == 7
+    offsets = train.offsets.astype(int)
+    assert len(offsets) == 2 * train.num_documents + 1
+    sides = [one.tokenizer.decode(train.tokens(a, b).tolist()) for a, b in zip(offsets, offsets[1:], strict=False)]
+    questions, answers = sides[::2], sides[1::2]
+    assert all(question.startswith("q") for question in questions) and not any(a.startswith("q") for a in answers)
+    assert one.tokenizer.eos_id not in train.tokens(0, train.num_tokens)
+    assert train.num_bytes == len("".join(sides).encode())
+
+
+def test_a_truncated_gzip_costs_nothing_that_is_finished(data: DataConfig, small_units: None, tmp_path: Path) -> None:
+    packed = gzip.compress(b"".join(b'{"text": "packed %d"}\n' % (i * 7919) for i in range(2000)))
+    (tmp_path / "z.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    files = (*data.corpus.files, str(tmp_path / "z.jsonl.gz"))
+    corpus = CorpusConfig(files=files, validation_fraction=0.001)
+    data = dataclasses.replace(data, corpus=corpus, tokenizer=TokenizerConfig(kind="bytes"))
+    for number in (1, 2):
+        there = elsewhere(data, str(number))
+        # The first documents decide on the division: of so few, all are read for it.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(documents, "_HELD_CHARACTERS", 1000)
+            with pytest.raises(DataError, match=r"z.jsonl.gz: found a truncated or damaged gzip file"):
+                prepare(there, report=silent, workers=number)
+        (path,) = store_paths(there)
+        made = list((Path(f"{path}.partial") / "parts").glob("*.json"))
+        assert len(made) == len(corpora.units(corpus)) - 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +105,21 @@ def test_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:
     assert one.fingerprint != text_store(tmp_path / "c", ["same texT"]).fingerprint
     assert one.fingerprint != text_store(tmp_path / "d", ["same", "text"]).fingerprint
     assert one.fingerprint != text_store(tmp_path / "e", ["same text"], num_sentinels=65).fingerprint
+
+
+def test_opening_a_store_imports_nothing_heavy(tmp_path: Path) -> None:
+    """The time to the first batch is the time of what is imported."""
+    path = text_store(tmp_path / "s", ["some text"]).path
+    code = f"""
+import pathlib, sys
+from t5x_like.data.prepare import open_stores
+from t5x_like.data.store import Store
+store = Store.open(pathlib.Path({str(path)!r}))
+assert store.tokenizer.decode(store.split("train").tokens(0, 9).tolist()) == "some text"
+print(sorted({{name.partition(".")[0] for name in sys.modules}} & set({HEAVY!r})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+HEAVY = ("tensorflow", "tensorflow_datasets", "seqio", "jax", "flax", "pyarrow", "apache_beam", "sentencepiece")
