@@ -36,7 +36,7 @@ from t5x_like.data.denoising.infilling import (
 )
 from t5x_like.data.denoising.masking import mask_tokens
 from t5x_like.data.denoising.prefix import predict_all, split_at, split_prefix
-from t5x_like.data.denoising.spans import corrupt_spans, random_composition, restore_spans, span_mask
+from t5x_like.data.denoising.spans import corrupt_spans, random_cuts, restore_spans, span_mask
 from t5x_like.data.vocabulary import TokenTraits, Vocabulary
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "Tokens",
     "denoise",
     "needs_traits",
-    "random_composition",
+    "random_cuts",
     "restore",
     "span_mask",
     "split_at",

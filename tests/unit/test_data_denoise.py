@@ -26,7 +26,7 @@ from t5x_like.config.lengths import (
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import (
     denoise,
-    random_composition,
+    random_cuts,
     restore,
     span_mask,
 )
@@ -122,7 +122,7 @@ def chi_square(counts: np.ndarray, expected: float) -> float:
 @pytest.mark.parametrize(("total", "parts"), [(7, 3), (6, 1), (6, 6), (5, 2)])
 def test_compositions_are_uniform(total: int, parts: int) -> None:
     rows = 12_000
-    lengths = random_composition(keys(rows), 1, total, parts)
+    lengths = np.diff(random_cuts(keys(rows), 1, total, parts), axis=1)
     assert (lengths.sum(axis=1) == total).all() and (lengths >= 1).all()
     found, counts = np.unique(lengths, axis=0, return_counts=True)
     number = math.comb(total - 1, parts - 1)

@@ -15,30 +15,33 @@ from t5x_like.data.denoising.examples import Examples, Mask, Tokens
 from t5x_like.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 
 
-def random_composition(keys_N: rng.Keys, stream: int, total: int, parts: int) -> npt.NDArray[np.int64]:
-    """[N, parts] positive integers that sum to `total`: uniform over all such compositions.
+def random_cuts(keys_N: rng.Keys, stream: int, total: int, parts: int) -> npt.NDArray[np.int64]:
+    """[N, parts + 1]: 0, the cuts of `total` into positive parts, and `total`: uniform over all such compositions.
 
     The cuts between parts are a uniform subset of the total - 1 places (T5's `random_spans_noise_mask` shuffles a 0/1
     vector of them, which is the same law).
     """
-    cuts = parts - 1
-    edges = np.zeros((len(keys_N), parts + 1), np.int64)
-    edges[:, -1] = total
-    if cuts:
-        edges[:, 1:-1] = rng.choose(keys_N, stream, total - 1, cuts) + 1
-    return np.diff(edges, axis=1)
+    cuts_NxP = np.zeros((len(keys_N), parts + 1), np.int64)
+    cuts_NxP[:, -1] = total
+    if parts > 1:
+        np.add(rng.choose(keys_N, stream, total - 1, parts - 1), 1, out=cuts_NxP[:, 1:-1])
+    return cuts_NxP
 
 
 def span_mask(keys_N: rng.Keys, objective: SpanCorruption, length: int) -> Mask:
     """[N, length]: True where a token is masked. See `SpanCorruption` for the law."""
     noise, spans = noise_counts(objective, length)
-    runs = np.empty((len(keys_N), spans, 2), np.int64)
-    runs[:, :, 0] = random_composition(keys_N, CLEAN, length - noise, spans)
-    runs[:, :, 1] = random_composition(keys_N, NOISE, noise, spans)
-    pattern = np.tile(np.array([False, True]), len(keys_N) * spans)
-    mask_NxL = np.repeat(pattern, runs.ravel()).reshape(len(keys_N), length)
+    rows = len(keys_N)
+    # Clean and masked runs alternate, clean first; +1 where a masked run begins, -1 behind its end.
+    begin_NxS = random_cuts(keys_N, CLEAN, length - noise, spans)[:, 1:]
+    begin_NxS += np.arange(rows)[:, None] * (length + 1)
+    masked_NxS = random_cuts(keys_N, NOISE, noise, spans)
+    steps = np.zeros(rows * (length + 1), np.int8)
+    steps[begin_NxS + masked_NxS[:, :-1]] = 1
+    steps[begin_NxS + masked_NxS[:, 1:]] = -1
+    mask_NxL = np.cumsum(steps, dtype=np.int8).view(np.bool_).reshape(rows, length + 1)[:, :-1]
     if objective.t5_exact:
-        return mask_NxL
+        return np.ascontiguousarray(mask_NxL)
     offset_N = rng.below(rng.bits(keys_N, ROTATION, 1)[:, 0], length)
     return rotate(mask_NxL, offset_N)
 
