@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from t5x_like.config.errors import DataError, RefusedError
-from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.model import Architecture, ModelConfig, StackConfig
 from t5x_like.interop.huggingface import names, settings
 from t5x_like.interop.huggingface.fields import Fields
 from t5x_like.interop.huggingface.names import Rule
@@ -26,6 +26,7 @@ class Family:
       read, write: config.json to the model's configuration and back (without `model_type`).
       prefix: What files of the model without its head leave out in front of the names.
       heads: Names that never have that prefix.
+      architecture: Which stacks there are.
       left_out: Tensors that the model has no place for; they are kept aside for the way back.
       renamed: Older names, and newer ones for them.
       table: The token table, and other names for it where it is missing.
@@ -36,6 +37,7 @@ class Family:
     read: Callable[[Fields, Present], ModelConfig]
     write: Callable[[ModelConfig, str], Values]
     table: tuple[str, ...]
+    architecture: Architecture = "decoder"
     head: str = "lm_head.weight"
     prefix: str = ""
     heads: str = r"lm_head\."
@@ -48,19 +50,21 @@ _T5 = Family(
     settings.read_t5,
     settings.write_t5,
     table=("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
-    left_out=r"decoder\.block\.\d+\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    architecture="encoder_decoder",
 )
 _DECODER_TABLE = ("model.embed_tokens.weight",)
 _LAYER_NORMS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-_BUFFERS = r".*\.(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias)"
+_DEAD = (
+    r".*\.(rotary_emb\.inv_freq|position_ids|attn\.bias|attn\.masked_bias"
+    r"|EncDecAttention\.relative_attention_bias\.weight)"
+)
+"""What older versions stored though it is computed, or read by nobody."""
 
 FAMILIES: dict[str, Family] = {
     "t5": _T5,
     "mt5": _T5,
     "umt5": _T5,
-    "llama": Family(
-        names.LLAMA, settings.read_llama, settings.write_llama, table=_DECODER_TABLE, left_out=_BUFFERS, prefix="model."
-    ),
+    "llama": Family(names.LLAMA, settings.read_llama, settings.write_llama, table=_DECODER_TABLE, prefix="model."),
     "mixtral": Family(
         names.MIXTRAL, settings.read_mixtral, settings.write_mixtral, table=_DECODER_TABLE, prefix="model."
     ),
@@ -73,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         settings.read_t5gemma,
         settings.write_t5gemma,
         table=("model.decoder.embed_tokens.weight",),
+        architecture="encoder_decoder",
         head="lm_head.out_proj.weight",
     ),
     "t5gemma2": Family(
@@ -80,6 +85,7 @@ FAMILIES: dict[str, Family] = {
         settings.read_t5gemma_2,
         settings.write_t5gemma_2,
         table=("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
+        architecture="encoder_decoder",
         head="lm_head.out_proj.weight",
         left_out=r"model\.encoder\.(vision_tower|multi_modal_projector)\..*",
     ),
@@ -89,17 +95,17 @@ FAMILIES: dict[str, Family] = {
         settings.write_gpt_2,
         table=("transformer.wte.weight",),
         prefix="transformer.",
-        left_out=_BUFFERS,
     ),
     "bert": Family(
         names.BERT,
         settings.read_bert,
         settings.write_bert,
         table=("bert.embeddings.word_embeddings.weight",),
+        architecture="encoder",
         head="cls.predictions.decoder.weight",
         prefix="bert.",
         heads=r"(cls|classifier)\.",
-        left_out=rf"bert\.pooler\..*|cls\.seq_relationship\..*|{_BUFFERS}",
+        left_out=r"bert\.pooler\..*|cls\.seq_relationship\..*",
         renamed=_LAYER_NORMS,
     ),
     "deberta-v2": Family(
@@ -107,10 +113,11 @@ FAMILIES: dict[str, Family] = {
         settings.read_deberta,
         settings.write_deberta,
         table=("deberta.embeddings.word_embeddings.weight",),
+        architecture="encoder",
         head="cls.predictions.decoder.weight",
         prefix="deberta.",
         heads=r"(cls|classifier|pooler|lm_predictions|mask_predictions)\.",
-        left_out=rf"(lm_predictions|mask_predictions)\..*|{_BUFFERS}",
+        left_out=r"(lm_predictions|mask_predictions)\..*",
         renamed=_LAYER_NORMS,
     ),
     "modernbert": Family(
@@ -118,6 +125,7 @@ FAMILIES: dict[str, Family] = {
         settings.read_modernbert,
         settings.write_modernbert,
         table=("model.embeddings.tok_embeddings.weight",),
+        architecture="encoder",
         head="decoder.weight",
         prefix="model.",
         heads=r"(head|decoder|classifier)\.",
@@ -152,7 +160,9 @@ def describe(fields: Fields, weights: Weights, *, scale_logits: bool | None = No
     """
     kind = model_type(fields, weights)
     family = FAMILIES[kind]
-    found = _canonical_names(family, weights)
+    found = {
+        name: theirs for name, theirs in _canonical_names(family, weights).items() if not re.fullmatch(_DEAD, name)
+    }
     left_out = [theirs for name, theirs in found.items() if re.fullmatch(family.left_out, name)]
     names_kept = {name: theirs for name, theirs in found.items() if theirs not in left_out}
     table = next((name for name in family.table if name in names_kept), None)
@@ -163,9 +173,8 @@ def describe(fields: Fields, weights: Weights, *, scale_logits: bool | None = No
         # Tied tables are stored once, or by older versions under all their names.
         if copy in names_kept and _same(weights, names_kept[copy], theirs):
             names_kept.pop(copy)
-    present = Present(
-        head=family.head in names_kept, masked_lm=any(name.startswith(("cls.", "head.")) for name in found)
-    )
+    masked_lm = any(name.startswith(("cls.predictions.", "head.dense.")) for name in names_kept)
+    present = Present(head=family.head in names_kept, masked_lm=masked_lm)
     names_kept.pop("cls.predictions.decoder.bias", None)  # A copy of cls.predictions.bias.
     model = family.read(fields, present)
     if scale_logits is not None:
@@ -183,14 +192,16 @@ def model_type(fields: Fields, weights: Iterable[str]) -> str:
     return kind
 
 
-def _canonical_names(family: Family, weights: Iterable[str]) -> dict[str, str]:
-    found = {}
+def _canonical_names(family: Family, weights: Weights) -> dict[str, str]:
+    found: dict[str, str] = {}
     for theirs in weights:
         name = theirs
         for old, new in family.renamed:
             name = re.sub(old, new, name)
         if family.prefix and not name.startswith(family.prefix) and not re.match(family.heads, name):
             name = family.prefix + name
+        if name in found:
+            raise DataError(f"{weights.directory}: {found[name]} and {theirs} are two names of one tensor")
         found[name] = theirs
     return found
 
@@ -210,12 +221,10 @@ def kinds_for(model: ModelConfig) -> list[str]:
 def differences(model: ModelConfig, kind: str) -> dict[str, tuple[object, object]]:
     """Fields in which the model is not what a config.json of this family can say: {field: (model's, family's)}."""
     family = FAMILIES[kind]
-    architecture = {"t5": "encoder_decoder", "bert": "encoder", "deberta": "encoder", "modernbert": "encoder"}
-    wanted = architecture.get(re.sub(r"^[mu]*t5.*", "t5", kind.split("-")[0]), "decoder")
     if model.generator is not None:
         return {"generator": (model.generator, None)}
-    if model.architecture != wanted:
-        return {"architecture": (model.architecture, wanted)}
+    if model.architecture != family.architecture:
+        return {"architecture": (model.architecture, family.architecture)}
     stack = next(iter(model.stacks.values()))
     if (stack.experts is not None) != (kind == "mixtral"):
         return {"experts": (stack.experts, None)}
