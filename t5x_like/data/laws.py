@@ -55,7 +55,7 @@ class Fit:
       p_value: Probability of a sample that fits no better, if the law holds; 1 where it allows one outcome only, 0
         where the sample has what it forbids, None where no distribution is known.
       forbidden: Examples that the law does not allow at all.
-      places: [K] where the outcomes are on an axis, for those that are numbers.
+      widths: [K] numbers that each outcome stands for.
     """
 
     subject: str
@@ -64,7 +64,7 @@ class Fit:
     expected: Floats
     p_value: float | None
     forbidden: int = 0
-    places: Floats | None = None
+    widths: Floats | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _length_fit(groups: Mapping[tuple[int, int], int], lengths: Mapping[int, int
     binned = np.bincount(np.maximum(bin_L, 0), weights=expected, minlength=len(starts))
     stops = [*(start - 1 for start in starts[1:].tolist()), longest]
     labels = tuple(_range(first, last) for first, last in zip(starts.tolist(), stops, strict=True))
-    return _fit("span lengths", labels, measured, binned, covariance, forbidden, starts.astype(np.float64))
+    return _fit("span lengths", labels, measured, binned, covariance, forbidden, np.array(stops) - starts + 1.0)
 
 
 def _bins(expected_L: Floats) -> npt.NDArray[np.int64]:
@@ -253,7 +253,7 @@ def _prefix_fits(objective: PrefixLM, observed: Sequence[Observed], vocabulary: 
         covariance += len(allowed) * (np.diag(law) - np.outer(law, law))
     edges = low + width * np.arange(bins + 1)
     labels = tuple(f"{100 * a:.0f}–{100 * b:.0f} %" for a, b in zip(edges[:-1], edges[1:], strict=True))
-    return [_fit("target fraction", labels, measured, expected, covariance, forbidden, edges[:-1])]
+    return [_fit("target fraction", labels, measured, expected, covariance, forbidden)]
 
 
 # Objectives of few outcomes.
@@ -291,7 +291,7 @@ def _moved_fits(objective: CausalMasking, observed: Sequence[Observed], vocabula
         else:
             measured[spans - 1] += 1
     labels = tuple(str(spans) for spans in range(1, most + 1))
-    return [_fit("spans per window", labels, measured, expected, covariance, forbidden, np.arange(1.0, most + 1))]
+    return [_fit("spans per window", labels, measured, expected, covariance, forbidden)]
 
 
 def _middle_fits(objective: FillInTheMiddle, observed: Sequence[Observed], vocabulary: Vocabulary) -> list[Fit]:
@@ -327,7 +327,7 @@ def _fit(
     expected: npt.NDArray[Any],
     covariance: npt.NDArray[Any],
     forbidden: int = 0,
-    places: Floats | None = None,
+    widths: Floats | None = None,
 ) -> Fit:
     difference = measured - expected
     scale = np.sqrt(np.maximum(np.diag(covariance), 0))
@@ -343,7 +343,7 @@ def _fit(
         kept = values > 1e-9 * values.max()
         statistic = float((((vectors.T @ (difference[varies] / unit))[kept]) ** 2 / values[kept]).sum())
         p_value = chi_square_tail(statistic, int(kept.sum()))
-    return Fit(subject, labels, np.asarray(measured, np.float64), expected, p_value, forbidden, places)
+    return Fit(subject, labels, np.asarray(measured, np.float64), expected, p_value, forbidden, widths)
 
 
 def chi_square_tail(statistic: float, freedom: int) -> float:

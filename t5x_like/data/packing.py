@@ -142,6 +142,12 @@ class Packed:
         given = np.diff(self._plan.inputs_NxB[mine]).sum()
         return float(raw_M.sum() + given) / self.num_rows, loss / self.num_rows
 
+    def row_share(self, objective: Objective) -> float:
+        """Share of the rows that the examples of an objective are: of a row of k examples each has 1 / k."""
+        examples_R = np.diff(self._first)
+        mine = self._plan.objective_N == self._objectives.index(objective)
+        return float((mine / examples_R[self._plan.row_N]).sum()) / self.num_rows
+
     def pick(self, index_M: Integers) -> Piece:
         """Examples by their index in the plan."""
         return Piece(*(getattr(self._plan, field.name)[index_M] for field in dataclasses.fields(Piece)))

@@ -28,8 +28,8 @@ class Share:
 def mixture_shares(stream: Stream) -> list[Share]:
     """The mixture of the first phase.
 
-    By example, every row counts as one; a packed row is divided among its corpus's objectives by their rates. Its
-    tokens are those of the plan.
+    By example, every row counts as one; a packed row is divided among its examples. Packed rows are those of the plan,
+    whose documents are drawn by the rates of the objectives, and long ones cut.
     """
     found: list[tuple[str, str, str, float]] = []
     sizes: list[tuple[float, float]] = []
@@ -39,9 +39,8 @@ def mixture_shares(stream: Stream) -> list[Share]:
             found.append((corpus, objective.name, stream.sub_batch_of(corpus, objective), share))
             sizes.append((row_tokens(objective, stream.data), row_loss_tokens(objective, stream.data)))
             continue
-        total = sum(one.rate for one in source.objectives)
         for one in source.objectives:
-            part = one.rate / total
+            part = source.reader.row_share(one)
             tokens, loss = source.reader.row_means(one)
             found.append((corpus, one.name, stream.sub_batch_of(corpus, one), share * part))
             sizes.append((tokens / part, loss / part) if part else (0.0, 0.0))

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from t5x_like.data.laws import Fit
 from t5x_like.data.store_statistics import Lengths
 from t5x_like.monitoring import formats
@@ -65,7 +67,7 @@ def histogram(title: str, found: Lengths, *, note: str = "", css: str = "", log:
             what = f"{left:,.0f}" if right - left <= 1 else f"{left:,.0f} to {right - 1:,.0f}"
             bars.append(Bar(start, stop - start, EXTENT * count / tallest, f"{what} tokens: {count:,}"))
     median = found.quantiles[2]
-    marks = [value for value in ticks(scale, 3) if value == int(value)]
+    marks = [value for value in ticks(scale, 6 if log else 3) if value == int(value)]
     return Figure(
         title=title,
         value=f"{median:,.0f}",
@@ -79,27 +81,26 @@ def histogram(title: str, found: Lengths, *, note: str = "", css: str = "", log:
 
 
 def outcomes(title: str, fit: Fit, *, css: str = "") -> Figure:
-    """Measured counts of a law's outcomes as bars, side by side, and what it expects as a line over them."""
+    """Measured counts of a law's outcomes as bars, side by side, and what it expects as a line over them. An outcome
+    that stands for several numbers is drawn as high as they are on average."""
     count = len(fit.labels)
-    tallest = max(float(fit.measured.max(initial=0)), float(fit.expected.max(initial=0)), 1.0) * _AIR
+    widths = np.ones(count) if fit.widths is None else fit.widths
+    measured, expected = fit.measured / widths, fit.expected / widths
+    tallest = max(float(measured.max(initial=0)), float(expected.max(initial=0)), 1e-9) * _AIR
     width = EXTENT / max(count, 1)
-    bars = [
-        Bar(index * width, width, EXTENT * measured / tallest, f"{label}: {measured:,.0f}, expected {expected:,.1f}")
-        for index, (label, measured, expected) in enumerate(
-            zip(fit.labels, fit.measured.tolist(), fit.expected.tolist(), strict=True)
-        )
+    texts = [
+        f"{label}: {found:,.0f}, expected {wanted:,.1f}"
+        for label, found, wanted in zip(fit.labels, fit.measured.tolist(), fit.expected.tolist(), strict=True)
     ]
-    law = "".join(
-        f"M{index * width:.1f} {EXTENT - EXTENT * expected / tallest:.1f}h{width:.1f}"
-        for index, expected in enumerate(fit.expected.tolist())
-    )
+    heights = (EXTENT * measured / tallest).tolist()
+    tops = (EXTENT - EXTENT * expected / tallest).tolist()
     return Figure(
         title=title,
         value=p_value(fit.p_value),
         note=f"{fit.measured.sum():,.0f} counted" + (f", {fit.forbidden:,} not allowed" if fit.forbidden else ""),
         css=css + (" misfit" if is_misfit(fit) else ""),
-        bars=tuple(bars),
-        law=law,
+        bars=tuple(Bar(index * width, width, heights[index], texts[index]) for index in range(count)),
+        law="".join(f"M{index * width:.1f} {top:.1f}h{width:.1f}" for index, top in enumerate(tops)),
         x_ticks=tuple(_outcome_ticks(fit.labels, width)),
         label=f"{title}: {p_value(fit.p_value)}",
     )

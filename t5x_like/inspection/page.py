@@ -196,7 +196,8 @@ def _figures(stream: Stream, texts: Sequence[StoreView], found: Statistics) -> l
     p_values = [fit.p_value for fit in _fits(found) if fit.p_value is not None]
     if p_values:
         wrong = sum(map(is_misfit, _fits(found)))
-        detail = f"{wrong} of {len(p_values)} do not fit" if wrong else f"of {len(p_values)} laws, taken together"
+        many = f"all {len(p_values)} laws, taken together" if len(p_values) > 1 else "one law"
+        detail = f"{wrong} of {len(p_values)} do not fit" if wrong else many
         figures.append(("Laws", p_value(combined(p_values)), detail))
     return figures
 
@@ -212,6 +213,8 @@ def _fill(found: Statistics) -> list[tuple[str, str, float, str]]:
         if abs(per_row - 1) > 1e-9:
             detail += f", {per_row:.3g} examples each"
         rows.append((name, formats.percent(fill.share), 100 * fill.share, detail))
+    if len(rows) > 1:
+        rows.append(("all", formats.percent(found.fill_share), 100 * found.fill_share, ""))
     return rows
 
 
@@ -224,9 +227,10 @@ def _css(objective: Objective) -> str:
 
 
 def _mode_bars(found: Statistics) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """By example, raw token and loss token: shares of R, X, S and the rest."""
-    names = [mode for mode in ("R", "X", "S", _OTHER) if any(_mode_of(part.objective) == mode for part in found.parts)]
-    assert set(names) <= {*MODES, _OTHER}
+    """By example, raw token and loss token: shares of the modes and the rest; none where there is one kind only."""
+    names = [mode for mode in (*MODES, _OTHER) if any(_mode_of(part.objective) == mode for part in found.parts)]
+    if len(names) < 2:
+        return
     for column, title in enumerate(_COLUMNS):
         segments, start = [], 0.0
         for name in names:
