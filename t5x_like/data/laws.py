@@ -1,27 +1,23 @@
-"""What the configuration says of the noise, exactly, and how well a sample of it fits: chi-square.
-
-Spans of one example sum to its noise tokens, so that their lengths are not independent. The statistic is therefore
-d' C+ d with d the measured less the expected counts and C their exact covariance, which for independent draws is
-Pearson's. It has the chi-square distribution with rank(C) degrees of freedom for large samples.
-"""
+"""What the configuration says of the noise, exactly, and how well a sample of it fits."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config.lengths import (
+    blank_count,
     expected_cuts,
     masked_count,
     moved_spans_law,
     noise_counts,
+    poisson,
     prefix_target_range,
     windows_per_row,
 )
@@ -34,6 +30,7 @@ from t5x_like.config.objectives import (
     PrefixLM,
     SpanCorruption,
 )
+from t5x_like.data.chi_square import Fit, compare, multinomial
 from t5x_like.data.rows import Example
 from t5x_like.data.vocabulary import NUM_SPECIAL, Vocabulary
 
@@ -42,29 +39,6 @@ Floats = npt.NDArray[np.floating[Any]]
 _FEWEST_EXPECTED = 5.0
 _MOST_BINS = 50
 _FRACTION_BINS = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """A sample beside its law.
-
-    Attributes:
-      subject: What was counted.
-      labels: Of the K outcomes.
-      measured, expected: [K] counts.
-      p_value: Probability of a sample that fits no better, if the law holds; 1 where it allows one outcome only, 0
-        where the sample has what it forbids, None where no distribution is known.
-      forbidden: Examples that the law does not allow at all.
-      widths: [K] numbers that each outcome stands for.
-    """
-
-    subject: str
-    labels: tuple[str, ...]
-    measured: Floats
-    expected: Floats
-    p_value: float | None
-    forbidden: int = 0
-    widths: Floats | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +144,7 @@ def _span_fits(objective: SpanCorruption, observed: Sequence[Observed], vocabula
         expected_cut, variance = expected_cut + share, variance + share * (1 - share)
     if not groups:
         return [Fit("span lengths", (), np.zeros(0), np.zeros(0), 0.0, forbidden, np.zeros(0))]
-    cut = _fit(
+    cut = compare(
         "spans cut by the window's ends",
         ("cut", "whole"),
         np.array([cuts, sum(groups.values()) - cuts]),
@@ -201,9 +175,8 @@ def _length_fit(groups: Mapping[tuple[int, int], int], lengths: Mapping[int, int
     for length, count in lengths.items():
         measured[bin_L[min(length, longest)]] += count
     binned = np.bincount(np.maximum(bin_L, 0), weights=expected, minlength=len(starts))
-    stops = [*(start - 1 for start in starts[1:].tolist()), longest]
-    labels = tuple(_range(first, last) for first, last in zip(starts.tolist(), stops, strict=True))
-    return _fit("span lengths", labels, measured, binned, covariance, forbidden, np.array(stops) - starts + 1.0)
+    labels, widths = _outcomes(starts, longest)
+    return compare("span lengths", labels, measured, binned, covariance, forbidden, widths)
 
 
 def _bins(expected_L: Floats) -> npt.NDArray[np.int64]:
@@ -220,8 +193,62 @@ def _bins(expected_L: Floats) -> npt.NDArray[np.int64]:
     return np.array(starts, np.int64)
 
 
-def _range(first: int, last: int) -> str:
-    return f"{first:,}" if first == last else f"{first:,}–{last:,}"
+def _outcomes(starts: npt.NDArray[np.int64], longest: int) -> tuple[tuple[str, ...], Floats]:
+    """Labels of bins of lengths, and how many lengths each has."""
+    lasts = np.append(starts[1:] - 1, longest)
+    pairs = zip(starts.tolist(), lasts.tolist(), strict=True)
+    labels = tuple(f"{first:,}" if first == last else f"{first:,}–{last:,}" for first, last in pairs)
+    return labels, lasts - starts + 1.0
+
+
+# GLM.
+
+
+def renewal_lengths(law: Sequence[float], total: int) -> Floats:
+    """[total + 1]: expected number of spans of each length if lengths are drawn from `law` (which has no 0) until they
+    sum to `total`, the last one cut: the renewal equation for the places where spans begin."""
+    drawn = np.zeros(total + 1)
+    drawn[: len(law)] = law[: total + 1]
+    beyond = 1.0 - np.cumsum(drawn)
+    begins = np.zeros(total + 1)
+    begins[0] = 1.0
+    for place in range(1, total):
+        begins[place] = begins[:place] @ drawn[place:0:-1]
+    wanted = np.zeros(total + 1)
+    for length in range(1, total + 1):
+        wanted[length] = begins[: total - length + 1].sum() * drawn[length] + begins[total - length] * beyond[length]
+    return wanted
+
+
+def _blank_fits(objective: BlankInfilling, observed: Sequence[Observed], vocabulary: Vocabulary) -> list[Fit]:
+    """Lengths of the blanks. Those of an example depend on each other in a way that has no short formula: their
+    covariance is the one that is measured."""
+    del vocabulary
+    counts = collections.Counter(blank_count(objective, one.raw_length) for one in observed)
+    law = poisson(objective.mean_span_length, at_least=1)
+    longest = max(counts)
+    expected = np.zeros(longest + 1)
+    for blank, examples in counts.items():
+        expected[: blank + 1] += examples * renewal_lengths(law, blank)
+    allowed = [one for one in observed if one.masked == blank_count(objective, one.raw_length)]
+    starts = _bins(expected)
+    found = np.zeros((len(allowed), len(starts)))
+    for row, one in enumerate(allowed):
+        found[row] = np.bincount(np.searchsorted(starts, one.spans, side="right") - 1, minlength=len(starts))
+    binned = np.add.reduceat(expected, starts)
+    covariance = len(allowed) * np.atleast_2d(np.cov(found.T)) if len(allowed) > 1 else np.zeros((len(starts),) * 2)
+    labels, widths = _outcomes(starts, longest)
+    fit = compare(
+        "span lengths",
+        labels,
+        found.sum(axis=0),
+        binned,
+        covariance,
+        len(observed) - len(allowed),
+        widths,
+    )
+    # The measured covariance of few examples is none.
+    return [fit if fit.forbidden or len(allowed) > 10 * len(starts) else dataclasses.replace(fit, p_value=None)]
 
 
 # Prefix LM.
@@ -253,7 +280,7 @@ def _prefix_fits(objective: PrefixLM, observed: Sequence[Observed], vocabulary: 
         covariance += len(allowed) * (np.diag(law) - np.outer(law, law))
     edges = low + width * np.arange(bins + 1)
     labels = tuple(f"{100 * a:.0f}–{100 * b:.0f} %" for a, b in zip(edges[:-1], edges[1:], strict=True))
-    return [_fit("target fraction", labels, measured, expected, covariance, forbidden)]
+    return [compare("target fraction", labels, measured, expected, covariance, forbidden)]
 
 
 # Objectives of few outcomes.
@@ -269,7 +296,7 @@ def _mask_fits(objective: MaskedLM, observed: Sequence[Observed], vocabulary: Vo
     other = objective.replace_with_random * (1 - 1 / max(vocabulary.base_size - NUM_SPECIAL, 1))
     law = np.array([objective.replace_with_mask, other, 1 - objective.replace_with_mask - other])
     labels = ("mask token", "another piece", "kept")
-    fit = _multinomial("chosen tokens became", labels, measured, law, forbidden)
+    fit = multinomial("chosen tokens became", labels, measured, law, forbidden)
     return [dataclasses.replace(fit, p_value=None) if objective.unit == "span" else fit]
 
 
@@ -291,7 +318,7 @@ def _moved_fits(objective: CausalMasking, observed: Sequence[Observed], vocabula
         else:
             measured[spans - 1] += 1
     labels = tuple(str(spans) for spans in range(1, most + 1))
-    return [_fit("spans per window", labels, measured, expected, covariance, forbidden)]
+    return [compare("spans per window", labels, measured, expected, covariance, forbidden)]
 
 
 def _middle_fits(objective: FillInTheMiddle, observed: Sequence[Observed], vocabulary: Vocabulary) -> list[Fit]:
@@ -300,88 +327,17 @@ def _middle_fits(objective: FillInTheMiddle, observed: Sequence[Observed], vocab
     measured = np.array([counts[3], counts[0]], np.float64)
     law = np.array([objective.fim_rate, 1 - objective.fim_rate])
     forbidden = len(observed) - int(measured.sum())
-    return [_multinomial("windows", ("rearranged", "left as they are"), measured, law, forbidden)]
+    return [multinomial("windows", ("rearranged", "left as they are"), measured, law, forbidden)]
 
 
 _LAWS: dict[type, Callable[..., list[Fit]]] = {
     SpanCorruption: _span_fits,
+    BlankInfilling: _blank_fits,
     PrefixLM: _prefix_fits,
     MaskedLM: _mask_fits,
     CausalMasking: _moved_fits,
     FillInTheMiddle: _middle_fits,
 }
-
-
-# Chi-square.
-
-
-def _multinomial(subject: str, labels: tuple[str, ...], measured: Floats, law: Floats, forbidden: int = 0) -> Fit:
-    total = measured.sum()
-    return _fit(subject, labels, measured, total * law, total * (np.diag(law) - np.outer(law, law)), forbidden)
-
-
-def _fit(
-    subject: str,
-    labels: tuple[str, ...],
-    measured: npt.NDArray[Any],
-    expected: npt.NDArray[Any],
-    covariance: npt.NDArray[Any],
-    forbidden: int = 0,
-    widths: Floats | None = None,
-) -> Fit:
-    difference = measured - expected
-    scale = np.sqrt(np.maximum(np.diag(covariance), 0))
-    # What cannot vary has no say, unless it does vary.
-    impossible = bool((np.abs(difference[scale == 0]) > 1e-6 * max(float(expected.sum()), 1.0)).any())
-    varies = scale > 1e-9 * max(float(scale.max(initial=0.0)), 1e-300)
-    p_value = 1.0
-    if forbidden or impossible:
-        p_value = 0.0
-    elif varies.any():
-        unit = scale[varies]
-        values, vectors = np.linalg.eigh(covariance[np.ix_(varies, varies)] / np.outer(unit, unit))
-        kept = values > 1e-9 * values.max()
-        statistic = float((((vectors.T @ (difference[varies] / unit))[kept]) ** 2 / values[kept]).sum())
-        p_value = chi_square_tail(statistic, int(kept.sum()))
-    return Fit(subject, labels, np.asarray(measured, np.float64), expected, p_value, forbidden, widths)
-
-
-def chi_square_tail(statistic: float, freedom: int) -> float:
-    """Probability that a chi-square variable with `freedom` degrees exceeds `statistic`: the regularised upper
-    incomplete gamma function Q(freedom / 2, statistic / 2), by its series or its continued fraction (Abramowitz and
-    Stegun 6.5.29 and 6.5.31)."""
-    a, x = freedom / 2, statistic / 2
-    if x <= 0:
-        return 1.0
-    front = math.exp(a * math.log(x) - x - math.lgamma(a))
-    if x < a + 1:
-        term = total = 1 / a
-        n = a
-        while term > 1e-16 * total:
-            n += 1
-            term *= x / n
-            total += term
-        return max(1 - front * total, 0.0)
-    # Lentz's evaluation from the front.
-    tiny = 1e-300
-    b = x + 1 - a
-    c, d = 1 / tiny, 1 / b
-    value = d
-    for i in range(1, 10_000):
-        step = -i * (i - a)
-        b += 2
-        d = 1 / (step * d + b or tiny)
-        c = b + step / c or tiny
-        value *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return min(front * value, 1.0)
-
-
-def combined(p_values: Iterable[float]) -> float:
-    """The probability of a smallest p-value at least as small, if all laws hold: 1 - (1 - min p)^n (Šidák)."""
-    values = list(p_values)
-    return -math.expm1(len(values) * math.log1p(-min(values))) if values and min(values) < 1 else 1.0
 
 
 def _log_choose(n: npt.NDArray[np.int64], k: int) -> Floats:

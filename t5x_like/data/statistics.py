@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from t5x_like.config.objectives import Objective
 from t5x_like.data import keys as rng
+from t5x_like.data.chi_square import Fit
 from t5x_like.data.denoise import restore
 from t5x_like.data.features import Features
-from t5x_like.data.laws import Fit, Observed, fits, observe
+from t5x_like.data.laws import Observed, fits, observe
 from t5x_like.data.rows import Example, examples
 from t5x_like.data.shares import Share, mixture_shares
 from t5x_like.data.store_statistics import Lengths, lengths
@@ -45,7 +46,7 @@ class Fill:
 
 
 @dataclasses.dataclass
-class Kind:
+class Tally:
     """The sampled examples of one corpus under one objective.
 
     Attributes:
@@ -174,7 +175,7 @@ class Sample:
         self._objectives = objectives
         self._vocabulary = vocabulary
         self._fill: dict[tuple[str, str], Fill] = {}
-        self._kinds: dict[tuple[int, int], Kind] = {}
+        self._tallies: dict[tuple[int, int], Tally] = {}
         self._by_objective = [ObjectiveSample() for _ in objectives]
         self._repeated: list[float] = []
         self._batches = 0
@@ -219,18 +220,18 @@ class Sample:
             self._samples[example.denoiser].append(example)
         own.input_lengths.append(len(example.inputs))
         own.target_lengths.append(len(example.targets))
-        kind = self._kinds.setdefault((corpus, example.denoiser), Kind(corpus, example.denoiser))
-        kind.rows += share
-        kind.examples += 1
-        kind.loss += int(example.scored.sum())
+        tally = self._tallies.setdefault((corpus, example.denoiser), Tally(corpus, example.denoiser))
+        tally.rows += share
+        tally.examples += 1
+        tally.loss += int(example.scored.sum())
         try:
             raw = restore(example.inputs, example.targets, objective, vocabulary)
             own.observed.append(observe(example, len(raw), objective, vocabulary, first=first))
         except ValueError:
             own.broken += 1
             return None
-        kind.raw += len(raw)
-        kind.scored_text += scored_text(example, vocabulary)
+        tally.raw += len(raw)
+        tally.scored_text += scored_text(example, vocabulary)
         return raw
 
     def result(self, stream: Stream, first_row: int, rows: int) -> Statistics:
@@ -265,17 +266,17 @@ class Sample:
         names = [objective.name for objective in self._objectives]
         corpora = [source.name for source in stream.sources]
         columns = ("rows", "raw", "loss")
-        totals = [sum(getattr(kind, name) for kind in self._kinds.values()) or 1 for name in columns]
+        totals = [sum(getattr(tally, name) for tally in self._tallies.values()) or 1 for name in columns]
         for share in shares:
             index, corpus = names.index(share.name), corpora.index(share.corpus)
-            kind = self._kinds.get((corpus, index), Kind(corpus, index))
-            scored = kind.scored_text / kind.raw if kind.raw else 0.0
-            measured = [getattr(kind, name) / total for name, total in zip(columns, totals, strict=True)]
+            tally = self._tallies.get((corpus, index), Tally(corpus, index))
+            scored = tally.scored_text / tally.raw if tally.raw else 0.0
+            measured = [getattr(tally, name) / total for name, total in zip(columns, totals, strict=True)]
             yield Part(
                 corpus=share.corpus,
                 objective=self._objectives[index],
                 sub_batch=share.sub_batch,
-                examples=kind.examples,
+                examples=tally.examples,
                 expected=(share.by_example, share.by_token, share.by_loss_token),
                 measured=(measured[0], measured[1], measured[2]),
                 scored=scored,

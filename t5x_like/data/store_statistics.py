@@ -22,6 +22,8 @@ Ids = npt.NDArray[Any]
 
 MOST_TOKENS = 2**25
 """Tokens of a split that are read."""
+MOST_DOCUMENTS = 2**20
+"""Documents of a split that are compared."""
 _BLOCK = 2**20
 _DECODED = 2**20
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
@@ -91,7 +93,8 @@ class Repeats:
 def repeated_documents(split: Split, parts: int, most_tokens: int = MOST_TOKENS) -> Repeats:
     """Equal documents among the first ones that have `most_tokens` tokens together; at least the first is read."""
     bounds = split.offsets[::parts].astype(np.int64)
-    checked = min(max(int(np.searchsorted(bounds, most_tokens, side="right")) - 1, 1), len(bounds) - 1)
+    checked = max(int(np.searchsorted(bounds, most_tokens, side="right")) - 1, 1)
+    checked = min(checked, len(bounds) - 1, MOST_DOCUMENTS)
     digests = []
     for tokens, inner in _documents(split, bounds[: checked + 1]):
         digests += [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from t5x_like.data.laws import Fit
+from t5x_like.data.chi_square import Fit
 from t5x_like.data.store_statistics import Lengths
 from t5x_like.monitoring import formats
 from t5x_like.monitoring.curves import EXTENT, Scale, Tick, ticks

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from t5x_like.config.errors import DataError
 from t5x_like.config.objectives import MODES, Objective
 from t5x_like.config.run import RunConfig
-from t5x_like.data.laws import Fit, combined
+from t5x_like.data.chi_square import Fit, combined
 from t5x_like.data.prepare import open_stores
 from t5x_like.data.rows import Example, Run, runs
 from t5x_like.data.statistics import ObjectiveStatistics, Part, Statistics, statistics
@@ -38,13 +38,12 @@ from t5x_like.monitoring.pages import content_hash, environment, resource, write
 from t5x_like.monitoring.report import describe_objective
 from t5x_like.monitoring.text import visible
 
-SAMPLE_ROWS = 4096
 _TEMPLATES = Path(__file__).parent / "page_template"
 _COLUMNS = ("example", "raw token", "loss token")
 _OTHER = "other"
 
 
-def write_statistics(run: RunConfig, output: Path, rows: int = SAMPLE_ROWS, first_row: int = 0) -> Path:
+def write_statistics(run: RunConfig, output: Path, rows: int, first_row: int = 0) -> Path:
     """Reads a sample of the training rows and writes the page.
 
     Args:

@@ -17,6 +17,7 @@ from t5x_like.config import CorpusConfig, DataConfig, DataError, RunConfig, Span
 from t5x_like.config.data import CorpusShare
 from t5x_like.config.objectives import Supervised
 from t5x_like.config.recipes import load_recipe
+from t5x_like.data.denoise import denoise
 from t5x_like.data.prepare import prepare
 from t5x_like.inspection.page import write_statistics
 
@@ -136,6 +137,21 @@ def test_mixtures_of_corpora_have_their_own_sections(tmp_path: Path) -> None:
     page = Page(mixed(tmp_path / "run").read_text(encoding="utf-8"))
     for words in ("text: R", "pairs: supervised", "50 pairs", "examples each", "inputs", "targets"):
         assert words in page.words
+
+
+def test_a_wrong_sampler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t5x_like.data import stream
+
+    def unrotated(tokens, keys, objective, *others):  # type: ignore[no-untyped-def]
+        return denoise(tokens, keys, dataclasses.replace(objective, t5_exact=True), *others)
+
+    run = configured(tmp_path / "run", "Text of a corpus. " * 2000, mixture=(SpanCorruption(name="R"),))
+    right = Page(write_statistics(run, tmp_path / "right.html", rows=400).read_text(encoding="utf-8"))
+    monkeypatch.setattr(stream, "denoise", unrotated)
+    wrong = Page(write_statistics(run, tmp_path / "wrong.html", rows=400).read_text(encoding="utf-8"))
+    said = "R: spans cut by the window's ends not by their law (p < 0.001)."
+    assert said in wrong.words and said not in right.words
+    assert "1 of 2 do not fit" in wrong.words and "all 2 laws" in right.words
 
 
 def test_the_smallest_store_has_a_page(tmp_path: Path) -> None:

@@ -18,17 +18,9 @@ from t5x_like.config.data import CorpusShare
 from t5x_like.config.lengths import noise_counts
 from t5x_like.config.objectives import Bart, BlankInfilling, CausalMasking, FillInTheMiddle, Layout
 from t5x_like.data import keys as rng
+from t5x_like.data.chi_square import Fit, chi_square_tail, combined
 from t5x_like.data.denoise import denoise
-from t5x_like.data.laws import (
-    Fit,
-    Observed,
-    chi_square_tail,
-    combined,
-    composition_law,
-    fits,
-    observe,
-    pair_law,
-)
+from t5x_like.data.laws import Observed, composition_law, fits, observe, pair_law, renewal_lengths
 from t5x_like.data.rows import Example
 from t5x_like.data.statistics import NGRAM, Statistics, repeated_ngrams, statistics
 from t5x_like.data.store_statistics import document_lengths, lengths, repeated_documents, token_use
@@ -72,6 +64,7 @@ PREFIX = PrefixLM(name="S")
         MaskedLM(),
         CausalMasking(),
         FillInTheMiddle(),
+        BlankInfilling(),
     ],
     ids=lambda objective: objective.name,
 )
@@ -80,7 +73,10 @@ def test_our_denoisers_follow_their_laws(objective: Objective) -> None:
         found = fits(objective, sampled(objective, length=length), VOCABULARY)
         assert least(found) > 1e-3 and not any(fit.forbidden for fit in found)
         for fit in found:
-            assert fit.expected.sum() == pytest.approx(fit.measured.sum())
+            # How many blanks GLM makes of its tokens is left to chance.
+            assert fit.expected.sum() == pytest.approx(
+                fit.measured.sum(), rel=0.03 if objective.name == "glm" else 1e-9
+            )
 
 
 @pytest.mark.parametrize(
@@ -96,6 +92,8 @@ def test_our_denoisers_follow_their_laws(objective: Objective) -> None:
         (MaskedLM(), MaskedLM(mask_rate=0.2)),
         (CausalMasking(), CausalMasking(mean_spans=1.6)),
         (FillInTheMiddle(), FillInTheMiddle(fim_rate=0.65)),
+        (BlankInfilling(), BlankInfilling(mean_span_length=2.5)),
+        (BlankInfilling(), BlankInfilling(mask_rate=0.2)),
     ],
     ids=lambda objective: objective.kind,
 )
@@ -140,6 +138,19 @@ def test_composition_laws_by_enumeration(total: int, parts: int) -> None:
         for composition in all_:
             pairs[composition[0], composition[-1]] += 1 / len(all_)
         np.testing.assert_allclose(pair_law(total, parts), pairs, atol=1e-12)
+
+
+@pytest.mark.parametrize("total", [1, 2, 5])
+def test_lengths_that_are_drawn_until_they_are_enough(total: int) -> None:
+    law = (0.0, 0.5, 0.2, 0.3)
+    wanted = np.zeros(total + 1)
+    for draws in itertools.product(range(1, 4), repeat=total):
+        left = total
+        for length in draws:
+            wanted[min(length, left)] += np.prod([law[draw] for draw in draws]) * (left > 0)
+            left = max(left - length, 0)
+    wanted[0] = 0.0
+    np.testing.assert_allclose(renewal_lengths(law, total), wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 5, 40, 300])
