@@ -122,7 +122,13 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
     _simulate_devices(options.devices)
     from t5x_like.interop.huggingface import directories
 
-    if options.from_format:
+    if options.from_format == "t5x":
+        from t5x_like.interop.t5x.directories import import_directory
+
+        if not options.model:
+            options.parser.error("--from t5x needs --model: a T5X checkpoint does not say what its model is")
+        import_directory(options.source, options.out, model=options.model)
+    elif options.from_format:
         scale = {None: None, "yes": True, "no": False}[options.scale_logits]
         directories.import_directory(options.source, options.out, scale_logits=scale)
     else:
@@ -255,13 +261,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
 
-    convert = _command(commands, "convert", _convert, "turn a Hugging Face model into a checkpoint, or one into that")
+    convert = _command(
+        commands, "convert", _convert, "turn a Hugging Face or T5X model into a checkpoint, or one into that"
+    )
     _devices_option(convert)
     direction = convert.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="from_format", choices=("hf",), help="SOURCE is a Hugging Face directory")
+    direction.add_argument(
+        "--from", dest="from_format", choices=("hf", "t5x"), help="SOURCE is a Hugging Face directory or T5X checkpoint"
+    )
     direction.add_argument("--to", dest="to_format", choices=("hf",), help="OUT becomes a Hugging Face directory")
     convert.add_argument("source", type=Path, metavar="SOURCE", help="with --to: a run, or what --from wrote")
     convert.add_argument("out", type=Path, metavar="OUT", help="a directory that is not there yet")
+    convert.add_argument(
+        "--model", metavar="MODEL", help="with --from t5x: a preset, as in t5_1_1:base, or a recipe that has the model"
+    )
     convert.add_argument(
         "--family", metavar="NAME", help="with --to: its model_type (default: the imported or plainest)"
     )

@@ -9,24 +9,23 @@ What `import_directory` writes:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pydantic
 
 from t5x_like import run_directory
 from t5x_like.checkpoints.manager import CheckpointManager
-from t5x_like.config.errors import DataError, RefusedError
+from t5x_like.config.errors import DataError
 from t5x_like.config.model import ModelConfig
 from t5x_like.config.run import CheckpointConfig
+from t5x_like.interop import imported
 from t5x_like.interop.huggingface import convert, families
 from t5x_like.interop.huggingface.fields import Fields
 from t5x_like.interop.huggingface.names import tensors
@@ -34,8 +33,6 @@ from t5x_like.interop.safetensors import Pending, TensorFile, Weights, write, wr
 from t5x_like.models.build import abstract
 
 Tree = Any
-MODEL = "model.json"
-SCHEMA_VERSION = 1
 KEPT = "huggingface"
 LEFT_OUT = "left_out.safetensors"
 TOKENIZER_FILES = (
@@ -107,7 +104,7 @@ def import_directory(
     source = open_directory(directory, scale_logits=scale_logits)
     described = source.described
     spec = abstract(source.model)
-    with _made_whole(out) as partial:
+    with imported.made_whole(out) as partial:
         kept = partial / KEPT
         kept.mkdir()
         for name in ("config.json", *TOKENIZER_FILES):
@@ -115,17 +112,7 @@ def import_directory(
                 shutil.copyfile(directory / name, kept / name)
         if described.left_out:
             write(kept / LEFT_OUT, [_copied(source.weights, name) for name in described.left_out], {"format": "pt"})
-        document = {
-            "schema_version": SCHEMA_VERSION,
-            "family": described.kind,
-            "model": json.loads(json.dumps(dataclasses.asdict(source.model))),
-        }
-        (partial / MODEL).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        checkpoints = CheckpointManager(partial / run_directory.CHECKPOINTS, CheckpointConfig())
-        try:
-            checkpoints.save(0, {"params": source.params(spec.params)}, {"family": described.kind})
-        finally:
-            checkpoints.close()
+        imported.save(partial, source.model, described.kind, {"params": source.params(spec.params)})
     report(f"{out}: {described.kind}, {sum(map(_size, jax.tree.leaves(spec.params))):,} parameters")
     for name in described.left_out:
         report(f"  left out: {name} {source.weights[name].shape}")
@@ -151,15 +138,15 @@ def export_directory(
     Raises:
       DataError, RefusedError: there is no checkpoint, or the model is of no such family; `out` is there already.
     """
-    model, imported = _read_model(directory)
+    model, origin = imported.read_model(directory)
     kept = directory / KEPT
-    kind = families.require(model, family or imported)
+    kind = families.require(model, family or origin)
     manager = CheckpointManager(directory / run_directory.CHECKPOINTS, CheckpointConfig(), read_only=True)
     _, params, _ = manager.restore_params(_on_one_device(abstract(model).params), step)
-    with _made_whole(out) as partial:
+    with imported.made_whole(out) as partial:
         base: dict[str, Any] = {}
         left_out: list[Pending] = []
-        if imported == kind and (kept / "config.json").is_file():
+        if origin == kind and (kept / "config.json").is_file():
             base = Fields.read(kept / "config.json").values
             if (kept / LEFT_OUT).is_file():
                 file = TensorFile(kept / LEFT_OUT)
@@ -221,21 +208,6 @@ def _copied(source: Weights | TensorFile, name: str) -> Pending:
     return Pending(name, stored.dtype, stored.shape, lambda: source.read(name))
 
 
-def _read_model(directory: Path) -> tuple[ModelConfig, str | None]:
-    """The model of a directory, and the family that it was imported from."""
-    path = directory / MODEL
-    if not path.is_file():
-        return run_directory.read_config(directory).model, None
-    document = Fields.read(path)
-    document.only("schema_version", SCHEMA_VERSION, None)
-    try:
-        model = pydantic.TypeAdapter(ModelConfig).validate_json(json.dumps(document.values.get("model")))
-    except pydantic.ValidationError as error:
-        raise DataError(f"{path}: no model: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
-    kind = document.values.get("family")
-    return model, kind if isinstance(kind, str) else None
-
-
 def _on_one_device(tree: Tree) -> Tree:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
@@ -243,20 +215,3 @@ def _on_one_device(tree: Tree) -> Tree:
 
 def _size(leaf: Any) -> int:
     return int(np.prod(leaf.shape))
-
-
-@contextlib.contextmanager
-def _made_whole(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` if all goes well, and else is removed."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RefusedError(f"{out} is there already; name another place")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(out)
-    except OSError as error:
-        raise RefusedError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
