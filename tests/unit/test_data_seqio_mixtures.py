@@ -182,3 +182,20 @@ def test_seqio_vocabularies_in_our_words() -> None:
     assert found == Vocabulary(base_size=259, num_sentinels=100)
     assert found.first_sentinel_id == seqio.ByteVocabulary(extra_ids=100).vocab_size - 1
     assert source(0, 1, ("targets",)) is not None
+
+
+def test_our_mixture_read_live_goes_on_where_it_was_saved(mixture: str) -> None:
+    """Its Python functions are pure, and tf.data is told so."""
+    from t5x_like.config import SeqioConfig
+    from t5x_like.data.seqio_live import LiveBatches
+
+    data = dataclasses.replace(config(), mixture=(), seqio=SeqioConfig(mixture_or_task=mixture))
+    batches = LiveBatches(data, 2)
+    next(batches)
+    files = batches.state_files()
+    following = [next(batches)["main"] for _ in range(3)]
+    again = LiveBatches(data, 2)
+    again.restore(files)
+    for features in following:
+        found = next(again)["main"]
+        assert all(np.array_equal(found[name], values) for name, values in features.items())
