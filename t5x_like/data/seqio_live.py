@@ -316,6 +316,10 @@ def _describe(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_describe(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): _describe(each) for key, each in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"class": type(value).__qualname__, **_describe(dataclasses.asdict(value))}
     name = getattr(value, "__qualname__", type(value).__qualname__)
     return f"{getattr(value, '__module__', '')}.{name}"
 

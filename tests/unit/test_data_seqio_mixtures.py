@@ -191,6 +191,8 @@ def test_our_mixture_read_live_goes_on_where_it_was_saved(mixture: str) -> None:
 
     data = dataclasses.replace(config(), mixture=(), seqio=SeqioConfig(mixture_or_task=mixture))
     batches = LiveBatches(data, 2)
+    steps = batches.identity["preprocessors"][f"{mixture}_S"]
+    assert steps[-1][1]["objective"]["max_target_fraction"] == PREFIX.max_target_fraction
     next(batches)
     files = batches.state_files()
     following = [next(batches)["main"] for _ in range(3)]
