@@ -235,30 +235,45 @@ class DamagedPart(Exception):
     """A part is not what its marker says; it is to be made again."""
 
 
-def assemble(job: Job, units: Sequence[Unit], writer: StoreWriter) -> dict[str, Any]:
-    """Appends all parts to a store, in the order of the corpus.
+class Assembly:
+    """Appends parts to a store in the order of the corpus, each as soon as those before it are there."""
 
-    Returns:
-      `source_fingerprint` and `left_out` of the whole.
+    def __init__(self, job: Job, units: Sequence[Unit], writer: StoreWriter):
+        self._job, self._units, self._writer = job, units, writer
+        self._next = 0
+        self._source = hashlib.blake2b(digest_size=16)
+        self._left_out: collections.Counter[str] = collections.Counter()
 
-    Raises:
-      DamagedPart: a part is missing or not whole; the argument is its index.
-    """
-    source = hashlib.blake2b(digest_size=16)
-    left_out: collections.Counter[str] = collections.Counter()
-    for index, unit in enumerate(units):
-        marker = _marker(job, index, unit)
-        if marker is None:
-            raise DamagedPart(index)
-        for number, segment in enumerate(marker["segments"]):
-            data = locations.read_bytes(job.segment(index, number))
-            if data is None or zlib.crc32(data) != segment["crc32"]:
-                locations.write_bytes(job.marker(index), b"")
-                raise DamagedPart(index)
-            _append(writer, data, segment["splits"], job.dtype)
-        source.update(marker["source"].encode())
-        left_out.update(marker["left_out"])
-    return {"source_fingerprint": source.hexdigest(), "left_out": dict(sorted(left_out.items()))}
+    def advance(self) -> None:
+        """Appends what can be appended.
+
+        Raises:
+          DamagedPart: a part is not what its marker says; the argument is its index.
+        """
+        while self._next < len(self._units):
+            marker = _marker(self._job, self._next, self._units[self._next])
+            if marker is None:
+                return
+            for number, segment in enumerate(marker["segments"]):
+                data = locations.read_bytes(self._job.segment(self._next, number))
+                if data is None or zlib.crc32(data) != segment["crc32"]:
+                    locations.remove(self._job.marker(self._next))
+                    raise DamagedPart(self._next)
+                _append(self._writer, data, segment["splits"], self._job.dtype)
+            self._source.update(marker["source"].encode())
+            self._left_out.update(marker["left_out"])
+            self._next += 1
+
+    def finish(self) -> dict[str, Any]:
+        """Appends the rest; returns the `source_fingerprint` and what was `left_out` of the whole.
+
+        Raises:
+          DamagedPart: a part is missing or not whole.
+        """
+        self.advance()
+        if self._next < len(self._units):
+            raise DamagedPart(self._next)
+        return {"source_fingerprint": self._source.hexdigest(), "left_out": dict(sorted(self._left_out.items()))}
 
 
 def _append(writer: StoreWriter, data: bytes, counts: dict[str, dict[str, int]], dtype: str) -> None:

@@ -259,9 +259,8 @@ class _Building:
         started = time.monotonic()
         job, units = self._plan(corpus, partial_of(path))
         while True:
-            self._make_missing(job, units)
             try:
-                self._assemble(job, units, corpus, path)
+                self._write(job, units, corpus, path)
                 break
             except parts.DamagedPart as error:
                 self.report(f"part {error} is damaged: it is made again")
@@ -293,7 +292,7 @@ class _Building:
         )
         return job, units
 
-    def _make_missing(self, job: Job, units: Sequence[Unit]) -> None:
+    def _make_missing(self, job: Job, units: Sequence[Unit], assembly: parts.Assembly) -> None:
         todo = [(index, unit) for index, unit in enumerate(units) if not parts.is_made(job, index, unit)]
         if len(todo) < len(units):
             self.report(f"going on: {len(units) - len(todo):,} of {len(units):,} parts are there")
@@ -303,30 +302,36 @@ class _Building:
         if isinstance(tokenizer, SentencePieceTokenizer):  # for the workers, and for the next call
             locations.write_bytes(job.model, tokenizer.model)
         with Meter(self.report, sum(unit.size for _, unit in todo)) as meter:
+
+            def told(documents: int, tokens: int, done: int) -> None:
+                meter.add(documents, tokens, done)
+                assembly.advance()
+
             if self._make_parts is not None:
-                self._make_parts(job, todo, meter.add)
+                self._make_parts(job, todo, told)
             elif self._needs_workers(job, todo):
-                workers.make_parts(job, todo, self._workers, meter.add)
+                workers.make_parts(job, todo, self._workers, told)
             else:
                 for index, unit in todo:
-                    parts.make(job, index, unit, tokenizer, num_threads=self._workers, progress=meter.add)
+                    parts.make(job, index, unit, tokenizer, num_threads=self._workers, progress=told)
 
     def _needs_workers(self, job: Job, todo: Sequence[tuple[int, Unit]]) -> bool:
         """Small work is done before workers have started. `memory://` is a place in this process."""
         alone = self._workers == 1 or len(todo) == 1 or job.folder.startswith("memory://")
         return not alone and sum(unit.size for _, unit in todo) >= SMALL_BYTES
 
-    def _assemble(self, job: Job, units: Sequence[Unit], corpus: CorpusConfig, path: Location) -> None:
+    def _write(self, job: Job, units: Sequence[Unit], corpus: CorpusConfig, path: Location) -> None:
         tokenizer = self.tokenizer
         pairs = corpus.inputs_field is not None
         with StoreWriter(path, vocab_size=tokenizer.vocab_size, parts=2 if pairs else 1) as writer:
-            found = parts.assemble(job, units, writer)
+            assembly = parts.Assembly(job, units, writer)
+            self._make_missing(job, units, assembly)
             info = {
                 "corpus": dataclasses.asdict(corpus),
                 "tokenizer": {**dataclasses.asdict(self._data.tokenizer), "kind": job.tokenizer.kind},
                 "vocabulary": dataclasses.asdict(tokenizer.vocabulary),
                 "tokenizer_fingerprint": tokenizer.fingerprint,
-                **found,
+                **assembly.finish(),
             }
             model = tokenizer.model if isinstance(tokenizer, SentencePieceTokenizer) else None
             writer.commit(info, tokenizer_model=model)

@@ -19,6 +19,7 @@ from t5x_like.config import CausalLM, CorpusConfig, DataConfig, DataError, Token
 from t5x_like.data import corpora, documents, parts, units, workers
 from t5x_like.data import prepare as preparing
 from t5x_like.data.prepare import prepare, store_paths
+from t5x_like.data.store import StoreWriter
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -161,7 +162,7 @@ def test_parts_of_another_tokenizer_or_damaged_ones_are_not_used(data: DataConfi
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "assemble", stop)
+        patch.setattr(StoreWriter, "commit", stop)
         with pytest.raises(Stop):
             prepare(data, report=silent, workers=1)
     folder = Path(f"{path}.partial") / "parts"
