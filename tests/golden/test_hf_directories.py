@@ -85,11 +85,11 @@ FAMILIES = {
     "gemma_2": of("Gemma2ForCausalLM", "Gemma2", **GEMMA_2),
     "gemma_3": of("Gemma3ForCausalLM", "Gemma3Text", **GEMMA_3),
     "gpt_2": of(
-        "GPT2LMHeadModel", "GPT2", vocab_size=V, n_positions=40, n_embd=24, n_layer=2, n_head=4,
+        "GPT2LMHeadModel", "GPT2", vocab_size=V, n_positions=60, n_embd=24, n_layer=2, n_head=4,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1,
     ),
-    "bert": of("BertForMaskedLM", "Bert", **SMALL, max_position_embeddings=40, **NO_DROPOUT),
-    "bert_encoder": of("BertModel", "Bert", **SMALL, max_position_embeddings=40, **NO_DROPOUT),
+    "bert": of("BertForMaskedLM", "Bert", **SMALL, max_position_embeddings=60, **NO_DROPOUT),
+    "bert_encoder": of("BertModel", "Bert", **SMALL, max_position_embeddings=60, **NO_DROPOUT),
     "modernbert": of(
         "ModernBertForMaskedLM", "ModernBert", **{**SMALL, "num_hidden_layers": 4}, local_attention=8, pad_token_id=0,
         bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1,
@@ -161,18 +161,39 @@ def test_the_same_numbers(case):
     if config.encoder and config.encoder.token_types:
         types = np.random.default_rng(0).integers(0, 2, inputs_real.shape).astype(np.int32)
         features["encoder_token_types"] = types
+    packed = in_one_row(features, inputs_real, real)
     expected = theirs(model, features, inputs_real)
     graphdef = abstract(config).graphdef
 
-    def apply(params):
+    def apply(params, batch):
         model = merge(graphdef, params)
         if name.endswith("_encoder"):
-            return model.encode(features["encoder_input_tokens"], token_types=features.get("encoder_token_types"))
-        return model(features)
+            return model.encode(
+                batch["encoder_input_tokens"],
+                segment_ids=batch.get("encoder_segment_ids"),
+                positions=batch.get("encoder_positions"),
+                token_types=batch.get("encoder_token_types"),
+            )
+        return model(batch)
 
-    found = np.asarray(jax.jit(apply)(params))
-    assert np.abs(expected[real]).max() > 0.3
-    np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5 * np.abs(expected[real]).max())
+    found, found_packed = jax.jit(lambda params: (apply(params, features), apply(params, packed)))(params)
+    scale = np.abs(expected[real]).max()
+    assert scale > 0.3
+    np.testing.assert_allclose(np.asarray(found)[real], expected[real], rtol=1e-5, atol=1e-5 * scale)
+    of_all = np.asarray(found_packed)[0, : real.sum()]
+    np.testing.assert_allclose(of_all, expected[real], rtol=1e-5, atol=1e-5 * scale)
+
+
+def in_one_row(features, inputs_real, real):
+    """The rows as segments of one, with padding behind them."""
+    packed = {}
+    for name, rows in features.items():
+        side = name.partition("_")[0]
+        cells = inputs_real if side == next(iter(features)).partition("_")[0] else real
+        packed[name] = np.pad(rows[cells], (0, 3))[None]
+        packed[f"{side}_segment_ids"] = np.pad(np.nonzero(cells)[0] + 1, (0, 3))[None].astype(np.int32)
+        packed[f"{side}_positions"] = np.pad(np.nonzero(cells)[1], (0, 3))[None].astype(np.int32)
+    return packed
 
 
 def test_the_way_back(case, tmp_path):
