@@ -37,7 +37,7 @@ from t5x_like.config.run import (
     RunConfig,
 )
 from t5x_like.config.seqio import SeqioConfig
-from t5x_like.config.training import Adafactor, AdamW, Schedule, TrainingConfig
+from t5x_like.config.training import Adafactor, AdamW, Freeze, Schedule, TrainingConfig
 
 __all__ = [
     "SamplingConfig",
@@ -63,6 +63,7 @@ __all__ = [
     "DataError",
     "EvaluationConfig",
     "FillInTheMiddle",
+    "Freeze",
     "MaskedLM",
     "ModelConfig",
     "MonitoringConfig",

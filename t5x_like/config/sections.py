@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
@@ -19,7 +20,7 @@ from t5x_like.config.objectives import (
     SpanCorruption,
 )
 from t5x_like.config.run import CheckpointConfig, EvaluationConfig, MonitoringConfig, PartitioningConfig
-from t5x_like.config.training import Adafactor, AdamW, Schedule, TrainingConfig
+from t5x_like.config.training import Adafactor, AdamW, Freeze, Schedule, TrainingConfig
 
 Problems = Iterator[Problem]
 
@@ -346,7 +347,24 @@ def training_problems(training: TrainingConfig) -> Problems:
     yield from above(f"{where}.max_gradient_norm", training.max_gradient_norm, 0)
     yield from within(f"{where}.z_loss", training.z_loss, 0, 1)
     yield from within(f"{where}.label_smoothing", training.label_smoothing, 0, 1, ends="[)")
+    yield from _freeze(f"{where}.freeze", training.freeze)
     yield from within(f"{where}.seed", training.seed, 0, 2**32 - 1)
+
+
+def _freeze(where: str, freeze: Sequence[Freeze]) -> Problems:
+    for place, entry in enumerate(freeze):
+        if not entry.paths:
+            yield Problem(f"{where}.{place}.paths", "nothing", "one regular expression or more")
+        yield from patterns(f"{where}.{place}.paths", entry.paths)
+        yield from at_least(f"{where}.{place}.until_step", entry.until_step, 1)
+
+
+def patterns(where: str, found: Sequence[str]) -> Problems:
+    for number, pattern in enumerate(found):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield Problem(f"{where}.{number}", repr(pattern), f"a regular expression ({error})")
 
 
 def _optimizer(where: str, optimizer: Adafactor | AdamW) -> Problems:

@@ -65,6 +65,17 @@ class Schedule:
 
 
 @configuration
+class Freeze:
+    """Parameters that do not train: they have no optimizer state and no part in the gradient's norm."""
+
+    paths: tuple[str, ...]
+    """Regular expressions; a parameter is meant whose whole path one of them matches, as in
+    `encoder/layers/self_attention/query/kernel`. One that matches none is refused."""
+    until_step: int | None = None
+    """The step at which they begin to train, as in a run that begins there; None: never."""
+
+
+@configuration
 class TrainingConfig:
     num_train_steps: int
     batch_size: int
@@ -78,5 +89,7 @@ class TrainingConfig:
     z_loss: float = 1e-4
     """Coefficient of log(Z)**2, which keeps the logits' normaliser near 1."""
     label_smoothing: float = 0.0
+    freeze: tuple[Freeze, ...] = ()
+    """What does not train. Where several entries name a parameter, the first counts."""
     seed: int = 0
     """Of the parameters' initial values and of dropout."""

@@ -11,6 +11,7 @@ from t5x_like.config import Adafactor, TrainingConfig
 from t5x_like.partitioning.rules import LogicalAxes
 from t5x_like.training.adafactor import adafactor, moment_axes
 from t5x_like.training.adamw import adamw
+from t5x_like.training.freezing import paths_of, staged, starts
 
 Tree = Any
 
@@ -19,8 +20,19 @@ def make_optimizer(config: TrainingConfig, logical_axes: Tree) -> optax.Gradient
     """The optimizer of a run, for parameters with these logical axes.
 
     `update(grads, opt_state, params, learning_rate=...)` takes the learning rate of the step, so that one schedule
-    serves the update and the metric. Its own count is that of the updates it has made.
+    serves the update and the metric. Its own count is that of the updates it has made. Where parameters are frozen, it
+    also takes the `step`, and has a state for those only that train.
+
+    Raises:
+      ConfigError: what is to be frozen is not there, or is all there is.
     """
+    if config.freeze:
+        of = starts(config.freeze, paths_of(logical_axes))
+        return staged(lambda axes: _optimizer(config, axes), logical_axes, of)
+    return _optimizer(config, logical_axes)
+
+
+def _optimizer(config: TrainingConfig, logical_axes: Tree) -> optax.GradientTransformationExtraArgs:
     if isinstance(config.optimizer, Adafactor):
         return adafactor(config.optimizer, logical_axes)
     return adamw(config.optimizer, logical_axes)

@@ -17,6 +17,7 @@ import optax
 from t5x_like.config import RunConfig
 from t5x_like.monitoring.metrics import Mean, add
 from t5x_like.partitioning.constrain import constrain
+from t5x_like.training import freezing
 from t5x_like.training.losses import Apply, Batch, batch_metrics, summed_loss
 from t5x_like.training.schedules import ScheduleFn
 
@@ -34,7 +35,7 @@ def make_train_step(
     `nonfinite` says so. That includes gradients whose norm overflows float32 (above 1e19).
 
     Metrics, besides those of `losses.batch_metrics`: loss_tokens (sum of the loss weights, per step),
-    learning_rate, gradient_norm (of the mean loss, before clipping; of finite steps), nonfinite.
+    learning_rate, gradient_norm (of the mean loss and what is not frozen, before clipping; of finite steps), nonfinite.
     """
     training = run.training
     parts = training.gradient_accumulation_steps
@@ -54,38 +55,41 @@ def make_train_step(
         )
 
     def part_gradient(
-        params: Tree, batch: Batch, rng: jax.Array, part: jax.Array | int, of_batch: Metrics | None = None
+        params: Tree, frozen: Tree, batch: Batch, rng: jax.Array, part: jax.Array | int, of_batch: Metrics | None = None
     ) -> tuple[Tree, Metrics]:
         """`of_batch`: the losses of the whole batch, for their weights; None where the part is all of it."""
 
         def loss(params: Tree) -> tuple[jax.Array, Metrics]:
-            metrics, coefficients = loss_and_metrics(params, batch, rng, part)
+            metrics, coefficients = loss_and_metrics(freezing.joined(params, frozen), batch, rng, part)
             return summed_loss(metrics, coefficients, of_batch or metrics), metrics
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics
 
-    def summed_gradient(params: Tree, batch: Batch, rng: jax.Array) -> tuple[Tree, Metrics]:
+    def summed_gradient(params: Tree, frozen: Tree, batch: Batch, rng: jax.Array) -> tuple[Tree, Metrics]:
         if parts == 1:
-            return part_gradient(params, batch, rng, 0)
+            return part_gradient(params, frozen, batch, rng, 0)
 
         # Of these sums only weights are used, which depend on the batch alone: the model is traced, but not run.
-        metrics, coefficients = loss_and_metrics(params, batch, rng, 0)
+        metrics, coefficients = loss_and_metrics(freezing.joined(params, frozen), batch, rng, 0)
         of_batch = {name: Mean(jnp.zeros(()), metrics[name].weight) for name in ("loss", *coefficients)}
 
         def add_part(total: tuple[Tree, Metrics], part: tuple[jax.Array, Batch]) -> tuple[tuple[Tree, Metrics], None]:
             index, batch_part = part
-            grads, metrics = part_gradient(params, batch_part, rng, index, of_batch)
+            grads, metrics = part_gradient(params, frozen, batch_part, rng, index, of_batch)
             return (jax.tree.map(jnp.add, total[0], grads), add(total[1], metrics)), None
 
         split = jax.tree.map(lambda x: split_rows(x, parts), batch)
-        shapes = jax.eval_shape(part_gradient, params, jax.tree.map(lambda x: x[0], split), rng, 0)
+        shapes = jax.eval_shape(part_gradient, params, frozen, jax.tree.map(lambda x: x[0], split), rng, 0)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add_part, zeros, (jnp.arange(parts), split))[0]
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
-        grads, metrics = summed_gradient(state["params"], batch, rng)
+        of = freezing.starts(training.freeze, freezing.paths_of(state["params"]))
+        trained, frozen = freezing.split(state["params"], of)
+        grads, metrics = summed_gradient(trained, frozen, batch, rng)
+        grads = freezing.not_yet(grads, of, state["step"])
         weight = metrics["loss"].weight
         per_token = jnp.where(weight > 0, 1.0 / weight, 0.0)
         norm = optax.tree.norm(grads) * per_token
@@ -94,10 +98,15 @@ def make_train_step(
         if training.max_gradient_norm is not None:
             scale = per_token * jnp.minimum(1.0, training.max_gradient_norm / jnp.maximum(norm, 1e-30))
         learning_rate = schedule(state["step"])
+        at_step = {"step": state["step"]} if training.freeze else {}
         updates, opt_state = optimizer.update(
-            jax.tree.map(lambda g: g * scale, grads), state["opt_state"], state["params"], learning_rate=learning_rate
+            jax.tree.map(lambda g: g * scale, grads),
+            state["opt_state"],
+            trained,
+            learning_rate=learning_rate,
+            **at_step,
         )
-        params = optax.apply_updates(state["params"], updates)
+        params = freezing.joined(optax.apply_updates(trained, updates), frozen)
 
         def unless_skipped(new: Tree, old: Tree) -> Tree:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
