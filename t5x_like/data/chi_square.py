@@ -40,6 +40,11 @@ class Fit:
     forbidden: int = 0
     widths: Floats | None = None
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether the law allows more than one outcome, so that a sample can fit it well or badly."""
+        return int((self.expected > 0).sum()) > 1 or self.forbidden > 0
+
 
 def multinomial(subject: str, labels: tuple[str, ...], measured: Floats, law: Floats, forbidden: int = 0) -> Fit:
     """Counts of independent draws beside the probabilities of their outcomes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,9 +76,16 @@ def histogram(title: str, found: Lengths, *, note: str = "", css: str = "", log:
         css=css,
         bars=tuple(bars),
         law="",
-        x_ticks=tuple(Tick(scale(value) / 10, formats.count(value).replace(".00", "")) for value in marks),
+        x_ticks=tuple(Tick(scale(value) / 10, _mark(value, log)) for value in marks),
         label=f"{title}: {found.count:,}, median {median:,.0f}, longest {found.quantiles[-1]:,.0f} tokens",
     )
+
+
+def _mark(value: float, log: bool) -> str:
+    """A number on an axis: neighbours must not be rounded to one, and 10k is short for 10.0k."""
+    if not log and value < 100_000:
+        return f"{value:,.0f}"
+    return re.sub(r"\.0+(?=\D|$)", "", formats.count(value))
 
 
 def outcomes(title: str, fit: Fit, *, css: str = "") -> Figure:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import rich.console
 import rich.progress
 from markupsafe import Markup
@@ -89,9 +90,10 @@ class StoreView:
     def of(name: str, store: Store) -> StoreView:
         train = store.split("train")
         found: dict[str, Lengths] = {}
+        values: dict[str, npt.NDArray[np.int64]] = {}
         if train.num_documents:
             values = document_lengths(train, store.parts)
-            found = {what: lengths(values[what], log=True) for what in values}
+            found = {what: lengths(values[what], log=_spreads(values[what])) for what in values}
         return StoreView(
             name=visible(name),
             path=visible(str(store.path)),
@@ -99,13 +101,19 @@ class StoreView:
             left_out=tuple((visible(reason), count) for reason, count in store.info.get("left_out", {}).items()),
             quantiles=tuple((what, quantile_row(one)) for what, one in found.items()),
             figures=tuple(
-                histogram(f"Tokens of {what}", one, css="mode-none", log=True) for what, one in found.items()
+                histogram(f"Tokens of {what}", one, css="mode-none", log=_spreads(values[what]))
+                for what, one in found.items()
             ),
             repeats=repeated_documents(train, store.parts) if train.num_documents else Repeats(0, 0, 0),
             documents=train.num_documents,
             unit="pairs" if store.parts == 2 else "documents",
             use=token_use(store, "train") if train.num_tokens else None,
         )
+
+
+def _spreads(lengths_D: npt.NDArray[np.int64]) -> bool:
+    """Whether lengths differ by orders of magnitude."""
+    return int(lengths_D.max()) > 50 * max(int(lengths_D.min()), 1)
 
 
 def _split_row(store: Store, name: str) -> tuple[str, ...]:
@@ -132,12 +140,13 @@ def render(run: RunConfig, stream: Stream, texts: Sequence[StoreView], found: St
             quantiles=["shortest", *(f"{100 * q:g} %" for q in QUANTILES[1:-1]), "longest", "mean"],
             fill=_fill(found),
             modes=list(_mode_bars(found)),
-            parts=[_part_row(part, len(stream.sources) > 1) for part in found.parts],
+            parts=list(_part_rows(found)),
             objectives=[_objective_view(one) for one in found.objectives if one.examples],
             laws=[law for one in found.objectives for law in _law_rows(one)],
             misfit=f"{MISFIT:g}",
-            combined=p_value(combined(fit.p_value for fit in _fits(found) if fit.p_value is not None)),
+            combined=p_value(combined(_p_values(found))),
             exposure=list(_exposure(found)),
+            passes=list(_passes(run, stream, found)),
             samples=list(_samples(found, stream.store.tokenizer)),
             formats=formats,
             several=len(stream.sources) > 1,
@@ -154,7 +163,7 @@ def _subtitle(stream: Stream) -> str:
         *(f"and {data.inputs_length}/{length}" for length in data.short_targets_lengths),
         f"batch {stream.batch_size:,}",
         f"{data.tokenizer.kind} vocabulary of {stream.vocabulary.vocab_size:,}",
-        "corpus " + ", ".join(source.name for source in stream.sources),
+        ("corpora " if len(stream.sources) > 1 else "corpus ") + ", ".join(source.name for source in stream.sources),
     ]
     return visible(", ".join(words).replace(", and ", " and "))
 
@@ -180,19 +189,24 @@ def _fits(found: Statistics) -> list[Fit]:
     return [fit for one in found.objectives for fit in one.fits]
 
 
+def _p_values(found: Statistics) -> list[float]:
+    return [fit.p_value for fit in _fits(found) if fit.p_value is not None and fit.has_choice]
+
+
 def _figures(stream: Stream, texts: Sequence[StoreView], found: Statistics) -> list[tuple[str, str, str]]:
     """(label, value, detail) of what a reader wants to know first."""
     tokens = sum(store.split("train").num_tokens for store in stream.stores)
     documents = sum(text.documents for text in texts)
+    units = " and ".join(dict.fromkeys(text.unit for text in texts))
     repeated = found.repeated_ngrams
     scored = sum(part.scored * part.measured[1] for part in found.parts)
     figures = [
-        ("Training text", formats.count(tokens), f"tokens in {documents:,} {texts[0].unit}"),
+        ("Training text", formats.count(tokens), f"tokens in {documents:,} {units}"),
         ("Fill", formats.percent(found.fill_share), "of all cells are not padding"),
         ("Scored text", formats.percent(scored), "of the raw tokens in rows"),
         ("Repeated text", formats.percent(float(np.mean(repeated))), "8-grams in another row of the batch"),
     ]
-    p_values = [fit.p_value for fit in _fits(found) if fit.p_value is not None]
+    p_values = _p_values(found)
     if p_values:
         wrong = sum(map(is_misfit, _fits(found)))
         many = f"all {len(p_values)} laws, taken together" if len(p_values) > 1 else "one law"
@@ -250,15 +264,28 @@ def _mode_bars(found: Statistics) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield title, segments
 
 
-def _part_row(part: Part, several: bool) -> dict[str, Any]:
-    name = f"{part.corpus}: {part.objective.name}" if several else part.objective.name
+def _part_rows(found: Statistics) -> Iterator[dict[str, Any]]:
+    """A row per objective; of several corpora, under the sums of each."""
+    corpora = list(dict.fromkeys(part.corpus for part in found.parts))
+    for corpus in corpora:
+        mine = [part for part in found.parts if part.corpus == corpus]
+        if len(corpora) > 1:
+            yield _part_row(corpus, "sum", mine)
+        for part in mine:
+            yield _part_row(part.objective.name, _css(part.objective), [part])
+
+
+def _part_row(name: str, css: str, parts: Sequence[Part]) -> dict[str, Any]:
     return {
         "name": visible(name),
-        "css": _css(part.objective),
-        "examples": f"{part.examples:,}",
+        "css": css,
+        "examples": f"{sum(part.examples for part in parts):,}",
         "shares": [
-            (formats.percent(measured), formats.percent(expected))
-            for measured, expected in zip(part.measured, part.expected, strict=True)
+            (
+                formats.percent(sum(part.measured[column] for part in parts)),
+                formats.percent(sum(part.expected[column] for part in parts)),
+            )
+            for column in range(len(_COLUMNS))
         ],
     }
 
@@ -290,7 +317,7 @@ def _law_rows(one: ObjectiveStatistics) -> Iterator[dict[str, Any]]:
             "subject": fit.subject,
             "first": first,
             "forbidden": fit.forbidden,
-            "p_value": p_value(fit.p_value),
+            "p_value": p_value(fit.p_value) if fit.has_choice else "no choice",
             "misfit": is_misfit(fit),
         }
 
@@ -318,6 +345,18 @@ def _exposure(found: Statistics) -> Iterator[dict[str, Any]]:
             "total": f"{total:.3f}",
             "percent": 100 * total / longest,
         }
+
+
+def _passes(run: RunConfig, stream: Stream, found: Statistics) -> Iterator[str]:
+    """What the whole run makes of each corpus."""
+    steps = run.training.num_train_steps
+    epochs = stream.epochs(steps * stream.batch_size)
+    for name, rows in stream.rows_per_epoch.items():
+        exposure = sum(part.exposure for part in found.parts if part.corpus == name)
+        yield visible(
+            f"{name}: {rows:,} rows are an epoch. The run of {steps:,} steps makes {formats.number(epochs[name], 3)} "
+            f"passes, so that the loss is on a token {formats.number(epochs[name] * exposure, 3)} times on average."
+        )
 
 
 def _samples(found: Statistics, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
