@@ -14,7 +14,7 @@ import pytest
 
 from t5x_like.cli import main
 from t5x_like.config import CorpusConfig, DataConfig, DataError, RunConfig, SpanCorruption, TokenizerConfig, ul2
-from t5x_like.config.data import CorpusShare
+from t5x_like.config.data import CorpusShare, RatePhase
 from t5x_like.config.objectives import Supervised
 from t5x_like.config.recipes import load_recipe
 from t5x_like.data.denoise import denoise
@@ -152,6 +152,16 @@ def test_a_wrong_sampler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said = "R: spans cut by the window's ends not by their law (p < 0.001)."
     assert said in wrong.words and said not in right.words
     assert "1 of 2 do not fit" in wrong.words and "all 2 laws" in right.words
+
+
+def test_rates_that_change_within_the_sample_are_said(tmp_path: Path) -> None:
+    own = (SpanCorruption(name="R"), SpanCorruption(name="X", noise_density=0.5))
+    schedule = (RatePhase(start_step=10, objectives=(("X", 3.0),)),)
+    run = configured(tmp_path / "run", "Text of a corpus. " * 2000, mixture=own, schedule=schedule)
+    size = run.training.batch_size
+    for rows, said in ((10 * size, False), (11 * size, True)):
+        page = Page(write_statistics(run, tmp_path / "page.html", rows=rows).read_text(encoding="utf-8"))
+        assert ("rates change at step 10" in page.words) == said
 
 
 def test_the_smallest_store_has_a_page(tmp_path: Path) -> None:
