@@ -150,6 +150,9 @@ def prepare(
 def _prepare(building: _Building, corpus: CorpusConfig, path: Location) -> None:
     if is_committed(path):
         building.report(f"{path}: prepared already")
+        if locations.exists(partial_of(path)):  # the last call died between its last two steps
+            with _lock(path, building.report):
+                locations.remove(partial_of(path))
         return
     try:
         with _lock(path, building.report):
@@ -281,6 +284,8 @@ class _Building:
             from t5x_like.data import seqio_source
 
             code = seqio_source.code_digest(corpus)
+            if note := seqio_source.note(corpus):
+                self.report(note)
         job = Job(
             folder=str(_absolute(partial) / "parts"),
             corpus=corpus,

@@ -62,6 +62,16 @@ def code_digest(config: CorpusConfig) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
+def note(config: CorpusConfig) -> str | None:
+    """What a user should know before the corpus is read."""
+    tasks = _tasks(config) if config.task else []
+    if len(tasks) < 2:
+        return None
+    return (
+        f"{config.task}: each Task of the Mixture is read once, whatever its rate; for rates, name them in data.corpora"
+    )
+
+
 def _prepare_to_read(config: CorpusConfig) -> None:
     if config.module:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from t5x_like.config import CorpusConfig, DataError
 from t5x_like.data import corpora, docstrings, documents, python_docs, text_files, units
 from t5x_like.data.documents import Document, Reading, divide
+from t5x_like.data.progress import Meter
 
 
 def texts(config: CorpusConfig, reading: Reading | None = None) -> list[str]:
@@ -312,3 +314,12 @@ def test_units_of_every_kind_hold_all_documents_in_order(tmp_path: Path, monkeyp
         first = config(*of.files, max_documents=count)
         assert texts(first) == whole[:count]
         assert len(corpora.units(first)) <= len(divided)
+
+
+def test_progress_says_documents_tokens_their_rate_and_the_time_left() -> None:
+    lines: list[str] = []
+    with Meter(lines.append, total=1000, every_seconds=0.0) as meter:
+        meter.add(1_200, 30_000, 250)
+        meter.add(0, 10_000, 250)
+    assert re.fullmatch(r"1,200 documents, 30,000 tokens, [\d,]+ tokens/s, \d+ s left", lines[0])
+    assert lines[1].startswith("1,200 documents, 40,000 tokens, ")
