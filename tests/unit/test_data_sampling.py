@@ -1,0 +1,138 @@
+"""How corpora share the rows, and what is wrong with a mixture."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from config_examples import example
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t5x_like.config import (
+    CorpusConfig,
+    CorpusShare,
+    DataConfig,
+    MaskedLM,
+    PrefixLM,
+    RatePhase,
+    RunConfig,
+    SamplingConfig,
+    SpanCorruption,
+    Supervised,
+)
+from t5x_like.config.rates import phases
+from t5x_like.config.validate import validate
+from t5x_like.data.sampling import corpus_rates, proportional, unimax
+
+corpus_sizes = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 10**12), min_size=1)
+
+
+@given(tokens=corpus_sizes, temperature=st.floats(0.5, 20), maximum=st.none() | st.integers(1, 10**12))
+def test_proportional_is_t5s_law(tokens: dict[str, int], temperature: float, maximum: int | None) -> None:
+    shares = proportional(tokens, temperature, maximum)
+    assert sum(shares.values()) == pytest.approx(1)
+    capped = {name: min(size, maximum or size) for name, size in tokens.items()}
+    for one in tokens:
+        for two in tokens:
+            ratio = (capped[one] / capped[two]) ** (1 / temperature)
+            assert shares[one] / shares[two] == pytest.approx(ratio, rel=1e-6)
+
+
+def test_proportional_of_known_sizes() -> None:
+    """mT5's alpha of 0.3 is a temperature of 1 / 0.3."""
+    shares = proportional({"en": 1000, "sw": 1}, 1 / 0.3, None)
+    assert shares["en"] / shares["sw"] == pytest.approx(1000**0.3)
+    assert proportional({"en": 1000, "sw": 1}, 1.0, 9) == pytest.approx({"en": 0.9, "sw": 0.1})
+
+
+@given(tokens=corpus_sizes, budget=st.integers(1, 10**13), epochs=st.floats(0.1, 10))
+def test_unimax_is_even_up_to_its_cap(tokens: dict[str, int], budget: int, epochs: float) -> None:
+    shares = unimax(tokens, budget, epochs)
+    assert sum(shares.values()) == pytest.approx(1)
+    given_tokens = {name: share * min(budget, sum(tokens.values()) * epochs) for name, share in shares.items()}
+    most = max(given_tokens.values())
+    for name, amount in given_tokens.items():
+        assert amount <= tokens[name] * epochs * (1 + 1e-9)
+        # Who has less than the largest share has all that it may have.
+        assert amount == pytest.approx(most) or amount == pytest.approx(tokens[name] * epochs)
+
+
+def test_rates_are_factors_where_the_law_goes_by_size() -> None:
+    rates, tokens = {"a": 2.0, "b": 1.0}, {"a": 10, "b": 30}
+    assert corpus_rates(SamplingConfig(), rates, tokens) == [2.0, 1.0]
+    assert corpus_rates(SamplingConfig(law="proportional"), rates, tokens) == pytest.approx([0.5, 0.75])
+    even = SamplingConfig(law="unimax", budget_tokens=8, max_epochs=1.0)
+    assert corpus_rates(even, rates, tokens) == pytest.approx([1.0, 0.5])
+
+
+def test_phases_change_what_they_name() -> None:
+    data = dataclasses.replace(
+        example().data,
+        mixture=(SpanCorruption(name="x", rate=3.0), PrefixLM(name="y")),
+        schedule=(RatePhase(start_step=5, objectives=(("y", 2.0),)), RatePhase(start_step=9, objectives=(("x", 0.0),))),
+    )
+    assert [(phase.start_step, dict(phase.objectives)) for phase in phases(data)] == [
+        (0, {"x": 3.0, "y": 1.0}),
+        (5, {"x": 3.0, "y": 2.0}),
+        (9, {"x": 0.0, "y": 2.0}),
+    ]
+
+
+def mixed(**changes: Any) -> RunConfig:
+    run = example()
+    shares = tuple(
+        CorpusShare(name=name, corpus=CorpusConfig(max_documents=size)) for name, size in (("a", 5), ("b", 6))
+    )
+    mixture = (SpanCorruption(name="x"), PrefixLM(name="y"))
+    data = dataclasses.replace(run.data, corpora=shares, mixture=mixture)
+    return dataclasses.replace(run, data=dataclasses.replace(data, **changes))
+
+
+SHORT = "data.short_targets_lengths"
+PAIRS = CorpusConfig(files=("x.jsonl",), inputs_field="inputs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({}, []),
+        ({"corpus": CorpusConfig(max_documents=9)}, ["data.corpora"]),
+        ({"corpora": (CorpusShare(name="a", corpus=PAIRS),)}, ["data.corpora.0.mixture", "data.corpora.0.examples"]),
+        (
+            {"corpora": (CorpusShare(name="a", corpus=PAIRS, examples="documents", mixture=(Supervised(),)),)},
+            [],
+        ),
+        (
+            {"corpora": (CorpusShare(name="a", corpus=CorpusConfig(), mixture=(Supervised(),)),)},
+            ["data.corpora.0.mixture"],
+        ),
+        (
+            {"corpora": (CorpusShare(name="a", corpus=CorpusConfig(), mixture=(PrefixLM(name="x"),)),)},
+            ["data.corpora.0.mixture"],
+        ),
+        ({"corpora": tuple(CorpusShare(name="a", corpus=CorpusConfig()) for _ in range(2))}, ["data.corpora.1.name"]),
+        ({"corpora": (CorpusShare(name="a", corpus=CorpusConfig(), rate=0.0),)}, ["data.corpora.0.rate"]),
+        ({"sampling": SamplingConfig(law="unimax")}, ["data.sampling.budget_tokens"]),
+        ({"sampling": SamplingConfig(temperature=0.0)}, ["data.sampling.temperature"]),
+        ({"schedule": (RatePhase(start_step=0),)}, ["data.schedule.0.start_step"]),
+        ({"schedule": (RatePhase(start_step=3, objectives=(("z", 1.0),)),)}, ["data.schedule.0.objectives"]),
+        ({"schedule": (RatePhase(start_step=3, corpora=(("a", 0.0), ("b", 0.0))),)}, ["data.schedule.0.corpora"]),
+        ({"examples": "documents", "mixture": (PrefixLM(name="y", paired=True),)}, ["data.corpora.0.mixture"]),
+        ({"short_targets_lengths": (64,)}, [SHORT]),
+        ({"layout": "encoder", "mixture": (MaskedLM(),), "targets_length": 0, "short_targets_lengths": (9,)}, [SHORT]),
+    ],
+)
+def test_problems_of_mixtures_are_told(changes: dict[str, Any], where: list[str]) -> None:
+    found = {problem.where for problem in validate(mixed(**changes)) if problem.where.startswith("data")}
+    assert set(where) <= found and bool(found) == bool(where)
+
+
+def test_a_schedule_must_leave_each_sub_batch_its_rows() -> None:
+    mixture = (SpanCorruption(name="x", mode="R"), SpanCorruption(name="y", noise_density=0.5, mode="X"))
+    short: dict[str, Any] = {"mixture": mixture, "short_targets_lengths": (24,)}
+    even = mixed(**short, schedule=(RatePhase(start_step=3, corpora=(("a", 5.0),)),))
+    assert [problem.where for problem in validate(even)] == []
+    uneven: DataConfig = dataclasses.replace(even.data, schedule=(RatePhase(start_step=3, objectives=(("x", 2.0),)),))
+    assert [problem.where for problem in validate(dataclasses.replace(even, data=uneven))] == ["data.schedule"]
