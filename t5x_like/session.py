@@ -20,6 +20,7 @@ from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
 from t5x_like.config.serialization import to_dict
 from t5x_like.data.batches import Batches, Source, open_source
 from t5x_like.evaluation.command import evaluate_and_record, is_evaluated
+from t5x_like.interop.adaptation import initial_state
 from t5x_like.monitoring.clock import Clock, goodput
 from t5x_like.monitoring.logs import logging_to
 from t5x_like.monitoring.metrics import Mean, add, value
@@ -221,7 +222,7 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
             interval = {name: Mean(*pair) for name, pair in meta["interval"].items()}
             clock.go_on(meta["seconds"])
         else:
-            state = program.init()
+            state = initial_state(program, lambda line: console.out(line, highlight=False))
         restored_step = step if restored else None
         batches = source.start(first_row, of_data, files)
         stack.callback(batches.close)

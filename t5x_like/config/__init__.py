@@ -1,5 +1,6 @@
 """The configuration tree. Knows the standard library, tyro and pydantic; never jax."""
 
+from t5x_like.config.adaptation import InitializeFrom
 from t5x_like.config.batch import ArraySpec, BatchSpec, batch_spec, evaluation_spec
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.data import CorpusShare, DataConfig, RatePhase, SamplingConfig
@@ -64,6 +65,7 @@ __all__ = [
     "EvaluationConfig",
     "FillInTheMiddle",
     "Freeze",
+    "InitializeFrom",
     "MaskedLM",
     "ModelConfig",
     "MonitoringConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from t5x_like.config.adaptation import InitializeFrom
 from t5x_like.config.base import configuration
 from t5x_like.config.data import DataConfig
 from t5x_like.config.model import ModelConfig
@@ -68,6 +69,8 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    initialize_from: InitializeFrom | None = None
+    """None: random numbers."""
     partitioning: PartitioningConfig = PartitioningConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+from t5x_like.config.adaptation import InitializeFrom
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.errors import Problem
 from t5x_like.config.model import ModelConfig, RopeScaling, StackConfig
@@ -365,6 +366,24 @@ def patterns(where: str, found: Sequence[str]) -> Problems:
             re.compile(pattern)
         except re.error as error:
             yield Problem(f"{where}.{number}", repr(pattern), f"a regular expression ({error})")
+
+
+def initialize_problems(source: InitializeFrom) -> Problems:
+    where = "initialize_from"
+    if not source.directory:
+        yield Problem(f"{where}.directory", "nothing", "a run's directory, or one that `t5x-like convert` wrote")
+    yield from at_least(f"{where}.step", source.step, 0)
+    if not source.rules:
+        yield Problem(f"{where}.rules", "nothing", "one rule or more")
+    for number, (pattern, replacement) in enumerate(source.rules):
+        try:
+            # A template is read before a match is looked for.
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            found = f"{pattern!r} -> {replacement!r}"
+            yield Problem(f"{where}.rules.{number}", found, f"a regular expression and a replacement ({error})")
+    yield from patterns(f"{where}.fresh", source.fresh)
+    yield from patterns(f"{where}.grow", source.grow)
 
 
 def _optimizer(where: str, optimizer: Adafactor | AdamW) -> Problems:

@@ -35,6 +35,7 @@ from t5x_like.config.sections import (
     checkpoints_problems,
     degenerate_buckets,
     evaluation_problems,
+    initialize_problems,
     model_problems,
     monitoring_problems,
     objective_problems,
@@ -69,6 +70,8 @@ def validate(run: RunConfig) -> list[Problem]:
         problems += sub_batch_problems(run.data, run.training.batch_size)
     problems += _model_and_data(run.model, run.data)
     problems += training_problems(run.training)
+    if run.initialize_from is not None:
+        problems += initialize_problems(run.initialize_from)
     problems += partitioning_problems(run.partitioning)
     problems += checkpoints_problems(run.checkpoints)
     problems += evaluation_problems(run.evaluation)
