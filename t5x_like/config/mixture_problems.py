@@ -27,7 +27,7 @@ def corpora_problems(data: DataConfig) -> Problems:
         where = f"data.corpora.{index}"
         if not share.name or names.index(share.name) < index:
             yield Problem(f"{where}.name", repr(share.name), "a name of its own: its epochs are counted by it")
-        yield from above(f"{where}.rate", share.rate, 0)
+        yield from rate_problems(f"{where}.rate", share.rate, data)
         yield from corpus_problems(share.corpus, f"{where}.corpus")
     for index, share in enumerate(data.sources):
         yield from _objectives_of(f"data.corpora.{index}" if data.corpora else "data", share, data)
@@ -56,11 +56,18 @@ def _objectives_of(where: str, share: CorpusShare, data: DataConfig) -> Problems
         if data.layout == "encoder":
             yield Problem("data.layout", "encoder with supervised pairs", "a layout that predicts the targets")
         return
+    if documents and data.rates_by != "example" and len(objectives) > 1:
+        found = f"{data.rates_by!r} with examples documents, each of which is drawn for an objective"
+        yield Problem("data.rates_by", found, "'example', or examples windows")
+    scheduled = {name for change in data.schedule for name, _ in change.objectives}
     for objective in objectives:
         if isinstance(objective, Supervised):
             yield Problem(
                 f"{where}.mixture", f"{objective.name!r} for plain text", "a corpus of pairs", "name its inputs_field"
             )
+        if documents and objective.name in scheduled and len(objectives) > 1:
+            found = f"other rates of {objective.name!r}, under which documents are packed"
+            yield Problem("data.schedule", found, "rates of corpora, or examples windows: packing is planned once")
         if documents and windows_per_row(objective) > 1:
             yield Problem(
                 f"{where}.mixture", f"{objective.name!r}, paired, for documents", "examples windows, or no pairs"
@@ -75,6 +82,12 @@ def _sampling(sampling: SamplingConfig) -> Problems:
     yield from at_least(f"{where}.budget_tokens", sampling.budget_tokens, 1)
     if sampling.law == "unimax" and sampling.budget_tokens is None:
         yield Problem(f"{where}.budget_tokens", "none", "the raw tokens of the run, which unimax shares out")
+
+
+def rate_problems(where: str, rate: float, data: DataConfig) -> Problems:
+    """Of a rate that a schedule can raise: only then may it begin with 0."""
+    if rate != 0 or not data.schedule:
+        yield from above(where, rate, 0)
 
 
 def schedule_problems(data: DataConfig) -> Problems:
@@ -94,12 +107,13 @@ def schedule_problems(data: DataConfig) -> Problems:
                     yield Problem(f"{where}.{field}", repr(name), f"one of {', '.join(known)}")
                 yield from within(f"{where}.{field}", rate, 0, math.inf, ends="[)")
     for index, phase in enumerate(phases(data)):
-        where = f"data.schedule.{index - 1}"
+        where = f"data.schedule.{index - 1}" if index else "data"
         if not any(phase.corpora.values()):
             yield Problem(f"{where}.corpora", "a rate of 0 for all", "a rate above 0 for one at least")
         for share in data.sources:
             if not any(phase.objectives[objective.name] for objective in data.objectives_of(share)):
-                yield Problem(f"{where}.objectives", "a rate of 0 for all", "a rate above 0 for one at least")
+                field = "objectives" if index else "mixture"
+                yield Problem(f"{where}.{field}", "a rate of 0 for all", "a rate above 0 for one at least")
 
 
 def sub_batch_problems(data: DataConfig, batch_size: int) -> Problems:

@@ -7,6 +7,7 @@ exact over each period, and which rows a step has is arithmetic.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from t5x_like.config.data import DataConfig
@@ -14,6 +15,9 @@ from t5x_like.config.lengths import expected_loss_tokens, raw_window_length, win
 from t5x_like.config.objectives import Objective
 
 MOST_SLOTS = 100
+_MOST_EXACT = 1000
+"""Sums that are tried for an exact proportion."""
+_MOST_SUPERBLOCKS = 1_000_000
 
 
 def slots(rates: Sequence[float], most: int = MOST_SLOTS) -> tuple[int, ...]:
@@ -21,7 +25,7 @@ def slots(rates: Sequence[float], most: int = MOST_SLOTS) -> tuple[int, ...]:
     to `most` (largest remainders), at least one for each rate above 0."""
     total = sum(rates)
     shares = [rate / total for rate in rates]
-    for size in range(1, most + 1):
+    for size in range(1, min(most, _MOST_EXACT) + 1):
         counts = [round(share * size) for share in shares]
         exact = all(abs(share * size - count) < 1e-9 for share, count in zip(shares, counts, strict=True))
         if exact and all(count or not rate for count, rate in zip(counts, rates, strict=True)):
@@ -31,6 +35,20 @@ def slots(rates: Sequence[float], most: int = MOST_SLOTS) -> tuple[int, ...]:
     for index in by_remainder[: max(most - sum(counts), 0)]:
         counts[index] += 1
     return tuple(counts)
+
+
+def superblocks(rates: Sequence[float], most: int | None) -> tuple[int, ...]:
+    """Superblocks that a period takes from each corpus: as many as it needs that the smallest share is right to 5 %.
+
+    A corpus of a rare language must not be read a hundred times because a period is too short for its share.
+
+    Args:
+      rates: Of superblocks, by corpus.
+      most: Of a period; what a phase does not use of its last one is not read. None: the phase has no end.
+    """
+    least = min(rate for rate in rates if rate > 0) / sum(rates)
+    needed = min(math.ceil(20 / least), _MOST_SUPERBLOCKS, _MOST_SUPERBLOCKS if most is None else most)
+    return slots(rates, max(needed, _MOST_EXACT))
 
 
 @dataclasses.dataclass(frozen=True)

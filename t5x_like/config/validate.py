@@ -11,6 +11,7 @@ from t5x_like.config.errors import Problem
 from t5x_like.config.lengths import INFILLING_MARKERS, raw_window_length, sentinels_needed
 from t5x_like.config.mixture_problems import (
     corpora_problems,
+    rate_problems,
     schedule_problems,
     seqio_problems,
     sub_batch_problems,
@@ -30,7 +31,6 @@ from t5x_like.config.objectives import (
 from t5x_like.config.run import RunConfig
 from t5x_like.config.sections import (
     Problems,
-    above,
     at_least,
     checkpoints_problems,
     degenerate_buckets,
@@ -98,7 +98,7 @@ def _data(data: DataConfig) -> Problems:
             found += [
                 Problem(f"{where}.name", repr(objective.name), "a name of its own: each objective has its own curve")
             ]
-        found += above(f"{where}.rate", objective.rate, 0)
+        found += rate_problems(f"{where}.rate", objective.rate, data)
         own = [*objective_problems(where, objective), *_objective_in_layout(where, objective, data.layout)]
         found += own
         if not own and not lengths and not isinstance(objective, Supervised):

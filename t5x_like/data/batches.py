@@ -109,7 +109,8 @@ class Prepared:
         if meta is not None and meta["fingerprint"] != self.fingerprint:
             raise RefusedError(
                 f"the checkpoint was trained on data with the fingerprint {meta['fingerprint']}, the run's data has "
-                f"{self.fingerprint}: another corpus, tokenizer or version of the data. Bring the prepared store back, "
+                f"{self.fingerprint}: another corpus, tokenizer or version of the data, or another batch size under a "
+                "schedule of rates, whose steps are then other rows. Bring the prepared store back, "
                 "or begin anew in another --workdir."
             )
         return Prefetcher(self.stream, first_row, *self._place)

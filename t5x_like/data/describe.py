@@ -14,6 +14,7 @@ from rich.text import Text
 
 from t5x_like.config.batch import rows_per_sub_batch
 from t5x_like.config.run import RunConfig
+from t5x_like.data.packing import Packed
 from t5x_like.data.prepare import open_stores
 from t5x_like.data.rows import Example, Kind, examples, runs
 from t5x_like.data.shares import mixture_shares
@@ -71,7 +72,21 @@ def mixture_table(stream: Stream) -> Table:
         numbers = [f"{part:.1%}" for part in (share.by_example, share.by_token, share.by_loss_token)]
         row = [share.corpus, share.name, f"{share.tokens:.0f}", f"{share.loss_tokens:.1f}", *numbers, share.sub_batch]
         table.add_row(*row[shown])
+    if unlike := _not_whole(stream):
+        table.caption, table.caption_justify = "\n".join(unlike), "left"
     return table
+
+
+def _not_whole(stream: Stream) -> list[str]:
+    """What packing has cut or left out of each corpus."""
+    found = []
+    for source in stream.sources:
+        if isinstance(source.reader, Packed):
+            if source.reader.cut:
+                found.append(f"{source.name}: {source.reader.cut:,} pairs are longer than a row, and are cut to it")
+            if source.reader.too_short:
+                found.append(f"{source.name}: {source.reader.too_short:,} documents are too short, and are left out")
+    return found
 
 
 def describe_rows(stream: Stream, first_row: int, rows: int, max_tokens: int | None = None) -> list[RenderableType]:

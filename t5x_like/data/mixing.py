@@ -99,26 +99,30 @@ class Mixing:
         return Places(*columns)
 
     def _in_phase(self, phase: int, row_N: Integers) -> Integers:
-        table = self._tables[phase]
-        period_N, slot_N = np.divmod(row_N, len(table["rank"]))
+        kinds = self._tables[phase]
+        slots = int(kinds["end"][-1])
+        period_N, slot_N = np.divmod(row_N, slots)
         period_key_N = rng.fold_in(rng.fold_in(self._key, phase), period_N)
-        slot_N = rng.permute(slot_N, len(table["rank"]), period_key_N)
-        number_N = table["before"][slot_N] + period_N * table["each"][slot_N] + table["rank"][slot_N]
-        return np.stack([table["corpus"][slot_N], table["objective"][slot_N], table["stretch"][slot_N], number_N])
+        slot_N = rng.permute(slot_N, slots, period_key_N)
+        kind_N = np.searchsorted(kinds["end"], slot_N, side="right")
+        each_N = kinds["each"][kind_N]
+        rank_N = slot_N - (kinds["end"][kind_N] - each_N)
+        number_N = kinds["before"][kind_N] + period_N * each_N + rank_N
+        return np.stack([kinds["corpus"][kind_N], kinds["objective"][kind_N], kinds["stretch"][kind_N], number_N])
 
 
 def _table(phase: PhaseSlots, in_shape: Sequence[Sequence[bool]]) -> Mapping[str, Integers]:
-    """The slots of a period: whose they are, and the how-manieth of its kind each is."""
-    columns: dict[str, list[int]] = {name: [] for name in ("corpus", "objective", "stretch", "rank", "each", "before")}
+    """The kinds of a period, whose slots follow each other: how many each has, and behind the how-manieth it ends."""
+    columns: dict[str, list[int]] = {name: [] for name in ("corpus", "objective", "stretch", "each", "before")}
     for corpus, pattern in enumerate(phase.patterns):
         for objective, count in enumerate(pattern):
             each = count * phase.superblocks[corpus]
             if not each or not in_shape[corpus][objective]:
                 continue
-            columns["corpus"] += [corpus] * each
-            columns["objective"] += [objective] * each
-            columns["stretch"] += [phase.stretches[corpus]] * each
-            columns["rank"] += range(each)
-            columns["each"] += [each] * each
-            columns["before"] += [phase.used[corpus] * count] * each
-    return {name: np.array(values, np.int64) for name, values in columns.items()}
+            columns["corpus"].append(corpus)
+            columns["objective"].append(objective)
+            columns["stretch"].append(phase.stretches[corpus])
+            columns["each"].append(each)
+            columns["before"].append(phase.used[corpus] * count)
+    table = {name: np.array(values, np.int64) for name, values in columns.items()}
+    return {**table, "end": np.cumsum(table["each"])}

@@ -21,7 +21,7 @@ from t5x_like.config.data import CorpusShare, DataConfig
 from t5x_like.config.errors import ConfigError, DataError, Problem
 from t5x_like.config.lengths import raw_window_length, sentinels_needed, windows_per_row
 from t5x_like.config.objectives import Objective
-from t5x_like.config.rates import Phase, pattern, phases, row_tokens, slots
+from t5x_like.config.rates import Phase, pattern, phases, row_tokens, superblocks
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import denoise
 from t5x_like.data.features import NO_DENOISER, Features, offsets_in_groups, put_packed, put_rows, stack_lengths
@@ -33,7 +33,8 @@ from t5x_like.data.windows import Windows
 
 VERSION = 2
 """Of the law that makes rows; part of the fingerprint."""
-_MOST_SUPERBLOCKS = 1000
+_LEAST_PERIODS = 20
+"""Of a phase that ends, unless it is short."""
 
 # Uses of the seed. The numbers are part of what a seed means.
 _CORPUS, _PERIOD, _ROW = range(1, 4)
@@ -253,13 +254,15 @@ class Stream:
                 known[corpus] = patterns[corpus]
             rates = corpus_rates(self.data.sampling, change.corpora, dict(zip(change.corpora, sizes, strict=True)))
             per_superblock = [rate / sum(counts) for rate, counts in zip(rates, patterns, strict=True)]
-            superblocks = slots(per_superblock, _MOST_SUPERBLOCKS)
             first_row = change.start_step * self.batch_size
-            phase = PhaseSlots(first_row, tuple(patterns), superblocks, tuple(stretches), tuple(used))
+            rows = changes[index + 1].start_step * self.batch_size - first_row if index + 1 < len(changes) else None
+            most = None if rows is None else rows // (_LEAST_PERIODS * max(map(sum, patterns)))
+            numbers = superblocks(per_superblock, most)
+            phase = PhaseSlots(first_row, tuple(patterns), numbers, tuple(stretches), tuple(used))
             made.append(phase)
-            if index + 1 < len(changes):
-                periods = periods_in(changes[index + 1].start_step * self.batch_size - first_row, phase.rows)
-                used = [before + periods * number for before, number in zip(used, superblocks, strict=True)]
+            if rows is not None:
+                periods = periods_in(rows, phase.rows)
+                used = [before + periods * number for before, number in zip(used, numbers, strict=True)]
         return made
 
     def _begin_stretch(self, source: Source, windows: Windows, counts: tuple[int, ...], used: int) -> int:

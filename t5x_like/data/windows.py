@@ -63,10 +63,16 @@ class Stretch:
         return [*found, (self.total - last, last)] if last else found
 
     def epochs(self, superblocks: float, tokens: int) -> float:
-        """Passes over a split of so many tokens that end behind so many superblocks, with fractions."""
+        """Passes over a split of so many tokens that end behind so many superblocks, with fractions: at the end of a
+        stretch no more than those that the next begins with."""
         if superblocks < self.first:
-            return self.epoch + (self.offset + superblocks / self.first * (tokens - self.offset)) / tokens
-        return self.epoch + 1 + (superblocks - self.first) / self.per_epoch
+            found = self.epoch + (self.offset + superblocks / self.first * (tokens - self.offset)) / tokens
+        else:
+            found = self.epoch + 1 + (superblocks - self.first) / self.per_epoch
+        if self.total is None:
+            return found
+        epoch, offset = self.end()
+        return min(found, epoch + offset / tokens)
 
 
 class Windows:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from t5x_like.config import CausalLM, DataError, MaskedLM, Objective, PrefixLM, SpanCorruption, Supervised
 from t5x_like.config.objectives import Layout
+from t5x_like.data import describe
 from t5x_like.data.packing import first_fit
 from t5x_like.data.rows import segments
 from t5x_like.data.stream import Stream
@@ -107,6 +108,8 @@ def test_pairs_are_given_and_predicted_as_they_are(tmp_path: Path, layout: Layou
     wanted = [([mode, *given[:46], EOS_ID], [*targets, EOS_ID]) for given, targets in pairs if targets]
     assert sorted(found) == sorted(wanted)
     assert stream.sources[0].reader.cut == 1 and stream.sources[0].reader.too_short == 1
+    caption = str(describe.mixture_table(stream).caption)
+    assert "1 pairs are longer" in caption and "1 documents are too short" in caption
 
 
 @pytest.mark.parametrize("layout", ["encoder_decoder", "causal_lm"])

@@ -22,7 +22,7 @@ from t5x_like.config import (
     SpanCorruption,
     Supervised,
 )
-from t5x_like.config.rates import phases
+from t5x_like.config.rates import phases, superblocks
 from t5x_like.config.validate import validate
 from t5x_like.data.sampling import corpus_rates, proportional, unimax
 
@@ -67,6 +67,15 @@ def test_rates_are_factors_where_the_law_goes_by_size() -> None:
     assert corpus_rates(even, rates, tokens) == pytest.approx([1.0, 0.5])
 
 
+def test_a_rare_language_has_its_share_of_a_period_and_no_more() -> None:
+    """Shares far below a thousandth, as UniMax gives them: rounded up to one they would be read for 190 epochs."""
+    tokens = {f"rare{i}": 10**6 for i in range(60)} | {f"large{i}": 10**11 for i in range(10)}
+    budget = 2 * 10**11
+    counts = superblocks(list(unimax(tokens, budget, 4.0).values()), most=None)
+    epochs = [count / sum(counts) * budget / size for count, size in zip(counts, tokens.values(), strict=True)]
+    assert max(epochs) < 4.0 * 1.05
+
+
 def test_phases_change_what_they_name() -> None:
     data = dataclasses.replace(
         example().data,
@@ -91,6 +100,7 @@ def mixed(**changes: Any) -> RunConfig:
 
 
 SHORT = "data.short_targets_lengths"
+LATER = (CorpusShare(name="a", corpus=CorpusConfig()), CorpusShare(name="b", corpus=CorpusConfig(), rate=0.0))
 PAIRS = CorpusConfig(files=("x.jsonl",), inputs_field="inputs")
 
 
@@ -119,6 +129,16 @@ PAIRS = CorpusConfig(files=("x.jsonl",), inputs_field="inputs")
         ({"schedule": (RatePhase(start_step=0),)}, ["data.schedule.0.start_step"]),
         ({"schedule": (RatePhase(start_step=3, objectives=(("z", 1.0),)),)}, ["data.schedule.0.objectives"]),
         ({"schedule": (RatePhase(start_step=3, corpora=(("a", 0.0), ("b", 0.0))),)}, ["data.schedule.0.corpora"]),
+        # A rate of 0 is for what a schedule raises.
+        ({"corpora": LATER, "schedule": (RatePhase(start_step=3, corpora=(("b", 1.0),)),)}, []),
+        ({"corpora": LATER}, ["data.corpora.1.rate"]),
+        ({"corpora": LATER[1:], "schedule": (RatePhase(start_step=3, corpora=(("b", 1.0),)),)}, ["data.corpora"]),
+        (
+            {"examples": "documents", "schedule": (RatePhase(start_step=3, objectives=(("x", 2.0),)),)},
+            ["data.schedule"],
+        ),
+        ({"examples": "documents", "schedule": (RatePhase(start_step=3, corpora=(("a", 2.0),)),)}, []),
+        ({"examples": "documents", "rates_by": "token"}, ["data.rates_by"]),
         ({"examples": "documents", "mixture": (PrefixLM(name="y", paired=True),)}, ["data.corpora.0.mixture"]),
         ({"short_targets_lengths": (64,)}, [SHORT]),
         ({"layout": "encoder", "mixture": (MaskedLM(),), "targets_length": 0, "short_targets_lengths": (9,)}, [SHORT]),

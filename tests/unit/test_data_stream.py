@@ -291,6 +291,25 @@ def test_corpora_whose_rate_rises_go_on_where_they_are(tmp_path: Path) -> None:
     assert stream.epochs(42 + 28)["b"] == pytest.approx((21 + 21) / stream.rows_per_epoch["b"])
 
 
+def test_passes_over_a_corpus_never_go_back(store: Store) -> None:
+    """A stretch that ends within an epoch ends where the next one begins, before what does not fill a superblock."""
+    mixture = (SpanCorruption(name="x", rate=1.0), PrefixLM(name="y", rate=20.0))
+    schedule = tuple(RatePhase(start_step=step, objectives=(("y", rate),)) for step, rate in ((6, 3.0), (50, 9.0)))
+    stream = Stream([store], dataclasses.replace(data_config(mixture=mixture), schedule=schedule), 21)
+    epochs = [stream.epochs(rows)["python_docs"] for rows in range(60 * 21)]
+    assert (np.diff(epochs) >= 0).all() and epochs[-1] > 2
+
+
+def test_a_corpus_begins_when_a_schedule_raises_its_rate(tmp_path: Path) -> None:
+    stores = [numbered_store(tmp_path / name, 3000) for name in "ab"]
+    corpora = (CorpusShare(name="a", corpus=CorpusConfig()), CorpusShare(name="b", corpus=CorpusConfig(), rate=0.0))
+    schedule = (RatePhase(start_step=2, corpora=(("b", 1.0),)),)
+    stream = Stream(stores, dataclasses.replace(data_config(), corpora=corpora, schedule=schedule), 14)
+    corpus_R = stream.corpora(np.arange(4 * 14))
+    assert not corpus_R[:28].any() and corpus_R[28:].sum() == 14
+    assert stream.epochs(28)["b"] == 0 and stream.epochs(42)["b"] == pytest.approx(7 / stream.rows_per_epoch["b"])
+
+
 @pytest.mark.parametrize("unit", ["token", "loss_token"])
 def test_rates_can_be_shares_of_tokens(tmp_path: Path, unit: Literal["token", "loss_token"]) -> None:
     data = dataclasses.replace(data_config(), rates_by=unit)
