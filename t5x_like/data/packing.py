@@ -240,9 +240,10 @@ class Packed:
             lengths, which = np.unique(text_N[mine], return_inverse=True)
             table = [longest(objective, length) for length in lengths.tolist()]
             if cells.shape[1] == 2:
-                cells[mine] = np.array([(item.inputs, item.targets) for item in table]).reshape(-1, 2)[which]
+                cells[mine] = np.array([(item.inputs, item.targets) for item in table], np.int64).reshape(-1, 2)[which]
             else:
-                cells[mine] = np.array([(item.total if self._single else item.inputs,) for item in table])[which]
+                one = [item.total if self._single else item.inputs for item in table]
+                cells[mine] = np.array(one, np.int64)[which, None]
         return cells
 
     @property

@@ -126,3 +126,12 @@ def test_a_corpus_without_an_example_is_refused(tmp_path: Path) -> None:
     store = numbered_store(tmp_path / "s", 10, lengths=[1] * 10)
     with pytest.raises(DataError, match="found none of at least two tokens"):
         Stream([store], dataclasses.replace(data_config("causal_lm"), examples="documents"), 4)
+
+
+@pytest.mark.parametrize("layout", list(MIXTURES))
+def test_fewer_documents_than_objectives(tmp_path: Path, layout: Layout) -> None:
+    """An objective that no document is drawn for has no part in the plan."""
+    store = numbered_store(tmp_path / "s", 30, lengths=[30])
+    mixture = (MaskedLM(name="x"), MaskedLM(name="y", mask_rate=0.4)) if layout == "encoder" else MIXTURES["prefix_lm"]
+    stream = Stream([store], dataclasses.replace(data_config(layout, mixture), examples="documents"), 4)
+    assert stream.rows_per_epoch == {"python_docs": 1} and stream.row(0)["denoiser_ids"].max() in (0, 1)
