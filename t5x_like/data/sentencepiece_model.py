@@ -1,8 +1,9 @@
 """The pieces of a serialised SentencePiece model, read from its wire format.
 
 A model is a protocol buffer `ModelProto` whose field 1 repeats `SentencePiece {piece = 1, score = 2, type = 3}`
-(sentencepiece_model.proto). Reading these few bytes here spares the data room a dependency on protobuf, whose versions
-often disagree with those that the sentencepiece package was generated for.
+(sentencepiece_model.proto), beside `trainer_spec = 2` and `normalizer_spec = 3`. Reading these few bytes here spares
+the data room a dependency on protobuf, whose versions often disagree with those that the sentencepiece package was
+generated for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 Output = io.BytesIO
 
@@ -21,6 +24,17 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 class Piece:
     piece: str
     type: int
+    score: float = 0.0
+
+    @property
+    def is_unused(self) -> bool:
+        """A piece that text never becomes."""
+        return self.type == _UNUSED
+
+    @property
+    def is_user_defined(self) -> bool:
+        """A symbol that was asked for; its score in the file means nothing."""
+        return self.type == _USER_DEFINED
 
     @property
     def holds_text(self) -> bool:
@@ -56,6 +70,76 @@ def without(model: bytes, drop: Callable[[Piece], bool]) -> bytes:
     return b"".join(raw for piece, raw in _entries(model) if piece is None or not drop(piece))
 
 
+def arranged(model: bytes) -> bytes:
+    """The model with the ids pad 0, eos 1, unk 2, then its text in its order; other control pieces are dropped.
+
+    Raises:
+      ValueError: it has no pieces `<pad>` and `</s>` for these.
+    """
+    entries = list(_entries(model))
+    pieces = [(piece, raw) for piece, raw in entries if piece is not None]
+    special = [[raw for piece, raw in pieces if piece.piece == name] for name in ("<pad>", "</s>")]
+    special.append([raw for piece, raw in pieces if piece.type == _UNKNOWN])
+    if not all(special):
+        raise ValueError("no <pad>, </s> and unknown piece")
+    text = [raw for piece, raw in pieces if piece.holds_text]
+    rest = [raw for piece, raw in entries if piece is None]
+    return b"".join([*(raws[0] for raws in special), *text, *rest, _OUR_IDS])
+
+
+_OUR_IDS = bytes.fromhex("1215c00202c802ffffffffffffffffff01d00201d80200")
+"""A trainer_spec to be merged with the one before: unk_id 2, bos_id -1, eos_id 1, pad_id 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model reads text; the defaults are those of the format.
+
+    Attributes:
+      kind: 1 unigram, 2 BPE, 3 words, 4 characters.
+      charsmap: The compiled table of a normalisation; empty for none.
+      dummy_prefix: A space is put in front of text.
+      one_space: Spaces at the ends are dropped and runs of them become one.
+    """
+
+    kind: int = 1
+    byte_fallback: bool = False
+    whitespace_as_suffix: bool = False
+    charsmap: bytes = b""
+    dummy_prefix: bool = True
+    one_space: bool = True
+    escape_whitespace: bool = True
+
+
+_SETTINGS = {
+    (2, 3): "kind",
+    (2, 24): "whitespace_as_suffix",
+    (2, 35): "byte_fallback",
+    (3, 2): "charsmap",
+    (3, 3): "dummy_prefix",
+    (3, 4): "one_space",
+    (3, 5): "escape_whitespace",
+}
+
+
+def settings(model: bytes) -> Settings:
+    """Raises ValueError: not a SentencePiece model."""
+    found: dict[str, Any] = {}
+    for number, value in _fields(model):
+        if number in (2, 3) and isinstance(value, bytes):
+            found |= {_SETTINGS[number, inner]: x for inner, x in _fields(value) if (number, inner) in _SETTINGS}
+    flags = {field.name for field in dataclasses.fields(Settings) if isinstance(field.default, bool)}
+    found |= {name: bool(value) for name, value in found.items() if name in flags}
+    return Settings(**found)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    position = 0
+    while position < len(data):
+        number, value, position = _field(data, position)
+        yield number, value
+
+
 def _entries(model: bytes) -> Iterator[tuple[Piece | None, bytes]]:
     """(piece or None, the entry's own bytes) for each entry of the ModelProto."""
     position = 0
@@ -67,14 +151,16 @@ def _entries(model: bytes) -> Iterator[tuple[Piece | None, bytes]]:
 
 
 def _parse_piece(data: bytes) -> Piece:
-    piece, kind, position = "", _NORMAL, 0
+    piece, kind, score, position = "", _NORMAL, 0.0, 0
     while position < len(data):
         number, value, position = _field(data, position)
         if number == 1 and isinstance(value, bytes):
             piece = value.decode()
+        elif number == 2 and isinstance(value, bytes):
+            (score,) = struct.unpack("<f", value)
         elif number == 3 and isinstance(value, int):
             kind = value
-    return Piece(piece, kind)
+    return Piece(piece, kind, score)
 
 
 def _field(data: bytes, position: int) -> tuple[int, int | bytes, int]:

@@ -25,10 +25,12 @@ from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config.errors import DataError
 from t5x_like.config.model import ModelConfig
 from t5x_like.config.run import CheckpointConfig
+from t5x_like.data.prepare import open_stores
 from t5x_like.interop import imported
 from t5x_like.interop.huggingface import convert, families
 from t5x_like.interop.huggingface.fields import Fields
 from t5x_like.interop.huggingface.names import tensors
+from t5x_like.interop.huggingface.tokenizer import write_tokenizer
 from t5x_like.interop.safetensors import Pending, TensorFile, Weights, write, write_sharded
 from t5x_like.models.build import abstract
 
@@ -154,10 +156,26 @@ def export_directory(
             for name in TOKENIZER_FILES:
                 if (kept / name).is_file():
                     shutil.copyfile(kept / name, partial / name)
+        else:
+            for line in _write_run_tokenizer(partial, directory):
+                report(f"  not written: {line}")
         write_directory(
             partial, model, params, kind, base=base, left_out=left_out, dtype=dtype, shard_bytes=shard_bytes
         )
     report(f"{out}: {kind}, {sum(map(_size, jax.tree.leaves(params))):,} parameters in {dtype}")
+
+
+def _write_run_tokenizer(out: Path, directory: Path) -> list[str]:
+    """The tokenizer of the store that the run in `directory` reads, if it is one; returns what could not be written."""
+    if not (directory / run_directory.CONFIG).is_file():
+        return []
+    data = run_directory.read_config(directory).data
+    if data.seqio is not None:
+        return ["a tokenizer: the run reads a seqio Task live"]
+    try:
+        return write_tokenizer(out, open_stores(data)[0].tokenizer)
+    except DataError as error:
+        return [f"a tokenizer: {error}"]
 
 
 def write_directory(
