@@ -127,7 +127,7 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
 
         if not options.model:
             options.parser.error("--from t5x needs --model: a T5X checkpoint does not say what its model is")
-        import_directory(options.source, options.out, model=options.model)
+        import_directory(options.source, options.out, model=options.model, optimizer=options.optimizer)
     elif options.from_format:
         scale = {None: None, "yes": True, "no": False}[options.scale_logits]
         directories.import_directory(options.source, options.out, scale_logits=scale)
@@ -274,6 +274,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=Path, metavar="OUT", help="a directory that is not there yet")
     convert.add_argument(
         "--model", metavar="MODEL", help="with --from t5x: a preset, as in t5_1_1:base, or a recipe that has the model"
+    )
+    convert.add_argument(
+        "--optimizer",
+        action="store_true",
+        help="with --from t5x: Adafactor's moments too",
     )
     convert.add_argument(
         "--family", metavar="NAME", help="with --to: its model_type (default: the imported or plainest)"

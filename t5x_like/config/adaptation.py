@@ -29,6 +29,9 @@ class InitializeFrom:
     """Regular expressions for whole paths of tables that may have more rows than the source's: for new sentinels and
     mode tokens. A new row is the mean of the old ones plus a tenth of their standard deviation times a normal random
     number, for each column."""
+    optimizer: bool = False
+    """Take the optimizer's state as well, into a run with the same model and optimizer. The step begins at 0; only
+    Adafactor's own count goes on."""
 
 
 _CROSS = ("decoder/layers/self_attention(|_norm|_post_norm)/(.*)", r"decoder/layers/cross_attention\1/\2")

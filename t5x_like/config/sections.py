@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from t5x_like.config.adaptation import InitializeFrom
+from t5x_like.config.adaptation import SAME, InitializeFrom
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
 from t5x_like.config.errors import Problem
 from t5x_like.config.model import ModelConfig, RopeScaling, StackConfig
@@ -382,6 +382,8 @@ def initialize_problems(source: InitializeFrom) -> Problems:
         except (re.error, IndexError) as error:
             found = f"{pattern!r} -> {replacement!r}"
             yield Problem(f"{where}.rules.{number}", found, f"a regular expression and a replacement ({error})")
+    if source.optimizer and (source.rules != SAME or source.fresh or source.grow):
+        yield Problem(f"{where}.optimizer", "True with rules", "False: the state is that of the same model only")
     yield from patterns(f"{where}.fresh", source.fresh)
     yield from patterns(f"{where}.grow", source.grow)
 

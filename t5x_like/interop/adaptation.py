@@ -45,6 +45,8 @@ def initial_state(program: Program, report: Callable[[str], None]) -> Tree:
     )
     assignment = plan(source, spec, program.spec)
     manager = CheckpointManager(directory / run_directory.CHECKPOINTS, CheckpointConfig(), read_only=True)
+    if source.optimizer:
+        return _with_optimizer(program, manager, directory, source, report)
     step, params, _ = manager.restore_params(wanted, source.step)
     state = program.init()
     shapes = _shapes(spec.params)
@@ -56,6 +58,16 @@ def initial_state(program: Program, report: Callable[[str], None]) -> Tree:
         lambda old, new: adapt(assignment, old, new, program.spec, program.run.training.seed), out_shardings=out
     )
     return {**state, "params": adapted(params, state["params"])}
+
+
+def _with_optimizer(
+    program: Program, manager: CheckpointManager, directory: Path, source: InitializeFrom, report: Callable[[str], None]
+) -> Tree:
+    """Parameters and optimizer state of the same model; step and random key are the run's own."""
+    names = ("params", "opt_state") if (directory / imported.MODEL).is_file() else tuple(program.abstract_state)
+    step, found, _ = manager.restore({name: program.abstract_state[name] for name in names}, source.step)
+    report(f"parameters and optimizer state of step {step} of {directory}")
+    return {**program.init(), "params": found["params"], "opt_state": found["opt_state"]}
 
 
 def plan(source: InitializeFrom, old: ModelSpec, new: ModelSpec) -> Assignment:

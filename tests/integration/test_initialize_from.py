@@ -12,6 +12,7 @@ import pytest
 
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import (
+    Adafactor,
     AdamW,
     CheckpointConfig,
     ConfigError,
@@ -19,6 +20,7 @@ from t5x_like.config import (
     DataConfig,
     EvaluationConfig,
     Freeze,
+    InitializeFrom,
     ModelConfig,
     MonitoringConfig,
     PrefixLM,
@@ -31,7 +33,9 @@ from t5x_like.config import (
 from t5x_like.config.adaptation import ALL_BUT_CROSS_ATTENTION, encoder_decoder_of_decoder
 from t5x_like.data.prepare import prepare
 from t5x_like.interop import imported
+from t5x_like.interop.adaptation import initial_state
 from t5x_like.models.build import abstract, build
+from t5x_like.program import assemble
 from t5x_like.run_directory import CHECKPOINTS, read_config
 from t5x_like.trainer import train
 
@@ -109,3 +113,22 @@ def test_it_begins_there_and_goes_on_without(tmp_path: Path, capsys: pytest.Capt
     last = saved(run, tmp_path / "run", 3)
     # The warm-up is over: everything has moved.
     assert not [path for path in last if np.array_equal(last[path], first[path])]
+
+
+def test_the_optimizer_goes_on_too(tmp_path: Path) -> None:
+    """What `convert --from t5x --optimizer` writes, in a run of the same model."""
+    run = run_in(tmp_path, 1)
+    training = dataclasses.replace(run.training, optimizer=Adafactor(min_dim_size_to_factor=16), freeze=())
+    source = InitializeFrom(directory=str(tmp_path / "source"), optimizer=True)
+    run = dataclasses.replace(run, training=training, initialize_from=source)
+    program = assemble(run, jax.devices())
+    state = jax.tree.map(
+        lambda leaf: np.random.default_rng(leaf.size).integers(1, 9, leaf.shape).astype(leaf.dtype),
+        {name: program.abstract_state[name] for name in ("params", "opt_state")},
+    )
+    (tmp_path / "source").mkdir()
+    imported.save(tmp_path / "source", run.model, None, state)
+    found = initial_state(program, lambda line: None)
+    jax.tree.map(np.testing.assert_array_equal, {name: found[name] for name in state}, state)
+    assert found["step"] == 0
+    jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted.sharding or pytest.fail(), found, program.abstract_state)

@@ -11,12 +11,14 @@ from model_examples import VOCABULARY, forward, model, parameters, tokens
 from t5x_examples import arrays, flat, write_legacy, write_orbax
 
 from t5x_like.cli import main
-from t5x_like.config import EXIT_OK, EXIT_USAGE, DataError
+from t5x_like.config import EXIT_OK, EXIT_USAGE, Adafactor, DataError
 from t5x_like.config.model import ModelConfig
 from t5x_like.interop import imported
 from t5x_like.interop.t5x.directories import import_directory, model_of, open_directory
+from t5x_like.interop.t5x.slots import read_slots
 from t5x_like.models import presets
 from t5x_like.models.build import abstract
+from t5x_like.training.adafactor import adafactor as make_adafactor
 
 T5 = {"attention_scale": 1.0, "num_kv_heads": 4, "mlp_gated": True}
 
@@ -106,12 +108,12 @@ def test_presets_have_names_for_all_their_parameters():
     from t5x_like.interop.t5x.names import tensors
 
     for name in ("t5_1_0:small", "t5_1_1:xxl", "mt5:base", "umt5:small", "ul2_20b"):
-        shapes = {path: leaf.shape for path, leaf in _abstract(model_of(name)).items()}
+        shapes = {path: leaf.shape for path, leaf in _abstract(model_of(name)[0]).items()}
         for axis in (None, 1):
             found = list(tensors(shapes, axis))
             assert len({tensor.path for tensor in found}) == len(found)
             assert sum(np.prod(t.shapes[0]) for t in found) == sum(np.prod(shape) for shape in shapes.values())
-    assert model_of("t5_1_1:small") == presets.t5_1_1("small")
+    assert model_of("t5_1_1:small")[0] == presets.t5_1_1("small")
 
 
 def _abstract(config):
@@ -293,3 +295,56 @@ def test_the_model_must_be_named(tmp_path, capsys):
         main(["convert", "--from", "t5x", str(tmp_path), str(tmp_path / "out")])
     assert left.value.code == EXIT_USAGE and "--model" in capsys.readouterr().err
     assert main(["convert", "--from", "t5x", str(tmp_path), "x", "--model", "t5_1_1:huge"]) == EXIT_USAGE
+
+
+SMALLEST_FACTORED = 24
+
+
+def _t5x_slots(found, axis):
+    """T5X's `init_param_state` and its means, for squares of the arrays themselves: by size where there are two
+    dimensions and no layers, else by name, with embed as rows."""
+    states = {}
+    for path, leaf in found.items():
+        square = np.square(leaf)
+        scanned = axis is not None and path.startswith(("encoder/encoder/", "decoder/decoder/"))
+        slots = dict.fromkeys(("v_row", "v_col", "v", "m"), np.zeros(1, np.float32))
+        if leaf.ndim == 2 and not scanned:
+            smaller, larger = np.argsort(leaf.shape)
+            if leaf.shape[smaller] >= SMALLEST_FACTORED:
+                slots |= {"v_row": square.mean(axis=larger), "v_col": square.mean(axis=smaller)}
+            else:
+                slots["v"] = square
+        elif leaf.ndim == 3 and "relpos_bias" not in path:
+            dims = [dim for dim in range(3) if dim != axis]
+            row, column = dims[::-1] if "/wo/" in path or "/out/" in path else dims
+            slots |= {"v_row": square.mean(axis=column), "v_col": square.mean(axis=row)}
+        else:
+            slots["v"] = square
+        states |= {f"{path}/{kind}": slot for kind, slot in slots.items()}
+    return states
+
+
+@pytest.mark.parametrize("axis", [None, 1])
+def test_moments_of_adafactor_are_those_of_the_same_means_here(axis, tmp_path):
+    config, adafactor = PER_LAYER, Adafactor(min_dim_size_to_factor=SMALLEST_FACTORED)
+    params, spec = parameters(config), abstract(config)
+    found = arrays(params, axis)
+    source = open_directory(write_legacy(tmp_path / "c", found, states=_t5x_slots(found, axis)), config)
+    state = read_slots(source.tensors, source.arrays, spec, adafactor)
+    assert state["count"] == 1000
+
+    # Ours, of the same squares: one step of a decay rate that keeps nothing of the moments before.
+    optimizer = make_adafactor(adafactor, spec.logical_axes)
+    _, expected = optimizer.update(params, optimizer.init(params), params, learning_rate=1.0)
+    found, expected = flat(state["second_moment"]), flat(expected["second_moment"])
+    assert found.keys() == expected.keys() and any(path.endswith("v_row") for path in found)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=1e-8, err_msg=path)
+    with pytest.raises(DataError, match="factors other arrays"):
+        read_slots(source.tensors, source.arrays, spec, Adafactor(min_dim_size_to_factor=128))
+
+
+def test_a_checkpoint_without_moments_is_refused(tmp_path):
+    source = open_directory(FORMS["layers by name"](tmp_path / "c", parameters(EXACT)), EXACT)
+    with pytest.raises(DataError, match="no state of an optimizer"):
+        read_slots(source.tensors, source.arrays, abstract(EXACT), Adafactor())

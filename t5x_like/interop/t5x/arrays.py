@@ -225,7 +225,9 @@ def _entries(root: Path, optimizer: Mapping[str, Any]) -> tuple[dict[str, npt.ND
             todo += [((*keys, str(key)), child) for key, child in node.items()]
         elif isinstance(node, np.ndarray):
             inline[path] = node
-        elif node is not None and not isinstance(node, int | float):
+        elif isinstance(node, int | float):
+            inline[path] = np.asarray(node)
+        elif node is not None:
             raise DataError(f"{root / INDEX}: {path} is a {type(node).__name__}, expected an array or where it is")
     return inline, folders
 

@@ -13,11 +13,13 @@ import numpy as np
 from t5x_like.config.errors import ConfigError, DataError, Problem
 from t5x_like.config.model import ModelConfig
 from t5x_like.config.recipes import load_recipe
+from t5x_like.config.training import Adafactor, Optimizer
 from t5x_like.interop import imported
 from t5x_like.interop.huggingface import families
 from t5x_like.interop.t5x import convert
 from t5x_like.interop.t5x.arrays import Arrays
 from t5x_like.interop.t5x.names import Shape, Tensor, scan_axis, tensors
+from t5x_like.interop.t5x.slots import read_slots
 from t5x_like.models import presets
 from t5x_like.models.build import abstract
 
@@ -49,17 +51,18 @@ class Source:
         return convert.read_params(self.tensors, self.arrays, abstract_params, TARGET)
 
 
-def model_of(reference: str) -> ModelConfig:
-    """The model of `PRESET:SIZE`, as in t5_1_1:base, or that of a recipe.
+def model_of(reference: str) -> tuple[ModelConfig, Optimizer]:
+    """The model of `PRESET:SIZE`, as in t5_1_1:base, or that of a recipe, and the recipe's optimizer.
 
     Raises:
       ConfigError: no such preset, size or recipe.
     """
     name, _, size = reference.partition(":")
     if name not in PRESETS:
-        return load_recipe(reference).model
+        run = load_recipe(reference)
+        return run.model, run.training.optimizer
     try:
-        return PRESETS[name](*[size] if size else [])
+        return PRESETS[name](*[size] if size else []), Adafactor()
     except (KeyError, TypeError):
         expected = f"{name}:SIZE with a size of the preset, such as small or base" if size else name
         raise ConfigError([Problem("--model", repr(reference), expected)]) from None
@@ -83,24 +86,36 @@ def open_directory(directory: Path, model: ModelConfig) -> Source:
     return Source(model, arrays, expected)
 
 
-def import_directory(directory: Path, out: Path, *, model: str, report: Callable[[str], None] = print) -> None:
+def import_directory(
+    directory: Path, out: Path, *, model: str, optimizer: bool = False, report: Callable[[str], None] = print
+) -> None:
     """T5X's checkpoint in `directory` to a directory of ours.
 
     Args:
       model: See `model_of`.
+      optimizer: Adafactor's moments as well, for `initialize_from.optimizer`.
 
     Raises:
       ConfigError, DataError: see `model_of` and `open_directory`.
       RefusedError: `out` is there already.
     """
-    source = open_directory(directory, model_of(model))
+    config, of_run = model_of(model)
+    source = open_directory(directory, config)
     spec = abstract(source.model)
+    state: dict[str, Tree] = {}
+    if optimizer:
+        if not isinstance(of_run, Adafactor):
+            raise ConfigError([Problem("training.optimizer", of_run.kind, "adafactor, whose state T5X has")])
+        state["opt_state"] = read_slots(source.tensors, source.arrays, spec, of_run)
     kinds = families.kinds_for(source.model)
     with imported.made_whole(out) as partial:
-        imported.save(partial, source.model, kinds[0] if kinds else None, {"params": source.params(spec.params)})
+        imported.save(
+            partial, source.model, kinds[0] if kinds else None, {"params": source.params(spec.params), **state}
+        )
     layers = "layers in one array" if any(tensor.axis is not None for tensor in source.tensors) else "layers by name"
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(spec.params))
-    report(f"{out}: {model}, {count:,} parameters from {len(source.tensors)} arrays, {layers}")
+    also = ", and Adafactor's moments" if optimizer else ""
+    report(f"{out}: {model}, {count:,} parameters from {len(source.tensors)} arrays, {layers}{also}")
 
 
 def _shapes(params: Tree) -> dict[str, Shape]:
