@@ -30,15 +30,30 @@ class Loss(NamedTuple):
     coefficient: float
 
 
+class Targets(NamedTuple):
+    """What the logits are to say.
+
+    Attributes:
+      ids: int [rows, length], numbers of logits.
+      weights: float32 [rows, length], loss weights.
+    """
+
+    ids: Any
+    weights: Any
+
+
 class Output(NamedTuple):
     """A model's results for a sub-batch.
 
     Attributes:
-      logits: float32 [rows, length, vocabulary], of the batch's targets.
-      losses: By the name under which each is reported, as its mean without the coefficient.
+      logits: float32 [rows, length, vocabulary], of the batch's targets; or None.
+      losses: By the name under which each is reported, as its mean without the coefficient. Without logits, "loss" is
+        one of them, and what the others are added to.
       metrics: What is reported and not minimised.
+      targets: Of the logits, where these are not the batch's own target tokens.
     """
 
     logits: Any
     losses: Mapping[str, Loss] = {}
     metrics: Mapping[str, Mean] = {}
+    targets: Targets | None = None

@@ -17,13 +17,14 @@ from t5x_like.config.errors import (
     UserError,
 )
 from t5x_like.config.mixtures import ul2
-from t5x_like.config.model import Experts, ModelConfig, RopeScaling, StackConfig
+from t5x_like.config.model import Experts, ModelConfig, RopeScaling, StackConfig, TaskHead
 from t5x_like.config.objectives import (
     Bart,
     BlankInfilling,
     CausalLM,
     CausalMasking,
     FillInTheMiddle,
+    Labelled,
     MaskedLM,
     Objective,
     PrefixLM,
@@ -66,6 +67,7 @@ __all__ = [
     "FillInTheMiddle",
     "Freeze",
     "InitializeFrom",
+    "Labelled",
     "MaskedLM",
     "ModelConfig",
     "MonitoringConfig",
@@ -82,6 +84,7 @@ __all__ = [
     "RopeScaling",
     "Experts",
     "Supervised",
+    "TaskHead",
     "TokenizerConfig",
     "TrainingConfig",
     "UserError",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from t5x_like.config.data import DataConfig
 from t5x_like.config.lengths import raw_window_length, row_lengths, windows_per_row
-from t5x_like.config.objectives import Objective
+from t5x_like.config.objectives import Labelled, Objective
 from t5x_like.config.rates import pattern, phases
 from t5x_like.config.run import RunConfig
 
@@ -110,6 +110,9 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
     encoder: encoder_input_tokens, encoder_target_tokens, encoder_loss_weights.
     Packed rows also have encoder_segment_ids, encoder_positions, decoder_segment_ids and decoder_positions, as far as
     there is an encoder and a decoder.
+    Labelled examples have the input tokens alone (prefix_lm: decoder_causal_attention, 1 for all of the text), `labels`
+    and `label_weights`: [rows], or of token classification [rows, length]; labels are float32 for regression. For
+    embeddings there are `positive_input_tokens` in the place of labels.
     `denoiser_ids`, an index into `data.objectives`: [rows], or where rows are packed [rows, length], by target cell;
     not of seqio's Tasks.
     """
@@ -130,7 +133,23 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
             features["decoder_causal_attention"] = decoder
         if shape.packed:
             features |= {"decoder_segment_ids": decoder, "decoder_positions": decoder}
+    if data.labelled is not None:
+        return _labelled_spec(data, data.labelled, rows)
     targets = encoder if data.layout == "encoder" else decoder
     if data.seqio is None:
         features["denoiser_ids"] = targets if shape.packed else (rows,)
     return {name: ArraySpec(size, "int32") for name, size in features.items()}
+
+
+def _labelled_spec(data: DataConfig, objective: Labelled, rows: int) -> Mapping[str, ArraySpec]:
+    cells = (rows, data.row_length)
+    stack = "encoder" if data.layout == "encoder" else "decoder"
+    found = {f"{stack}_input_tokens": ArraySpec(cells, "int32")}
+    if data.layout == "prefix_lm":
+        found["decoder_causal_attention"] = ArraySpec(cells, "int32")
+    per = cells if objective.kind == "token_classification" else (rows,)
+    if objective.kind == "embedding":
+        found["positive_input_tokens"] = ArraySpec(cells, "int32")
+    else:
+        found["labels"] = ArraySpec(per, "float32" if objective.kind == "regression" else "int32")
+    return {**found, "label_weights": ArraySpec(per, "int32"), "denoiser_ids": ArraySpec((rows,), "int32")}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 from t5x_like.config.base import configuration
+
+TargetKind = Literal["text", "label", "token_labels", "number"]
 
 
 @configuration
@@ -17,6 +20,12 @@ class CorpusConfig:
     """The field of a JSON line, Parquet row or TFDS example that holds the text; of pairs, the targets."""
     inputs_field: str | None = None
     """Supervised pairs: the field that holds the inputs, of a Task its `inputs` feature. None: plain text."""
+    target_kind: TargetKind = "text"
+    """What the targets of pairs are. label: one of `labels`. token_labels: as many of them, with spaces between, as the
+    inputs have words with spaces between. number: what Python reads as one. All are kept as text, so that a model can
+    also be trained to write them."""
+    labels: tuple[str, ...] = ()
+    """The labels that there are; another one is refused with its place."""
     tfds: str | None = None
     """A TensorFlow Datasets name with its config and version, as in `wikipedia/20230601.en:1.0.0`."""
     task: str | None = None
@@ -38,6 +47,12 @@ class CorpusConfig:
         if self.files:
             return "files"
         return self.tfds or self.task or "python_docs"
+
+    def described(self) -> dict[str, Any]:
+        """The fields that decide what is read, for digests: those that came later only where they are set."""
+        fields = dataclasses.asdict(self)
+        later = {"target_kind": "text", "labels": ()}
+        return {name: value for name, value in fields.items() if name not in later or value != later[name]}
 
 
 @configuration

@@ -6,7 +6,7 @@ from typing import Literal
 
 from t5x_like.config.base import configuration
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
-from t5x_like.config.objectives import Layout, Objective
+from t5x_like.config.objectives import Labelled, Layout, Objective
 from t5x_like.config.seqio import SeqioConfig
 
 
@@ -97,9 +97,16 @@ class DataConfig:
             return ()
         return self.corpora or (CorpusShare(name=self.corpus.name, corpus=self.corpus),)
 
-    def examples_of(self, share: CorpusShare) -> Literal["windows", "documents"]:
-        """How a corpus is cut into examples."""
+    def examples_of(self, share: CorpusShare) -> Literal["windows", "documents", "labelled"]:
+        """How a corpus is cut into examples; labelled: a pair is a row."""
+        if any(isinstance(objective, Labelled) for objective in self.objectives_of(share)):
+            return "labelled"
         return share.examples or self.examples
+
+    @property
+    def labelled(self) -> Labelled | None:
+        """The objective of a run that trains a head, which is then its only one."""
+        return next((objective for objective in self.objectives if isinstance(objective, Labelled)), None)
 
     def objectives_of(self, share: CorpusShare) -> tuple[Objective, ...]:
         """The objectives of a corpus."""

@@ -16,6 +16,7 @@ from t5x_like.config.objectives import (
     CausalLM,
     CausalMasking,
     FillInTheMiddle,
+    Labelled,
     Layout,
     MaskedLM,
     Objective,
@@ -63,6 +64,8 @@ def longest(objective: Objective, raw_length: int) -> Lengths:
         case BlankInfilling():
             blank, spans = blank_count(objective, raw_length), max_blanks(objective, raw_length)
             inputs, targets = mode + raw_length - blank + spans + 1, blank + 2 * spans
+        case Labelled():
+            return Lengths(mode + raw_length + 1, mode + raw_length + 1, mode + raw_length + 1)
         case Supervised():
             inputs, targets = mode + raw_length + 1, raw_length + 1
     return Lengths(inputs, targets, inputs + targets)
@@ -128,7 +131,7 @@ def sentinels_needed(objective: Objective, layout: Layout, inputs_length: int, t
             return 1 if objective.infill_rate > 0 or objective.mask_rate > 0 else 0
         case FillInTheMiddle():
             return INFILLING_MARKERS if objective.fim_rate > 0 else 0
-        case PrefixLM() | CausalLM() | Supervised():
+        case PrefixLM() | CausalLM() | Supervised() | Labelled():
             return 0
     window = raw_window_length(objective, layout, inputs_length, targets_length)
     if not window:
@@ -159,6 +162,8 @@ def expected_loss_tokens(objective: Objective, length: int) -> float:
         case CausalMasking():
             law = moved_spans_law(objective, length)
             return length + sum(spans * share for spans, share in enumerate(law, start=1)) + 1
+        case Labelled():
+            return 1
         case BlankInfilling():
             blank = blank_count(objective, length)
             drawn = expected_draws(poisson(objective.mean_span_length, at_least=1), blank)

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from t5x_like.config.batch import row_shapes, sub_batch_slots
-from t5x_like.config.corpora import CorpusConfig
+from t5x_like.config.corpora import CorpusConfig, TargetKind
 from t5x_like.config.data import CorpusShare, DataConfig, SamplingConfig
 from t5x_like.config.errors import Problem
 from t5x_like.config.lengths import windows_per_row
-from t5x_like.config.objectives import Supervised
+from t5x_like.config.model import HeadKind
+from t5x_like.config.objectives import Labelled, Supervised
 from t5x_like.config.rates import phases
 from t5x_like.config.sections import Problems, above, at_least, corpus_problems, within
 
@@ -46,6 +47,9 @@ def corpora_problems(data: DataConfig) -> Problems:
 def _objectives_of(where: str, share: CorpusShare, data: DataConfig) -> Problems:
     """Pairs need a supervised objective and whole examples; other objectives need text."""
     objectives = data.objectives_of(share)
+    if any(isinstance(objective, Labelled) for objective in objectives):
+        yield from _labelled(where, share, data)
+        return
     documents = data.examples_of(share) == "documents"
     if share.corpus.inputs_field is not None:
         if len(objectives) != 1 or not isinstance(objectives[0], Supervised):
@@ -72,6 +76,34 @@ def _objectives_of(where: str, share: CorpusShare, data: DataConfig) -> Problems
             yield Problem(
                 f"{where}.mixture", f"{objective.name!r}, paired, for documents", "examples windows, or no pairs"
             )
+
+
+_TARGETS_OF: dict[HeadKind, TargetKind] = {
+    "classification": "label",
+    "token_classification": "token_labels",
+    "regression": "number",
+    "embedding": "text",
+}
+
+
+def _labelled(where: str, share: CorpusShare, data: DataConfig) -> Problems:
+    """A head has one objective, and pairs whose targets are what it says."""
+    if len(data.objectives) > 1 or data.labelled is None:
+        names = ", ".join(objective.name for objective in data.objectives)
+        yield Problem(f"{where}.mixture", f"the objectives {names}", "the labelled one alone: a model has one head")
+        return
+    if data.layout == "encoder_decoder":
+        yield Problem("data.layout", "encoder_decoder with labelled examples", "encoder, or prefix_lm or causal_lm")
+    corpus, kind = share.corpus, data.labelled.kind
+    if corpus.inputs_field is None:
+        yield Problem(f"{where}.corpus.inputs_field", "none", "the field of the text; text_field holds the label")
+    if corpus.target_kind != _TARGETS_OF[kind]:
+        yield Problem(f"{where}.corpus.target_kind", corpus.target_kind, f"{_TARGETS_OF[kind]}, for {kind}")
+    if corpus.labels != data.sources[0].corpus.labels:
+        yield Problem(f"{where}.corpus.labels", "other labels than those of the first corpus", "the same in all")
+    if "documents" in (data.examples, share.examples):
+        expected = "windows, the default: labelled examples are one to a row, and are not packed"
+        yield Problem(f"{where}.examples", "documents, packed, for labelled examples", expected)
 
 
 def _sampling(sampling: SamplingConfig) -> Problems:

@@ -14,6 +14,8 @@ LayerKind = Literal["global", "local"]
 Dtype = Literal["float32", "bfloat16"]
 AttentionImplementation = Literal["reference", "xla", "cudnn"]
 Remat = Literal["none", "dots", "full"]
+Pooling = Literal["cls", "mean", "last"]
+HeadKind = Literal["classification", "token_classification", "regression", "embedding"]
 
 
 @configuration
@@ -43,6 +45,33 @@ class Experts:
     by computing all experts for all tokens, which costs num_experts / experts_per_token times the work."""
     load_balancing: float = 0.001
     """Factor on the loss that spreads tokens over experts (Fedus et al. 2021), which is 1 when they are spread."""
+
+
+@configuration
+class TaskHead:
+    """What a model says of a whole text, or of each of its tokens, in the place of a head over the vocabulary."""
+
+    kind: HeadKind
+    """classification: one of `labels` for the text. token_classification: one for each token. regression: a number.
+    embedding: a vector, trained so that texts that belong together are near each other."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of the head's outputs."""
+    pooling: Pooling = "mean"
+    """How the states of a text's tokens become one: the first token's, their mean, or the last token's. A decoder
+    without bidirectional attention has read the whole text at the last token only."""
+    transform: bool = False
+    """A dense layer and tanh before the outputs: BERT's pooler."""
+    dropout_rate: float = 0.0
+    """Of what the outputs are made from."""
+    normalize: bool = True
+    """Embeddings are divided by their length, so that their products are cosines."""
+    temperature: float = 0.05
+    """Embeddings: their products are divided by it in the contrastive loss."""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that come out of the head's last dense layer; 0: there is none, states are the embeddings."""
+        return {"regression": 1, "embedding": 0}.get(self.kind, len(self.labels))
 
 
 @configuration
@@ -150,6 +179,8 @@ class ModelConfig:
     """BERT's masked-LM head: dense, activation, norm, before the output projection. The dense layer goes to the token
     table's width."""
     head_bias: bool = False
+    task_head: TaskHead | None = None
+    """In the place of the head over the vocabulary: of an encoder, or of a decoder alone."""
     generator: StackConfig | None = None
     """ELECTRA (Clark et al. 2020): a smaller encoder, a quarter to half as wide, that is trained to fill in the masked
     tokens. The model's own encoder then reads the text with samples of it in their place and says of each token whether
@@ -185,4 +216,5 @@ class ModelConfig:
     @property
     def draws(self) -> bool:
         """Whether training draws random numbers inside the model: dropout, or a generator's samples."""
-        return self.generator is not None or any(stack.dropout_rate > 0 for stack in self.stacks.values())
+        of_head = self.task_head is not None and self.task_head.dropout_rate > 0
+        return self.generator is not None or of_head or any(stack.dropout_rate > 0 for stack in self.stacks.values())

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from t5x_like.config.base import configuration
+from t5x_like.config.model import HeadKind
 
 Mode = Literal["R", "S", "X"]
 Layout = Literal["encoder_decoder", "prefix_lm", "causal_lm", "encoder"]
@@ -201,6 +202,21 @@ class Supervised:
     mode: Mode | None = None
 
 
+@configuration
+class Labelled:
+    """A text and what a head is to say of it (`ModelConfig.task_head`, of the same kind).
+
+    The examples are pairs, one to a row: the inputs are the text, cut where it is longer than a row and ended by EOS;
+    the targets are a label, labels of the words, a number, or of `embedding` the text that belongs to it.
+    """
+
+    kind: HeadKind
+    name: str = "head"
+    rate: float = 1.0
+    mode: Mode | None = None
+    """Token in front of the text: what pooling `cls` reads, with a vocabulary that has no token for that."""
+
+
 Objective = Annotated[
     SpanCorruption
     | PrefixLM
@@ -210,7 +226,8 @@ Objective = Annotated[
     | CausalMasking
     | Bart
     | BlankInfilling
-    | Supervised,
+    | Supervised
+    | Labelled,
     pydantic.Field(discriminator="kind"),
 ]
 

@@ -69,6 +69,7 @@ def model_problems(model: ModelConfig) -> Problems:
     yield from above("model.embedding_stddev", model.embedding_stddev, 0)
     yield from _embedding_width(model)
     yield from _generator(model)
+    yield from _task_head(model)
     if model.unscaled_token is not None:
         yield from within("model.unscaled_token", model.unscaled_token, 0, model.vocab_size - 1)
     yield from above("model.logits_softcap", model.logits_softcap, 0)
@@ -91,7 +92,7 @@ def _unequal_widths(model: ModelConfig, encoder: StackConfig, decoder: StackConf
 
 def _embedding_width(model: ModelConfig) -> Problems:
     yield from at_least("model.embedding_width", model.embedding_width, 1)
-    if not model.stacks or not model.tie_embeddings or model.head_transform:
+    if not model.stacks or not model.tie_embeddings or model.head_transform or model.task_head:
         return
     read = model.generator or next(reversed(model.stacks.values()))
     if read.d_model != model.table_width:
@@ -127,6 +128,28 @@ def _generator(model: ModelConfig) -> Problems:
             )
     if generator.positions == "relative_bias" and not generator.relative_bias_bidirectional:
         yield degenerate_buckets(where, "a generator sees")
+
+
+def _task_head(model: ModelConfig) -> Problems:
+    """A head for texts in the place of the one over the vocabulary."""
+    head, where = model.task_head, "model.task_head"
+    if head is None:
+        return
+    if model.encoder and model.decoder:
+        yield Problem(
+            where, "a head beside an encoder and a decoder", "one stack: take the encoder out, or the decoder"
+        )
+    if model.generator:
+        yield Problem(where, "a head beside a generator", "one of them")
+    classes = head.kind in ("classification", "token_classification")
+    if classes and len(head.labels) < 2:
+        yield Problem(f"{where}.labels", f"{len(head.labels)} labels", "two or more")
+    elif not classes and head.labels:
+        yield Problem(f"{where}.labels", f"labels for {head.kind}", "none: they are for classification")
+    if len(set(head.labels)) < len(head.labels):
+        yield Problem(f"{where}.labels", "a label twice", "each label once")
+    yield from within(f"{where}.dropout_rate", head.dropout_rate, 0, 1, ends="[)")
+    yield from above(f"{where}.temperature", head.temperature, 0)
 
 
 def _stack(where: str, stack: StackConfig) -> Problems:
@@ -254,6 +277,17 @@ def corpus_problems(corpus: CorpusConfig, where: str = "data.corpus") -> Problem
         yield Problem(f"{where}.text_field", "nothing", "the name of a field")
     if corpus.inputs_field is not None:
         yield from _pairs_problems(corpus, where)
+    classes = corpus.target_kind in ("label", "token_labels")
+    if corpus.target_kind != "text" and corpus.inputs_field is None:
+        yield Problem(f"{where}.inputs_field", f"none, with targets of kind {corpus.target_kind}", "the text's field")
+    if classes != bool(corpus.labels):
+        found = "no labels" if classes else f"{len(corpus.labels)} labels for targets of kind {corpus.target_kind}"
+        yield Problem(f"{where}.labels", found, "labels where target_kind is label or token_labels, and only there")
+    for label in corpus.labels:
+        if not label.strip() or (corpus.target_kind == "token_labels" and len(label.split()) > 1):
+            yield Problem(f"{where}.labels", repr(label), "a name; of token_labels, without a space in it")
+    if len(set(corpus.labels)) < len(corpus.labels):
+        yield Problem(f"{where}.labels", "a label twice", "each label once")
     yield from within(f"{where}.validation_fraction", corpus.validation_fraction, 0, 1, ends="()")
     yield from at_least(f"{where}.max_documents", corpus.max_documents, 2, "one for training, one held out")
 

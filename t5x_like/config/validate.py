@@ -21,6 +21,7 @@ from t5x_like.config.objectives import (
     MODES,
     WITHOUT_INPUTS,
     FillInTheMiddle,
+    Labelled,
     Layout,
     MaskedLM,
     Objective,
@@ -125,6 +126,8 @@ def _named_objectives(data: DataConfig) -> Iterator[tuple[str, int, Objective, l
 def _objective_in_layout(where: str, objective: Objective, layout: Layout) -> Problems:
     found = f"{objective.kind} in layout {layout}"
     masked = isinstance(objective, MaskedLM)
+    if isinstance(objective, Labelled):
+        return
     if layout == "encoder" and not masked:
         yield Problem(f"{where}.kind", found, "masked_lm, which predicts in place", "or a layout with a decoder")
     elif masked and layout not in ("encoder", "prefix_lm"):
@@ -143,6 +146,11 @@ def _lengths(data: DataConfig) -> Problems:
             yield Problem(
                 "data.targets_length", str(data.targets_length), "0: an encoder predicts where its inputs are"
             )
+        return
+    if data.labelled is not None:
+        if data.targets_length:
+            yield Problem("data.targets_length", str(data.targets_length), "0: a head has no targets in the row")
+        yield from at_least("data.inputs_length", data.inputs_length, 3)
         return
     two_parts = data.layout == "encoder_decoder" or any(
         isinstance(objective, SpanCorruption | PrefixLM | Supervised) for objective in data.objectives
@@ -187,6 +195,7 @@ def _model_and_data(model: ModelConfig, data: DataConfig) -> Problems:
         yield Problem(
             "data.layout", f"{data.layout!r} with {stacks[model.architecture]}", f"a model with {stacks[expected]}"
         )
+    yield from _head_and_data(model, data)
     decoder = model.decoder
     if decoder and data.layout == "prefix_lm" and decoder.positions == "relative_bias":
         if not decoder.relative_bias_bidirectional:
@@ -207,6 +216,23 @@ def _model_and_data(model: ModelConfig, data: DataConfig) -> Problems:
             str(model.vocab_size),
             f"{needed} or more: the tokenizer's ids with its {data.tokenizer.num_sentinels} sentinels and the modes",
         )
+
+
+def _head_and_data(model: ModelConfig, data: DataConfig) -> Problems:
+    """A head and labelled examples belong together."""
+    head, labelled = model.task_head, data.labelled
+    if head is None and labelled is not None:
+        yield Problem("model.task_head", "none, with labelled examples", f"a head of kind {labelled.kind}")
+    elif head is not None and labelled is None:
+        found = ", ".join(objective.kind for objective in data.objectives) or "none"
+        yield Problem("data.mixture", f"{found}, with model.task_head", "one labelled objective, of the head's kind")
+    elif head is not None and labelled is not None:
+        if head.kind != labelled.kind:
+            yield Problem("model.task_head.kind", head.kind, f"{labelled.kind}, the kind of the labelled examples")
+        elif data.sources and head.labels != data.sources[0].corpus.labels:
+            known = data.sources[0].corpus.labels
+            found, expected = f"{len(head.labels)} labels", f"the {len(known)} of the corpus, in their order"
+            yield Problem("model.task_head.labels", found, expected)
 
 
 def required_vocabulary(tokenizer: TokenizerConfig) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from t5x_like.config.corpora import CorpusConfig
 from t5x_like.config.errors import DataError
 from t5x_like.data.documents import Document, Reading, divide
+from t5x_like.data.targets import require_target
 from t5x_like.data.tokenizers import Tokenizer
 from t5x_like.data.units import Unit, of_texts
 
@@ -85,8 +86,10 @@ def read_unit(
     for document in itertools.islice(_source(unit, config, reading, tokenizer), unit.limit):
         if document.is_blank:
             reading.left_out["empty"] += 1
-        else:
-            yield document
+            continue
+        if unit.kind != "files" and document.has_text:  # Files know the line.
+            require_target(document.text, document.inputs, config, lambda: f"corpus {config.name}")
+        yield document
 
 
 def _source(unit: Unit, config: CorpusConfig, reading: Reading, tokenizer: Tokenizer | None) -> Iterator[Document]:

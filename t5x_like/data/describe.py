@@ -15,6 +15,8 @@ from rich.text import Text
 from t5x_like.config.batch import rows_per_sub_batch
 from t5x_like.config.run import RunConfig
 from t5x_like.data.packing import Packed
+from t5x_like.data.features import Features
+from t5x_like.data.labelled import label_text
 from t5x_like.data.prepare import open_stores
 from t5x_like.data.rows import Example, Kind, examples, runs
 from t5x_like.data.shares import mixture_shares
@@ -97,6 +99,9 @@ def describe_rows(stream: Stream, first_row: int, rows: int, max_tokens: int | N
     for name, count in _divided(stream, rows).items():
         first = stream.first_of(name, first_row)
         features = stream.rows(np.arange(first, first + count), name)
+        if stream.data.labelled is not None:
+            panels += [_labelled(features, row, first + row, stream, max_tokens) for row in range(count)]
+            continue
         where = f"{name} " if len(stream.shapes) > 1 else ""
         for row in range(count):
             found = list(examples({key: values[row] for key, values in features.items()}, stream.data.objectives))
@@ -106,6 +111,20 @@ def describe_rows(stream: Stream, first_row: int, rows: int, max_tokens: int | N
                 parts = _parts(example, stream.store.tokenizer, max_tokens)
                 panels.append(Panel(Group(*parts), title=f"{title}: {objective.name}", title_align="left"))
     return panels
+
+
+def _labelled(features: Features, row: int, number: int, stream: Stream, limit: int | None) -> RenderableType:
+    objective, tokenizer = stream.data.labelled, stream.store.tokenizer
+    assert objective is not None
+    parts = []
+    for name, values in features.items():
+        if name.endswith("_input_tokens"):
+            tokens = np.trim_zeros(values[row], "b")
+            parts.append(_line(name.split("_")[0], tokens, np.zeros(len(tokens), np.bool_), tokenizer, limit))
+    if "labels" in features:
+        said = label_text(features["labels"][row], features["label_weights"][row], stream.data.sources[0].corpus.labels)
+        parts.append(Text.assemble(("label: ", "bold"), (visible(said), _STYLES["scored"])))
+    return Panel(Group(*parts), title=f"{number}: {objective.name}", title_align="left")
 
 
 def _divided(stream: Stream, rows: int) -> dict[str, int]:

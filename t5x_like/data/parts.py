@@ -64,7 +64,7 @@ class Job:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Job:
-        corpus = {**value["corpus"], "files": tuple(value["corpus"]["files"])}
+        corpus = value["corpus"] | {name: tuple(value["corpus"][name]) for name in ("files", "labels")}
         nested = {
             "corpus": CorpusConfig(**corpus),
             "tokenizer": TokenizerConfig(**value["tokenizer"]),

@@ -79,12 +79,12 @@ def _store_path(data: DataConfig, corpus: CorpusConfig, tokenizer_of: Sequence[C
     embedded = any(read.name == "python_docs" for read in (corpus, *tokenizer_of))
     config: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "corpus": dataclasses.asdict(corpus),
+        "corpus": corpus.described(),
         "tokenizer": dataclasses.asdict(data.tokenizer),
         "python": list(sys.version_info[:2]) if embedded else None,
     }
     if tokenizer_of:
-        config["tokenizer_of"] = [dataclasses.asdict(other) for other in tokenizer_of]
+        config["tokenizer_of"] = [other.described() for other in tokenizer_of]
     name = f"{re.sub(r'[^A-Za-z0-9]+', '_', corpus.name)}-{_digest(config)[:12]}"
     root = locations.location(data.store)
     try:

@@ -25,6 +25,7 @@ from t5x_like.config.rates import Phase, pattern, phases, row_tokens, superblock
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import denoise
 from t5x_like.data.features import NO_DENOISER, Features, offsets_in_groups, put_packed, put_rows, stack_lengths
+from t5x_like.data.labelled import LabelledRows
 from t5x_like.data.mixing import Integers, Mixing, PhaseSlots, Places, periods_in
 from t5x_like.data.packing import Packed
 from t5x_like.data.sampling import corpus_rates
@@ -46,18 +47,18 @@ class Source:
 
     Attributes:
       objectives, ids: Its objectives, and their indices in `data.objectives`.
-      reader: Of windows, or of packed documents.
+      reader: Of windows, of packed documents, or of labelled examples.
     """
 
     name: str
     split: Split
     objectives: tuple[Objective, ...]
     ids: tuple[int, ...]
-    reader: Windows | Packed
+    reader: Windows | Packed | LabelledRows
 
     def pattern(self, data: DataConfig, phase: Phase) -> tuple[int, ...]:
-        """Rows of each kind in a superblock. Packed rows are of one kind, and one is a superblock."""
-        if isinstance(self.reader, Packed):
+        """Rows of each kind in a superblock. Rows of whole examples are of one kind, and one is a superblock."""
+        if not isinstance(self.reader, Windows):
             return (1,)
         return pattern(self.objectives, data, phase.objectives)
 
@@ -159,7 +160,7 @@ class Stream:
     def sub_batch_of(self, corpus: str, objective: Objective) -> str:
         """Name of the sub-batch that a corpus's rows of an objective are in."""
         source = next(source for source in self.sources if source.name == corpus)
-        if isinstance(source.reader, Packed) or len(self.shapes) == 1:
+        if not isinstance(source.reader, Windows) or len(self.shapes) == 1:
             return next(iter(self.shapes))
         return sub_batch_of(objective, self.data)
 
@@ -171,7 +172,7 @@ class Stream:
         """Features of rows of a sub-batch by their numbers, from 0 over all epochs; N may be 0."""
         shape, rows = self.shapes[sub_batch], len(index_N)
         spec = sub_batch_spec(self.data, shape, rows)
-        out = {name: np.zeros(array.shape, np.int32) for name, array in spec.items()}
+        out: Features = {name: np.zeros(array.shape, array.dtype) for name, array in spec.items()}
         if shape.packed:
             out["denoiser_ids"][:] = NO_DENOISER
         places = self._mixings[sub_batch].places(index_N)
@@ -181,6 +182,9 @@ class Stream:
             mine = np.flatnonzero(places.corpus_N == index)
             if isinstance(source.reader, Packed) and mine.size:
                 self._put_packed(out, source, source.reader, mine, places.number_N[mine], keys_N[mine])
+            elif isinstance(source.reader, LabelledRows) and mine.size:
+                source.reader.put(out, mine, source.reader.pairs(places.number_N[mine]))
+                out["denoiser_ids"][mine] = source.ids[0]
         return out
 
     def corpora(self, index_N: Integers, sub_batch: str = MAIN) -> Integers:
@@ -227,8 +231,10 @@ class Stream:
         key = rng.fold_in(self._key(_CORPUS), index)
         names = [objective.name for objective in data.objectives]
         ids = tuple(names.index(objective.name) for objective in objectives)
-        reader: Windows | Packed
-        if data.examples_of(share) == "documents":
+        reader: Windows | Packed | LabelledRows
+        if data.labelled is not None:
+            reader = LabelledRows(store, split, data, data.labelled, key)
+        elif data.examples_of(share) == "documents":
             reader = Packed(split, store.parts, data, objectives, key)
         else:
             lengths = tuple(self._row_tokens[number] for number in ids)
@@ -246,7 +252,7 @@ class Stream:
         for index, change in enumerate(changes):
             patterns = [source.pattern(self.data, change) for source in self.sources]
             for corpus, source in enumerate(self.sources):
-                if isinstance(source.reader, Packed):
+                if not isinstance(source.reader, Windows):
                     stretches[corpus] = 0
                 elif patterns[corpus] != known[corpus]:
                     stretches[corpus] = self._begin_stretch(source, source.reader, patterns[corpus], used[corpus])
@@ -279,7 +285,7 @@ class Stream:
         """By corpus and objective: whether its rows are in this sub-batch."""
         return [
             [True]
-            if isinstance(source.reader, Packed)
+            if not isinstance(source.reader, Windows)
             else [
                 len(self.shapes) == 1 or sub_batch_of(objective, self.data) == name for objective in source.objectives
             ]

@@ -18,6 +18,7 @@ from t5x_like.config.corpora import CorpusConfig
 from t5x_like.config.errors import DataError
 from t5x_like.data import units as units_
 from t5x_like.data.documents import Document, Reading
+from t5x_like.data.targets import require_target
 from t5x_like.data.units import Piece, Unit
 
 _WHOLE = -1
@@ -207,7 +208,7 @@ def _json_document(
     if not isinstance(row, dict):
         found = f"a JSON {type(row).__name__}"
         raise DataError(f"{where()}: found {found}, expected an object with the field {config.text_field!r}")
-    text = _string(row, config.text_field, "text-field", where)
+    text = _string(row, config.text_field, "text-field", where, spelled=config.target_kind != "text")
     inputs = None if config.inputs_field is None else _string(row, config.inputs_field, "inputs-field", where)
     try:
         text.encode()
@@ -215,6 +216,7 @@ def _json_document(
     except UnicodeEncodeError as error:  # a lone surrogate, which JSON can spell
         _invalid(where, config, reading, str(error))
         return ()
+    require_target(text, inputs, config, where)
     return (Document(text, inputs=inputs),)
 
 
@@ -226,11 +228,14 @@ def _fast_json(line: bytes) -> Any:
         return None
 
 
-def _string(row: dict[str, Any], field: str, option: str, where: Callable[[], str]) -> str:
+def _string(row: dict[str, Any], field: str, option: str, where: Callable[[], str], *, spelled: bool = False) -> str:
+    """`spelled`: numbers are taken as JSON spells them."""
     if field not in row:
         names = ", ".join(map(repr, row)) or "none"
         raise DataError(f"{where()}: found the fields {names}, expected {field!r}; name it by --data.corpus.{option}")
     value = row[field]
+    if spelled and isinstance(value, int | float):
+        return json.dumps(value)
     if not isinstance(value, str):
         raise DataError(f"{where()}: found {field!r} of type {type(value).__name__}, expected a string")
     return value
@@ -259,6 +264,9 @@ def _parquet(path: Path, config: CorpusConfig) -> Any:
         if names.count(field) > 1:
             raise DataError(f"{path}: found {names.count(field)} columns {field!r}, expected one")
         kind = table.schema_arrow.field(field).type
+        is_number = any(is_of(kind) for is_of in (pyarrow.types.is_integer, pyarrow.types.is_floating))
+        if is_number and field == config.text_field and config.target_kind != "text":
+            continue
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f"{path}: found the column {field!r} of type {kind}, expected strings")
     return table
@@ -287,8 +295,11 @@ def _rows(batch: Any, path: Path, row: int, config: CorpusConfig, reading: Readi
     inputs = None if config.inputs_field is None else batch.column(config.inputs_field)
     for index in range(batch.num_rows):
         try:
-            text = texts[index].as_py() or ""
-            yield Document(text, inputs=None if inputs is None else inputs[index].as_py() or "")
+            value = texts[index].as_py()
+            text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
+            given = None if inputs is None else inputs[index].as_py() or ""
+            require_target(text, given, config, functools.partial(_row, path, row + index + 1))
+            yield Document(text, inputs=given)
         except UnicodeDecodeError as error:
             _invalid(functools.partial(_row, path, row + index + 1), config, reading, str(error))
             yield None

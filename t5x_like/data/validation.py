@@ -15,10 +15,11 @@ import numpy.typing as npt
 from t5x_like.config.batch import MAIN, RowShape, sub_batch_spec
 from t5x_like.config.data import CorpusShare, DataConfig
 from t5x_like.config.lengths import prefix_target_range, raw_window_length
-from t5x_like.config.objectives import WITHOUT_INPUTS, CausalLM, Objective, PrefixLM
+from t5x_like.config.objectives import WITHOUT_INPUTS, CausalLM, Labelled, Objective, PrefixLM
 from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise, split_at
 from t5x_like.data.features import Features, convert, put_rows
+from t5x_like.data.labelled import LabelledRows
 from t5x_like.data.packing import Packed
 from t5x_like.data.store import Split, Store
 
@@ -60,6 +61,9 @@ def objective_batches(
         padding, whose loss weights are 0.
     """
     number = data.objectives.index(objective)
+    if isinstance(objective, Labelled):
+        yield from _labelled_batches(store, data, batch_size, objective, num_batches, split)
+        return
     if data.examples_of(share) == "documents":
         yield from _document_batches(store, data, batch_size, number, num_batches, split)
         return
@@ -88,6 +92,20 @@ def _document_batches(
         for row_n, examples in packed.examples(piece, keys_N, 0, store.vocabulary, traits):
             put_rows(out, row_n, examples, data.layout, shape, objective)
         yield {MAIN: {**out, "denoiser_ids": np.full(batch_size, objective, np.int32)}}
+
+
+def _labelled_batches(
+    store: Store, data: DataConfig, batch_size: int, objective: Labelled, num_batches: int, split: str
+) -> Iterator[Batch]:
+    if not store.split(split).num_documents:
+        return
+    examples = LabelledRows(store, store.split(split), data, objective, rng.fold_in(_ORDER, 0))
+    spec = sub_batch_spec(data, RowShape(data.inputs_length, 0, packed=False), batch_size)
+    for first in range(0, min(examples.num_rows, batch_size * num_batches), batch_size):
+        row_n = np.arange(min(batch_size, examples.num_rows - first))
+        out: Features = {name: np.zeros(array.shape, array.dtype) for name, array in spec.items()}
+        examples.put(out, row_n, examples.pairs(first + row_n))
+        yield {MAIN: out}
 
 
 def prefix_lm_batches(

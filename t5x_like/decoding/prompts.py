@@ -73,6 +73,9 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
     Raises:
       ConfigError: an encoder, which generates nothing, or a mode that the mixture does not have.
     """
+    if data.labelled is not None:
+        found = f"a run that trained a head of kind {data.labelled.kind}"
+        raise ConfigError([Problem("data.mixture", found, "a run that generates text", "`embed` or `eval` read heads")])
     objectives = [objective for objective in data.objectives if not isinstance(objective, MaskedLM)]
     if data.layout == "encoder" or not objectives:
         found = f"layout '{data.layout}', objectives {', '.join(objective.name for objective in data.objectives)}"

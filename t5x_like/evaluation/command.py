@@ -112,6 +112,10 @@ def _write_json(path: Path, document: Any) -> None:
     write_atomically(path, json.dumps(json.loads(dumps(document)), indent=2, ensure_ascii=False) + "\n")
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
 def tables(result: Result) -> list[Table]:
     """The scores for people."""
     objectives = Table(title=f"held-out text, step {result['step']:,}")
@@ -119,7 +123,7 @@ def tables(result: Result) -> list[Table]:
     for name in ("loss", "accuracy", "tokens"):
         objectives.add_column(name, justify="right")
     for name, scores in result["objectives"].items():
-        objectives.add_row(name, f"{scores['loss']:.4f}", f"{scores['accuracy']:.1%}", f"{scores['tokens']:,}")
+        objectives.add_row(name, f"{scores['loss']:.4f}", _percent(scores.get("accuracy")), f"{scores['tokens']:,}")
     own = Table(title="what the model reports of itself")
     for name in ("objective", "metric", "mean"):
         own.add_column(name, justify="right" if name == "mean" else "left")

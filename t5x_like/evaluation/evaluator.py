@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from t5x_like.config.objectives import Labelled
 from t5x_like.data import validation
 from t5x_like.data.store import Split, Store
 from t5x_like.evaluation import baselines
+from t5x_like.evaluation.heads import head_scores
 from t5x_like.monitoring.metrics import Mean, add, value
 from t5x_like.program import Program
 from t5x_like.training.losses import is_of_logits
@@ -34,7 +36,8 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
     Returns:
       step: The step.
       objectives: By name of the mixture's objectives, of several corpora by "corpus/objective", or of the seqio Task:
-        loss (nats per scored token), accuracy, tokens; and what the model itself reports, under its names.
+        loss (nats per scored token), accuracy, tokens; of a head what
+        `heads.head_scores` says, with examples for tokens; and what the model itself reports, under its names.
       prefix_lm: Of windows whose first half is given: loss_per_token (nats), bits_per_byte (the loss of all scored
         tokens over the bytes of their text; EOS between documents is scored and has no bytes), bytes. None for
         encoders, as are the baselines.
@@ -55,6 +58,9 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
             sums = _sums(program, params, batches)
             name = f"{share.name}/{objective.name}" if len(stores) > 1 else objective.name
             objectives[name] = _scores(sums)
+            if isinstance(objective, Labelled):
+                batches = validation.objective_batches(store, data, share, rows, objective, num_batches)
+                objectives[name] |= head_scores(program, params, batches)
     scored = [batch for store in stores for batch in validation.prefix_lm_batches(store, data, rows, num_batches)]
     text = b"".join(batch.text for batch in scored)
     result: dict[str, Any] = {"step": step, "objectives": objectives, "prefix_lm": None, "baselines": None}
@@ -80,7 +86,7 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
 def _scores(sums: Mapping[str, Mean]) -> dict[str, float]:
     return {
         "loss": value(sums["loss"]),
-        "accuracy": value(sums["accuracy"]),
+        **({"accuracy": value(sums["accuracy"])} if sums["accuracy"].weight else {}),
         "tokens": round(sums["loss"].weight),
         **{of: value(mean) for of, mean in sums.items() if not is_of_logits(of)},
     }

@@ -19,6 +19,7 @@ from t5x_like.data.vocabulary import PAD_ID
 from t5x_like.decoding.generate import generate_tokens
 from t5x_like.decoding.prompts import objective_format
 from t5x_like.decoding.sampling import restrict
+from t5x_like.evaluation.heads import head_samples
 from t5x_like.program import Program
 
 Tree = Any
@@ -38,6 +39,8 @@ def decode_samples(program: Program, params: Tree, stores: Sequence[Store], *, c
     if not stores:
         return []  # Read live: there is no tokenizer to spell with.
     data = program.run.data
+    if data.labelled is not None:
+        return head_samples(program, params, stores, count)
     kinds = [
         (share, store, objective)
         for share, store in zip(data.sources, stores, strict=True)

@@ -56,6 +56,8 @@ def write_statistics(run: RunConfig, output: Path, rows: int, first_row: int = 0
     Raises:
       DataError: a store is not prepared, or the page cannot be written.
     """
+    if run.data.labelled is not None:
+        raise DataError("found labelled examples, expected text: the page is about windows, noise and their laws")
     stream = Stream(open_stores(run.data), run.data, run.training.batch_size)
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

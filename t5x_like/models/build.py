@@ -10,6 +10,7 @@ from jax import Array
 
 from t5x_like.config.model import ModelConfig
 from t5x_like.models.electra import Electra
+from t5x_like.models.heads import TaskModel
 from t5x_like.models.model import Model
 
 Params = dict[str, Any]
@@ -37,6 +38,8 @@ def build(config: ModelConfig, key: Array) -> Params:
 
 
 def _make(config: ModelConfig, rngs: nnx.Rngs) -> Model:
+    if config.task_head is not None:
+        return TaskModel(config, rngs)
     return Model(config, rngs) if config.generator is None else Electra(config, rngs)
 
 

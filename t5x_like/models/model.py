@@ -114,9 +114,14 @@ class Model(nnx.Module):
         Raises:
           DataError: a feature that the architecture needs is missing.
         """
+        states, losses = self.states(batch, dropout_rng=dropout_rng)
+        return Output(self._logits(states), losses)
+
+    def states(self, batch: Mapping[str, Array], *, dropout_rng: Array | None = None) -> tuple[Array, dict[str, Loss]]:
+        """What the head reads, [B, T, d], the states of the last stack, and the losses of its layers; see `output`."""
         rngs = (None, None) if dropout_rng is None else jax.random.split(dropout_rng)
         encoder_ids = batch.get("encoder_segment_ids")
-        encoded, losses = None, {}
+        encoded, losses = None, dict[str, Loss]()
         if self.config.encoder is not None:
             encoded, routing = self._encode(
                 feature(batch, "encoder_input_tokens", self.config),
@@ -128,7 +133,7 @@ class Model(nnx.Module):
             losses = _balancing("encoder", self.config.encoder, routing)
         if self.config.decoder is None:
             assert encoded is not None
-            return Output(self._logits(encoded), losses)
+            return encoded, losses
 
         tokens = feature(batch, "decoder_input_tokens", self.config)
         decoder_ids = batch.get("decoder_segment_ids")
@@ -149,12 +154,12 @@ class Model(nnx.Module):
             mask,
             positions=batch.get("decoder_positions"),
             token_types=batch.get("decoder_token_types"),
-            valid=_not_padding(tokens) if decoder_ids is None else decoder_ids != 0,
+            valid=not_padding(tokens) if decoder_ids is None else decoder_ids != 0,
             encoded=encoded,
             cross_mask=cross_mask,
             dropout_rng=rngs[1],
         )
-        return Output(self._logits(states), losses | _balancing("decoder", self.config.decoder, routing))
+        return states, losses | _balancing("decoder", self.config.decoder, routing)
 
     def encode(
         self,
@@ -298,7 +303,7 @@ def _balancing(name: str, stack: StackConfig, routing: Routing | None) -> dict[s
     return {f"load_balancing/{name}": loss}
 
 
-def _not_padding(tokens_BxL: Array) -> Array:
+def not_padding(tokens_BxL: Array) -> Array:
     """A decoder's tokens that are no padding, bool [B, L]; the first may have id 0 and be the start token."""
     return (tokens_BxL != 0) | (jnp.arange(tokens_BxL.shape[1]) == 0)
 

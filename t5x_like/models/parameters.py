@@ -38,6 +38,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def _head(stack: StackConfig, config: ModelConfig) -> int:
+    if config.task_head is not None:
+        biases = (stack.d_model if config.task_head.transform else 0) + config.task_head.outputs
+        return _head_kernels(stack, config) + biases
     width = config.table_width
     total = _head_kernels(stack, config) - (width * config.vocab_size if config.tie_embeddings else 0)
     if config.head_bias:
@@ -49,6 +52,8 @@ def _head(stack: StackConfig, config: ModelConfig) -> int:
 
 def _head_kernels(stack: StackConfig, config: ModelConfig) -> int:
     """Elements of the head's matrices, a tied table among them."""
+    if config.task_head is not None:
+        return stack.d_model * ((stack.d_model if config.task_head.transform else 0) + config.task_head.outputs)
     if not config.head_transform:
         return stack.d_model * config.vocab_size
     return config.table_width * (stack.d_model + config.vocab_size)
@@ -151,6 +156,8 @@ def forward_flops(config: ModelConfig, features: Mapping[str, ArraySpec]) -> int
         shared = dataclasses.replace(config, embedding_width=config.table_width)
         total += rows * _layers_flops(config.generator, shared, length, causal=False)
         head = _head_kernels(config.generator, config) + output.d_model * (output.d_model + 1)
+    if config.task_head is not None and config.task_head.kind != "token_classification":
+        length = 1  # Pooled first.
     return total + 2 * rows * length * head
 
 

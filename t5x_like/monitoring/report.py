@@ -237,6 +237,8 @@ def describe_objective(objective: Mapping[str, Any]) -> str:
         return f"BART, infilling {100 * number(objective.get('infill_rate')):.0f} %"
     if kind == "blank_infilling":
         return f"blank infilling, {100 * number(objective.get('mask_rate')):.0f} %"
+    if kind in ("classification", "token_classification", "regression", "embedding"):
+        return str(kind).replace("_", " ")
     return ""
 
 

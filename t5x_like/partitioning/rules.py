@@ -34,6 +34,7 @@ PARAMETERS: Table = {
     "norm": (),
     "positions": (),
     "relative_buckets": (),
+    "labels": (),
 }
 ACTIVATIONS: Table = {
     "batch": ("data", "fsdp"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from t5x_like.kernels.cross_entropy import cross_entropy
 from t5x_like.monitoring.metrics import Mean, add
-from t5x_like.outputs import Output
+from t5x_like.outputs import Output, Targets
 
 Params = Mapping[str, object]
 SubBatch = Mapping[str, jax.Array]
@@ -26,9 +26,16 @@ def targets_and_weights(batch: SubBatch) -> tuple[jax.Array, jax.Array]:
 
 
 def sub_batch_metrics(
-    logits: jax.Array, batch: SubBatch, *, z_loss: float, label_smoothing: float, denoisers: Sequence[str]
+    logits: jax.Array,
+    batch: SubBatch,
+    *,
+    z_loss: float,
+    label_smoothing: float,
+    denoisers: Sequence[str],
+    of: Targets | None = None,
 ) -> dict[str, Mean]:
-    """Sums over the tokens of a sub-batch, each with the sum of the loss weights.
+    """Sums over the tokens of a sub-batch, each with the sum of the loss weights. The targets are `of`, or the
+    batch's.
 
     Returns:
       loss: cross-entropy, without the z term.
@@ -37,7 +44,7 @@ def sub_batch_metrics(
       loss/<denoiser>: `loss` of the cells whose `denoiser_ids` are that name's index in `denoisers`; weight 0 without
         `denoiser_ids`. They are [rows], or [rows, length] where a row is packed from examples of several denoisers.
     """
-    targets, weights = targets_and_weights(batch)
+    targets, weights = of or targets_and_weights(batch)
     loss, z_term = cross_entropy(logits, targets, z_loss=z_loss, label_smoothing=label_smoothing)
     weight = jnp.sum(weights)
     metrics = {
@@ -89,16 +96,28 @@ def batch_metrics(
         key = None if rng is None else jax.random.fold_in(rng, index)
         found = apply(params, batch[name], key)
         output = found if isinstance(found, Output) else Output(found)
-        losses = {of: Mean(loss.sum, loss.weight) for of, loss in output.losses.items()}
-        of_logits = sub_batch_metrics(
-            output.logits, batch[name], z_loss=z_loss, label_smoothing=label_smoothing, denoisers=denoisers
-        )
+        own = dict(output.losses)
+        if output.logits is None:
+            loss = own.pop("loss")
+            mean = Mean(loss.sum, loss.weight)
+            of_logits = {"loss": mean, "z_loss": Mean(jnp.zeros(()), loss.weight)}
+            of_logits |= {f"loss/{only}": mean for only in denoisers}
+        else:
+            of_logits = sub_batch_metrics(
+                output.logits,
+                batch[name],
+                z_loss=z_loss,
+                label_smoothing=label_smoothing,
+                denoisers=denoisers,
+                of=output.targets,
+            )
+        losses = {of: Mean(loss.sum, loss.weight) for of, loss in own.items()}
         parts = (of_logits, losses, output.metrics)
         if len(set().union(*parts)) < sum(map(len, parts)):
             raise ValueError(f"a loss or metric of the model has a name that is taken: {[sorted(x) for x in parts]}")
         for part in parts:
             metrics = add(metrics, part)
-        coefficients |= {of: loss.coefficient for of, loss in output.losses.items()}
+        coefficients |= {of: loss.coefficient for of, loss in own.items()}
     return metrics, coefficients
 
 
