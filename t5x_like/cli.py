@@ -138,6 +138,23 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
     return EXIT_OK
 
 
+def _embed(options: argparse.Namespace, _: list[str]) -> int:
+    _simulate_devices(options.devices)
+    from t5x_like.embedding.command import embed_command
+
+    return embed_command(
+        options.directory,
+        options.input,
+        options.output,
+        field=options.field,
+        pooling=options.pooling,
+        normalize={None: None, "yes": True, "no": False}[options.normalize],
+        bidirectional={None: None, "bidirectional": True, "causal": False}[options.attention],
+        max_length=options.max_length,
+        step=options.step,
+    )
+
+
 def _simulate_devices(number: int | None) -> None:
     """A mesh of CPU devices in this process, which must be asked for before jax looks for devices."""
     if number is not None:
@@ -260,6 +277,23 @@ def _parser() -> argparse.ArgumentParser:
         "--num-samples", type=_positive, default=1, metavar="N", help="answers per prompt (default: 1)"
     )
     generate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+
+    embed = _command(commands, "embed", _embed, "turn the texts of a JSONL file into vectors")
+    _devices_option(embed)
+    embed.add_argument("directory", type=Path, metavar="DIR", help="of a run, or what `convert --from` wrote")
+    embed.add_argument("--input", type=Path, required=True, metavar="FILE", help='JSON lines {"text": ...}')
+    embed.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help=".npy or .parquet, rows in the order of the texts"
+    )
+    embed.add_argument("--field", default="text", metavar="NAME", help="that holds the text (default: text)")
+    embed.add_argument("--pooling", choices=("cls", "mean", "last"), help="(default: the model's own, or mean)")
+    embed.add_argument("--normalize", choices=("yes", "no"), help="to length 1 (default: as the model says, or no)")
+    embed.add_argument(
+        "--attention", choices=("causal", "bidirectional"), help="of a decoder (default: as it was trained, or causal)"
+    )
+    embed.add_argument("--max-length", type=_positive, metavar="N", help="tokens of a text; longer ones are cut")
+    embed.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    embed.set_defaults(overrides=False)
 
     convert = _command(
         commands, "convert", _convert, "turn a Hugging Face or T5X model into a checkpoint, or one into that"

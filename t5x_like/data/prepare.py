@@ -366,7 +366,8 @@ def _summarise(store: Store, seconds: float, report: Report) -> None:
 
 
 def _training_texts(corpus: CorpusConfig) -> Iterator[str]:
-    return (document.text for document in corpora.read(corpus, Reading()) if document.split == "train")
+    documents = corpora.read(corpus, Reading())
+    return (text for document in documents if document.split == "train" for text in document.texts)
 
 
 def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "models", "training", "checkpoints"),
     ("program", "inspection"),
     ("decoding", "interop", "planning"),
-    ("evaluation",),
+    ("evaluation", "embedding"),
     ("overview",),
     ("session",),
     ("trainer",),

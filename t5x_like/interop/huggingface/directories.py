@@ -50,6 +50,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+"""What sentence-transformers keeps beside an encoder: how its states become one vector."""
 SHARD_BYTES = 5_000_000_000
 _DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
 
@@ -109,8 +111,9 @@ def import_directory(
     with imported.made_whole(out) as partial:
         kept = partial / KEPT
         kept.mkdir()
-        for name in ("config.json", *TOKENIZER_FILES):
+        for name in ("config.json", *TOKENIZER_FILES, *SENTENCE_FILES):
             if (directory / name).is_file():
+                (kept / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(directory / name, kept / name)
         if described.left_out:
             write(kept / LEFT_OUT, [_copied(source.weights, name) for name in described.left_out], {"format": "pt"})
@@ -153,8 +156,9 @@ def export_directory(
             if (kept / LEFT_OUT).is_file():
                 file = TensorFile(kept / LEFT_OUT)
                 left_out = [_copied(file, name) for name in file.tensors]
-            for name in TOKENIZER_FILES:
+            for name in (*TOKENIZER_FILES, *SENTENCE_FILES):
                 if (kept / name).is_file():
+                    (partial / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(kept / name, partial / name)
         else:
             for line in _write_run_tokenizer(partial, directory):
