@@ -14,9 +14,9 @@ from rich.text import Text
 
 from t5x_like.config.batch import rows_per_sub_batch
 from t5x_like.config.run import RunConfig
-from t5x_like.data.packing import Packed
 from t5x_like.data.features import Features
 from t5x_like.data.labelled import label_text
+from t5x_like.data.packing import Packed
 from t5x_like.data.prepare import open_stores
 from t5x_like.data.rows import Example, Kind, examples, runs
 from t5x_like.data.shares import mixture_shares
