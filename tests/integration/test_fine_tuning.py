@@ -44,7 +44,7 @@ from t5x_like.trainer import train
 
 PACKAGES = {module.__name__: module for module in (asyncio, email, logging, multiprocessing, unittest)}
 LABELS = tuple(PACKAGES)
-STEPS = {"head": 120, "text": 400}
+STEPS = {"head": 120, "text": 200}
 
 
 def docstrings_of(module) -> list[str]:
