@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,59 +161,6 @@ def write(path: Path, tensors: Iterable[Pending], metadata: Mapping[str, str]) -
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-class Weights(Mapping[str, Stored]):
-    """The tensors of a directory by name, in one file or in several with an index."""
-
-    def __init__(self, directory: Path):
-        """Raises DataError where there are none, or the index and the files do not agree."""
-        self.directory = directory
-        if (directory / INDEX).is_file():
-            files = _indexed(directory / INDEX)
-        elif (directory / SINGLE).is_file():
-            whole = TensorFile(directory / SINGLE)
-            files = dict.fromkeys(whole.tensors, whole)
-        else:
-            also = " (pytorch_model.bin executes code when it is read: save it as safetensors first)"
-            raise DataError(
-                f"{directory}: neither {SINGLE} nor {INDEX}{also if (directory / 'pytorch_model.bin').exists() else ''}"
-            )
-        self._files = files
-
-    def __getitem__(self, name: str) -> Stored:
-        return self._files[name].tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, name: str) -> npt.NDArray[Any]:
-        return self._files[name].read(name)
-
-
-def _indexed(path: Path) -> dict[str, TensorFile]:
-    try:
-        mapping = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(mapping.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{path}: expected a JSON object with weight_map, found {type(error).__name__}: {error}"
-        ) from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise DataError(f"{path}: names the file {name!r}, expected a plain name that ends in .safetensors")
-    files = {name: TensorFile(path.parent / name) for name in names}
-    for tensor, name in mapping.items():
-        if tensor not in files[name].tensors:
-            raise DataError(f"{path}: tensor {tensor!r} is not in {name}, where the index has it")
-    for name, file in files.items():
-        unlisted = sorted(tensor for tensor in file.tensors if mapping.get(tensor) != name)
-        if unlisted:
-            raise DataError(f"{path}: {name} holds {unlisted[0]!r}, which the index has not there")
-    return {tensor: files[name] for tensor, name in mapping.items()}
 
 
 def write_sharded(directory: Path, tensors: Iterable[Pending], *, max_bytes: int) -> None:

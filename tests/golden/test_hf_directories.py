@@ -7,7 +7,7 @@ import pytest
 from t5x_like.interop.huggingface.convert import pending
 from t5x_like.interop.huggingface.directories import export_directory, import_directory, open_directory
 from t5x_like.interop.huggingface.families import FAMILIES as FAMILIES_OF_FILES
-from t5x_like.interop.safetensors import Weights
+from t5x_like.interop.weights import Weights
 from t5x_like.models.build import abstract, merge
 from t5x_like.models.experts import Routing, load_balancing_loss
 

@@ -14,7 +14,8 @@ from t5x_like.config import EXIT_OK, EXIT_REFUSED, EXIT_USAGE, DataError, ModelC
 from t5x_like.interop.huggingface import convert, families
 from t5x_like.interop.huggingface.directories import import_directory, open_directory, write_directory
 from t5x_like.interop.huggingface.names import tensors
-from t5x_like.interop.safetensors import SINGLE, Pending, Weights, write
+from t5x_like.interop.safetensors import SINGLE, Pending, write
+from t5x_like.interop.weights import Weights
 from t5x_like.models import presets
 from t5x_like.models.build import abstract
 

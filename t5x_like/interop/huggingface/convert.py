@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from t5x_like.config.errors import DataError
 from t5x_like.interop.huggingface.names import Rule, Shape, Tensor, stored_shape, tensors
-from t5x_like.interop.safetensors import Pending, Weights
+from t5x_like.interop.safetensors import Pending
+from t5x_like.interop.weights import Weights
 
 Tree = Any
 Array = npt.NDArray[Any]

@@ -31,7 +31,8 @@ from t5x_like.interop.huggingface import convert, families
 from t5x_like.interop.huggingface.fields import Fields
 from t5x_like.interop.huggingface.names import tensors
 from t5x_like.interop.huggingface.tokenizer import write_tokenizer
-from t5x_like.interop.safetensors import Pending, TensorFile, Weights, write, write_sharded
+from t5x_like.interop.safetensors import Pending, TensorFile, write, write_sharded
+from t5x_like.interop.weights import Weights
 from t5x_like.models.build import abstract
 
 Tree = Any

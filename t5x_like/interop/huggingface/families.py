@@ -14,7 +14,7 @@ from t5x_like.interop.huggingface import names, settings
 from t5x_like.interop.huggingface.fields import Fields
 from t5x_like.interop.huggingface.names import Rule
 from t5x_like.interop.huggingface.settings import Present, Values
-from t5x_like.interop.safetensors import Weights
+from t5x_like.interop.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True)
