@@ -131,6 +131,10 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
     elif options.from_format:
         scale = {None: None, "yes": True, "no": False}[options.scale_logits]
         directories.import_directory(options.source, options.out, scale_logits=scale)
+    elif options.merge:
+        from t5x_like.interop.merging import merge_directory
+
+        merge_directory(options.source, options.out, step=options.step)
     else:
         directories.export_directory(
             options.source, options.out, family=options.family, dtype=options.dtype, step=options.step
@@ -304,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="from_format", choices=("hf", "t5x"), help="SOURCE is a Hugging Face directory or T5X checkpoint"
     )
     direction.add_argument("--to", dest="to_format", choices=("hf",), help="OUT becomes a Hugging Face directory")
+    direction.add_argument("--merge", action="store_true", help="OUT becomes the run SOURCE without its adapters apart")
     convert.add_argument("source", type=Path, metavar="SOURCE", help="with --to: a run, or what --from wrote")
     convert.add_argument("out", type=Path, metavar="OUT", help="a directory that is not there yet")
     convert.add_argument(
@@ -323,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="with --to: of the tensors (default: float32)",
     )
-    convert.add_argument("--step", type=int, metavar="N", help="with --to: checkpoint (default: the newest)")
+    convert.add_argument("--step", type=int, metavar="N", help="with --to, --merge: checkpoint (default: the newest)")
     convert.add_argument(
         "--scale-logits",
         choices=("yes", "no"),

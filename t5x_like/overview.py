@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from t5x_like.bases import Base
 from t5x_like.config import RunConfig, batch_spec
 from t5x_like.data.batches import Source
 from t5x_like.models.parameters import count_parameters, forward_flops
@@ -75,7 +76,15 @@ def _matrix_product_rate(size: int = 1024, repeats: int = 8) -> float:
     return 2.0 * size**3 / min(seconds)
 
 
-def show(program: Program, source: Source, workdir: Path, step: int, first_row: int, console: Console) -> None:
+def show(
+    program: Program,
+    source: Source,
+    workdir: Path,
+    step: int,
+    first_row: int,
+    console: Console,
+    base: Base | None = None,
+) -> None:
     """Prints the tables at the start of a run, and the first rows that it will train on as text."""
     run = program.run
     total = run.training.num_train_steps
@@ -96,6 +105,15 @@ def show(program: Program, source: Source, workdir: Path, step: int, first_row: 
         versions=versions(),
     )
     print_summary(summary, console)
+    if base is not None and program.adaptation is not None:
+        adapters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_params))
+        console.print(
+            f"adapters of rank {program.adaptation.rank} on {len(program.adaptation.kernels)} kernels: {adapters:,} "
+            f"parameters are trained, those above are frozen. Base: {base.record['path']}, step {base.record['step']}, "
+            f"fingerprint {base.record['fingerprint']}"
+        )
+        for line in base.differences:
+            console.print(f"the model is not the base's: {line}")
     last_row = first_row + (total - step) * run.training.batch_size
     if epochs := source.epochs(last_row):
         passes = ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items())
@@ -119,7 +137,7 @@ def _memory(program: Program) -> Mapping[str, int]:
         leaves = jax.tree.leaves(tree)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
-    params = per_device(program.abstract_params)
+    trained = per_device(program.abstract_params)
     run = program.run
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"] * program.mesh.shape["tensor"]
     targets = [
@@ -130,8 +148,8 @@ def _memory(program: Program) -> Mapping[str, int]:
     ]
     logits = 2 * 4 * sum(targets) * run.model.vocab_size // (ways * run.training.gradient_accumulation_steps)
     return {
-        "parameters": params,
+        "parameters": trained + per_device(program.abstract_base),
         "optimizer state": per_device(program.abstract_state["opt_state"]),
-        "gradients": params,
+        "gradients": trained,
         "logits": logits,
     }

@@ -13,6 +13,7 @@ import optax
 
 from t5x_like.config import BatchSpec, ConfigError, RunConfig, batch_spec, evaluation_spec
 from t5x_like.models.build import ModelSpec, abstract, build, merge
+from t5x_like.models.lora import Adaptation, adapt
 from t5x_like.models.model import Model
 from t5x_like.monitoring.metrics import Mean
 from t5x_like.outputs import Output
@@ -38,6 +39,9 @@ class Program:
     Attributes:
       abstract_state: The training state {params, opt_state, step, rng} as `jax.ShapeDtypeStruct`s with shardings:
         what a checkpoint is restored into.
+      adaptation: Of a run that trains adapters, else None. Its "params" are the adapters, and the state that it trains
+        has the frozen parameters beside them, under "base".
+      abstract_base: The frozen parameters, as `jax.ShapeDtypeStruct`s with shardings; None without adapters.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch) -> metrics, jitted, for batches of the shape of `evaluation_spec`.
     """
@@ -50,6 +54,8 @@ class Program:
     batch_spec: BatchSpec
     abstract_state: Tree
     logical_axes: Tree
+    adaptation: Adaptation | None
+    abstract_base: Tree | None
     train_step: Callable[[Tree, Batch], tuple[Tree, dict[str, Mean]]]
     eval_step: Callable[[Tree, Batch], dict[str, Mean]]
 
@@ -58,8 +64,18 @@ class Program:
         return self.abstract_state["params"]
 
     def init(self) -> Tree:
-        """A fresh training state, made where it will live: no host holds the whole of it."""
+        """A fresh training state, but for a base, made where it will live: no host holds the whole of it."""
         return init_program_state(self)
+
+    def model_params(self, state: Tree) -> Tree:
+        """What `model` and `eval_step` take, out of a state that is trained."""
+        if self.adaptation is None:
+            return state["params"]
+        return self.adaptation.joined(state["base"], state["params"])
+
+    def saved(self, state: Tree) -> Tree:
+        """What of a state that is trained belongs into a checkpoint: all but the base."""
+        return {name: part for name, part in state.items() if name != "base"}
 
     def model(self, params: Tree) -> Model:
         """The model with these parameters; call it within `activations()`."""
@@ -91,22 +107,41 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
     if problems:
         raise ConfigError(problems)
     schedule = make_schedule(run.training)
-    optimizer = make_optimizer(run.training, spec.logical_axes)
+    adaptation = None if run.training.lora is None else adapt(run.training.lora, run.model)
+    trained, trained_axes = (
+        (spec.params, spec.logical_axes) if adaptation is None else (adaptation.shapes, adaptation.logical_axes)
+    )
+    optimizer = make_optimizer(run.training, trained_axes)
 
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, run.training.seed), spec.params)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, run.training.seed), trained)
     axes = {
-        "params": spec.logical_axes,
-        "opt_state": state_logical_axes(state["opt_state"], spec.params, spec.logical_axes),
+        "params": trained_axes,
+        "opt_state": state_logical_axes(state["opt_state"], trained, trained_axes),
         "step": (),
         "rng": (None,),
     }
     shardings = tree_shardings(mesh, rules, axes, state)
-    abstract_state = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
-    )
+    abstract_state = _placed(state, shardings)
+    abstract_base = None
+    carried = shardings
+    if adaptation is not None:
+        carried = shardings | {"base": tree_shardings(mesh, rules, spec.logical_axes, spec.params)}
+        abstract_base = _placed(spec.params, carried["base"])
 
     def apply(params: Tree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> Output:
         return merge(spec.graphdef, params).output(batch, dropout_rng=dropout_rng)
+
+    def train(state: Tree, batch: Batch) -> tuple[Tree, dict[str, Mean]]:
+        if adaptation is None:
+            return make_train_step(run, apply, optimizer, schedule)(state, batch)
+
+        def adapted(adapters: Tree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> Output:
+            return apply(adaptation.joined(base, adapters), batch, dropout_rng)
+
+        rest = dict(state)
+        base = rest.pop("base")
+        rest, metrics = make_train_step(run, adapted, optimizer, schedule)(rest, batch)
+        return rest | {"base": base}, metrics
 
     def constrained(step: Callable[..., Any]) -> Callable[..., Any]:
         """The step, traced with its activations constrained to the mesh."""
@@ -114,14 +149,33 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
 
     inputs = batch_shardings(mesh, rules, shape)
     train_step = jax.jit(
-        constrained(make_train_step(run, apply, optimizer, schedule)),
-        in_shardings=(shardings, inputs),
-        out_shardings=(shardings, None),
+        constrained(train),
+        in_shardings=(carried, inputs),
+        out_shardings=(carried, None),
         donate_argnums=0,
     )
     held_out = batch_shardings(mesh, rules, evaluation_spec(run))
-    eval_step = jax.jit(constrained(make_eval_step(run, apply)), in_shardings=(shardings["params"], held_out))
-    return Program(run, mesh, rules, spec, optimizer, shape, abstract_state, axes, train_step, eval_step)
+    # With adapters, parameters may come merged or not: they are taken as they lie.
+    of_params = shardings["params"] if adaptation is None else None
+    eval_step = jax.jit(constrained(make_eval_step(run, apply)), in_shardings=(of_params, held_out))
+    return Program(
+        run=run,
+        mesh=mesh,
+        rules=rules,
+        spec=spec,
+        optimizer=optimizer,
+        batch_spec=shape,
+        abstract_state=abstract_state,
+        logical_axes=axes,
+        adaptation=adaptation,
+        abstract_base=abstract_base,
+        train_step=train_step,
+        eval_step=eval_step,
+    )
+
+
+def _placed(tree: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
 def init_program_state(program: Program) -> Tree:
@@ -129,7 +183,8 @@ def init_program_state(program: Program) -> Tree:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
 
     def make() -> Tree:
-        params = build(run.model, jax.random.key(run.training.seed))
+        key = jax.random.key(run.training.seed)
+        params = build(run.model, key) if program.adaptation is None else program.adaptation.init(key)
         return init_state(params, program.optimizer, run.training.seed)
 
     return jax.jit(make, out_shardings=shardings)()

@@ -19,8 +19,18 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 EXIT = "exit.json"
 
-FREE_TO_CHANGE = ("checkpoints.", "evaluation.", "monitoring.", "data.prefetch", "data.store", "partitioning.", "name")
-"""Fields that do not decide what is computed (a changed mesh restores the same state): a run may resume with others."""
+FREE_TO_CHANGE = (
+    "checkpoints.",
+    "evaluation.",
+    "monitoring.",
+    "data.prefetch",
+    "data.store",
+    "partitioning.",
+    "training.lora.base",
+    "name",
+)
+"""Fields that do not decide what is computed (a changed mesh restores the same state, a base is known by its numbers):
+a run may resume with others."""
 
 
 MAY_BE_ALLOWED = "training."

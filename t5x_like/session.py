@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax
 from rich.console import Console
 
 from t5x_like import overview, run_directory
+from t5x_like.bases import RECORD, Base, open_base
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.checkpoints.space import require_free_space, state_bytes
 from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
@@ -56,6 +57,8 @@ class Session:
     peak: Peak | None
     state: Any
     step: int
+    base: Mapping[str, Any] | None
+    """What checkpoints say of the frozen parameters that their adapters belong to; None without adapters."""
     interval: dict[str, Mean]
     """Sums, on the host, over the steps of the current interval of the log. Saved, so that a resumed run logs what an
     undisturbed one would have logged."""
@@ -109,7 +112,10 @@ class Session:
                 "mesh": dict(self.program.mesh.shape),
                 "versions": overview.versions(),
             }
-            if self.checkpoints.save(self.step, self.state, meta, self.batches.state_files()):
+            if self.base is not None:
+                meta[RECORD] = dict(self.base)
+            state = self.program.saved(self.state)
+            if self.checkpoints.save(self.step, state, meta, self.batches.state_files()):
                 self.progress.status(f"saving step {self.step}")
 
     def evaluate(self) -> None:
@@ -120,7 +126,9 @@ class Session:
         self._collect()
         with self.clock.state("eval"):
             with self._written():
-                evaluate_and_record(self.program, self.state["params"], self.source.stores, self.workdir, self.step)
+                evaluate_and_record(
+                    self.program, self.program.model_params(self.state), self.source.stores, self.workdir, self.step
+                )
         self.evaluated = self.step
         self.progress.status(f"evaluated step {self.step}")
 
@@ -214,19 +222,22 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
         stack.callback(checkpoints.close)
         restored = checkpoints.latest() is not None
         step, first_row, state, interval, files = 0, 0, None, {}, {}
-        of_data = None
+        of_data, of_base = None, None
         if restored:
             step, state, meta = checkpoints.restore(program.abstract_state)
             of_data, files = meta["data"], checkpoints.read_files(step)
-            first_row = of_data["rows"]
+            first_row, of_base = of_data["rows"], meta.get(RECORD)
             interval = {name: Mean(*pair) for name, pair in meta["interval"].items()}
             clock.go_on(meta["seconds"])
         else:
             state = initial_state(program, lambda line: console.out(line, highlight=False))
+        base = _open_base(program, of_base)
+        if base is not None:
+            state = state | {"base": base.params}
         restored_step = step if restored else None
         batches = source.start(first_row, of_data, files)
         stack.callback(batches.close)
-        overview.show(program, source, workdir, step, first_row, console)
+        overview.show(program, source, workdir, step, first_row, console, base)
         progress = Progress(run.training.num_train_steps, console=console, step=step)
         stack.callback(progress.close)
         writers = _open_writers(run, workdir, restored_step, progress)
@@ -250,9 +261,15 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
             peak=overview.peak(program),
             state=state,
             step=step,
+            base=None if base is None else base.record,
             interval=interval,
             evaluated=step if is_evaluated(workdir, step) else None,
         )
+
+
+def _open_base(program: Program, recorded: Mapping[str, Any] | None) -> Base | None:
+    lora = program.run.training.lora
+    return None if lora is None else open_base(lora, program.run.model, program.abstract_base, recorded)
 
 
 def _open_writers(run: RunConfig, workdir: Path, restored_step: int | None, progress: Progress) -> Writers:

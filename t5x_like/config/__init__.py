@@ -39,7 +39,7 @@ from t5x_like.config.run import (
     RunConfig,
 )
 from t5x_like.config.seqio import SeqioConfig
-from t5x_like.config.training import Adafactor, AdamW, Freeze, Schedule, TrainingConfig
+from t5x_like.config.training import Adafactor, AdamW, Freeze, LoraConfig, Schedule, TrainingConfig
 
 __all__ = [
     "SamplingConfig",
@@ -68,6 +68,7 @@ __all__ = [
     "Freeze",
     "InitializeFrom",
     "Labelled",
+    "LoraConfig",
     "MaskedLM",
     "ModelConfig",
     "MonitoringConfig",

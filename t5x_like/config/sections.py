@@ -383,6 +383,13 @@ def training_problems(training: TrainingConfig) -> Problems:
     yield from within(f"{where}.z_loss", training.z_loss, 0, 1)
     yield from within(f"{where}.label_smoothing", training.label_smoothing, 0, 1, ends="[)")
     yield from _freeze(f"{where}.freeze", training.freeze)
+    if training.lora is not None:
+        yield from at_least(f"{where}.lora.rank", training.lora.rank, 1)
+        yield from above(f"{where}.lora.alpha", training.lora.alpha, 0)
+        if not training.lora.paths:
+            yield Problem(f"{where}.lora.paths", "none", "at least one regular expression for paths of kernels")
+        if not training.lora.base:
+            yield Problem(f"{where}.lora.base", "nothing", "the directory of a run or of an imported model")
     yield from within(f"{where}.seed", training.seed, 0, 2**32 - 1)
 
 

@@ -76,6 +76,22 @@ class Freeze:
 
 
 @configuration
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): kernels W + (alpha / rank) A B, of which only A and B are trained.
+
+    Checkpoints hold the adapters and the optimizer's state of them. The base is known by its numbers, not by its place.
+    """
+
+    base: str
+    """Directory of the parameters W: a run, or what `t5x-like convert` wrote."""
+    rank: int = 8
+    alpha: float = 16.0
+    paths: tuple[str, ...] = (r".*attention/(query|value)/kernel",)
+    """Regular expressions for whole paths of kernels, as in `decoder/layers/mlp/wo/kernel`. All layers of a stack are
+    one kernel, and so are all experts."""
+
+
+@configuration
 class TrainingConfig:
     num_train_steps: int
     batch_size: int
@@ -91,5 +107,7 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     freeze: tuple[Freeze, ...] = ()
     """What does not train. Where several entries name a parameter, the first counts."""
+    lora: LoraConfig | None = None
+    """Train adapters beside a frozen base instead of all parameters."""
     seed: int = 0
     """Of the parameters' initial values and of dropout."""

@@ -73,6 +73,9 @@ def validate(run: RunConfig) -> list[Problem]:
     problems += training_problems(run.training)
     if run.initialize_from is not None:
         problems += initialize_problems(run.initialize_from)
+        if run.training.lora is not None:
+            expected = "one of the two: with adapters all other parameters are those of training.lora.base"
+            problems.append(Problem("initialize_from", "beside training.lora", expected))
     problems += partitioning_problems(run.partitioning)
     problems += checkpoints_problems(run.checkpoints)
     problems += evaluation_problems(run.evaluation)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from t5x_like import run_directory
+from t5x_like.bases import restore_merged
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import RefusedError, RunConfig
 from t5x_like.data.prepare import open_stores
@@ -38,12 +39,14 @@ class Trained:
         return self.stores[0]
 
     def params(self, step: int | None = None) -> tuple[int, Any]:
-        """A checkpoint's step and parameters, each placed where the program wants it; None takes the newest.
+        """A checkpoint's step and parameters, each placed where the program wants it; None takes the newest. Adapters
+        come merged with their base.
 
         Raises:
-          RefusedError: there is no such checkpoint or it is not intact, or it was trained on other data.
+          RefusedError: there is no such checkpoint or it is not intact, or it was trained on other data, or its
+            adapters belong to another base.
         """
-        step, params, meta = self.checkpoints.restore_params(self.program.abstract_params, step)
+        step, params, meta = self._restore(step)
         if not self.stores:
             return step, params
         trained_on = meta["data"]["fingerprint"]
@@ -55,6 +58,20 @@ class Trained:
                 "run back."
             )
         return step, params
+
+    def _restore(self, step: int | None) -> tuple[int, Any, dict[str, Any]]:
+        program, lora = self.program, self.run.training.lora
+        if lora is None or program.adaptation is None:
+            return self.checkpoints.restore_params(program.abstract_params, step)
+        return restore_merged(
+            self.checkpoints,
+            lora,
+            self.run.model,
+            program.adaptation,
+            program.abstract_params,
+            program.abstract_base,
+            step,
+        )
 
 
 def open_trained(run_dir: Path) -> Trained:

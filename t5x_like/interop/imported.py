@@ -33,17 +33,22 @@ def save(partial: Path, model: ModelConfig, family: str | None, state: Mapping[s
       family: The `model_type` of Hugging Face's that it is written back as; None: the plainest that fits.
       state: {"params"} and perhaps {"opt_state"}.
     """
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "family": family,
-        "model": json.loads(json.dumps(dataclasses.asdict(model))),
-    }
-    (partial / MODEL).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    describe(partial, model, family)
     checkpoints = CheckpointManager(partial / run_directory.CHECKPOINTS, CheckpointConfig())
     try:
         checkpoints.save(0, state, {"family": family})
     finally:
         checkpoints.close()
+
+
+def describe(directory: Path, model: ModelConfig, family: str | None) -> None:
+    """Writes model.json; see `save`."""
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "family": family,
+        "model": json.loads(json.dumps(dataclasses.asdict(model))),
+    }
+    (directory / MODEL).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def read_model(directory: Path) -> tuple[ModelConfig, str | None]:

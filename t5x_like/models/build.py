@@ -10,7 +10,9 @@ from jax import Array
 
 from t5x_like.config.model import ModelConfig
 from t5x_like.models.electra import Electra
+from t5x_like.models.experts import Experts
 from t5x_like.models.heads import TaskModel
+from t5x_like.models.layers import Dense
 from t5x_like.models.model import Model
 
 Params = dict[str, Any]
@@ -32,6 +34,22 @@ class ModelSpec:
     logical_axes: Params
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A matrix, or one for each layer and expert.
+
+    Attributes:
+      shape, axes: Of the parameter: stacked dimensions, then inputs, then outputs.
+      stacked: How many dimensions are layers and experts.
+      split: The first dimension that is an output.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    stacked: int
+    split: int
+
+
 def build(config: ModelConfig, key: Array) -> Params:
     """Fresh float32 parameters. Under `jax.jit` with shardings no device holds all of them."""
     return nnx.to_pure_dict(nnx.state(_make(config, nnx.Rngs(params=key)), nnx.Param))
@@ -51,6 +69,19 @@ def abstract(config: ModelConfig) -> ModelSpec:
     leaves = nnx.to_flat_state(state)
     axes = {path: _logical_axes(path, variable) for path, variable in leaves}
     return ModelSpec(graphdef, params, _nest(axes))
+
+
+def kernels(config: ModelConfig) -> dict[str, Kernel]:
+    """The kernels of a model by their parameter's path, in its order."""
+    found = {}
+    for path, node in nnx.iter_graph(nnx.eval_shape(lambda: _make(config, nnx.Rngs(params=0)))):
+        if isinstance(node, Dense | Experts):
+            axes = _logical_axes(path, node.kernel)
+            stacked = sum(name in ("layers", "experts") for name in axes)
+            inputs = node.contracted if isinstance(node, Dense) else 1
+            shape = tuple(node.kernel.shape)
+            found["/".join(map(str, (*path, "kernel")))] = Kernel(shape, axes, stacked, stacked + inputs)
+    return dict(sorted(found.items()))
 
 
 def _logical_axes(path: tuple[Any, ...], variable: nnx.Variable) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ PARAMETERS: Table = {
     "positions": (),
     "relative_buckets": (),
     "labels": (),
+    "lora_rank": (),
 }
 ACTIVATIONS: Table = {
     "batch": ("data", "fsdp"),

@@ -19,9 +19,9 @@ MINIMAL_SCALE = 1e-3
 
 
 def is_decayed(path: Any, axes: LogicalAxes) -> bool:
-    """Whether weight decay applies: kernels and tables, but not norms, biases and relative-position tables."""
+    """Whether weight decay applies: kernels, adapters and tables, but not norms, biases, relative-position tables."""
     name = jax.tree_util.keystr(path[-1:], simple=True)
-    return name in ("kernel", "embedding") and "relative_buckets" not in axes
+    return name in ("kernel", "embedding", "lora_a", "lora_b") and "relative_buckets" not in axes
 
 
 def adamw(config: AdamW, logical_axes: Tree) -> optax.GradientTransformationExtraArgs:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from programs import ARCHITECTURES, ROWS, batch_for, run_for
 
-from t5x_like.config import Adafactor, PartitioningConfig, RunConfig
+from t5x_like.config import Adafactor, LoraConfig, PartitioningConfig, RunConfig
 from t5x_like.config.batch import ArraySpec
 from t5x_like.monitoring.metrics import value
 from t5x_like.partitioning.mesh import make_mesh
@@ -208,3 +208,31 @@ def test_the_complaint_that_these_tests_look_for_is_made_and_seen(capfd: pytest.
     x = jax.ShapeDtypeStruct((16, 16, 64), jnp.float32, sharding=columns)
     jax.jit(lambda x: jax.lax.with_sharding_constraint(2 * x, rows)).lower(x).compile()
     assert COMPLAINT in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "experts"])
+def test_adapters_are_split_as_their_kernels_and_learn_the_same_on_every_mesh(architecture: str) -> None:
+    lora = LoraConfig(base="base", rank=3, paths=(".*/layers/.*kernel",))
+    mesh = PartitioningConfig(fsdp=4, expert=2) if architecture == "experts" else PartitioningConfig(fsdp=4, tensor=2)
+    base = start(architecture)["params"]
+    found = []
+    for partitioning in (ONE_DEVICE, mesh):
+        program = assembled(run_for(architecture, partitioning, lora=lora))
+        state = jax.tree.map(np.asarray, assembled(run_for(architecture, ONE_DEVICE, lora=lora)).init())
+        random = np.random.default_rng(0)
+        moved = lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32)  # noqa: E731
+        state["params"] = jax.tree.map(moved, state["params"])
+        frozen = jax.device_put(base, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_base))
+        batch = program.put(batch_for(program.run))
+        after, metrics = program.train_step(place(program, state) | {"base": frozen}, batch)
+        found.append(jax.tree.map(np.asarray, (after["opt_state"], metrics)))
+        jax.tree.map(np.testing.assert_array_equal, after["base"], base)
+    # The moments, which are the gradients: Adam's direction is that of rounding errors where a gradient is nearly zero.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()), *found)
+    # Of the last mesh: A [layers, embed, rank] and B [layers, rank, heads, head_dim] lie where the kernel's axes do.
+    query = query_kernel(after["params"])
+    tensor = program.mesh.shape["tensor"]
+    assert shard_shape(query["lora_a"]) == (2, 64 // 4, 3)
+    assert shard_shape(query["lora_b"]) == (2, 3, 4 // tensor, 16)
+    if architecture == "experts":
+        assert shard_shape(after["params"]["decoder"]["layers"]["mlp"]["wo"]["kernel"]["lora_a"])[1] == 2

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "kernels", "monitoring"),
     ("partitioning", "run_directory", "interruption", "outputs"),
     ("data", "models", "training", "checkpoints"),
-    ("program", "inspection"),
+    ("program", "inspection", "bases"),
     ("decoding", "interop", "planning"),
     ("evaluation", "embedding"),
     ("overview",),

@@ -20,13 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5x_like import run_directory
-from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config.errors import DataError
 from t5x_like.config.model import ModelConfig
-from t5x_like.config.run import CheckpointConfig
 from t5x_like.data.prepare import open_stores
-from t5x_like.interop import imported
+from t5x_like.interop import adapted, imported
 from t5x_like.interop.huggingface import convert, families
 from t5x_like.interop.huggingface.fields import Fields
 from t5x_like.interop.huggingface.names import tensors
@@ -134,7 +131,7 @@ def export_directory(
     shard_bytes: int = SHARD_BYTES,
     report: Callable[[str], None] = print,
 ) -> None:
-    """A run's directory, or what `import_directory` wrote, to one of Hugging Face's.
+    """A run's directory, or what `import_directory` wrote, to one of Hugging Face's. Adapters are merged.
 
     Args:
       family: Its `model_type`; None takes what was imported, or the plainest family that the model is of.
@@ -146,9 +143,12 @@ def export_directory(
     """
     model, origin = imported.read_model(directory)
     kept = directory / KEPT
+    lora = adapted.lora_of(directory)
+    if lora is not None and (Path(lora.base) / imported.MODEL).is_file():
+        kept = Path(lora.base) / KEPT
+        _, origin = imported.read_model(Path(lora.base))
     kind = families.require(model, family or origin)
-    manager = CheckpointManager(directory / run_directory.CHECKPOINTS, CheckpointConfig(), read_only=True)
-    _, params, _ = manager.restore_params(_on_one_device(abstract(model).params), step)
+    _, params, _ = adapted.restore_whole(directory, model, step)
     with imported.made_whole(out) as partial:
         base: dict[str, Any] = {}
         left_out: list[Pending] = []
@@ -229,11 +229,6 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _copied(source: Weights | TensorFile, name: str) -> Pending:
     stored = source[name] if isinstance(source, Weights) else source.tensors[name]
     return Pending(name, stored.dtype, stored.shape, lambda: source.read(name))
-
-
-def _on_one_device(tree: Tree) -> Tree:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def _size(leaf: Any) -> int:
