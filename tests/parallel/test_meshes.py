@@ -210,6 +210,11 @@ def test_the_complaint_that_these_tests_look_for_is_made_and_seen(capfd: pytest.
     assert COMPLAINT in capfd.readouterr().err
 
 
+def moved(tree: Tree) -> Tree:
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), tree)
+
+
 @pytest.mark.parametrize("architecture", ["decoder", "experts"])
 def test_adapters_are_split_as_their_kernels_and_learn_the_same_on_every_mesh(architecture: str) -> None:
     lora = LoraConfig(base="base", rank=3, paths=(".*/layers/.*kernel",))
@@ -219,9 +224,7 @@ def test_adapters_are_split_as_their_kernels_and_learn_the_same_on_every_mesh(ar
     for partitioning in (ONE_DEVICE, mesh):
         program = assembled(run_for(architecture, partitioning, lora=lora))
         state = jax.tree.map(np.asarray, assembled(run_for(architecture, ONE_DEVICE, lora=lora)).init())
-        random = np.random.default_rng(0)
-        moved = lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32)  # noqa: E731
-        state["params"] = jax.tree.map(moved, state["params"])
+        state["params"] = moved(state["params"])
         frozen = jax.device_put(base, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_base))
         batch = program.put(batch_for(program.run))
         after, metrics = program.train_step(place(program, state) | {"base": frozen}, batch)
