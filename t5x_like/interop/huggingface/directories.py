@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5x_like import run_directory
 from t5x_like.config.errors import DataError
 from t5x_like.config.model import ModelConfig
 from t5x_like.data.prepare import open_stores
