@@ -105,9 +105,11 @@ def _data(data: DataConfig) -> Problems:
         found += rate_problems(f"{where}.rate", objective.rate, data)
         own = [*objective_problems(where, objective), *_objective_in_layout(where, objective, data.layout)]
         found += own
-        if not own and not lengths and not isinstance(objective, Supervised):
+        if not own and not lengths:
             # The arithmetic of windows makes sense only for lengths and densities that do.
-            found += _window(where, objective, data)
+            found += (
+                _pair(where, objective, data) if isinstance(objective, Supervised) else _window(where, objective, data)
+            )
     yield from found
     if data.mixture and not found and not lengths:
         yield from schedule_problems(data)
@@ -160,6 +162,15 @@ def _lengths(data: DataConfig) -> Problems:
     )
     yield from at_least("data.inputs_length", data.inputs_length, 1 if two_parts else 0)
     yield from at_least("data.targets_length", data.targets_length, 1 if two_parts else 0)
+
+
+def _pair(where: str, objective: Supervised, data: DataConfig) -> Problems:
+    """Lengths to which a pair would be cut until nothing of one side is left; in one stream each has its own too."""
+    least = {"inputs_length": 3 if objective.mode else 2, "targets_length": 2}
+    for name, cells in least.items():
+        if getattr(data, name) < cells:
+            expected = f"{cells} or more: a token of {objective.name!r} with its end" + " and mode" * (cells == 3)
+            yield Problem(f"data.{name}", str(getattr(data, name)), expected)
 
 
 def _window(where: str, objective: Objective, data: DataConfig) -> Problems:

@@ -76,6 +76,9 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
     if data.labelled is not None:
         found = f"a run that trained a head of kind {data.labelled.kind}"
         raise ConfigError([Problem("data.mixture", found, "a run that generates text", "`embed` or `eval` read heads")])
+    if data.seqio is not None:
+        found = f"{data.seqio.mixture_or_task!r}, read live: its preprocessors alone know the form of its inputs"
+        raise ConfigError([Problem("data.seqio", found, "a run on a prepared store")])
     objectives = [objective for objective in data.objectives if not isinstance(objective, MaskedLM)]
     if data.layout == "encoder" or not objectives:
         found = f"layout '{data.layout}', objectives {', '.join(objective.name for objective in data.objectives)}"

@@ -102,6 +102,7 @@ def mixed(**changes: Any) -> RunConfig:
 SHORT = "data.short_targets_lengths"
 LATER = (CorpusShare(name="a", corpus=CorpusConfig()), CorpusShare(name="b", corpus=CorpusConfig(), rate=0.0))
 PAIRS = CorpusConfig(files=("x.jsonl",), inputs_field="inputs")
+TAUGHT = (CorpusShare(name="a", corpus=PAIRS, examples="documents", mixture=(Supervised(mode="S"),)),)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,9 @@ PAIRS = CorpusConfig(files=("x.jsonl",), inputs_field="inputs")
         ),
         ({"corpora": tuple(CorpusShare(name="a", corpus=CorpusConfig()) for _ in range(2))}, ["data.corpora.1.name"]),
         ({"corpora": (CorpusShare(name="a", corpus=CorpusConfig(), rate=0.0),)}, ["data.corpora.0.rate"]),
+        ({"corpora": TAUGHT, "inputs_length": 2}, ["data.inputs_length"]),
+        ({"corpora": TAUGHT, "layout": "causal_lm", "inputs_length": 2}, ["data.inputs_length"]),
+        ({"corpora": TAUGHT, "layout": "causal_lm", "targets_length": 1}, ["data.targets_length"]),
         ({"sampling": SamplingConfig(law="unimax")}, ["data.sampling.budget_tokens"]),
         ({"sampling": SamplingConfig(temperature=0.0)}, ["data.sampling.temperature"]),
         ({"schedule": (RatePhase(start_step=0),)}, ["data.schedule.0.start_step"]),

@@ -1,11 +1,22 @@
 """Prompts are laid out as the model saw them in training, and requests are read or refused line by line."""
 
+import dataclasses
 import io
 
 import numpy as np
 import pytest
 
-from t5x_like.config import CausalLM, ConfigError, DataConfig, DataError, MaskedLM, PrefixLM, SpanCorruption, ul2
+from t5x_like.config import (
+    CausalLM,
+    ConfigError,
+    DataConfig,
+    DataError,
+    MaskedLM,
+    PrefixLM,
+    SeqioConfig,
+    SpanCorruption,
+    ul2,
+)
 from t5x_like.data.denoise import split_at
 from t5x_like.data.features import convert
 from t5x_like.data.vocabulary import Vocabulary
@@ -67,6 +78,11 @@ def test_the_mode_is_s_unless_another_is_asked_for():
     ("config", "mode", "message"),
     [
         (data("encoder", MaskedLM()), None, "an encoder fills masks but generates no text"),
+        (
+            dataclasses.replace(data("encoder_decoder"), seqio=SeqioConfig(mixture_or_task="mine")),
+            None,
+            "'mine', read live",
+        ),
         (data("encoder_decoder", PrefixLM(name="lm")), "S", "mode: found S, expected none"),
         (data("encoder_decoder", *ul2()[:2]), "X", "mode: found X, expected one of R"),
     ],
