@@ -18,6 +18,7 @@ from t5x_like.models.build import abstract, build, merge
 from t5x_like.models.heads import contrast, pool
 from t5x_like.models.parameters import count_parameters
 from t5x_like.monitoring.metrics import value
+from t5x_like.program import assemble
 from t5x_like.training.losses import batch_metrics
 
 LABELS = ("red", "green", "blue")
@@ -199,3 +200,28 @@ def test_scores_of_heads_against_their_definitions():
     queries = np.eye(4)
     assert retrieval(queries, queries)["mrr"] == 1
     assert retrieval(queries, np.roll(queries, 1, axis=0))["recall_at_1"] == 0
+
+
+def test_texts_are_told_from_those_of_all_devices():
+    run = labelled_run()
+    corpus = CorpusConfig(files=("pairs.jsonl",), inputs_field="text", text_field="other")
+    data = dataclasses.replace(run.data, corpus=corpus, mixture=(Labelled(kind="embedding"),), inputs_length=12)
+    config = dataclasses.replace(with_head("embedding"), vocab_size=300)
+    run = dataclasses.replace(run, model=config, data=data)
+    assert not validate(run)
+    random = np.random.default_rng(0)
+    batch = {
+        name: random.integers(1, 60, (8, 12)).astype(np.int32)
+        for name in ("encoder_input_tokens", "positive_input_tokens")
+    }
+    batch |= {"label_weights": np.ones(8, np.int32), "denoiser_ids": np.zeros(8, np.int32)}
+    params = jax.device_get(jax.jit(lambda: build(config, jax.random.key(0)))())
+    found = []
+    for count in (1, 8):
+        program = assemble(run, jax.devices()[:count])
+        placed = jax.tree.map(jax.device_put, params, jax.tree.map(lambda x: x.sharding, program.abstract_params))
+        metrics = program.eval_step(placed, program.put({"main": batch}))
+        found.append({name: value(mean) for name, mean in metrics.items()})
+    assert found[0].keys() == found[1].keys() and 0.5 < found[0]["loss"]
+    for name in found[0]:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
