@@ -10,6 +10,7 @@ from t5x_like.embedding.command import embed
 from t5x_like.embedding.encoders import open_encoder
 from t5x_like.interop.huggingface.directories import import_directory
 
+pytest.importorskip("torch", reason="the library of the pretrained encoder needs the hf extra")
 pytestmark = pytest.mark.hf
 
 
