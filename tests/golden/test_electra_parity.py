@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_hf_parity import D_FF, HEADS, LAYERS, VOCABULARY, D, assert_same, output, projection, stacked, tokens, weights
 
 from t5x_like.models import presets
 from t5x_like.models.build import abstract, merge
@@ -14,8 +13,47 @@ torch = pytest.importorskip("torch", reason="parity with transformers needs the 
 transformers = pytest.importorskip("transformers", reason="parity with transformers needs the hf extra")
 
 pytestmark = pytest.mark.hf
+VOCABULARY, D, HEADS, D_FF, LAYERS = 97, 24, 4, 40, 3
 WIDTH = 16
 """Of the embeddings."""
+
+
+def weights(module) -> dict[str, np.ndarray]:
+    """All tensors of a module after moving them off their initial values, so that none is without effect."""
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
+
+
+def stacked(layers):
+    """Trees of layers -> one tree with the layers in front."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
+
+
+def projection(w, heads: int, head_dim: int, bias=None):
+    """[H h, d] of torch -> kernel [d, H, h]."""
+    tree = {"kernel": w.T.reshape(-1, heads, head_dim)}
+    return tree if bias is None else {**tree, "bias": bias.reshape(heads, head_dim)}
+
+
+def output(w, heads: int, head_dim: int, bias=None):
+    """[d, H h] of torch -> kernel [H, h, d]."""
+    tree = {"kernel": w.T.reshape(heads, head_dim, -1)}
+    return tree if bias is None else {**tree, "bias": bias}
+
+
+def assert_same(found, expected, real):
+    """Within 1e-5 of the largest logit at real positions."""
+    assert np.abs(expected[real]).max() > 1
+    np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5 * np.abs(expected[real]).max())
+
+
+def tokens(rows: int, length: int, lengths):
+    ids = np.random.default_rng(0).integers(1, VOCABULARY, (rows, length))
+    real = np.arange(length) < np.asarray(lengths)[:, None]
+    return np.where(real, ids, 0).astype(np.int32), real
 
 
 def reference(kind, hidden: int, heads: int, d_ff: int):
