@@ -17,13 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_like import run_directory
-from t5x_like.checkpoints.manager import CheckpointManager
-from t5x_like.config import CheckpointConfig, ConfigError, ModelConfig, PartitioningConfig, Problem
+from t5x_like.config import ConfigError, ModelConfig, PartitioningConfig, Problem
 from t5x_like.config.model import Pooling
 from t5x_like.decoding.trained import open_trained
 from t5x_like.embedding import texts
 from t5x_like.embedding.texts import Encode
 from t5x_like.interop import imported
+from t5x_like.interop.adapted import restore_whole
 from t5x_like.models.build import abstract, merge
 from t5x_like.models.heads import TaskModel, normalized, pool
 from t5x_like.models.model import Model
@@ -153,8 +153,7 @@ def open_encoder(
     wanted = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), spec.params, shardings
     )
-    checkpoints = CheckpointManager(directory / run_directory.CHECKPOINTS, CheckpointConfig(), read_only=True)
-    _, params, _ = checkpoints.restore_params(wanted, step)
+    _, params, _ = restore_whole(directory, model, step, wanted)
     return TextEncoder(model, embedding, encode, length, spec.graphdef, params, mesh, rules)
 
 

@@ -15,6 +15,7 @@ from t5x_like import run_directory
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import CheckpointConfig, ConfigError, InitializeFrom, Problem
 from t5x_like.interop import imported
+from t5x_like.interop.adapted import restore_whole
 from t5x_like.models.build import ModelSpec, abstract
 from t5x_like.partitioning.shardings import tree_shardings
 from t5x_like.program import Program
@@ -47,7 +48,7 @@ def initial_state(program: Program, report: Callable[[str], None]) -> Tree:
     manager = CheckpointManager(directory / run_directory.CHECKPOINTS, CheckpointConfig(), read_only=True)
     if source.optimizer:
         return _with_optimizer(program, manager, directory, source, report)
-    step, params, _ = manager.restore_params(wanted, source.step)
+    step, params, _ = restore_whole(directory, imported.read_model(directory)[0], source.step, wanted)
     state = program.init()
     shapes = _shapes(spec.params)
     report(f"parameters of step {step} of {directory}:")
