@@ -281,8 +281,9 @@ class Split:
     def gather(self, starts_N: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
         """[N, length]: `length` tokens from each start on; beyond the last token follows the first."""
         if self._in_memory:
-            index_NxL = starts_N[:, None] + np.arange(length)
-            return self._memory.take(index_NxL, mode="wrap")
+            if length <= self.num_tokens and (starts_N <= self.num_tokens - length).all():
+                return np.lib.stride_tricks.sliding_window_view(self._memory, length)[starts_N]
+            return self._memory.take(starts_N[:, None] + np.arange(length), mode="wrap")
         pieces = []
         for start in starts_N.tolist():
             stop = min(start + length, self.num_tokens)
