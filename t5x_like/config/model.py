@@ -156,6 +156,12 @@ class ModelConfig:
     decoder: StackConfig | None
     vocab_size: int
     """Rows of the token table: the tokenizer's ids, mostly rounded up for the hardware."""
+    pad_id: int | None = 0
+    """Id that stands for no token, where a batch does not say by segment ids which cells are none; None: no id does."""
+    start_id: int = 0
+    """Id that the inputs of a decoder begin with. Runs here are trained with 0; imported models bring theirs."""
+    eos_ids: tuple[int, ...] = (1,)
+    """Ids that end generated text."""
     tie_embeddings: bool = False
     """The head uses the token table (the decoder's, where there are two)."""
     separate_encoder_embeddings: bool = False

@@ -14,15 +14,12 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_like.config import ConfigError, ModelConfig, Problem
-from t5x_like.data.vocabulary import EOS_ID
 from t5x_like.decoding.sampling import Sampling, choose, draw_keys, restrict
 from t5x_like.models.model import Model
 from t5x_like.partitioning.shardings import batch_shardings
 from t5x_like.program import Program
 
 Tree = Any
-BOS_ID = 0
-"""What a decoder's inputs start with: seqio shifts the targets right and fills with the padding id."""
 _SMALLEST_BUCKET = 16
 
 
@@ -77,7 +74,7 @@ def generate_tokens(
             sampling=sampling or Sampling(),
             bidirectional=bidirectional,
         )
-        for index, tokens in zip(chosen, _cut(new_RxN, len(chosen), max_new_tokens), strict=True):
+        for index, tokens in zip(chosen, _cut(new_RxN, len(chosen), max_new_tokens, program.run.model), strict=True):
             results[index] = tokens
     return results
 
@@ -110,7 +107,7 @@ def _make_batch(
 ) -> dict[str, jax.Array]:
     """Prompts padded on the right to a bucket, on the mesh; rows that only fill it have a limit of 0."""
     config = program.run.model
-    streams = [list(prompt) if config.encoder is not None else [BOS_ID, *prompt] for prompt in prompts]
+    streams = [list(prompt) if config.encoder is not None else [config.start_id, *prompt] for prompt in prompts]
     reads_first = next(iter(config.stacks.values()))
     width = bucket(max(map(len, streams)))
     if reads_first.positions == "learned":
@@ -126,9 +123,13 @@ def _make_batch(
     return jax.device_put(batch, batch_shardings(program.mesh, program.rules, {"prompts": batch})["prompts"])
 
 
-def _cut(new_RxN: jax.Array, rows: int, max_new_tokens: int) -> Iterator[list[int]]:
+def _cut(new_RxN: jax.Array, rows: int, max_new_tokens: int, config: ModelConfig) -> Iterator[list[int]]:
     for row in np.asarray(new_RxN)[:rows, :max_new_tokens].tolist():
-        yield row[: row.index(EOS_ID)] if EOS_ID in row else row
+        yield row[: next((place for place, token in enumerate(row) if token in config.eos_ids), len(row))]
+
+
+def _ends(token_R: jax.Array, config: ModelConfig) -> jax.Array:
+    return jnp.isin(token_R, jnp.array(config.eos_ids, jnp.int32))
 
 
 class _Loop(NamedTuple):
@@ -167,7 +168,7 @@ def _decode_batch(
                 made=made,
                 tokens_RxN=jax.lax.dynamic_update_slice(loop.tokens_RxN, token_R[:, None], (0, loop.made)),
                 last_R=token_R,
-                done_R=loop.done_R | (token_R == EOS_ID) | (made >= limits_R),
+                done_R=loop.done_R | _ends(token_R, program.run.model) | (made >= limits_R),
                 cache=loop.cache,
             )
 
@@ -197,7 +198,8 @@ def _prefill(
     if model.config.encoder is not None:
         encoder_valid = (jnp.arange(tokens.shape[1]) < lengths_R[:, None]).astype(jnp.int32)
         encoded = model.encode(tokens, segment_ids=encoder_valid)
-        tokens, lengths_R = jnp.full((tokens.shape[0], 1), BOS_ID, jnp.int32), jnp.ones_like(lengths_R)
+        tokens = jnp.full((tokens.shape[0], 1), model.config.start_id, jnp.int32)
+        lengths_R = jnp.ones_like(lengths_R)
     rows, length = tokens.shape
     positions_RxP = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     cache = model.start_decoding(encoded, encoder_valid, rows, length + cells)

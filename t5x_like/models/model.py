@@ -145,7 +145,8 @@ class Model(nnx.Module):
         cross_mask = None
         if self.config.encoder is not None:
             if encoder_ids is None or decoder_ids is None:
-                valid = batch["encoder_input_tokens"] != 0 if encoder_ids is None else encoder_ids
+                inputs = batch["encoder_input_tokens"]
+                valid = real(inputs, self.config.pad_id) if encoder_ids is None else encoder_ids
                 cross_mask = MaskSpec(kv_segment_ids=valid.astype(jnp.int32))
             else:
                 cross_mask = MaskSpec(q_segment_ids=decoder_ids, kv_segment_ids=encoder_ids)
@@ -154,7 +155,7 @@ class Model(nnx.Module):
             mask,
             positions=batch.get("decoder_positions"),
             token_types=batch.get("decoder_token_types"),
-            valid=not_padding(tokens) if decoder_ids is None else decoder_ids != 0,
+            valid=not_padding(tokens, self.config.pad_id) if decoder_ids is None else decoder_ids != 0,
             encoded=encoded,
             cross_mask=cross_mask,
             dropout_rng=rngs[1],
@@ -170,7 +171,7 @@ class Model(nnx.Module):
         token_types: Array | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
-        """The encoder's states [B, S, d]. Without segment ids, tokens with id 0 are padding."""
+        """The encoder's states [B, S, d]. Without segment ids, tokens with the model's `pad_id` are padding."""
         return self._encode(
             tokens_BxS, segment_ids=segment_ids, positions=positions, token_types=token_types, dropout_rng=dropout_rng
         )[0]
@@ -187,10 +188,10 @@ class Model(nnx.Module):
         separate = self.config.separate_encoder_embeddings
         states, _, routing = self.encoder(
             self._embed(tokens_BxS, self.encoder_token_embedder if separate else None),
-            encoder_mask(tokens_BxS, segment_ids),
+            encoder_mask(tokens_BxS, segment_ids, self.config.pad_id),
             positions=positions,
             token_types=token_types,
-            valid=(tokens_BxS if segment_ids is None else segment_ids) != 0,
+            valid=real(tokens_BxS, self.config.pad_id) if segment_ids is None else segment_ids != 0,
             dropout_rng=dropout_rng,
         )
         return states, routing
@@ -303,15 +304,20 @@ def _balancing(name: str, stack: StackConfig, routing: Routing | None) -> dict[s
     return {f"load_balancing/{name}": loss}
 
 
-def not_padding(tokens_BxL: Array) -> Array:
-    """A decoder's tokens that are no padding, bool [B, L]; the first may have id 0 and be the start token."""
-    return (tokens_BxL != 0) | (jnp.arange(tokens_BxL.shape[1]) == 0)
+def real(tokens_BxL: Array, pad_id: int | None) -> Array:
+    """The tokens that are no padding, bool [B, L]."""
+    return jnp.ones(tokens_BxL.shape, bool) if pad_id is None else tokens_BxL != pad_id
 
 
-def encoder_mask(tokens_BxS: Array, segment_ids: Array | None) -> MaskSpec:
+def not_padding(tokens_BxL: Array, pad_id: int | None = 0) -> Array:
+    """The same of a decoder; its first token may have the id of padding and be the start token."""
+    return real(tokens_BxL, pad_id) | (jnp.arange(tokens_BxL.shape[1]) == 0)
+
+
+def encoder_mask(tokens_BxS: Array, segment_ids: Array | None, pad_id: int | None = 0) -> MaskSpec:
     """What the queries of an encoder see."""
     if segment_ids is None:
-        return MaskSpec(kv_segment_ids=(tokens_BxS != 0).astype(jnp.int32))
+        return MaskSpec(kv_segment_ids=real(tokens_BxS, pad_id).astype(jnp.int32))
     return MaskSpec(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
 
 

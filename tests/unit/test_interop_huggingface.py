@@ -251,3 +251,25 @@ def test_an_error_on_the_way_leaves_nothing(directory, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         import_directory(directory, tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    "said, ids",
+    [
+        ({}, (None, 1, (2,))),
+        ({"bos_token_id": 5, "eos_token_id": [7, 8], "pad_token_id": 9}, (9, 5, (7, 8))),
+        ({"bos_token_id": None, "eos_token_id": 3, "pad_token_id": -1}, (None, 1, (3,))),
+    ],
+)
+def test_special_ids_are_those_of_the_files(directory, said, ids):
+    config = json.loads((directory / "config.json").read_text())
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        config.pop(name)
+    (directory / "config.json").write_text(json.dumps(config | said))
+    model = open_directory(directory).model
+    assert (model.pad_id, model.start_id, model.eos_ids) == ids
+
+
+def test_a_run_writes_the_ids_that_it_was_trained_with(directory):
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["pad_token_id"], config["bos_token_id"], config["eos_token_id"]) == (0, 0, 1)

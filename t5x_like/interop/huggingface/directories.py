@@ -25,7 +25,7 @@ from t5x_like.config.errors import DataError
 from t5x_like.config.model import ModelConfig
 from t5x_like.data.prepare import open_stores
 from t5x_like.interop import adapted, imported
-from t5x_like.interop.huggingface import convert, families
+from t5x_like.interop.huggingface import convert, families, special_ids
 from t5x_like.interop.huggingface.fields import Fields
 from t5x_like.interop.huggingface.names import tensors
 from t5x_like.interop.huggingface.tokenizer import write_tokenizer
@@ -204,7 +204,9 @@ def write_directory(
     if dtype not in _DTYPES:
         raise DataError(f"dtype {dtype!r}, expected one of {', '.join(_DTYPES)}")
     family = families.FAMILIES[families.require(model, kind)]
-    config = _merged(base or {}, {"model_type": kind, "dtype": dtype, **family.write(model, kind)})
+    config = _merged(
+        special_ids.write(model) | (base or {}), {"model_type": kind, "dtype": dtype, **family.write(model, kind)}
+    )
     for old in ("torch_dtype", "rope_theta", "rope_scaling", "rope_local_base_freq", "sliding_window_pattern"):
         config.pop(old, None)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -10,7 +10,7 @@ import numpy as np
 
 from t5x_like.config.errors import DataError, RefusedError
 from t5x_like.config.model import Architecture, ModelConfig, StackConfig
-from t5x_like.interop.huggingface import names, settings
+from t5x_like.interop.huggingface import names, settings, special_ids
 from t5x_like.interop.huggingface.fields import Fields
 from t5x_like.interop.huggingface.names import Rule
 from t5x_like.interop.huggingface.settings import Present, Values
@@ -176,7 +176,7 @@ def describe(fields: Fields, weights: Weights, *, scale_logits: bool | None = No
     masked_lm = any(name.startswith(("cls.predictions.", "head.dense.")) for name in names_kept)
     present = Present(head=family.head in names_kept, masked_lm=masked_lm)
     names_kept.pop("cls.predictions.decoder.bias", None)  # A copy of cls.predictions.bias.
-    model = family.read(fields, present)
+    model = special_ids.read(fields, kind, family.read(fields, present))
     if scale_logits is not None:
         model = dataclasses.replace(model, scale_logits=scale_logits)
     return Described(kind, model, names_kept, tuple(left_out))
@@ -268,7 +268,17 @@ def require(model: ModelConfig, kind: str | None) -> str:
     return kind
 
 
-_FREE = ("embedding_stddev", "dtype", "attention", "scan_layers", "remat", "discriminator_loss_weight")
+_FREE = (
+    "pad_id",
+    "start_id",
+    "eos_ids",
+    "embedding_stddev",
+    "dtype",
+    "attention",
+    "scan_layers",
+    "remat",
+    "discriminator_loss_weight",
+)
 _FREE_OF_STACKS = ("dropout_rate", "dropout_broadcast_length")
 
 

@@ -72,7 +72,4 @@ def write_t5(model: ModelConfig, kind: str) -> Values:
         "tie_word_embeddings": model.tie_embeddings,
         "scale_decoder_outputs": model.scale_logits,
         "vocab_size": model.vocab_size,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
     }
