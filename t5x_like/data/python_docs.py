@@ -36,6 +36,7 @@ DEPENDENCIES = (
     "tensorboardX",
     "matplotlib",
     "jinja2",
+    "msgpack",
 )
 """What this package requires, named here so that a checkout and an installed wheel read the same corpus; what these
 require is read too, what extras bring is not."""

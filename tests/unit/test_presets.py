@@ -214,3 +214,39 @@ def test_presets_and_arithmetic_need_no_jax():
         "q.count_parameters(p.smoke()); assert 'jax' not in sys.modules and 'flax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def products(jaxpr):
+    """Operations of all matrix products in a program, those of scanned layers as often as they run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            operand = equation.invars[0].aval.shape
+            summed = math.prod(operand[dimension] for dimension in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * summed
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += times * products(inner)
+    return total
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_flops_of_the_presets_are_those_of_their_programs(name):
+    """Of one token per row, where each query has one key, whatever the masks: the products of the traced model."""
+    config, _ = PUBLISHED[name]
+    spec = abstract(config)
+    features = {f"{stack}_input_tokens": jax.ShapeDtypeStruct((2, 1), np.int32) for stack in config.stacks}
+    program = jax.make_jaxpr(lambda params, batch: merge(spec.graphdef, params)(batch))(spec.params, features)
+    counted = forward_flops(config, {feature: ArraySpec((2, 1), "int32") for feature in features})
+    tolerance = 0.0
+    if config.decoder is not None and (experts := config.decoder.experts) is not None:
+        # Without a capacity all experts are computed; the count is of those that a token takes. How a token's experts
+        # are weighted and balanced is some products more.
+        idle = experts.num_experts - experts.experts_per_token
+        counted += 2 * 2 * config.decoder.num_layers * idle * 3 * config.decoder.d_model * config.decoder.d_ff
+        tolerance = 1e-6
+    assert products(program.jaxpr) == pytest.approx(counted, rel=tolerance, abs=0)
