@@ -165,6 +165,8 @@ def export_directory(
         else:
             for line in _write_run_tokenizer(partial, directory):
                 report(f"  not written: {line}")
+        if families.FAMILIES[kind].never_made and not left_out:
+            report(f"  not written: {families.FAMILIES[kind].never_made}")
         write_directory(
             partial, model, params, kind, base=base, left_out=left_out, dtype=dtype, shard_bytes=shard_bytes
         )

@@ -28,6 +28,7 @@ class Family:
       heads: Names that never have that prefix.
       architecture: Which stacks there are.
       left_out: Tensors that the model has no place for; they are kept aside for the way back.
+      never_made: What transformers asks for and only an imported model can have, in words.
       renamed: Older names, and newer ones for them.
       table: The token table, and other names for it where it is missing.
       head: The head over the vocabulary, where it is not the token table.
@@ -42,6 +43,7 @@ class Family:
     prefix: str = ""
     heads: str = r"lm_head\."
     left_out: str = r"(?!)"
+    never_made: str = ""
     renamed: tuple[tuple[str, str], ...] = ()
 
 
@@ -88,6 +90,7 @@ FAMILIES: dict[str, Family] = {
         architecture="encoder_decoder",
         head="lm_head.out_proj.weight",
         left_out=r"model\.encoder\.(vision_tower|multi_modal_projector)\..*",
+        never_made="a vision tower, which transformers will report as missing: it knows no text-only T5Gemma 2",
     ),
     "gpt2": Family(
         names.GPT_2,
