@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke picture test test-hf test-wheel lint format install install-dev install-hf constraints clean
+.PHONY: smoke picture test test-slow test-hf test-wheel lint format install install-dev install-hf constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
@@ -29,7 +29,10 @@ picture: install
 	  write_curves_png(*map(pathlib.Path, sys.argv[1:]))' $(WORKDIR) docs/smoke.png
 
 test: install-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+
+test-slow: install-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
 
 # The tests that compare with torch and transformers; `make test` skips them where these are not installed.
 test-hf: install-hf

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from t5x_like.config import ConfigError, Problem, RefusedError, RunConfig
@@ -91,8 +91,7 @@ def claim_config(directory: Path, run: RunConfig, allowed: Sequence[str] = ()) -
             lines = "\n".join(f"  {field}: {old!r} in the run, {new!r} now" for field, (old, new) in refused.items())
             raise RefusedError(
                 f"{directory} holds a run with another configuration:\n{lines}\n"
-                "Take another --workdir, or the run's own values; to go on with other values of a training field from "
-                "here, name it: --allow-change training.batch_size"
+                f"Take another --workdir, or the run's own values{_or_allowed(refused)}."
             )
     text = to_json(run)
     try:
@@ -100,6 +99,12 @@ def claim_config(directory: Path, run: RunConfig, allowed: Sequence[str] = ()) -
     except OSError as error:
         raise _unwritable(directory, error) from None
     return from_json(text, source=str(path))
+
+
+def _or_allowed(refused: Iterable[str]) -> str:
+    """What may be said of differences that the user can let pass."""
+    fields = [field for field in refused if field.startswith(MAY_BE_ALLOWED)]
+    return "; to go on with other values, " + " ".join(f"--allow-change {field}" for field in fields) if fields else ""
 
 
 def _has_begun(directory: Path) -> bool:

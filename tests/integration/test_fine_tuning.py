@@ -42,6 +42,8 @@ from t5x_like.decoding.prompts import prompt_format
 from t5x_like.decoding.trained import open_trained
 from t5x_like.trainer import train
 
+pytestmark = pytest.mark.slow
+
 PACKAGES = {module.__name__: module for module in (asyncio, email, logging, multiprocessing, unittest)}
 LABELS = tuple(PACKAGES)
 STEPS = {"head": 120, "text": 200}

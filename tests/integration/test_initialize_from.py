@@ -39,6 +39,8 @@ from t5x_like.program import assemble
 from t5x_like.run_directory import CHECKPOINTS, read_config
 from t5x_like.trainer import train
 
+pytestmark = pytest.mark.slow
+
 STACK = StackConfig(num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=32, positions="rope")
 SOURCE = ModelConfig(encoder=None, decoder=STACK, vocab_size=260, tie_embeddings=True)
 

@@ -41,6 +41,8 @@ from t5x_like.interop.huggingface.directories import import_directory, open_dire
 from t5x_like.models.build import abstract
 from t5x_like.trainer import train
 
+pytestmark = pytest.mark.slow
+
 STACK = StackConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64, positions="rope")
 
 

@@ -32,6 +32,8 @@ from t5x_like.data.prepare import prepare
 from t5x_like.evaluation.command import evaluate_run
 from t5x_like.trainer import train
 
+pytestmark = pytest.mark.slow
+
 
 def small_run(place: Path, data: DataConfig, batch_size: int, steps: int) -> RunConfig:
     stack = StackConfig(num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64, positions="rope")

@@ -94,6 +94,8 @@ for config in bad:
     except (DataError, ConfigError) as error:
         print("REFUSED", str(error).replace("\\n", " "))
 import seqio, users_tasks
+
+pytestmark = pytest.mark.slow
 task = seqio.get_mixture_or_task("pieces")
 found = []
 for shard in range(3):

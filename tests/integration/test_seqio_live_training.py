@@ -35,6 +35,8 @@ from t5x_like.decoding.trained import open_trained  # noqa: E402
 from t5x_like.session import Session  # noqa: E402
 from t5x_like.trainer import train  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def recipe(**changes: Any) -> RunConfig:
     stack = StackConfig(num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64, positions="rope")

@@ -29,6 +29,8 @@ from t5x_like.data.features import convert  # noqa: E402
 from t5x_like.data.seqio_mixtures import draw, register_mixture, vocabulary_of  # noqa: E402
 from t5x_like.data.vocabulary import Vocabulary  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = Vocabulary(base_size=460, num_sentinels=40)
 SPANS = SpanCorruption(name="X_3_0.5", noise_density=0.5, mode="X", rate=2.0)
 PREFIX = PrefixLM(name="S", mode="S")

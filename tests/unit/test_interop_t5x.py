@@ -20,6 +20,8 @@ from t5x_like.models import presets
 from t5x_like.models.build import abstract
 from t5x_like.training.adafactor import adafactor as make_adafactor
 
+pytestmark = pytest.mark.slow
+
 T5 = {"attention_scale": 1.0, "num_kv_heads": 4, "mlp_gated": True}
 
 

@@ -57,7 +57,7 @@ def test_a_training_field_may_differ_where_it_is_named(tmp_path: Path, run: RunC
         (larger, ("training.schedule",)),
         (other, ("training.batch_size", "data.seed")),
     ):
-        with pytest.raises(RefusedError, match="--allow-change"):
+        with pytest.raises(RefusedError, match="training.batch_size: 8 in the run|data.seed"):
             run_directory.claim_config(tmp_path, refused, allowed)
     run_directory.claim_config(tmp_path, larger, ("training.batch_size",))
     assert run_directory.read_config(tmp_path) == larger

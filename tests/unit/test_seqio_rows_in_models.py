@@ -19,6 +19,8 @@ from t5x_like.config.objectives import Layout  # noqa: E402
 from t5x_like.data.seqio_live import LiveBatches  # noqa: E402
 from t5x_like.training.losses import targets_and_weights  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROWS = 4
 ARCHITECTURES = {"causal_lm": "decoder"}
 
