@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,11 +80,9 @@ def of_directory(folder: Path, length: int) -> Encode:
     """
     path = folder / "tokenizer.json"
     if path.is_file():
-        try:
+        with contextlib.suppress(ImportError):
             import tokenizers as library
-        except ImportError:
-            library = None
-        if library is not None:
+
             return _of_library(library, path, length)
     pieces = folder / "spiece.model"
     if pieces.is_file():
