@@ -334,6 +334,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--cores", type=int, nargs="*", default=[1, 2])
     options = parser.parse_args()
+    if not (options.t5 / "t5" / "data" / "preprocessors.py").is_file():
+        parser.error(f"{options.t5} has no t5: see above how to install it, or name the folder by --t5")
     process = multiprocessing.get_context("spawn").Process(target=prepare, args=(options.work,))
     process.start()
     process.join()
