@@ -15,13 +15,12 @@ from t5x_like.data import keys as rng
 from t5x_like.data.features import Features
 from t5x_like.data.store import Split, Store
 from t5x_like.data.vocabulary import EOS_ID
-
-Integers = npt.NDArray[np.int64]
+from t5x_like.data.whole_rows import Integers, WholeRows
 
 _SHUFFLE = 1
 
 
-class LabelledRows:
+class LabelledRows(WholeRows):
     """The rows of one corpus. Every epoch visits all pairs in an order of its own.
 
     Attributes:
@@ -35,7 +34,8 @@ class LabelledRows:
     def __init__(self, store: Store, split: Split, data: DataConfig, objective: Labelled, key: rng.Keys):
         if store.parts != 2:
             raise DataError(f"{store.path}: found a store of text, expected pairs of a text and its label")
-        self._split, self._objective, self._key = split, objective, key
+        self._split, self._objective = split, objective
+        self._shuffle_key = rng.fold_in(key, _SHUFFLE)
         self._labels = data.sources[0].corpus.labels
         self._tokenizer = store.tokenizer
         self._is_decoder = data.layout != "encoder"
@@ -50,20 +50,6 @@ class LabelledRows:
             raise DataError(f"{store.path}: found no labelled examples in its {split.name} split, expected some")
         self.cut = int((np.diff(self._bounds)[::2] > self._room).sum())
         self._by_tokens = {tuple(self._tokenizer.encode(label)): i for i, label in enumerate(self._labels)}
-
-    def pairs(self, number_N: Integers) -> Integers:
-        """Which pair each row is, by number from 0 over all epochs."""
-        epoch_N, place_N = np.divmod(number_N, self.num_rows)
-        return rng.permute(place_N, self.num_rows, rng.fold_in(rng.fold_in(self._key, _SHUFFLE), epoch_N))
-
-    @property
-    def superblocks_per_epoch(self) -> int:
-        return self.num_rows
-
-    def epochs(self, stretch: int, superblocks: float) -> float:
-        """Passes over the pairs that end behind so many rows."""
-        del stretch
-        return superblocks / self.num_rows
 
     def put(self, out: Features, row_n: Integers, pair_n: Integers) -> None:
         """Writes pairs into rows of `out`, which hold nothing else. For the features see `config.batch`."""

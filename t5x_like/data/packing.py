@@ -21,8 +21,7 @@ from t5x_like.data import keys as rng
 from t5x_like.data.denoise import Examples, denoise
 from t5x_like.data.store import Split
 from t5x_like.data.vocabulary import EOS_ID, TokenTraits, Vocabulary
-
-Integers = npt.NDArray[np.int64]
+from t5x_like.data.whole_rows import Integers, WholeRows
 
 OPEN_ROWS = 64
 """Rows that are filled at the same time. More fill better and are slower to search."""
@@ -74,7 +73,7 @@ class Piece:
     segment_N: Integers
 
 
-class Packed:
+class Packed(WholeRows):
     """The packed rows of one corpus.
 
     Attributes:
@@ -90,6 +89,7 @@ class Packed:
         self._split = split
         self._objectives = objectives
         self._key = key
+        self._shuffle_key = rng.fold_in(key, _SHUFFLE)
         self._data = data
         inputs, targets, objective_N, self.cut, self.too_short = self._pairs(parts) if parts == 2 else self._texts()
         if not len(targets):
@@ -112,20 +112,6 @@ class Packed:
             np.arange(len(row_N)) - self._first[row_N] + 1,
         )
         self.num_rows = len(self._first) - 1
-
-    def plan_rows(self, number_N: Integers) -> Integers:
-        """Rows of the plan, by number: every epoch visits all of them in an order of its own."""
-        epoch_N, place_N = np.divmod(number_N, self.num_rows)
-        return rng.permute(place_N, self.num_rows, rng.fold_in(rng.fold_in(self._key, _SHUFFLE), epoch_N))
-
-    @property
-    def superblocks_per_epoch(self) -> int:
-        return self.num_rows
-
-    def epochs(self, stretch: int, superblocks: float) -> float:
-        """Passes over the documents that end behind so many rows."""
-        del stretch
-        return superblocks / self.num_rows
 
     @property
     def num_pieces(self) -> int:

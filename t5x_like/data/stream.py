@@ -183,7 +183,7 @@ class Stream:
             if isinstance(source.reader, Packed) and mine.size:
                 self._put_packed(out, source, source.reader, mine, places.number_N[mine], keys_N[mine])
             elif isinstance(source.reader, LabelledRows) and mine.size:
-                source.reader.put(out, mine, source.reader.pairs(places.number_N[mine]))
+                source.reader.put(out, mine, source.reader.visited(places.number_N[mine]))
                 out["denoiser_ids"][mine] = source.ids[0]
         return out
 
@@ -333,7 +333,7 @@ class Stream:
     def _put_packed(
         self, out: Features, source: Source, packed: Packed, row_n: Integers, number_n: Integers, keys_n: rng.Keys
     ) -> None:
-        piece, owner_m = packed.pieces(packed.plan_rows(number_n))
+        piece, owner_m = packed.pieces(packed.visited(number_n))
         keys_m = rng.fold_in(keys_n[owner_m], piece.segment_N)
         layout = self.data.layout
         made = [

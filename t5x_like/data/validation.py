@@ -104,7 +104,7 @@ def _labelled_batches(
     for first in range(0, min(examples.num_rows, batch_size * num_batches), batch_size):
         row_n = np.arange(min(batch_size, examples.num_rows - first))
         out: Features = {name: np.zeros(array.shape, array.dtype) for name, array in spec.items()}
-        examples.put(out, row_n, examples.pairs(first + row_n))
+        examples.put(out, row_n, examples.visited(first + row_n))
         yield {MAIN: out}
 
 
