@@ -20,6 +20,8 @@ from t5x_like.data.prepare import open_stores
 from t5x_like.data.store import Store
 
 REPOSITORY = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
 LINES = [f"Line {i} has words that come again, {i * i % 17} of them, and an é." for i in range(90)]
 
 MODULE = """
@@ -95,7 +97,6 @@ for config in bad:
         print("REFUSED", str(error).replace("\\n", " "))
 import seqio, users_tasks
 
-pytestmark = pytest.mark.slow
 task = seqio.get_mixture_or_task("pieces")
 found = []
 for shard in range(3):
