@@ -26,11 +26,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("overview",),
     ("session",),
     ("trainer",),
-    ("cli", "studies"),
+    ("commands", "studies"),
+    ("cli",),
     ("__main__",),
 )
 
-LIGHT = ("", "config", "cli", "data", "inspection")
+LIGHT = ("", "config", "cli", "commands", "data", "inspection")
 
 # What a room must not know, by prefix of the imported module.
 MUST_NOT_KNOW: dict[str, tuple[str, ...]] = {
@@ -44,6 +45,7 @@ MUST_NOT_KNOW: dict[str, tuple[str, ...]] = {
     "monitoring": ("t5x_like", "jax", "flax"),
     "run_directory": ("jax",),
     "cli": ("flax", "optax", "orbax"),
+    "commands": ("flax", "optax", "orbax"),
 }
 ONLY_KNOWS: dict[str, tuple[str, ...]] = {
     "config": ("pydantic", "pydantic_core", "tyro"),

@@ -1,0 +1,1 @@
+"""The commands, a light module each: `register(commands)` adds its arguments; only its own function imports jax."""

@@ -1,0 +1,128 @@
+"""What the commands share: parsers that answer in full sentences, common options, the recipe with its overrides."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from t5x_like.config import EXIT_USAGE, ConfigError, RunConfig
+
+
+class Parser(argparse.ArgumentParser):
+    """Spells options in full, and answers a mistyped one with the nearest."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, **keywords)
+
+    @property
+    def option_strings(self) -> list[str]:
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        near = [match for word in unknown for match in difflib.get_close_matches(word, self.option_strings, n=1)]
+        hint = f" (perhaps you meant {', '.join(near)})" if near else ""
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"t5x-like: {message}{hint}\n")
+
+
+class RecipeHelp(argparse.Action):
+    """`--help`: of the command; after a recipe also of all its fields."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        parser.print_help()
+        if namespace.recipe:
+            from t5x_like.config.recipes import apply_overrides, load_recipe
+
+            print()
+            apply_overrides(load_recipe(namespace.recipe), ["--help"])
+        parser.exit()
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[..., int], summary: str, **keywords: Any
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", **keywords
+    )
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def add_recipe_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
+    parser = add_command(
+        commands,
+        name,
+        run,
+        summary,
+        epilog="Any field of the recipe can be set: --training.batch-size 64 --data.corpus.files 'texts/*.jsonl'. "
+        f"`t5x-like {name} RECIPE --help` lists them.",
+        add_help=False,
+    )
+    parser.add_argument(
+        "-h", "--help", action=RecipeHelp, nargs=0, help="show this message and, of a RECIPE, all fields"
+    )
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a Python recipe (FILE.py[:FUNCTION]), a config.json, or the name of a shipped one",
+    )
+    parser.set_defaults(overrides=True)
+    return parser
+
+
+def add_run_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
+    parser = add_command(commands, name, run, summary)
+    add_devices_option(parser)
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, as given to `train --workdir`"
+    )
+    parser.set_defaults(overrides=False)
+    return parser
+
+
+def add_devices_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--devices", type=positive, metavar="N", help="run on N simulated CPU devices")
+
+
+def simulate_devices(number: int | None) -> None:
+    """A mesh of CPU devices in this process, which must be asked for before jax looks for devices."""
+    if number is not None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", number)
+
+
+def configured_run(options: argparse.Namespace, overrides: list[str]) -> RunConfig:
+    """The recipe with its overrides, checked.
+
+    Raises:
+      UserError: no such recipe, a wrong override, or a configuration with problems, all of which are listed.
+    """
+    from t5x_like.config.recipes import apply_overrides, load_recipe
+    from t5x_like.config.validate import validate
+
+    run = apply_overrides(load_recipe(options.recipe), overrides, options=options.parser.option_strings)
+    problems = validate(run)
+    if problems:
+        raise ConfigError(problems)
+    return run
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {value}, expected a number above 0")
+    return value
+
+
+def not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"found {value}, expected 0 or more")
+    return value
