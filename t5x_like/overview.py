@@ -19,7 +19,8 @@ from t5x_like.config import RunConfig, batch_spec
 from t5x_like.data.batches import Source
 from t5x_like.models.parameters import count_parameters, forward_flops
 from t5x_like.monitoring.summary import Part, StartSummary, print_summary
-from t5x_like.monitoring.throughput import Peak, known_peak, measured_peak
+from t5x_like.monitoring.throughput import Peak, measured_peak
+from t5x_like.planning.topologies import accelerator_of
 from t5x_like.program import Program
 
 _ROWS_SHOWN, _TOKENS_SHOWN = 2, 60
@@ -55,9 +56,10 @@ def tokens_per_step(run: RunConfig) -> int:
 def peak(program: Program) -> Peak:
     """What the program's devices could do: from the table of accelerators, or measured for kinds that are not there."""
     devices = program.mesh.devices.flatten()
-    known = known_peak(devices[0].device_kind, devices.size)
+    known = accelerator_of(devices[0].device_kind)
     if known is not None:
-        return known
+        rate = known.flops_per_second / known.devices_per_chip * devices.size
+        return Peak(rate, f"{devices.size} x {devices[0].device_kind}, dense bfloat16 by data sheet")
     # CPU devices share the machine's cores, whatever their number.
     copies = 1 if devices[0].platform == "cpu" else devices.size
     return measured_peak(copies * _matrix_product_rate())

@@ -15,32 +15,6 @@ class Peak:
     source: str
 
 
-# Dense bfloat16 matrix products, by `jax.Device.device_kind`: one TPU chip (Google Cloud's TPU documentation), one GPU
-# without sparsity (NVIDIA's data sheets). The first name that the kind contains counts.
-_BFLOAT16_PEAKS = (
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),  # v5p
-    ("TPU v4", 275e12),
-    ("H200 NVL", 835e12),
-    ("H200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
-
-
-def known_peak(device_kind: str, num_devices: int) -> Peak | None:
-    """Peak of `num_devices` accelerators of a kind; None where the kind is not in the table (a CPU: measure it)."""
-    for name, flops_per_second in _BFLOAT16_PEAKS:
-        if name in device_kind:
-            return Peak(flops_per_second * num_devices, f"{num_devices} x {name}, dense bfloat16 by data sheet")
-    return None
-
-
 def measured_peak(flops_per_second: float) -> Peak:
     """A peak that the caller has measured with a large matrix product over all devices."""
     return Peak(flops_per_second, "measured matrix product")

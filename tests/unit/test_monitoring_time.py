@@ -2,7 +2,7 @@ import pytest
 
 from t5x_like.monitoring import formats
 from t5x_like.monitoring.clock import Clock, goodput
-from t5x_like.monitoring.throughput import Peak, known_peak, measured_peak, rates
+from t5x_like.monitoring.throughput import Peak, measured_peak, rates
 
 
 class Time:
@@ -67,28 +67,6 @@ def test_no_mfu_without_a_peak_and_no_rates_without_steps():
     seconds = {"data_wait": 0.0, "step": 2.0}
     assert "mfu" not in rates(seconds, steps=1, tokens=1, flops_per_step=1, peak=None)
     assert rates(seconds, steps=0, tokens=0, flops_per_step=1, peak=Peak(1.0, "")) == {}
-
-
-@pytest.mark.parametrize(
-    ("kind", "teraflops"),
-    [
-        ("TPU v4", 275),
-        ("TPU v5 lite", 197),
-        ("TPU v5", 459),
-        ("TPU v5p", 459),
-        ("TPU v6 lite", 918),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-    ],
-)
-def test_known_peaks(kind, teraflops):
-    assert known_peak(kind, 4).flops_per_second == 4 * teraflops * 1e12
-
-
-def test_a_cpu_has_no_known_peak():
-    assert known_peak("cpu", 1) is None
 
 
 @pytest.mark.parametrize(
