@@ -31,11 +31,11 @@ from t5x_like.config.objectives import (
     SpanCorruption,
     Supervised,
 )
+from t5x_like.config.partitioning import DcnConfig, PartitioningConfig
 from t5x_like.config.run import (
     CheckpointConfig,
     EvaluationConfig,
     MonitoringConfig,
-    PartitioningConfig,
     RunConfig,
 )
 from t5x_like.config.seqio import SeqioConfig
@@ -62,6 +62,7 @@ __all__ = [
     "ConfigError",
     "CorpusConfig",
     "DataConfig",
+    "DcnConfig",
     "DataError",
     "EvaluationConfig",
     "FillInTheMiddle",

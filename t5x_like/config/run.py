@@ -6,35 +6,8 @@ from t5x_like.config.adaptation import InitializeFrom
 from t5x_like.config.base import configuration
 from t5x_like.config.data import DataConfig
 from t5x_like.config.model import ModelConfig
+from t5x_like.config.partitioning import PartitioningConfig
 from t5x_like.config.training import TrainingConfig
-
-
-@configuration
-class PartitioningConfig:
-    """Degrees of the mesh axes; their product is the number of devices. One of them may be -1: it takes the rest."""
-
-    data: int = 1
-    """Copies of the model, each with its share of the batch."""
-    fsdp: int = -1
-    """Shares of the batch that also share out the parameters."""
-    expert: int = 1
-    context: int = 1
-    tensor: int = 1
-    """Shares of heads, MLP and vocabulary."""
-    parameter_rules: tuple[tuple[str, str | None], ...] = ()
-    """(logical axis, mesh axis or none) pairs that take precedence over the standard table for parameters."""
-    activation_rules: tuple[tuple[str, str | None], ...] = ()
-    """The same for activations."""
-
-    @property
-    def degrees(self) -> dict[str, int]:
-        return {
-            "data": self.data,
-            "fsdp": self.fsdp,
-            "expert": self.expert,
-            "context": self.context,
-            "tensor": self.tensor,
-        }
 
 
 @configuration

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from t5x_like.config.adaptation import SAME, InitializeFrom
 from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
@@ -20,7 +20,8 @@ from t5x_like.config.objectives import (
     PrefixLM,
     SpanCorruption,
 )
-from t5x_like.config.run import CheckpointConfig, EvaluationConfig, MonitoringConfig, PartitioningConfig
+from t5x_like.config.partitioning import AXES, PartitioningConfig
+from t5x_like.config.run import CheckpointConfig, EvaluationConfig, MonitoringConfig
 from t5x_like.config.training import Adafactor, AdamW, Freeze, Schedule, TrainingConfig
 
 Problems = Iterator[Problem]
@@ -456,18 +457,26 @@ def _schedule(where: str, schedule: Schedule) -> Problems:
 
 
 def partitioning_problems(partitioning: PartitioningConfig) -> Problems:
-    degrees = partitioning.degrees
-    for axis, degree in degrees.items():
-        if degree < 1 and degree != -1:
-            yield Problem(f"partitioning.{axis}", str(degree), "1 or more, or -1 for the devices that are left")
-    free = [axis for axis, degree in degrees.items() if degree == -1]
-    if len(free) > 1:
-        yield Problem("partitioning", f"-1 for {' and '.join(free)}", "at most one degree of -1")
+    for where, degrees, left in (
+        ("partitioning", partitioning.degrees, "devices"),
+        ("partitioning.dcn", partitioning.dcn.degrees, "slices"),
+    ):
+        yield from degrees_problems(where, degrees, left)
     for field in ("parameter_rules", "activation_rules"):
         for logical, axis in getattr(partitioning, field):
-            if axis is not None and axis not in degrees:
+            if axis is not None and axis not in AXES:
                 found = f"mesh axis {axis!r} for {logical!r}"
-                yield Problem(f"partitioning.{field}", found, f"one of {', '.join(degrees)}, or none")
+                yield Problem(f"partitioning.{field}", found, f"one of {', '.join(AXES)}, or none")
+
+
+def degrees_problems(where: str, degrees: Mapping[str, int], left: str) -> Problems:
+    """Of degrees that nothing is known of but themselves; `left` is what -1 takes."""
+    for axis, degree in degrees.items():
+        if degree < 1 and degree != -1:
+            yield Problem(f"{where}.{axis}", str(degree), f"1 or more, or -1 for the {left} that are left")
+    free = [axis for axis, degree in degrees.items() if degree == -1]
+    if len(free) > 1:
+        yield Problem(where, f"-1 for {' and '.join(free)}", "at most one degree of -1")
 
 
 def checkpoints_problems(checkpoints: CheckpointConfig) -> Problems:

@@ -78,7 +78,10 @@ def standard(config: PartitioningConfig) -> Rules:
                 found.append(Problem(where, f"the logical axis '{name}'", f"one of {', '.join(table)}"))
             if axis is not None and axis not in config.degrees:
                 found.append(Problem(where, f"the mesh axis '{axis}'", f"one of {', '.join(config.degrees)}, or None"))
-        return {**table, **{name: () if axis is None else (axis,) for name, axis in pairs}}
+        own: dict[str, MeshAxes] = {}
+        for name, axis in pairs:
+            own[name] = (*own.get(name, ()), *(() if axis is None else (axis,)))
+        return {**table, **own}
 
     rules = Rules(
         parameters=merged(PARAMETERS, "partitioning.parameter_rules", config.parameter_rules),

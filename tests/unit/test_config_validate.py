@@ -84,6 +84,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("training.schedule.final_fraction", 2.0, "found 2"),
     ("partitioning.tensor", 0, "found 0"),
     ("partitioning.tensor", -2, "found -2"),
+    ("partitioning.dcn.fsdp", 0, "partitioning.dcn.fsdp: found 0"),
     ("partitioning.parameter_rules", (("embed", "model"),), "'model' for 'embed'"),
     ("checkpoints.keep_last", 0, "found 0"),
     ("checkpoints.keep_every_steps", 1500, "a multiple of save_every_steps, 1000"),
@@ -97,6 +98,11 @@ def test_each_problem_is_found_at_its_place(path: str, value: Any, says: str) ->
     problems = validate(changed(example(), path, value))
     assert [p.where for p in problems] == [path] or path.startswith(f"{problems[0].where}."), problems
     assert says in str(problems[0])
+
+
+def test_one_degree_between_slices_is_free_and_it_is_data_by_default() -> None:
+    problems = validate(changed(example(), "partitioning.dcn.fsdp", -1))
+    assert [(p.where, p.found) for p in problems] == [("partitioning.dcn", "-1 for data and fsdp")]
 
 
 def test_all_problems_at_once() -> None:

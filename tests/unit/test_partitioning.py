@@ -14,6 +14,7 @@ from t5x_like.config import (
     CausalLM,
     ConfigError,
     DataConfig,
+    DcnConfig,
     ModelConfig,
     PartitioningConfig,
     RunConfig,
@@ -60,6 +61,82 @@ def test_degrees_that_do_not_fit_are_refused_with_both_numbers(degrees: dict[str
     with pytest.raises(ConfigError) as error:
         mesh_of(**degrees)
     assert all(words in str(error.value) for words in said), str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulated:
+    """What a mesh asks of a device."""
+
+    id: int
+    slice_index: int | None
+    process_index: int = 0
+    platform: str = "simulated"
+    device_kind: str = "none"
+
+
+def ids(mesh: Mesh) -> Any:
+    return jax.tree.map(lambda device: device.id, mesh.devices.tolist())
+
+
+def test_slices_are_outermost_in_each_axis() -> None:
+    """Devices of a slice come from all over the list, as a scheduler may hand them out."""
+    devices = [Simulated(id=10 * (n % 2) + n // 2, slice_index=n % 2) for n in range(8)]
+    config = PartitioningConfig(fsdp=-1, tensor=2)
+    mesh = make_mesh(config, devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert ids(mesh) == [[[[[0, 1]]], [[[2, 3]]]], [[[[10, 11]]], [[[12, 13]]]]], "slices are copies by default"
+
+    mesh = make_mesh(dataclasses.replace(config, dcn=DcnConfig(data=1, fsdp=2)), devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
+    assert ids(mesh) == [[[[[0, 1]]], [[[2, 3]]], [[[10, 11]]], [[[12, 13]]]]]
+
+
+def test_groups_of_devices_that_know_no_slices_stand_for_them() -> None:
+    def mesh_with(**degrees: int) -> Mesh:
+        return make_mesh(PartitioningConfig(fsdp=-1, tensor=2, dcn=DcnConfig(**degrees)), jax.devices())
+
+    assert dict(mesh_with().shape)["data"] == 1, "unless slices are named, all devices are one"
+    assert dict(mesh_with(data=2).shape) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+    assert ids(mesh_with(data=2)) == [[[[[0, 1]]], [[[2, 3]]]], [[[[4, 5]]], [[[6, 7]]]]]
+    assert ids(mesh_with(data=1, tensor=2)) == [[[[[0, 1, 4, 5]]], [[[2, 3, 6, 7]]]]]
+
+
+def test_slices_of_processes_are_joined_by_processes() -> None:
+    devices = [Simulated(n, slice_index=None, process_index=n % 2) for n in range(4)]
+    mesh = make_mesh(PartitioningConfig(dcn=DcnConfig(data=2)), devices)
+    assert ids(mesh) == [[[[[0]]], [[[2]]]], [[[[1]]], [[[3]]]]]
+
+
+@pytest.mark.parametrize(
+    ("dcn", "said"),
+    [
+        ({"data": 3}, ["partitioning.dcn: found data=3", "product 3", "is the number of slices, 2"]),
+        ({"data": 1}, ["product 1", "number of slices, 2", "-1"]),
+        ({"fsdp": -1}, ["-1 for data and fsdp"]),
+        ({"data": 3, "fsdp": -1}, ["product 3", "divides the number of slices, 2"]),
+        ({"data": 0}, ["partitioning.dcn.data: found 0"]),
+    ],
+)
+def test_degrees_between_slices_that_do_not_fit_are_refused(dcn: dict[str, int], said: list[str]) -> None:
+    devices = [Simulated(n, n // 4) for n in range(8)]
+    with pytest.raises(ConfigError) as error:
+        make_mesh(PartitioningConfig(dcn=DcnConfig(**dcn)), devices)
+    assert all(words in str(error.value) for words in said), str(error.value)
+
+
+def test_slices_of_different_sizes_are_refused_with_their_sizes() -> None:
+    with pytest.raises(ConfigError, match="1 in slice_index 0, 3 in slice_index 1"):
+        make_mesh(PartitioningConfig(), [Simulated(n, min(n, 1)) for n in range(4)])
+    with pytest.raises(ConfigError, match="3 devices in 2 slices"):
+        make_mesh(PartitioningConfig(), [Simulated(n, n % 2) for n in range(3)])
+    with pytest.raises(ConfigError, match="devices in each of 2 slices, 4"):
+        make_mesh(PartitioningConfig(tensor=3), [Simulated(n, n % 2) for n in range(8)])
+
+
+def test_an_axis_in_several_pairs_is_split_over_all_of_them() -> None:
+    table = rules.standard(PartitioningConfig(parameter_rules=(("mlp", "fsdp"), ("mlp", "tensor"), ("embed", None))))
+    found = rules.spec(("embed", "mlp"), table.parameters, (8, 16), mesh_of(fsdp=4, tensor=2))
+    assert found == PartitionSpec(None, ("fsdp", "tensor"))
 
 
 def test_fsdp_splits_parameters_by_embed_and_activations_by_rows_only() -> None:
