@@ -45,6 +45,9 @@ class PartitioningConfig:
     """Shares of heads, MLP and vocabulary."""
     dcn: DcnConfig = DcnConfig()
     """Degrees between slices."""
+    topology: str | None = None
+    """The machine that the run is made for, as in `v5e:16x16`, or `2 x v5e:16x16` for two slices: `plan` and `launch`
+    take it where none is named. Training takes the devices that are there."""
     parameter_rules: tuple[tuple[str, str | None], ...] = ()
     """(logical axis, mesh axis or none) pairs that take precedence over the standard table for parameters. A logical
     axis in several pairs is split over all their mesh axes, outermost first."""

@@ -261,12 +261,15 @@ def accelerator_of(device_kind: str) -> Accelerator | None:
 
 def parse_topology(text: str, num_slices: int = 1) -> Topology:
     """Reads `v5e:16x16`, `v5e-256`, `v5p:4x4x8`, `v5p-128` (which counts TensorCores, as Google Cloud does: 64 chips),
-    `h100:8`, `cpu:8`.
+    `h100:8`, `cpu:8`, and what `str` of a topology writes: `2 x v5e:16x16`.
 
     Raises:
       ConfigError: no such kind, a shape that a slice of the kind cannot have, or several slices of what has none.
     """
-    match = re.fullmatch(r"(?P<kind>[a-z0-9-]*?[a-z0-9])(?P<mark>[:-])(?P<size>\d+(x\d+)*)", text.strip().lower())
+    text = text.strip().lower()
+    if num_slices == 1 and (several := re.fullmatch(r"(\d+) ?x ?([a-z].*)", text)):
+        num_slices, text = int(several[1]), several[2]
+    match = re.fullmatch(r"(?P<kind>[a-z0-9-]*?[a-z0-9])(?P<mark>[:-])(?P<size>\d+(x\d+)*)", text)
     if match is None:
         raise _wrong(text, _FORMS)
     accelerator = _of_name(match["kind"], text)

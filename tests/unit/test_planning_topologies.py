@@ -45,6 +45,7 @@ def test_slices_multiply_all_but_what_a_device_has() -> None:
     for name in ("num_chips", "num_devices", "num_hosts", "flops_per_second"):
         assert getattr(two, name) == 2 * getattr(one, name)
     assert (two.hbm_bytes, two.devices_per_host) == (one.hbm_bytes, one.devices_per_host)
+    assert parse_topology(str(two)) == two
 
 
 @pytest.mark.parametrize(
