@@ -9,7 +9,8 @@ from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import AttentionImplementation, StackConfig
-from t5x_like.kernels.attention import Prepared, attention
+from t5x_like.kernels.attention import attention
+from t5x_like.kernels.masks import Prepared
 from t5x_like.models.layers import Dense, Norm, attention_scale, attention_stddevs, rotate
 from t5x_like.partitioning.constrain import constrain
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import AttentionImplementation, StackConfig
-from t5x_like.kernels.attention import MaskSpec, Prepared, RelativeBias, dense_bias
+from t5x_like.kernels.masks import MaskSpec, Prepared, RelativeBias, dense_bias
 from t5x_like.models.attention import Attention, CosSin, Distances, KeysValues
 from t5x_like.models.experts import MixtureOfExperts, Routing
 from t5x_like.models.layers import Embedding, Mlp, Norm, dropout, param

@@ -21,7 +21,7 @@ from jax import Array
 from t5x_like.config.errors import ConfigError, DataError
 from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.config.sections import model_problems
-from t5x_like.kernels.attention import MaskSpec
+from t5x_like.kernels.masks import MaskSpec
 from t5x_like.kernels.matmul import matmul
 from t5x_like.models.blocks import layers_alike
 from t5x_like.models.cache import Cache

@@ -12,7 +12,7 @@ from jax import Array
 
 from t5x_like.config.errors import ConfigError, Problem
 from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
-from t5x_like.kernels.attention import (
+from t5x_like.kernels.masks import (
     MaskSpec,
     Prepared,
     after_another,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5x_like.kernels.attention import (
+from t5x_like.kernels.attention import attention
+from t5x_like.kernels.masks import (
     MaskSpec,
     RelativeBias,
-    attention,
     dense_mask,
     prepare,
     relative_position_buckets,
