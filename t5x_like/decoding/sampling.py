@@ -1,12 +1,24 @@
-"""The next token from a row of logits: greedy, or drawn after temperature, top-k and top-p.
+"""The next token from a row of logits: greedy, or drawn from the tokens that the settings leave.
+
+The processors, in this order, which is that of transformers:
+
+  repetition penalty   on the raw logits of tokens that the row has read or said (`choosing` knows them)
+  allowed tokens       what a mask or a constraint forbids gets minus infinity (`restrict`)
+  temperature          divides the logits
+  top-k                of equal logits the lower id counts as more likely
+  top-p                of the probabilities that top-k leaves, made to add up to 1
+  min-p                relative to the most likely token, so that it does not matter what is left out before
 
 Pure functions on arrays. A draw is keyed by (seed, row, position) alone, so that a row's text does not depend on the
-rows that happen to be decoded beside it.
+rows that happen to be decoded beside it. Nothing is sorted: thresholds are found bit by bit, with one reduction over
+the vocabulary for each of the 32 bits of a float, which costs little where the vocabulary is split over devices too.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +31,15 @@ class Sampling:
     """How a token is chosen.
 
     Attributes:
-      temperature: Divides the logits; 0 takes the most likely token and ignores the two others.
+      temperature: Divides the logits; 0 takes the most likely token and ignores top_k, top_p and min_p.
       top_k: Draw among the k most likely tokens only; of equal logits the lower id counts as more likely.
       top_p: Draw among the fewest most likely tokens whose probabilities (after temperature and top_k) add up to at
         least p; Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+      min_p: Draw among the tokens that are at least p times as probable as the most likely one; Nguyen et al. 2024,
+        "Turning Up the Heat".
+      repetition_penalty: Logits of tokens that the decoder has read or said are divided by it where they are above 0
+        and multiplied where they are below; Keskar et al. 2019, "CTRL", equation of section 4.1, in the form that
+        transformers gives it for negative logits. 1 changes nothing. It holds for greedy decoding as well.
 
     Raises:
       ConfigError: a value out of range; all of them are listed.
@@ -31,6 +48,8 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -40,6 +59,10 @@ class Sampling:
             problems.append(Problem("top_k", repr(self.top_k), "at least 1", "leave it out for all tokens"))
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             problems.append(Problem("top_p", repr(self.top_p), "above 0 and at most 1"))
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            problems.append(Problem("min_p", repr(self.min_p), "from 0 to 1"))
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            problems.append(Problem("repetition_penalty", repr(self.repetition_penalty), "above 0", "1 is no penalty"))
         if problems:
             raise ConfigError(problems)
 
@@ -47,50 +70,139 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    def rows(self, count: int) -> RowSampling:
+        """The same for each of `count` rows; what is not asked for is not computed."""
+
+        def full(value: float | None) -> jax.Array | None:
+            return None if value is None else jnp.full(count, value, jnp.float32)
+
+        return RowSampling(
+            temperature_R=None if self.greedy else full(self.temperature),
+            top_k_R=None if self.top_k is None else jnp.full(count, self.top_k, jnp.int32),
+            top_p_R=full(self.top_p),
+            min_p_R=full(self.min_p or None),
+            penalty_R=None if self.repetition_penalty == 1.0 else full(self.repetition_penalty),
+        )
+
+
+class RowSampling(NamedTuple):
+    """`Sampling` of R rows, each with its own values: a pytree of arrays [R], or None where no row asks for it.
+
+    Attributes:
+      temperature_R: float32, 0 for a greedy row; None: all rows are greedy, and the three below are not read.
+      top_k_R: int32; a number of at least the vocabulary's size changes nothing.
+      top_p_R: float32; 1 changes nothing.
+      min_p_R: float32; 0 changes nothing.
+      penalty_R: float32; 1 changes nothing.
+    """
+
+    temperature_R: jax.Array | None = None
+    top_k_R: jax.Array | None = None
+    top_p_R: jax.Array | None = None
+    min_p_R: jax.Array | None = None
+    penalty_R: jax.Array | None = None
+
 
 def restrict(logits: jax.Array, allowed_V: jax.Array) -> jax.Array:
-    """The logits [..., V] in float32, minus infinity where `allowed_V` is False."""
+    """The logits [..., V] in float32, minus infinity where `allowed_V` (or [..., V]) is False."""
     return jnp.where(allowed_V, logits.astype(jnp.float32), -jnp.inf)
 
 
-def candidates(logits_BxV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """The tokens that may be drawn, most likely first.
+def penalize(logits_RxV: jax.Array, seen_RxV: jax.Array, penalty_R: jax.Array) -> jax.Array:
+    """float32 logits after the repetition penalty; `seen_RxV` marks the tokens that it is for."""
+    logits = logits_RxV.astype(jnp.float32)
+    penalty_Rx1 = penalty_R[:, None]
+    return jnp.where(seen_RxV, jnp.where(logits < 0, logits * penalty_Rx1, logits / penalty_Rx1), logits)
+
+
+def warp(logits_RxV: jax.Array, sampling: RowSampling) -> jax.Array:
+    """What softmax makes the distribution of that a token is drawn from: logits over the temperature, minus infinity
+    outside the support, which has at least one token.
 
     Args:
-      logits_BxV: float32; minus infinity excludes a token.
-      sampling: With a temperature above 0.
-
-    Returns:
-      Logits over the temperature, minus infinity outside the support, and token ids, both [B, K] with K = top_k or V.
-      At least one token of a row is in its support.
+      logits_RxV: float32; minus infinity excludes a token.
+      sampling: With temperatures. A greedy row keeps its most likely token alone, the lowest id of equal ones.
     """
-    vocabulary = logits_BxV.shape[-1]
-    scaled_BxV = logits_BxV / sampling.temperature
-    top_k = min(sampling.top_k or vocabulary, vocabulary)
-    if top_k == vocabulary and sampling.top_p is None:
-        return scaled_BxV, jnp.broadcast_to(jnp.arange(vocabulary), scaled_BxV.shape)
-    scaled_BxK, ids_BxK = jax.lax.top_k(scaled_BxV, top_k)
-    if sampling.top_p is not None:
-        probability_BxK = jax.nn.softmax(scaled_BxK, axis=-1)
-        before_BxK = jnp.cumsum(probability_BxK, axis=-1) - probability_BxK
-        # The first token stays whatever rounding makes of its `before`, which is 0.
-        scaled_BxK = jnp.where(before_BxK < sampling.top_p, scaled_BxK, -jnp.inf)
-    return scaled_BxK, ids_BxK
+    assert sampling.temperature_R is not None
+    greedy_R = sampling.temperature_R == 0
+    temperature_R = jnp.where(greedy_R, 1.0, sampling.temperature_R)
+    scaled = logits_RxV / temperature_R[:, None]
+    if sampling.top_k_R is not None:
+        scaled = jnp.where(_most_likely(scaled, sampling.top_k_R), scaled, -jnp.inf)
+    if sampling.top_p_R is not None:
+        scaled = jnp.where(_nucleus(scaled, sampling.top_p_R), scaled, -jnp.inf)
+    if sampling.min_p_R is not None:
+        least_R = jnp.max(scaled, axis=-1) + jnp.log(sampling.min_p_R)
+        scaled = jnp.where(scaled >= least_R[:, None], scaled, -jnp.inf)
+    best_R = jnp.argmax(logits_RxV, axis=-1)
+    is_best_RxV = jax.lax.broadcasted_iota(best_R.dtype, scaled.shape, 1) == best_R[:, None]
+    return jnp.where(greedy_R[:, None] & ~is_best_RxV, -jnp.inf, scaled)
 
 
 def draw_keys(seed: jax.Array, rows_B: jax.Array, positions_B: jax.Array) -> jax.Array:
-    """One key per row for the token at `positions_B`, a function of (seed, row, position) and of nothing else."""
+    """One key per row for the token at `positions_B`, a function of (seed, row, position) and of nothing else.
 
-    def key(row: jax.Array, position: jax.Array) -> jax.Array:
+    Args:
+      seed: uint32, of all rows or [B].
+    """
+
+    def key(seed: jax.Array, row: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
 
-    return jax.vmap(key)(rows_B, positions_B)
+    return jax.vmap(key)(jnp.broadcast_to(seed, rows_B.shape), rows_B, positions_B)
 
 
-def choose(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Token ids [B], int32, for logits in float32; `keys_B` is not read when sampling is greedy."""
-    if sampling.greedy:
+def choose(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling | RowSampling) -> jax.Array:
+    """Token ids [B], int32, for logits in float32; `keys_B` is not read when sampling is greedy. A penalty has been
+    applied before."""
+    rows = sampling.rows(len(logits_BxV)) if isinstance(sampling, Sampling) else sampling
+    if rows.temperature_R is None:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    scaled_BxK, ids_BxK = candidates(logits_BxV, sampling)
-    choice_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BxK)
-    return jnp.take_along_axis(ids_BxK, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys_B, warp(logits_BxV, rows)).astype(jnp.int32)
+
+
+def _most_likely(logits_RxV: jax.Array, count_R: jax.Array) -> jax.Array:
+    """bool [R, V]: the `count_R` largest logits, of equal ones those of lower ids."""
+    order_RxV = _order(logits_RxV)
+    least_R = _last_threshold(lambda least_R: jnp.sum(order_RxV >= least_R[:, None], axis=-1) >= count_R, len(count_R))
+    above_RxV, equal_RxV = order_RxV > least_R[:, None], order_RxV == least_R[:, None]
+    return above_RxV | _first(equal_RxV, count_R - jnp.sum(above_RxV, axis=-1))
+
+
+def _nucleus(logits_RxV: jax.Array, p_R: jax.Array) -> jax.Array:
+    """bool [R, V]: the fewest largest logits whose softmax adds up to `p_R`, of equal ones those of lower ids."""
+    order_RxV = _order(logits_RxV)
+    probability_RxV = jax.nn.softmax(logits_RxV, axis=-1)
+
+    def mass_R(these_RxV: jax.Array) -> jax.Array:
+        return jnp.sum(probability_RxV, axis=-1, where=these_RxV)
+
+    least_R = _last_threshold(lambda least_R: mass_R(order_RxV >= least_R[:, None]) >= p_R, len(p_R))
+    above_RxV, equal_RxV = order_RxV > least_R[:, None], order_RxV == least_R[:, None]
+    each_R = jnp.max(probability_RxV, axis=-1, where=equal_RxV, initial=0.0)
+    missing_R = jnp.ceil((p_R - mass_R(above_RxV)) / jnp.maximum(each_R, jnp.finfo(jnp.float32).tiny))
+    # Rounding may leave nothing missing; the most likely token stays whatever it does.
+    needed_R = jnp.clip(missing_R, 1, logits_RxV.shape[-1]).astype(jnp.int32)
+    # Of p = 1 rounding must not decide. Near it, all probabilities can add up to less: then all are above 0.
+    return above_RxV | _first(equal_RxV, needed_R) | (p_R >= 1)[:, None]
+
+
+def _order(x: jax.Array) -> jax.Array:
+    """uint32 that are ordered as these float32 are; -0.0 counts as 0.0."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)
+    return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _last_threshold(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
+    """uint32 [rows]: the largest number for which `holds`, which is True up to some number; 0 where it is never."""
+
+    def settle(index: jax.Array, found_R: jax.Array) -> jax.Array:
+        tried_R = found_R | (jnp.uint32(1) << (jnp.uint32(31) - index.astype(jnp.uint32)))
+        return jnp.where(holds(tried_R), tried_R, found_R)
+
+    return jax.lax.fori_loop(0, 32, settle, jnp.zeros(rows, jnp.uint32))
+
+
+def _first(chosen_RxV: jax.Array, count_R: jax.Array) -> jax.Array:
+    """The first `count_R` of each row's chosen ones."""
+    return chosen_RxV & (jnp.cumsum(chosen_RxV, axis=-1) <= count_R[:, None])

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from t5x_like.config import ConfigError
-from t5x_like.decoding.sampling import Sampling, candidates, choose, draw_keys, restrict
+from t5x_like.decoding.sampling import RowSampling, Sampling, choose, draw_keys, penalize, restrict, warp
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.2, 0.25])
 LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None]
 
 
 def support(logits_BxV, sampling):
-    scaled_BxK, ids_BxK = candidates(logits_BxV, sampling)
-    return set(np.asarray(ids_BxK)[np.isfinite(scaled_BxK)].tolist())
+    return set(np.flatnonzero(np.isfinite(warp(logits_BxV, sampling.rows(1)))).tolist())
 
 
 @pytest.mark.parametrize("k", range(1, 8))
@@ -71,6 +70,66 @@ def test_draws_follow_the_distribution(sampling, expected):
     assert statistic < {1: 15.14, 2: 18.42, 4: 23.51}[inside.sum() - 1]
 
 
+def sorted_support(logits, temperature, top_k, top_p, min_p):
+    """The definition, by sorting, in double precision; of equal logits the lower id comes first."""
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")[: top_k or len(logits)]
+    order = order[np.isfinite(scaled[order])]
+    if top_p is not None:
+        p = np.exp(scaled[order] - scaled[order].max())
+        before = np.cumsum(p / p.sum()) - p / p.sum()
+        order = order[before < top_p]
+    if min_p is not None:
+        order = order[scaled[order] >= scaled.max() + np.log(min_p)]
+    return set(order.tolist())
+
+
+SETTINGS = [
+    (temperature, top_k, top_p, min_p)
+    for temperature in (0.5, 1.3)
+    for top_k in (None, 1, 7, 500)
+    for top_p in (None, 0.31, 0.93)
+    for min_p in (None, 0.057)
+]
+
+
+def test_the_support_is_that_of_sorting_also_with_settings_of_each_row():
+    """Logits of many equal values, of both signs and excluded ones; the thresholds of each row are its own."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (len(SETTINGS), 300)).round(1).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.1] = -np.inf
+    temperature, top_k, top_p, min_p = zip(*SETTINGS, strict=True)
+    rows = RowSampling(
+        jnp.array(temperature),
+        jnp.array([k or 300 for k in top_k]),
+        jnp.array([p or 1.0 for p in top_p]),
+        jnp.array([p or 0.0 for p in min_p]),
+    )
+    found = np.asarray(jax.jit(warp)(jnp.asarray(logits), rows))
+    for row, settings in enumerate(SETTINGS):
+        assert set(np.flatnonzero(np.isfinite(found[row])).tolist()) == sorted_support(logits[row], *settings), settings
+
+
+def test_a_greedy_row_stands_beside_a_drawn_one():
+    logits = jnp.tile(LOGITS, (200, 1))
+    rows = RowSampling(jnp.arange(200) % 2 * 1.0)
+    keys = draw_keys(jnp.uint32(1), jnp.arange(200), jnp.zeros(200, jnp.int32))
+    drawn = np.asarray(choose(logits, keys, rows))
+    assert (drawn[::2] == 1).all() and len(set(drawn[1::2].tolist())) == 5
+
+
+def test_min_p_is_relative_to_the_most_likely():
+    assert support(LOGITS, Sampling(temperature=1.0, min_p=0.45)) == {1, 3, 4}
+    assert support(LOGITS, Sampling(temperature=0.5, min_p=0.45)) == {1}
+    assert support(LOGITS, Sampling(temperature=1.0, min_p=0.0)) == set(range(5))
+
+
+def test_the_repetition_penalty_makes_seen_tokens_less_likely_whatever_the_sign():
+    logits = jnp.array([[2.0, -2.0, 0.0, 2.0, -2.0]])
+    seen = jnp.array([[True, True, True, False, False]])
+    assert penalize(logits, seen, jnp.array([2.0])).tolist() == [[1.0, -4.0, 0.0, 2.0, -2.0]]
+
+
 def test_greedy_takes_the_most_likely_allowed_token():
     allowed = jnp.array([True, False, True, True, True])
     keys = draw_keys(jnp.uint32(0), jnp.arange(1), jnp.arange(1))
@@ -91,7 +150,8 @@ def test_keys_depend_on_seed_row_and_position():
 
 def test_settings_out_of_range_are_refused_all_at_once():
     with pytest.raises(ConfigError) as caught:
-        Sampling(temperature=-1.0, top_k=0, top_p=1.5)
-    assert [problem.where for problem in caught.value.problems] == ["temperature", "top_k", "top_p"]
+        Sampling(temperature=-1.0, top_k=0, top_p=1.5, min_p=-0.1, repetition_penalty=0.0)
+    found = [problem.where for problem in caught.value.problems]
+    assert found == ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"]
     with pytest.raises(ConfigError):
         Sampling(temperature=float("nan"))

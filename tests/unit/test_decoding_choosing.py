@@ -1,0 +1,148 @@
+"""Constraints and stop strings on the device against plain searches on the host."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_like.config import ConfigError, DataError
+from t5x_like.decoding.choosing import Rules, advance, choose, distribution, found_stop, processed, start
+from t5x_like.decoding.constraints import forest, trie
+from t5x_like.decoding.sampling import Sampling
+from t5x_like.decoding.stops import FOUND, make_stops
+
+EOS, TABLE = 1, 12
+PIECES = [b"", b"", b"?", b"a", b"b", b"ab", b"ba", b"aab", b"\xc3", b"\xa9", b"bb"]
+
+
+def rules_for(rows, sampling=None, **more):
+    return Rules(
+        allowed=more.pop("allowed", jnp.ones(TABLE, bool)),
+        sampling=(sampling or Sampling()).rows(rows),
+        seeds_R=jnp.zeros(rows, jnp.uint32),
+        rows_R=jnp.arange(rows),
+        **more,
+    )
+
+
+def nothing_read(rows):
+    return jnp.zeros((rows, 1), jnp.int32), jnp.ones(rows, jnp.int32)
+
+
+@pytest.mark.parametrize("stops", [["ab"], ["aba", "b"], ["bab", "abb", "aabaa"], ["é"], ["é", "abab", "bb?"]])
+def test_a_stop_string_is_found_in_the_step_that_completes_it(stops):
+    """Random sequences of pieces: the automaton says so exactly where the text of the pieces holds a string."""
+    table = make_stops(stops, PIECES, TABLE)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        tokens = rng.integers(0, len(PIECES), 14)
+        state, text = 0, b""
+        for token in tokens:
+            state, text = int(table.next_SxV[state, token]), text + PIECES[token]
+            assert (state == FOUND) == any(stop.encode() in text for stop in stops)
+        cut, was_found = table.cut(text)
+        assert was_found == (state == FOUND) and text.startswith(cut)
+        if was_found:
+            ends = min(text.find(stop.encode()) + len(stop.encode()) for stop in stops if stop.encode() in text)
+            assert (
+                max((s.encode() for s in stops if text[:ends].endswith(s.encode())), key=len) == text[len(cut) : ends]
+            )
+        else:
+            assert cut == text
+
+
+def test_stop_strings_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="an empty string"):
+        make_stops(["a", ""], PIECES, TABLE)
+    with pytest.raises(ConfigError, match="600 bytes of stop strings"):
+        make_stops(["a" * 600], PIECES, TABLE)
+
+
+def test_a_row_stops_with_others_going_on():
+    rules = rules_for(2, stops_SxV=jnp.asarray(make_stops(["ab"], PIECES, TABLE).next_SxV))
+    state = start(rules, *nothing_read(2), TABLE)
+    seen = []
+    for tokens in ([3, 4], [4, 4], [4, 3]):
+        state = advance(jnp.array(tokens), rules, state)
+        seen.append(found_stop(state).tolist())
+    assert seen == [[False, False], [True, False], [True, False]] and state.made_R.tolist() == [3, 3]
+
+
+def sequences(automaton, first, length):
+    """All sequences of at most `length` tokens that the automaton lets end in EOS."""
+    found, todo = set(), [((), first)]
+    while todo:
+        tokens, state = todo.pop()
+        for token in np.flatnonzero(automaton.allowed(jnp.array([state]), TABLE)[0]).tolist():
+            if token == EOS:
+                found.add(tokens)
+            elif len(tokens) < length:
+                todo.append(((*tokens, token), int(automaton.advance(jnp.array([state]), jnp.array([token]))[0])))
+    return found
+
+
+def test_a_trie_allows_its_choices_and_nothing_else():
+    choices = [(3,), (3, 4), (3, 4, 5), (6, 4), (11,)]
+    assert sequences(trie(choices, EOS), 1, 5) == set(choices)
+    others = [(4,), (3, 3)]
+    automaton, starts = forest([choices, others, choices], EOS)
+    assert starts[0] == starts[2] != starts[1]
+    assert sequences(automaton, starts[0], 5) == set(choices) and sequences(automaton, starts[1], 5) == set(others)
+    for wrong in ([], [[]], [[3], []]):
+        with pytest.raises(DataError, match="expected one or more choices"):
+            trie(wrong, EOS)
+
+
+def test_draws_stay_within_masks_and_constraints_of_each_row():
+    rows = 64
+    automaton, starts = forest([[(3, 4), (3, 5), (6,)], [(7, 7, 7)]] * (rows // 2), EOS)
+    allowed = jnp.ones((rows, TABLE), bool).at[::4, 5].set(False)
+    rules = rules_for(
+        rows, Sampling(temperature=5.0), automaton=automaton, start_state_R=jnp.asarray(starts), allowed=allowed
+    )
+    state = start(rules, *nothing_read(rows), TABLE)
+    step = jax.jit(lambda logits, state: choose(logits, rules, state))
+    logits = jax.random.normal(jax.random.key(0), (5, rows, TABLE))
+    made = []
+    for number in range(5):
+        token_R, _, state = step(logits[number], state)
+        made.append(np.asarray(token_R))
+    texts = ["".join(map(str, row[: row.index(EOS)])) for row in np.stack(made, axis=1).tolist()]
+    assert set(texts[0::4]) == {"34", "6"} and set(texts[2::4]) == {"34", "35", "6"} and set(texts[1::2]) == {"777"}
+
+
+def test_the_penalty_is_for_what_was_read_and_said():
+    rules = rules_for(2, Sampling(repetition_penalty=2.0), allowed=jnp.ones(TABLE, bool).at[0].set(False))
+    state = start(rules, jnp.array([[0, 3, 9], [0, 4, 0]]), jnp.array([3, 2]), TABLE)
+    state = advance(jnp.array([5, 6]), rules, state)
+    found = np.asarray(processed(jnp.ones((2, TABLE)), rules, state))
+    halves = [np.flatnonzero(row == 0.5).tolist() for row in found]
+    assert halves == [[3, 5, 9], [4, 6]] and (found[:, 0] == -np.inf).all()
+    probability = jax.nn.softmax(distribution(jnp.asarray(found), rules, state._replace(seen_RxV=None)), axis=-1)
+    assert probability.max(axis=-1).tolist() == [1.0, 1.0] == probability.sum(axis=-1).tolist()
+
+
+def test_the_penalty_and_the_warpers_are_those_of_transformers():
+    torch = pytest.importorskip("torch")
+    processors = pytest.importorskip("transformers").generation.logits_process
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (4, 40)).astype(np.float32)
+    read = rng.integers(0, 40, (4, 9))
+    theirs = torch.tensor(logits)
+    for processor in (
+        processors.RepetitionPenaltyLogitsProcessor(1.7),
+        processors.TemperatureLogitsWarper(0.8),
+        processors.TopKLogitsWarper(25),
+        processors.TopPLogitsWarper(0.93),
+        processors.MinPLogitsWarper(0.04),
+    ):
+        theirs = processor(torch.tensor(read), theirs)
+    rules = Rules(
+        jnp.ones(40, bool),
+        Sampling(temperature=0.8, top_k=25, top_p=0.93, min_p=0.04, repetition_penalty=1.7).rows(4),
+        jnp.zeros(4, jnp.uint32),
+        jnp.arange(4),
+    )
+    ours = distribution(jnp.asarray(logits), rules, start(rules, jnp.asarray(read), jnp.full(4, 9), 40))
+    np.testing.assert_allclose(np.asarray(ours), theirs.numpy(), rtol=1e-5)
+    assert 4 < np.isfinite(ours).sum() < 60
