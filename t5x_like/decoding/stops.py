@@ -66,7 +66,7 @@ def make_stops(strings: Sequence[str], pieces: Sequence[bytes], table_size: int)
     state_SxV = np.repeat(np.arange(states, dtype=np.int16)[:, None], table_size, axis=1)
     for place in range(int(lengths_V.max(initial=0))):
         having = np.flatnonzero(lengths_V > place)
-        bytes_of = np.array([pieces[token][place] for token in having])
+        bytes_of = np.array([pieces[token][place] for token in having.tolist()])
         state_SxV[:, having] = next_SxB[state_SxV[:, having], bytes_of]
     return Stops(stops, state_SxV)
 
