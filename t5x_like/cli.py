@@ -15,15 +15,10 @@ import t5x_like
 from t5x_like.commands import convert, embed, evaluate, generate, inspect, prepare, train
 from t5x_like.commands.arguments import Parser
 from t5x_like.config import UserError
+from t5x_like.config.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
 COMMANDS = (train, prepare, inspect, evaluate, generate, embed, convert)
 """In the order of `--help`."""
-
-EXIT_INTERRUPTED = 130
-"""Ctrl-C where no checkpoint is at stake: the shell's 128 + SIGINT."""
-
-EXIT_BROKEN_PIPE = 141
-"""The shell's 128 + SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

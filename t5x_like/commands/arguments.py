@@ -7,9 +7,10 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from t5x_like.config import EXIT_USAGE, ConfigError, RunConfig
+from t5x_like.config.processes import Launcher, ProcessFlags
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,6 +79,7 @@ def add_recipe_command(commands: Any, name: str, run: Callable[..., int], summar
 def add_run_command(commands: Any, name: str, run: Callable[..., int], summary: str) -> argparse.ArgumentParser:
     parser = add_command(commands, name, run, summary)
     add_devices_option(parser)
+    add_processes_options(parser)
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="directory of a run, as given to `train --workdir`"
     )
@@ -86,7 +88,50 @@ def add_run_command(commands: Any, name: str, run: Callable[..., int], summary: 
 
 
 def add_devices_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--devices", type=positive, metavar="N", help="run on N simulated CPU devices")
+    parser.add_argument("--devices", type=positive, metavar="N", help="run on N simulated CPU devices per process")
+
+
+def add_processes_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of a command that can run in several processes; `process_flags` reads them."""
+    group = parser.add_argument_group(
+        "several processes",
+        "From these flags, or else from the environment: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and "
+        "JAX_PROCESS_ID, SkyPilot, torchrun's names, Open MPI, SLURM, TPU, Kubernetes. `t5x-like launch` sets them.",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 waits for the others")
+    group.add_argument("--num-processes", type=positive, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=not_negative, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--local-device-ids", type=_numbers, metavar="I,J", help="this process's GPUs (default: as launched, or all)"
+    )
+    group.add_argument("--launcher", choices=get_args(Launcher), default="auto", help="look for this one only")
+    group.add_argument("--expect-processes", type=positive, metavar="N", help="start only if there are so many")
+    group.add_argument(
+        "--expect-devices",
+        type=positive,
+        metavar="N",
+        help="start only if there are so many over all processes (default: what the mesh says)",
+    )
+    group.add_argument(
+        "--initialization-timeout",
+        type=positive,
+        default=ProcessFlags.timeout_seconds,
+        metavar="SECONDS",
+        help=f"for which processes wait for each other (default: {ProcessFlags.timeout_seconds})",
+    )
+
+
+def process_flags(options: argparse.Namespace) -> ProcessFlags:
+    return ProcessFlags(
+        coordinator=options.coordinator,
+        num_processes=options.num_processes,
+        process_id=options.process_id,
+        local_device_ids=options.local_device_ids,
+        launcher=options.launcher,
+        expect_processes=options.expect_processes,
+        expect_devices=options.expect_devices,
+        timeout_seconds=options.initialization_timeout,
+    )
 
 
 def simulate_devices(number: int | None) -> None:
@@ -112,6 +157,10 @@ def configured_run(options: argparse.Namespace, overrides: list[str]) -> RunConf
     if problems:
         raise ConfigError(problems)
     return run
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(not_negative(part) for part in text.split(","))
 
 
 def positive(text: str) -> int:

@@ -6,12 +6,20 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from t5x_like.commands.arguments import add_command, add_devices_option, positive, simulate_devices
+from t5x_like.commands.arguments import (
+    add_command,
+    add_devices_option,
+    add_processes_options,
+    positive,
+    process_flags,
+    simulate_devices,
+)
 
 
 def register(commands: Any) -> None:
     parser = add_command(commands, "embed", _run, "turn the texts of a JSONL file into vectors")
     add_devices_option(parser)
+    add_processes_options(parser)
     parser.add_argument("directory", type=Path, metavar="DIR", help="of a run, or what `convert --from` wrote")
     parser.add_argument("--input", type=Path, required=True, metavar="FILE", help='JSON lines {"text": ...}')
     parser.add_argument(
@@ -30,16 +38,19 @@ def register(commands: Any) -> None:
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
     simulate_devices(options.devices)
-    from t5x_like.embedding.command import embed_command
+    from t5x_like.partitioning.distributed import started
 
-    return embed_command(
-        options.directory,
-        options.input,
-        options.output,
-        field=options.field,
-        pooling=options.pooling,
-        normalize={None: None, "yes": True, "no": False}[options.normalize],
-        bidirectional={None: None, "bidirectional": True, "causal": False}[options.attention],
-        max_length=options.max_length,
-        step=options.step,
-    )
+    with started(process_flags(options)):
+        from t5x_like.embedding.command import embed_command
+
+        return embed_command(
+            options.directory,
+            options.input,
+            options.output,
+            field=options.field,
+            pooling=options.pooling,
+            normalize={None: None, "yes": True, "no": False}[options.normalize],
+            bidirectional={None: None, "bidirectional": True, "causal": False}[options.attention],
+            max_length=options.max_length,
+            step=options.step,
+        )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from t5x_like.commands.arguments import add_run_command, positive, simulate_devices
+from t5x_like.commands.arguments import add_run_command, positive, process_flags, simulate_devices
 
 
 def register(commands: Any) -> None:
@@ -20,8 +20,11 @@ def register(commands: Any) -> None:
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
     simulate_devices(options.devices)
-    from t5x_like.evaluation.command import evaluate_run
+    from t5x_like.partitioning.distributed import started
 
-    return evaluate_run(
-        options.run_dir, steps=tuple(options.step), num_batches=options.num_batches, output=options.output
-    )
+    with started(process_flags(options)):
+        from t5x_like.evaluation.command import evaluate_run
+
+        return evaluate_run(
+            options.run_dir, steps=tuple(options.step), num_batches=options.num_batches, output=options.output
+        )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from t5x_like.commands.arguments import add_run_command, positive, simulate_devices
+from t5x_like.commands.arguments import add_run_command, positive, process_flags, simulate_devices
 
 
 def register(commands: Any) -> None:
@@ -30,18 +30,21 @@ def register(commands: Any) -> None:
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
     simulate_devices(options.devices)
-    from t5x_like.decoding.command import generate_command
+    from t5x_like.partitioning.distributed import started
 
-    return generate_command(
-        options.run_dir,
-        prompt=options.prompt,
-        input_path=options.input,
-        mode=options.mode,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        num_samples=options.num_samples,
-        step=options.step,
-    )
+    with started(process_flags(options)):
+        from t5x_like.decoding.command import generate_command
+
+        return generate_command(
+            options.run_dir,
+            prompt=options.prompt,
+            input_path=options.input,
+            mode=options.mode,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            num_samples=options.num_samples,
+            step=options.step,
+        )

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from t5x_like.commands.arguments import add_devices_option, add_recipe_command, configured_run, simulate_devices
+from t5x_like.commands.arguments import (
+    add_devices_option,
+    add_processes_options,
+    add_recipe_command,
+    configured_run,
+    process_flags,
+    simulate_devices,
+)
 from t5x_like.config import EXIT_OK
 
 
@@ -22,6 +29,7 @@ def register(commands: Any) -> None:
         help="go on although this training field differs from the run's, as in training.batch_size",
     )
     add_devices_option(parser)
+    add_processes_options(parser)
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -32,6 +40,9 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
         print(to_json(run), end="")
         return EXIT_OK
     simulate_devices(options.devices)
-    from t5x_like.trainer import train
+    from t5x_like.partitioning.distributed import mesh_devices, started
 
-    return train(run, options.workdir or Path("runs") / run.name, options.allow_change)
+    with started(process_flags(options), mesh_devices=mesh_devices(run.partitioning)):
+        from t5x_like.trainer import train
+
+        return train(run, options.workdir or Path("runs") / run.name, options.allow_change)

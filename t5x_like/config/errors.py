@@ -19,7 +19,12 @@ EXIT_USAGE = 2
 EXIT_REFUSED = 3
 """Refused for safety: another configuration or tokenizer, a corrupt checkpoint, no room on the disk."""
 EXIT_RESUMABLE = 42
-"""Stopped on purpose after a committed save (SIGTERM, SIGINT): the same command resumes."""
+"""Stopped where the same command goes on: by SIGTERM or SIGINT after a committed save; or because a process hung, has
+gone or did not come, from the last save."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C where no checkpoint is at stake: the shell's 128 + SIGINT."""
+EXIT_BROKEN_PIPE = 141
+"""The shell's 128 + SIGPIPE: whoever read the output has left."""
 
 
 @dataclasses.dataclass(frozen=True)
