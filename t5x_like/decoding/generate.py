@@ -158,7 +158,7 @@ def _decode_batch(
     rows_R, limits_R = batch["rows"], batch["limits"]
     with program.activations():
         model = program.model(params)
-        first_logits_RxV, lengths_R, cache = _prefill(model, batch["tokens"], batch["lengths"], cells, bidirectional)
+        first_logits_RxV, lengths_R, cache = prefill(model, batch["tokens"], batch["lengths"], cells, bidirectional)
 
         def append(loop: _Loop, logits_RxV: jax.Array) -> _Loop:
             keys_R = draw_keys(seed, rows_R, jnp.broadcast_to(loop.made, rows_R.shape))
@@ -190,7 +190,7 @@ def _decode_batch(
         return jax.lax.with_sharding_constraint(loop.tokens_RxN, NamedSharding(program.mesh, PartitionSpec()))
 
 
-def _prefill(
+def prefill(
     model: Model, tokens: jax.Array, lengths_R: jax.Array, cells: int, bidirectional: bool
 ) -> tuple[jax.Array, jax.Array, Tree]:
     """Reads the prompts: logits of the first new token [R, V], lengths of the decoder's streams [R], the cache."""

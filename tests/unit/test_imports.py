@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("program", "inspection", "bases"),
     ("decoding", "interop", "planning"),
     ("evaluation", "embedding"),
+    ("export",),
     ("overview",),
     ("session",),
     ("trainer",),

@@ -1,0 +1,134 @@
+"""What of a model is exported: functions of flat weights and plain arrays, and the shapes that they are traced with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, export
+
+from t5x_like.config.errors import ConfigError, Problem
+from t5x_like.config.model import ModelConfig
+from t5x_like.decoding.generate import prefill
+from t5x_like.export.int8 import unpacked
+from t5x_like.models.build import abstract, merge
+from t5x_like.models.model import Model
+
+Platform = Literal["cpu", "cuda", "tpu"]
+PLATFORMS: tuple[Platform, ...] = ("cpu", "cuda", "tpu")
+Weights = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Fixed in the exported functions; the number of rows is not.
+
+    Attributes:
+      prompt: Tokens of the longest prompt (or text to encode); shorter rows are padded on the right.
+      new: Tokens that can be decoded after it.
+    """
+
+    prompt: int
+    new: int
+
+
+def exported_functions(
+    config: ModelConfig,
+    weights: Weights,
+    lengths: Lengths,
+    *,
+    bidirectional: bool = False,
+    platforms: Sequence[Platform] = PLATFORMS,
+) -> dict[str, export.Exported]:
+    """StableHLO of each function that the model has, for any number of rows B.
+
+    encode: (weights, tokens int32 [B, P], lengths int32 [B]) -> states [B, P, d].
+    predict: of an encoder alone, the same -> the logits of its head, float32 [B, P, V] or [B, labels].
+    prefill: (weights, tokens int32 [B, P], lengths int32 [B]) -> {"logits": float32 [B, V], "cache": list of arrays}.
+      With an encoder, the tokens are its; else the beginning of the stream, the start token first.
+    decode: (weights, cache, tokens int32 [B], positions int32 [B]) -> the same, after one more token per row. The first
+      position is 1 with an encoder, else the row's length.
+
+    Args:
+      weights: By path, as `int8.flat` or `int8.quantized` makes them; only shapes and types are read.
+      bidirectional: The tokens of a decoder's prompt see each other in both directions (prefix-LM).
+
+    Raises:
+      ConfigError: the lengths do not fit the model's table of positions, or it attends by a kernel of one platform.
+    """
+    _check(config, lengths)
+    graphdef = abstract(config).graphdef
+
+    def model(weights: Weights) -> Model:
+        return merge(graphdef, unpacked(weights, jnp.dtype(config.dtype)))
+
+    rows = export.symbolic_shape("b")[0]
+    of_weights = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()}
+    tokens = jax.ShapeDtypeStruct((rows, lengths.prompt), jnp.int32)
+    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    found: dict[str, export.Exported] = {}
+
+    def add(name: str, function: Callable[..., Any], *arguments: Any) -> None:
+        found[name] = export.export(jax.jit(function), platforms=platforms)(of_weights, *arguments)
+
+    if config.encoder is not None:
+        add("encode", lambda weights, tokens, length: _encode(model(weights), tokens, length), tokens, row)
+    if config.decoder is None:
+        add("predict", lambda weights, tokens, length: _predict(model(weights), tokens, length), tokens, row)
+        return found
+
+    def read(weights: Weights, tokens: Array, length: Array) -> tuple[Array, Any]:
+        logits, _, cache = prefill(model(weights), tokens, length, lengths.new, bidirectional)
+        return logits, cache
+
+    def begin(weights: Weights, tokens: Array, length: Array) -> dict[str, Any]:
+        logits, cache = read(weights, tokens, length)
+        return {"logits": logits, "cache": jax.tree.leaves(cache)}
+
+    cache = jax.eval_shape(read, of_weights, tokens, row)[1]
+    structure = jax.tree.structure(cache)
+
+    def decode(weights: Weights, leaves: list[Array], tokens_B: Array, positions_B: Array) -> dict[str, Any]:
+        valid = jnp.ones((tokens_B.shape[0], 1), jnp.bool_)
+        logits, after = model(weights).decode(
+            tokens_B[:, None], positions_B[:, None], valid, jax.tree.unflatten(structure, leaves)
+        )
+        return {"logits": logits[:, 0], "cache": jax.tree.leaves(after)}
+
+    add("prefill", begin, tokens, row)
+    add("decode", decode, jax.tree.leaves(cache), row, row)
+    return found
+
+
+def _encode(model: Model, tokens_BxP: Array, lengths_B: Array) -> Array:
+    return model.encode(tokens_BxP, segment_ids=_valid(tokens_BxP, lengths_B))
+
+
+def _predict(model: Model, tokens_BxP: Array, lengths_B: Array) -> Array:
+    return model({"encoder_input_tokens": tokens_BxP, "encoder_segment_ids": _valid(tokens_BxP, lengths_B)})
+
+
+def _valid(tokens_BxP: Array, lengths_B: Array) -> Array:
+    return (jnp.arange(tokens_BxP.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
+
+
+def _check(config: ModelConfig, lengths: Lengths) -> None:
+    needed = {"encoder": lengths.prompt}
+    needed["decoder"] = lengths.new + (lengths.prompt if config.encoder is None else 0)
+    problems = [
+        Problem(
+            f"prompt length and new tokens, {name}",
+            f"{needed[name]} positions",
+            f"at most {stack.max_positions}, the rows of the model's table of positions",
+        )
+        for name, stack in config.stacks.items()
+        if stack.positions == "learned" and needed[name] > stack.max_positions
+    ]
+    if config.attention not in ("reference", "xla"):
+        expected = "reference or xla, which every platform has"
+        problems.append(Problem("model.attention", config.attention, expected))
+    if problems:
+        raise ConfigError(problems)
