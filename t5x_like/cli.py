@@ -12,21 +12,24 @@ import sys
 from collections.abc import Callable, Sequence
 
 import t5x_like
-from t5x_like.commands import convert, embed, evaluate, export, generate, inspect, prepare, train
+from t5x_like.commands import convert, embed, evaluate, export, generate, inspect, launch, prepare, train
 from t5x_like.commands.arguments import Parser
 from t5x_like.config import UserError
 from t5x_like.config.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
-COMMANDS = (train, prepare, inspect, evaluate, generate, embed, convert, export)
+COMMANDS = (train, prepare, inspect, evaluate, generate, embed, convert, export, launch)
 """In the order of `--help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # What stands behind -- is for the recipe, also where an option in front has the same name.
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = _parser()
     try:
-        options, extra = parser.parse_known_args(arguments)
+        options, extra = parser.parse_known_args(arguments[:cut])
+        extra += arguments[cut + 1 :]
         if extra and not options.overrides:
             options.parser.error(f"unrecognized arguments: {' '.join(extra)}")
         command: Callable[[argparse.Namespace, list[str]], int] = options.run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -143,8 +143,11 @@ def simulate_devices(number: int | None) -> None:
         jax.config.update("jax_num_cpu_devices", number)
 
 
-def configured_run(options: argparse.Namespace, overrides: list[str]) -> RunConfig:
+def configured_run(options: argparse.Namespace, overrides: list[str], further: Sequence[str] = ()) -> RunConfig:
     """The recipe with its overrides, checked.
+
+    Args:
+      further: Options besides the command's own that a mistyped one may have meant.
 
     Raises:
       UserError: no such recipe, a wrong override, or a configuration with problems, all of which are listed.
@@ -152,7 +155,7 @@ def configured_run(options: argparse.Namespace, overrides: list[str]) -> RunConf
     from t5x_like.config.recipes import apply_overrides, load_recipe
     from t5x_like.config.validate import validate
 
-    run = apply_overrides(load_recipe(options.recipe), overrides, options=options.parser.option_strings)
+    run = apply_overrides(load_recipe(options.recipe), overrides, options=[*further, *options.parser.option_strings])
     problems = validate(run)
     if problems:
         raise ConfigError(problems)

@@ -25,6 +25,43 @@ EXIT_INTERRUPTED = 130
 """Ctrl-C where no checkpoint is at stake: the shell's 128 + SIGINT."""
 EXIT_BROKEN_PIPE = 141
 """The shell's 128 + SIGPIPE: whoever read the output has left."""
+EXIT_ABORTED = 134
+"""The shell's 128 + SIGABRT: JAX ends a process whose peer has gone."""
+EXIT_KILLED = 137
+"""128 + SIGKILL: out of memory, or the grace period was over."""
+EXIT_TERMINATED = 143
+"""128 + SIGTERM, before there was anything to save."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitCode:
+    """One way for a job to end.
+
+    Attributes:
+      code: Of the process; those of signals are 128 + the signal's number, as shells and schedulers have them.
+      meaning: In a few words.
+      restart: Whether the same command is to be run again.
+    """
+
+    code: int
+    meaning: str
+    restart: bool
+
+
+EXIT_CODES = (
+    ExitCode(EXIT_OK, "done", restart=False),
+    ExitCode(EXIT_UNEXPECTED, "unexpected error, with a traceback", restart=False),
+    ExitCode(EXIT_USAGE, "wrong usage, configuration or input", restart=False),
+    ExitCode(EXIT_REFUSED, "refused for safety", restart=False),
+    ExitCode(EXIT_RESUMABLE, "stopped, or left by another process: the same command goes on", restart=True),
+    ExitCode(EXIT_INTERRUPTED, "Ctrl-C where nothing is at stake", restart=False),
+    ExitCode(EXIT_ABORTED, "aborted: a peer or a device has gone", restart=True),
+    ExitCode(EXIT_KILLED, "killed", restart=True),
+    ExitCode(EXIT_TERMINATED, "terminated before there was anything to save", restart=True),
+)
+"""The table from which every launcher renders when it starts a job again. A code that is not here is no reason to."""
+
+RESTART_CODES = tuple(entry.code for entry in EXIT_CODES if entry.restart)
 
 
 @dataclasses.dataclass(frozen=True)

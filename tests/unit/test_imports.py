@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data", "models", "training", "checkpoints"),
     ("program", "inspection", "bases"),
     ("decoding", "interop", "planning"),
-    ("evaluation", "embedding"),
+    ("evaluation", "embedding", "launching"),
     ("export",),
     ("overview",),
     ("session",),
@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 
-LIGHT = ("", "config", "planning.topologies", "cli", "commands", "data", "inspection")
+LIGHT = ("", "config", "planning.topologies", "cli", "commands", "data", "inspection", "launching")
 
 # What a room must not know, by prefix of the imported module.
 MUST_NOT_KNOW: dict[str, tuple[str, ...]] = {
@@ -48,6 +48,7 @@ MUST_NOT_KNOW: dict[str, tuple[str, ...]] = {
     "run_directory": ("jax",),
     "cli": ("flax", "optax", "orbax"),
     "commands": ("flax", "optax", "orbax"),
+    "launching": ("jax", "flax", "optax", "orbax", "numpy"),
 }
 ONLY_KNOWS: dict[str, tuple[str, ...]] = {
     "config": ("pydantic", "pydantic_core", "tyro"),
