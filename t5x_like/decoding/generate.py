@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_like.config import ConfigError, ModelConfig, Problem
+from t5x_like.decoding.loop import decode_rows, read_prompts
 from t5x_like.decoding.sampling import Sampling, choose, draw_keys, restrict
-from t5x_like.models.model import Model
 from t5x_like.partitioning.shardings import batch_shardings
 from t5x_like.program import Program
 
@@ -35,6 +35,7 @@ def generate_tokens(
     seed: int = 0,
     rows: Sequence[int] | None = None,
     batch_size: int = 32,
+    cache_dtype: str | None = None,
 ) -> list[list[int]]:
     """New tokens for each prompt, up to EOS, which is left out.
 
@@ -53,6 +54,7 @@ def generate_tokens(
       seed: Of the draws. A row's draws depend on (seed, row number, position) only.
       rows: The number of each row for its draws; by default its place in `prompts`.
       batch_size: Prompts that are decoded at once, those of similar length together.
+      cache_dtype: Of remembered keys and values: None for the model's, "bfloat16" or "int8".
 
     Raises:
       ConfigError: the prompt and its continuation are longer than the model's table of learned positions.
@@ -73,6 +75,7 @@ def generate_tokens(
             cells=bucket(max_new_tokens),
             sampling=sampling or Sampling(),
             bidirectional=bidirectional,
+            cache_dtype=cache_dtype,
         )
         for index, tokens in zip(chosen, _cut(new_RxN, len(chosen), max_new_tokens, program.run.model), strict=True):
             results[index] = tokens
@@ -132,17 +135,7 @@ def _ends(token_R: jax.Array, config: ModelConfig) -> jax.Array:
     return jnp.isin(token_R, jnp.array(config.eos_ids, jnp.int32))
 
 
-class _Loop(NamedTuple):
-    """What the loop carries: how many tokens are made, in R rows with N cells each, and which was chosen last."""
-
-    made: jax.Array
-    tokens_RxN: jax.Array
-    last_R: jax.Array
-    done_R: jax.Array
-    cache: Tree
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("cells", "sampling", "bidirectional"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("cells", "sampling", "bidirectional", "cache_dtype"))
 def _decode_batch(
     program: Program,
     params: Tree,
@@ -153,59 +146,28 @@ def _decode_batch(
     cells: int,
     sampling: Sampling,
     bidirectional: bool,
+    cache_dtype: str | None,
 ) -> jax.Array:
     """New tokens [R, N]; zeros after EOS and after a row's limit."""
-    rows_R, limits_R = batch["rows"], batch["limits"]
+    rows_R = batch["rows"]
+
+    def choose_next(logits_RxV: jax.Array, made: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        keys_R = draw_keys(seed, rows_R, jnp.broadcast_to(made, rows_R.shape))
+        token_R = choose(restrict(logits_RxV, allowed_V), keys_R, sampling)
+        return token_R, _ends(token_R, program.run.model), made + 1
+
     with program.activations():
         model = program.model(params)
-        first_logits_RxV, lengths_R, cache = prefill(model, batch["tokens"], batch["lengths"], cells, bidirectional)
-
-        def append(loop: _Loop, logits_RxV: jax.Array) -> _Loop:
-            keys_R = draw_keys(seed, rows_R, jnp.broadcast_to(loop.made, rows_R.shape))
-            token_R = jnp.where(loop.done_R, 0, choose(restrict(logits_RxV, allowed_V), keys_R, sampling))
-            made = loop.made + 1
-            return _Loop(
-                made=made,
-                tokens_RxN=jax.lax.dynamic_update_slice(loop.tokens_RxN, token_R[:, None], (0, loop.made)),
-                last_R=token_R,
-                done_R=loop.done_R | _ends(token_R, program.run.model) | (made >= limits_R),
-                cache=loop.cache,
-            )
-
-        def step(loop: _Loop) -> _Loop:
-            position_R = lengths_R + loop.made - 1
-            logits_Rx1xV, cache = model.decode(
-                loop.last_R[:, None], position_R[:, None], ~loop.done_R[:, None], loop.cache
-            )
-            return append(loop._replace(cache=cache), logits_Rx1xV[:, 0])
-
-        nothing = _Loop(
-            made=jnp.int32(0),
-            tokens_RxN=jnp.zeros((rows_R.size, cells), jnp.int32),
-            last_R=jnp.zeros_like(rows_R),
-            done_R=limits_R < 1,
-            cache=cache,
+        logits_RxV, cache = read_prompts(
+            model, batch["tokens"], batch["lengths"], cells, bidirectional=bidirectional, cache_dtype=cache_dtype
         )
-        loop = jax.lax.while_loop(lambda loop: ~jnp.all(loop.done_R), step, append(nothing, first_logits_RxV))
-        return jax.lax.with_sharding_constraint(loop.tokens_RxN, NamedSharding(program.mesh, PartitionSpec()))
-
-
-def prefill(
-    model: Model, tokens: jax.Array, lengths_R: jax.Array, cells: int, bidirectional: bool
-) -> tuple[jax.Array, jax.Array, Tree]:
-    """Reads the prompts: logits of the first new token [R, V], lengths of the decoder's streams [R], the cache."""
-    encoded = encoder_valid = None
-    if model.config.encoder is not None:
-        encoder_valid = (jnp.arange(tokens.shape[1]) < lengths_R[:, None]).astype(jnp.int32)
-        encoded = model.encode(tokens, segment_ids=encoder_valid)
-        tokens = jnp.full((tokens.shape[0], 1), model.config.start_id, jnp.int32)
-        lengths_R = jnp.ones_like(lengths_R)
-    rows, length = tokens.shape
-    positions_RxP = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    cache = model.start_decoding(encoded, encoder_valid, rows, length + cells)
-    logits_RxPxV, cache = model.decode(
-        tokens, positions_RxP, positions_RxP < lengths_R[:, None], cache, bidirectional=bidirectional
-    )
-    # Rows that only fill the batch have length 0; what they take does not matter.
-    last_R = jnp.maximum(lengths_R - 1, 0)
-    return jnp.take_along_axis(logits_RxPxV, last_R[:, None, None], axis=1)[:, 0], lengths_R, cache
+        decoded = decode_rows(
+            model,
+            logits_RxV,
+            cache,
+            choose=choose_next,
+            chooser=jnp.int32(0),
+            limits_R=batch["limits"],
+            cells=cells,
+        )
+        return jax.lax.with_sharding_constraint(decoded.tokens_RxN, NamedSharding(program.mesh, PartitionSpec()))

@@ -31,7 +31,7 @@ ARGUMENTS = {
     "encode": ["tokens", "lengths"],
     "predict": ["tokens", "lengths"],
     "prefill": ["tokens", "lengths"],
-    "decode": ["cache", "tokens", "positions"],
+    "decode": ["cache", "tokens"],
 }
 """After the weights."""
 

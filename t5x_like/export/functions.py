@@ -12,7 +12,7 @@ from jax import Array, export
 
 from t5x_like.config.errors import ConfigError, Problem
 from t5x_like.config.model import ModelConfig
-from t5x_like.decoding.generate import prefill
+from t5x_like.decoding.loop import read_prompts
 from t5x_like.export.int8 import unpacked
 from t5x_like.models.build import abstract, merge
 from t5x_like.models.model import Model
@@ -49,8 +49,7 @@ def exported_functions(
     predict: of an encoder alone, the same -> the logits of its head, float32 [B, P, V] or [B, labels].
     prefill: (weights, tokens int32 [B, P], lengths int32 [B]) -> {"logits": float32 [B, V], "cache": list of arrays}.
       With an encoder, the tokens are its; else the beginning of the stream, the start token first.
-    decode: (weights, cache, tokens int32 [B], positions int32 [B]) -> the same, after one more token per row. The first
-      position is 1 with an encoder, else the row's length.
+    decode: (weights, cache, tokens int32 [B]) -> the same, after one more token per row.
 
     Args:
       weights: By path, as `int8.flat` or `int8.quantized` makes them; only shapes and types are read.
@@ -81,8 +80,7 @@ def exported_functions(
         return found
 
     def read(weights: Weights, tokens: Array, length: Array) -> tuple[Array, Any]:
-        logits, _, cache = prefill(model(weights), tokens, length, lengths.new, bidirectional)
-        return logits, cache
+        return read_prompts(model(weights), tokens, length, lengths.new, bidirectional=bidirectional)
 
     def begin(weights: Weights, tokens: Array, length: Array) -> dict[str, Any]:
         logits, cache = read(weights, tokens, length)
@@ -91,15 +89,12 @@ def exported_functions(
     cache = jax.eval_shape(read, of_weights, tokens, row)[1]
     structure = jax.tree.structure(cache)
 
-    def decode(weights: Weights, leaves: list[Array], tokens_B: Array, positions_B: Array) -> dict[str, Any]:
-        valid = jnp.ones((tokens_B.shape[0], 1), jnp.bool_)
-        logits, after = model(weights).decode(
-            tokens_B[:, None], positions_B[:, None], valid, jax.tree.unflatten(structure, leaves)
-        )
+    def decode(weights: Weights, leaves: list[Array], tokens_B: Array) -> dict[str, Any]:
+        logits, after = model(weights).decode(tokens_B[:, None], jax.tree.unflatten(structure, leaves))
         return {"logits": logits[:, 0], "cache": jax.tree.leaves(after)}
 
     add("prefill", begin, tokens, row)
-    add("decode", decode, jax.tree.leaves(cache), row, row)
+    add("decode", decode, jax.tree.leaves(cache), row)
     return found
 
 

@@ -79,7 +79,6 @@ class ExportedModel:
             return []
         has_encoder = manifest["has_encoder"]
         tokens, lengths = self.pad(prompts if has_encoder else [[manifest["start_id"], *row] for row in prompts])
-        positions = np.ones_like(lengths) if has_encoder else lengths
         result = self.call("prefill", tokens, lengths)
         chosen_by_step: list[np.ndarray] = []
         done = np.zeros(len(prompts), bool)
@@ -91,8 +90,7 @@ class ExportedModel:
             chosen_by_step.append(np.where(done, -1, chosen))
             if done.all() or len(chosen_by_step) == max_new_tokens:
                 break
-            result = self.call("decode", result["cache"], chosen, positions)
-            positions = positions + 1
+            result = self.call("decode", result["cache"], chosen)
         return [[token for token in row if token >= 0] for row in np.stack(chosen_by_step, axis=1).tolist()]
 
 

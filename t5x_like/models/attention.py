@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ from jax import Array
 from t5x_like.config.model import AttentionImplementation, StackConfig
 from t5x_like.kernels.attention import attention
 from t5x_like.kernels.masks import Prepared
+from t5x_like.kernels.slots import Part, attend
+from t5x_like.models.cache import KeysValues, Slots
 from t5x_like.models.layers import Dense, Norm, attention_scale, attention_stddevs, rotate
 from t5x_like.partitioning.constrain import constrain
 
-KeysValues = tuple[Array, Array]
-"""[B, K, G, h] each."""
 CosSin = tuple[Array, Array]
 
 
@@ -69,17 +70,11 @@ class Attention(nnx.Module):
         distances: Distances | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
-        query = self.query(x_BxQxd)
-        if self.config.qk_norm:
-            query = self.query_norm(query)
-        if distances is not None:
-            mask = Prepared(self._distance_bias(query, keys_values[0], distances), mask.mask)
-        if cos_sin is not None:
-            query = rotate(query, cos_sin)
+        query, bias = self._query(x_BxQxd, cos_sin, distances, keys_values)
         mixed_BxQxHxh = attention(
-            constrain(query, ("batch", "length", "heads", "head_dim")),
+            query,
             *keys_values,
-            mask,
+            mask if bias is None else Prepared(bias, mask.mask),
             scale=attention_scale(self.config),
             softcap=self.config.attention_softcap,
             dropout_rate=self.config.dropout_rate,
@@ -88,6 +83,35 @@ class Attention(nnx.Module):
             implementation=self.implementation,
         )
         return self.out(mixed_BxQxHxh)
+
+    def over_slots(
+        self,
+        x_BxTxd: Array,
+        slots: Sequence[tuple[Slots, Prepared]],
+        *,
+        cos_sin: CosSin | None = None,
+        distances: Distances | None = None,
+    ) -> Array:
+        """The same over keys and values in slots; of several, all under one softmax. `distances` are of the first."""
+        keys_values = None if distances is None else slots[0][0].floats(x_BxTxd.dtype)
+        query, bias = self._query(x_BxTxd, cos_sin, distances, keys_values)
+        parts = [Part(*one, prepared if bias is None else Prepared(bias, prepared.mask)) for one, prepared in slots]
+        config = self.config
+        return self.out(attend(query, parts, scale=attention_scale(config), softcap=config.attention_softcap))
+
+    def _query(
+        self, x_BxQxd: Array, cos_sin: CosSin | None, distances: Distances | None, keys_values: KeysValues | None
+    ) -> tuple[Array, Array | None]:
+        """Queries [B, Q, H, h], and the bias of disentangled positions over these keys, if there are any."""
+        query, bias = self.query(x_BxQxd), None
+        if self.config.qk_norm:
+            query = self.query_norm(query)
+        if distances is not None:
+            assert keys_values is not None
+            bias = self._distance_bias(query, keys_values[0], distances)
+        if cos_sin is not None:
+            query = rotate(query, cos_sin)
+        return constrain(query, ("batch", "length", "heads", "head_dim")), bias
 
     def _distance_bias(self, query_BxQxHxh: Array, key_BxKxGxh: Array, distances: Distances) -> Array:
         """What a query makes of a key's distance and the key of the query's, [B, H, Q, K] (He et al. 2021, with keys

@@ -11,7 +11,8 @@ from jax import Array
 
 from t5x_like.config.model import AttentionImplementation, StackConfig
 from t5x_like.kernels.masks import MaskSpec, Prepared, RelativeBias, dense_bias
-from t5x_like.models.attention import Attention, CosSin, Distances, KeysValues
+from t5x_like.models.attention import Attention, CosSin, Distances
+from t5x_like.models.cache import KeysValues, Slots
 from t5x_like.models.experts import MixtureOfExperts, Routing
 from t5x_like.models.layers import Embedding, Mlp, Norm, dropout, param
 from t5x_like.partitioning.constrain import constrain
@@ -23,13 +24,13 @@ class Shared:
 
     Attributes:
       mask: Of the self-attention, with the relative bias in it; with merged attention also of the encoder's states,
-        which come last.
+        which come last (in a step of decoding they do not: `cross_mask` is theirs).
       spec: The description of that mask, for tables of relative bias that each layer has of its own.
       cos_sin: Rotary positions of x, or None.
       distances: Of disentangled positions, or None.
       encoded: [B, S, d] for cross-attention, or None: there is none, or each layer has its keys and values ready.
       cross_mask: Of the cross-attention.
-      cache_index: Where the new keys and values go in the layers' caches; None without a cache.
+      lengths: int32 [B], tokens of each row that are in the slots already, in a step of decoding; else None.
       valid: bool [B, L], False for padding, which experts do not count; None: none.
       is_first: bool scalar where the first layer's attention has no norm in front, else None.
     """
@@ -40,7 +41,7 @@ class Shared:
     distances: Distances | None = None
     encoded: Array | None = None
     cross_mask: Prepared | None = None
-    cache_index: Array | None = None
+    lengths: Array | None = None
     valid: Array | None = None
     is_first: Array | None = None
 
@@ -83,11 +84,9 @@ class Block(nnx.Module):
         shared: Shared,
         *,
         dropout_rng: Array | None = None,
-        cache: KeysValues | None = None,
         cross_keys_values: KeysValues | None = None,
     ) -> tuple[Array, KeysValues, Routing | None]:
         """Args:
-          cache: This layer's cached keys and values, [B, K, G, h] each; those of x are put at `shared.cache_index`.
           cross_keys_values: Keys and values of the encoder's output, where they are computed already.
 
         Returns:
@@ -97,17 +96,9 @@ class Block(nnx.Module):
         if cross_keys_values is None and shared.encoded is not None:
             cross_keys_values = self.encoder_keys_values(shared.encoded)
 
-        inner = self._before(x_BxLxd, self.self_attention_norm)
-        if shared.is_first is not None:
-            inner = jnp.where(shared.is_first, x_BxLxd, inner)
+        inner = self._self_attention_input(x_BxLxd, shared)
         new = seen = self.self_attention.keys_values(inner, shared.cos_sin)
-        if cache is not None:
-            assert shared.cache_index is not None
-            seen = tuple(  # type: ignore[assignment]
-                jax.lax.dynamic_update_slice_in_dim(old, added.astype(old.dtype), shared.cache_index, axis=1)
-                for old, added in zip(cache, new, strict=True)
-            )
-        mask = self._with_own_bias(shared, inner.shape[1], seen[0].shape[1])
+        mask = self._with_own_bias(shared, inner.shape[1], inner.shape[1])
         if self.is_merged:
             assert cross_keys_values is not None
             seen = tuple(  # type: ignore[assignment]
@@ -130,12 +121,50 @@ class Block(nnx.Module):
             branch = self.cross_attention(inner, cross_keys_values, shared.cross_mask, dropout_rng=rngs[2])
             x_BxLxd = self._after(x_BxLxd, branch, "cross_attention", rngs[3])
 
-        inner, routing = self._before(x_BxLxd, self.mlp_norm), None
+        x_BxLxd, routing = self._mlp(x_BxLxd, shared, rngs[4], rngs[5])
+        return x_BxLxd, new, routing
+
+    def step(self, x_BxTxd: Array, shared: Shared, slots: Slots, cross: Slots | None) -> tuple[Array, Slots]:
+        """The block on T more tokens of each row.
+
+        Args:
+          slots: This layer's, with the `shared.lengths` tokens before.
+          cross: Keys and values of the encoder's output.
+
+        Returns:
+          x after the block, and the slots with the new tokens.
+        """
+        assert shared.lengths is not None
+        inner = self._self_attention_input(x_BxTxd, shared)
+        # Written before they are read: XLA then writes in place, where it would otherwise copy all slots.
+        slots = slots.written(self.self_attention.keys_values(inner, shared.cos_sin), shared.lengths)
+        parts = [(slots, self._with_own_bias(shared, inner.shape[1], slots.size))]
+        if self.is_merged:
+            assert cross is not None and shared.cross_mask is not None
+            parts.append((cross, shared.cross_mask))
+        branch = self.self_attention.over_slots(inner, parts, cos_sin=shared.cos_sin, distances=shared.distances)
+        x_BxTxd = self._after(x_BxTxd, branch, "self_attention", None)
+
+        if self.has_cross_attention:
+            assert cross is not None and shared.cross_mask is not None
+            inner = self._before(x_BxTxd, self.cross_attention_norm)
+            branch = self.cross_attention.over_slots(inner, [(cross, shared.cross_mask)])
+            x_BxTxd = self._after(x_BxTxd, branch, "cross_attention", None)
+        return self._mlp(x_BxTxd, shared, None, None)[0], slots
+
+    def _self_attention_input(self, x: Array, shared: Shared) -> Array:
+        inner = self._before(x, self.self_attention_norm)
+        return inner if shared.is_first is None else jnp.where(shared.is_first, x, inner)
+
+    def _mlp(
+        self, x: Array, shared: Shared, inner_rng: Array | None, branch_rng: Array | None
+    ) -> tuple[Array, Routing | None]:
+        inner, routing = self._before(x, self.mlp_norm), None
         if isinstance(self.mlp, MixtureOfExperts):
             branch, routing = self.mlp(inner, valid=shared.valid)
         else:
-            branch = self.mlp(inner, dropout_rng=rngs[4])
-        return self._after(x_BxLxd, branch, "mlp", rngs[5]), new, routing
+            branch = self.mlp(inner, dropout_rng=inner_rng)
+        return self._after(x, branch, "mlp", branch_rng), routing
 
     def encoder_keys_values(self, encoded_BxSxd: Array) -> KeysValues:
         """Keys and values of the encoder's states."""
@@ -197,6 +226,12 @@ def layers_alike(blocks: Block) -> Block:
         return leaf if leaf.shape[0] == layers else jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf])
 
     return jax.tree.map(filled, blocks)
+
+
+def single_blocks(blocks: Block) -> list[Block]:
+    """Stacked blocks one by one."""
+    alike = layers_alike(blocks)
+    return [jax.tree.map(lambda leaf, n=number: leaf[n], alike) for number in range(blocks.config.num_layers)]
 
 
 def _parameters(norm: Norm) -> list[tuple[str, nnx.Param]]:

@@ -23,11 +23,10 @@ from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.config.sections import model_problems
 from t5x_like.kernels.masks import MaskSpec
 from t5x_like.kernels.matmul import matmul
-from t5x_like.models.blocks import layers_alike
-from t5x_like.models.cache import Cache
+from t5x_like.models.cache import Cache, Slots, empty_slots, stored
 from t5x_like.models.experts import Routing, load_balancing_loss
 from t5x_like.models.layers import Dense, Embedding, Norm, activate, param
-from t5x_like.models.stacks import LayerCaches, Stack
+from t5x_like.models.stacks import Stack
 from t5x_like.outputs import Loss, Output
 from t5x_like.partitioning.constrain import constrain
 
@@ -196,91 +195,133 @@ class Model(nnx.Module):
         )
         return states, routing
 
-    def init_cache(self, rows: int, length: int, *, encoder_length: int = 0) -> Cache:
-        """An empty cache for `length` tokens per row; with an encoder, `start_decoding` makes one that is ready."""
+    def init_cache(
+        self,
+        rows: int,
+        length: int,
+        *,
+        encoder_length: int = 0,
+        widest_step: int = 1,
+        dtype: str | jnp.dtype | None = None,
+    ) -> Cache:
+        """An empty cache; with an encoder, `start_decoding` makes one that is ready.
+
+        Args:
+          length: Tokens per row, at most.
+          widest_step: Tokens that `decode` is given at once, at most, and that are undone at once, at most.
+          dtype: Of keys and values: the model's (None), another float type, or int8.
+        """
         assert self.config.decoder is not None
-        decoder = self.config.decoder
-        slots = (decoder.num_layers, rows, length, decoder.num_kv_heads, decoder.head_dim)
-        cross = None
-        if self.config.encoder is not None:
-            cross_slots = (*slots[:2], encoder_length, *slots[3:])
-            cross = (jnp.zeros(cross_slots, self.dtype), jnp.zeros(cross_slots, self.dtype))
+        decoder, dtype = self.config.decoder, jnp.dtype(dtype or self.dtype)
+
+        def slots(count: int) -> Slots:
+            return empty_slots(rows, decoder.num_kv_heads, count, decoder.head_dim, dtype)
+
+        counts = {"global": length + widest_step, "local": length + widest_step}
+        if decoder.window is not None:
+            counts["local"] = min(counts["local"], decoder.window[0] + widest_step)
+        has_encoder = self.config.encoder is not None
         return Cache(
-            keys=jnp.zeros(slots, self.dtype),
-            values=jnp.zeros(slots, self.dtype),
-            positions=jnp.zeros((rows, length), jnp.int32),
-            valid=jnp.zeros((rows, length), jnp.bool_),
-            next_slot=jnp.zeros((), jnp.int32),
-            cross_keys=None if cross is None else cross[0],
-            cross_values=None if cross is None else cross[1],
-            encoder_segment_ids=None if cross is None else jnp.zeros((rows, encoder_length), jnp.int32),
+            lengths=constrain(jnp.zeros(rows, jnp.int32), ("batch",)),
+            layers=tuple(slots(counts[kind]) for kind in decoder.layer_kinds),
+            cross=tuple(slots(encoder_length) for _ in decoder.layer_kinds) if has_encoder else None,
+            encoder_segment_ids=jnp.zeros((rows, encoder_length), jnp.int32) if has_encoder else None,
         )
 
-    def start_decoding(self, encoded: Array | None, encoder_segment_ids: Array | None, rows: int, length: int) -> Cache:
+    def start_decoding(
+        self,
+        encoded: Array | None,
+        encoder_segment_ids: Array | None,
+        rows: int,
+        length: int,
+        *,
+        widest_step: int = 1,
+        dtype: str | jnp.dtype | None = None,
+    ) -> Cache:
         """A cache for `length` tokens per row, with each layer's cross-attention keys and values computed, once.
 
         Args:
           encoded: [B, S, d] from `encode`; None for a decoder alone.
           encoder_segment_ids: [B, S], 0 where the encoder's tokens are padding; None: no padding.
+          rows, length, widest_step, dtype: As in `init_cache`.
         """
-        cache = self.init_cache(rows, length, encoder_length=0 if encoded is None else encoded.shape[1])
+        encoder_length = 0 if encoded is None else encoded.shape[1]
+        cache = self.init_cache(rows, length, encoder_length=encoder_length, widest_step=widest_step, dtype=dtype)
         if encoded is None:
             return cache
         if encoder_segment_ids is None:
             encoder_segment_ids = jnp.ones(encoded.shape[:2], jnp.int32)
         encoded = encoded.astype(self.dtype)
-        keys, values = jax.lax.map(lambda block: block.encoder_keys_values(encoded), layers_alike(self.decoder.layers))
+        keys_values = [block.encoder_keys_values(encoded) for block in self.decoder.blocks()]
         return cache._replace(
-            cross_keys=keys, cross_values=values, encoder_segment_ids=encoder_segment_ids.astype(jnp.int32)
+            cross=tuple(stored(one, cache.layers[0].dtype) for one in keys_values),
+            encoder_segment_ids=encoder_segment_ids.astype(jnp.int32),
         )
 
-    def decode(
+    def prefill(
         self,
         tokens_BxT: Array,
-        positions_BxT: Array,
-        valid_BxT: Array,
+        lengths_B: Array,
         cache: Cache,
         *,
         bidirectional: bool = False,
+        all_logits: bool = False,
     ) -> tuple[Array, Cache]:
-        """Logits of T more tokens per row, and the cache with them: a prompt (T = its length) or a step (T = 1).
-
-        The tokens take the cache's next T slots. A row with a shorter prompt has slots that are not valid: nobody sees
-        them, and positions, not slots, decide about order and distance.
+        """Reads the beginning of each row in one pass; what the cache's layers had is lost.
 
         Args:
-          positions_BxT: Position of each token in its row, from 0.
-          valid_BxT: bool, False for padding.
-          bidirectional: The valid tokens of this call see each other, as the prefix of a prefix-LM does; such a prefix
-            is given in one call.
+          tokens_BxT: Padded on the right; T is at most the cache's length.
+          lengths_B: int32, tokens of each row; a row of length 0 stays empty, and its logits mean nothing.
+          bidirectional: The tokens see each other, as the prefix of a prefix-LM does.
+          all_logits: Of each token, not of each row's last one alone.
+
+        Returns:
+          (float32 [B, V], or [B, T, V] with all_logits, and the cache with the tokens).
+        """
+        length = tokens_BxT.shape[1]
+        valid = jnp.arange(length) < lengths_B[:, None]
+        prefix = valid if bidirectional else None
+        cross = None
+        if cache.cross is not None:
+            cross = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one.floats(self.dtype) for one in cache.cross])
+        states, new, _ = self.decoder(
+            self._embed(tokens_BxT),
+            MaskSpec(causal=True, kv_segment_ids=valid.astype(jnp.int32), q_prefix=prefix, kv_prefix=prefix),
+            valid=valid,
+            cross_mask=_cross_mask(cache),
+            cross=cross,
+        )
+        layers = tuple(
+            slots.filled(jax.tree.map(lambda leaf, n=number: leaf[n], new), lengths_B)
+            for number, slots in enumerate(cache.layers)
+        )
+        if not all_logits:
+            last_B = jnp.maximum(lengths_B - 1, 0)
+            states = jnp.take_along_axis(states, last_B[:, None, None], axis=1)
+        logits = self._logits(states)
+        return logits if all_logits else logits[:, 0], cache._replace(lengths=lengths_B, layers=layers)
+
+    def decode(self, tokens_BxT: Array, cache: Cache, *, counts_B: Array | None = None) -> tuple[Array, Cache]:
+        """Logits of T more tokens per row, and the cache with them: a step (T = 1), or several tokens to be verified.
+
+        Rows are of unequal length: a row's tokens follow those that it has. T is at most the cache's widest step.
+
+        Args:
+          counts_B: int32, how many of the T tokens a row really has, from the left; None: all. The rest leaves no
+            trace, and its logits mean nothing.
 
         Returns:
           (float32 [B, T, V], cache).
         """
-        valid = valid_BxT.astype(jnp.bool_)
-        cache = cache.remember(positions_BxT, valid)
-        slots = jnp.arange(cache.length)
-        new_slots = (slots >= cache.next_slot) & (slots < cache.next_slot + tokens_BxT.shape[1])
-        mask = MaskSpec(
-            causal=True,
-            q_positions=positions_BxT,
-            kv_positions=cache.positions,
-            kv_segment_ids=cache.valid.astype(jnp.int32),
-            q_prefix=valid if bidirectional else None,
-            kv_prefix=cache.valid & new_slots if bidirectional else None,
-        )
-        cross = None
-        if cache.cross_keys is not None and cache.cross_values is not None:
-            cross = (cache.cross_keys, cache.cross_values)
-        states, new_keys_values, _ = self.decoder(
+        length = tokens_BxT.shape[1]
+        counts = jnp.full(cache.rows, length, jnp.int32) if counts_B is None else counts_B
+        states, layers = self.decoder.step(
             self._embed(tokens_BxT),
-            mask,
-            positions=positions_BxT,
-            valid=valid,
-            cross_mask=None if cross is None else MaskSpec(kv_segment_ids=cache.encoder_segment_ids),
-            caches=LayerCaches((cache.keys, cache.values), cross, cache.next_slot),
+            cache,
+            valid=jnp.arange(length) < counts[:, None],
+            cross_mask=_cross_mask(cache),
         )
-        return self._logits(states), cache.append(new_keys_values)
+        return self._logits(states), cache._replace(lengths=cache.lengths + counts, layers=layers)
 
     def _embed(self, tokens: Array, embedder: Embedding | None = None) -> Array:
         x = (embedder or self.token_embedder)(tokens, self.dtype)
@@ -293,6 +334,10 @@ class Model(nnx.Module):
 
     def _logits(self, states: Array) -> Array:
         return self.head(states, self.token_embedder.embedding[...])
+
+
+def _cross_mask(cache: Cache) -> MaskSpec | None:
+    return None if cache.cross is None else MaskSpec(kv_segment_ids=cache.encoder_segment_ids)
 
 
 def _balancing(name: str, stack: StackConfig, routing: Routing | None) -> dict[str, Loss]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,25 +21,20 @@ from t5x_like.kernels.masks import (
     masks_together,
     prepare,
 )
-from t5x_like.models.attention import CosSin, Distances, KeysValues
-from t5x_like.models.blocks import Shared, layers_alike, relative_bias_of, relative_bias_table, stacked_blocks
+from t5x_like.models.attention import CosSin, Distances
+from t5x_like.models.blocks import (
+    Block,
+    Shared,
+    layers_alike,
+    relative_bias_of,
+    relative_bias_table,
+    single_blocks,
+    stacked_blocks,
+)
+from t5x_like.models.cache import Cache, KeysValues, Slots, slot_positions
 from t5x_like.models.experts import Routing
 from t5x_like.models.layers import Dense, Embedding, Norm, dropout, rope, rope_frequencies
 from t5x_like.partitioning.constrain import constrain
-
-
-class LayerCaches(NamedTuple):
-    """Keys and values that all layers keep while decoding.
-
-    Attributes:
-      self_attention: [layers, B, K, G, h] each.
-      cross_attention: [layers, B, S, G, h] each, or None without an encoder.
-      next_slot: int32 scalar, the slot of the first new token.
-    """
-
-    self_attention: KeysValues
-    cross_attention: KeysValues | None
-    next_slot: Array
 
 
 class Stack(nnx.Module):
@@ -83,7 +79,7 @@ class Stack(nnx.Module):
         encoded: Array | None = None,
         cross_mask: MaskSpec | None = None,
         dropout_rng: Array | None = None,
-        caches: LayerCaches | None = None,
+        cross: KeysValues | None = None,
     ) -> tuple[Array, KeysValues, Routing | None]:
         """Args:
           x_BxLxd: Embedded tokens, as wide as the token table.
@@ -91,10 +87,10 @@ class Stack(nnx.Module):
           positions: [B, L] for rotary and learned positions; None counts cells.
           token_types: [B, L]; None: all 0.
           valid: bool [B, L], False for padding, for experts; None: all are valid.
-          encoded: [B, S, d] for cross-attention; with `caches` its keys and values are read from there.
+          encoded: [B, S, d] for cross-attention.
           cross_mask: Of the cross-attention.
           dropout_rng: None for no dropout.
-          caches: While decoding: the earlier keys and values.
+          cross: Instead of `encoded`: the keys and values that each layer makes of it, [layers, B, S, G, h] each.
 
         Returns:
           The states [B, L, d], each layer's keys and values of x, [layers, B, L, G, h] each, and each layer's routing
@@ -105,53 +101,118 @@ class Stack(nnx.Module):
         rngs = [None] * 3 if dropout_rng is None else list(jax.random.split(dropout_rng, 3))
         if positions is None:
             positions = jnp.arange(length)[None]
-        x = dropout(self.embed_positions(x_BxLxd, positions, token_types), config, rngs[0])
-        if hasattr(self, "embedding_projection"):
-            x = self.embedding_projection(x)
-        x = constrain(x, ("batch", "length", "embed"))
+        x = self._enter(x_BxLxd, positions, token_types, rngs[0])
 
-        kv_length = length if caches is None else caches.self_attention[0].shape[2]
         cross_length = 0
         if encoded is not None:
             cross_length = encoded.shape[1]
-        elif caches is not None and caches.cross_attention is not None:
-            cross_length = caches.cross_attention[0].shape[2]
-        cross = None if cross_mask is None else prepare(cross_mask, None, length, cross_length)
+        elif cross is not None:
+            cross_length = cross[0].shape[2]
+        seen = None if cross_mask is None else prepare(cross_mask, None, length, cross_length)
         kinds = list(dict.fromkeys(config.layer_kinds))
-        masks = [self._mask(kind, mask, length, kv_length, cross, cross_length) for kind in kinds]
+        masks = [self._mask(self._windowed(kind, mask), length, length) for kind in kinds]
+        if self._is_merged:
+            assert seen is not None
+            masks = [after_another(one, length, seen, cross_length) for one in masks]
         shared = Shared(
             mask=masks[0],
             spec=mask,
             cos_sin=self._rope(kinds[0], positions),
-            distances=self._distances(mask, length, kv_length),
+            distances=self._distances(mask, length, length),
             encoded=encoded,
-            cross_mask=cross,
-            cache_index=None if caches is None else caches.next_slot,
+            cross_mask=seen,
             valid=valid,
         )
         by_kind = None
         if len(kinds) > 1:
             by_kind = _ByKind(
-                masks_together(masks, length, kv_length + (cross_length if self._is_merged else 0)),
+                masks_together(masks, length, length + (cross_length if self._is_merged else 0)),
                 _stacked([self._rope(kind, positions) for kind in kinds]),
             )
-        x, keys_values, routing = self._run_layers(x, shared, by_kind, rngs[1], caches)
-        if config.norm_placement != "post":
-            x = self.final_norm(x)
-        return dropout(x, config, rngs[2]), keys_values, routing
+        x, keys_values, routing = self._run_layers(x, shared, by_kind, rngs[1], cross)
+        return dropout(self._leave(x), config, rngs[2]), keys_values, routing
 
-    def _mask(
-        self, kind: LayerKind, mask: MaskSpec, q_length: int, kv_length: int, cross: Prepared | None, cross_length: int
-    ) -> Prepared:
-        config = self.config
-        if kind == "local":
-            mask = dataclasses.replace(mask, window=config.window)
-        bias = relative_bias_of(config, self.relative_bias) if hasattr(self, "relative_bias") else None
-        prepared = prepare(mask, bias, q_length, kv_length)
-        if self._is_merged:
-            assert cross is not None
-            return after_another(prepared, kv_length, cross, cross_length)
-        return prepared
+    def step(
+        self, x_BxTxd: Array, cache: Cache, *, valid: Array, cross_mask: MaskSpec | None
+    ) -> tuple[Array, tuple[Slots, ...]]:
+        """The states of T more tokens of each row, behind those that the cache has.
+
+        Layers are run one by one, each on slots of its own: a scan would copy all slots and all parameters at each
+        step, to have them in one array.
+
+        Args:
+          x_BxTxd: Embedded tokens.
+          valid: bool [B, T], False for padding, for experts.
+          cross_mask: Of the cross-attention.
+
+        Returns:
+          The states [B, T, d] and each layer's slots with the tokens.
+        """
+        length = x_BxTxd.shape[1]
+        positions = cache.lengths[:, None] + jnp.arange(length)
+        x = self._enter(x_BxTxd, positions)
+        seen = None
+        if cache.cross is not None:
+            assert cross_mask is not None
+            seen = prepare(cross_mask, None, length, cache.cross[0].size)
+        kinds = self.config.layer_kinds
+        of_kind = {}
+        for kind, slots in zip(kinds, cache.layers, strict=True):
+            if kind not in of_kind:
+                of_kind[kind] = self._step_shared(kind, cache.lengths, positions, slots.size, valid, seen)
+        layers = []
+        for number, (block, kind, slots) in enumerate(zip(self.blocks(), kinds, cache.layers, strict=True)):
+            shared = of_kind[kind]
+            if not self.config.first_layer_attention_norm:
+                shared = dataclasses.replace(shared, is_first=jnp.bool_(number == 0))
+            x, slots = block.step(x, shared, slots, None if cache.cross is None else cache.cross[number])
+            layers.append(slots)
+        return self._leave(x), tuple(layers)
+
+    def blocks(self) -> Sequence[Block]:
+        """The layers one by one."""
+        return single_blocks(self.layers)
+
+    def _step_shared(
+        self, kind: LayerKind, lengths_B: Array, positions_BxT: Array, slots: int, valid: Array, seen: Prepared | None
+    ) -> Shared:
+        """What the layers of a kind share in a step: the new tokens are in the slots already when these are read."""
+        length = positions_BxT.shape[1]
+        kv_positions = slot_positions(lengths_B + length, slots)
+        mask = MaskSpec(
+            causal=True,
+            q_positions=positions_BxT,
+            kv_positions=kv_positions,
+            kv_segment_ids=(kv_positions >= 0).astype(jnp.int32),
+        )
+        mask = self._windowed(kind, mask)
+        return Shared(
+            mask=self._mask(mask, length, slots),
+            spec=mask,
+            cos_sin=self._rope(kind, positions_BxT),
+            distances=self._distances(mask, length, slots),
+            cross_mask=seen,
+            lengths=lengths_B,
+            valid=valid,
+        )
+
+    def _enter(
+        self, x: Array, positions: Array, token_types: Array | None = None, dropout_rng: Array | None = None
+    ) -> Array:
+        x = dropout(self.embed_positions(x, positions, token_types), self.config, dropout_rng)
+        if hasattr(self, "embedding_projection"):
+            x = self.embedding_projection(x)
+        return constrain(x, ("batch", "length", "embed"))
+
+    def _leave(self, x: Array) -> Array:
+        return self.final_norm(x) if self.config.norm_placement != "post" else x
+
+    def _windowed(self, kind: LayerKind, mask: MaskSpec) -> MaskSpec:
+        return dataclasses.replace(mask, window=self.config.window) if kind == "local" else mask
+
+    def _mask(self, mask: MaskSpec, q_length: int, kv_length: int) -> Prepared:
+        bias = relative_bias_of(self.config, self.relative_bias) if hasattr(self, "relative_bias") else None
+        return prepare(mask, bias, q_length, kv_length)
 
     def _rope(self, kind: LayerKind, positions: Array) -> CosSin | None:
         if self.config.positions != "rope":
@@ -194,20 +255,18 @@ class Stack(nnx.Module):
         shared: Shared,
         by_kind: _ByKind | None,
         dropout_rng: Array | None,
-        caches: LayerCaches | None,
+        cross: KeysValues | None,
     ) -> tuple[Array, KeysValues, Routing | None]:
         """All blocks, one after the other. Each has its own dropout key, made from its number. What differs between
         kinds of layers is computed once per kind and chosen by number, so that one compiled block serves all."""
-        cache = None if caches is None else caches.self_attention
-        cross = None if caches is None else caches.cross_attention
         kinds = None
         if by_kind is not None:
             names = list(dict.fromkeys(self.config.layer_kinds))
             kinds = jnp.array([names.index(kind) for kind in self.config.layer_kinds])
-        layers = (layers_alike(self.layers), jnp.arange(self.config.num_layers), kinds, cache, cross)
+        layers = (layers_alike(self.layers), jnp.arange(self.config.num_layers), kinds, cross)
 
         def run(x: Array, layer: Any) -> tuple[Array, tuple[KeysValues, Routing | None]]:
-            block, number, kind, layer_cache, layer_cross = layer
+            block, number, kind, layer_cross = layer
             own = shared
             if by_kind is not None:
                 mask, cos_sin = jax.tree.map(lambda each: each[kind], (by_kind.masks, by_kind.cos_sin))
@@ -215,7 +274,7 @@ class Stack(nnx.Module):
             if not self.config.first_layer_attention_norm:
                 own = dataclasses.replace(own, is_first=number == 0)
             rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
-            x, new, routing = block(x, own, dropout_rng=rng, cache=layer_cache, cross_keys_values=layer_cross)
+            x, new, routing = block(x, own, dropout_rng=rng, cross_keys_values=layer_cross)
             return x, (new, routing)
 
         match self.remat:

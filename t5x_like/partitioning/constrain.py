@@ -26,6 +26,12 @@ def activation_context(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+def is_split() -> bool:
+    """Whether activations are split over the devices of an active mesh."""
+    active = _ACTIVE.get()
+    return active is not None and active[0].size > 1
+
+
 def constrain(x: jax.Array, names: LogicalAxes) -> jax.Array:
     """`x`, split over the active mesh by the activation table; `x` itself outside a context or on one device.
 

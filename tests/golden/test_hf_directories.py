@@ -238,20 +238,15 @@ def test_the_same_tokens_greedily(case):
         if config.encoder is not None:
             valid = real.astype(np.int32)
             encoded, first = model.encode(prompt), np.full((rows, 1), start, np.int32)
-        length = first.shape[1]
-        cells = np.broadcast_to(np.arange(length), first.shape)
-        cache = model.start_decoding(encoded, valid, rows, length + steps)
-        logits, cache = model.decode(first, cells, np.ones(first.shape, bool), cache)
+        cache = model.start_decoding(encoded, valid, rows, first.shape[1] + steps)
+        logits, cache = model.prefill(first, jax.numpy.full(rows, first.shape[1]), cache)
 
-        def step(carry, position):
+        def step(carry, _):
             token, cache = carry
-            logits, cache = model.decode(
-                token[:, None], jax.numpy.full((rows, 1), position), np.ones((rows, 1), bool), cache
-            )
+            logits, cache = model.decode(token[:, None], cache)
             return (logits[:, -1].argmax(-1).astype("int32"), cache), token
 
-        first_new = logits[:, -1].argmax(-1).astype("int32")
-        return jax.lax.scan(step, (first_new, cache), length + np.arange(steps))[1].T
+        return jax.lax.scan(step, (logits.argmax(-1).astype("int32"), cache), length=steps)[1].T
 
     np.testing.assert_array_equal(np.asarray(jax.jit(decode)(params)), expected)
 

@@ -24,16 +24,13 @@ def decoded(config, rows, encoder_tokens, *, bidirectional):
         if config.encoder is not None:
             valid = (encoder_tokens != 0).astype(jnp.int32)
             encoded = model.encode(encoder_tokens)
-        cache = model.start_decoding(encoded, valid, ROWS, PROMPT + LENGTH)
-        cells = np.arange(PROMPT)
-        prompt_valid = cells < PROMPT_LENGTHS[:, None]
-        prompt = np.where(prompt_valid, rows[:, :PROMPT], 0)
-        positions = np.broadcast_to(cells, prompt.shape)
-        return model.decode(prompt, positions, prompt_valid, cache, bidirectional=bidirectional)
+        cache = model.start_decoding(encoded, valid, ROWS, LENGTH)
+        prompt = np.where(np.arange(PROMPT) < PROMPT_LENGTHS[:, None], rows[:, :PROMPT], 0)
+        return model.prefill(prompt, jnp.array(PROMPT_LENGTHS), cache, bidirectional=bidirectional, all_logits=True)
 
     @jax.jit
-    def step(params, token, position, valid, cache):
-        return merge(spec.graphdef, params).decode(token, position, valid, cache)
+    def step(params, token, live, cache):
+        return merge(spec.graphdef, params).decode(token, cache, counts_B=live)
 
     out, cache = start(params)
     found = np.zeros((ROWS, LENGTH, out.shape[-1]), np.float32)
@@ -43,7 +40,7 @@ def decoded(config, rows, encoder_tokens, *, bidirectional):
         position = PROMPT_LENGTHS + count
         live = position < LENGTH
         cell = np.minimum(position, LENGTH - 1)
-        out, cache = step(params, rows[np.arange(ROWS), cell][:, None], cell[:, None], live[:, None], cache)
+        out, cache = step(params, rows[np.arange(ROWS), cell][:, None], live.astype(np.int32), cache)
         for row in np.flatnonzero(live):
             found[row, cell[row]] = out[row, 0]
     return found
@@ -85,5 +82,6 @@ def test_the_cache_can_be_described_without_arrays():
 
     empty, ready = jax.eval_shape(start, spec.params)
     assert empty == ready
-    assert empty.keys.shape == (2, 2, 10, 2, 8) and empty.keys.dtype == jnp.bfloat16
-    assert empty.cross_keys.shape == (2, 2, 7, 2, 8)
+    assert [slots.keys.shape for slots in empty.layers] == [(2, 2, 11, 8)] * 2
+    assert [slots.keys.shape for slots in empty.cross] == [(2, 2, 7, 8)] * 2
+    assert empty.layers[0].keys.dtype == jnp.bfloat16 and empty.layers[0].key_scales is None
