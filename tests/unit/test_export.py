@@ -116,7 +116,7 @@ def test_one_program_for_three_platforms_and_any_number_of_rows():
     for name, function in functions.items():
         assert function.platforms == ("cpu", "cuda", "tpu"), name
         batched = [aval for aval in function.out_avals if any(not isinstance(size, int) for size in aval.shape)]
-        assert len(batched) == len(function.out_avals) - (0 if name == "encode" else 1), "all but the next slot"
+        assert len(batched) == len(function.out_avals)
 
 
 def test_learned_positions_bound_the_lengths():
