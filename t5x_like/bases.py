@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from t5x_like import run_directory
 from t5x_like.checkpoints import trees
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import CheckpointConfig, LoraConfig, ModelConfig, RefusedError
 from t5x_like.models.lora import Adaptation
+from t5x_like.partitioning.rows import on_host
 
 Tree = Any
 RECORD = "base"
@@ -108,7 +108,7 @@ def fingerprint(params: Tree) -> str:
     """Of the numbers and their paths: the same wherever they are stored and however they are split."""
     leaves = trees.by_path(params)
     digest = hashlib.sha256()
-    for path, sums in zip(leaves, np.asarray(_sums(list(leaves.values()))), strict=True):
+    for path, sums in zip(leaves, on_host(_sums(list(leaves.values()))), strict=True):
         digest.update(f"{path} {leaves[path].dtype}{leaves[path].shape} {sums.tolist()}\n".encode())
     return digest.hexdigest()[:32]
 

@@ -16,7 +16,12 @@ class Interruption:
         self.signal: signal.Signals | None = None
 
     @property
-    def requested(self) -> bool:
+    def reason(self) -> str | None:
+        """The signal's name; None if there was none."""
+        return None if self.signal is None else self.signal.name
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop in front of this step: of any, once there was a signal."""
         return self.signal is not None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from t5x_like.config import BatchSpec, ConfigError, RunConfig, batch_spec, evaluation_spec
+from t5x_like.data.share import Share
 from t5x_like.models.build import ModelSpec, abstract, build, merge
 from t5x_like.models.lora import Adaptation, adapt
 from t5x_like.models.model import Model
@@ -20,6 +21,7 @@ from t5x_like.outputs import Output
 from t5x_like.partitioning.check import check_partitioning
 from t5x_like.partitioning.constrain import activation_context
 from t5x_like.partitioning.mesh import make_mesh
+from t5x_like.partitioning.rows import own_rows, put_own, put_whole, row_groups
 from t5x_like.partitioning.rules import Rules, standard
 from t5x_like.partitioning.shardings import batch_shardings, tree_shardings
 from t5x_like.training.optimizers import make_optimizer, state_logical_axes
@@ -87,10 +89,20 @@ class Program:
         with activation_context(self.mesh, self.rules):
             yield
 
+    def share(self) -> Share:
+        """The rows of global batches that this process is to load, because its devices hold them."""
+        groups = row_groups(self.mesh, self.rules)
+        group = next(index for index, processes in enumerate(groups) if jax.process_index() in processes)
+        keeps_state = groups[group][0] == jax.process_index()
+        return Share(group, len(groups), functools.partial(own_rows, self.mesh, self.rules), keeps_state)
+
     def put(self, batch: Batch) -> Batch:
-        """A host's rows of a global batch, placed on the mesh without waiting for it."""
-        shardings = batch_shardings(self.mesh, self.rules, batch)
-        return jax.tree.map(lambda x, s: jax.make_array_from_process_local_data(s, np.asarray(x)), batch, shardings)
+        """This process's `share` of a global batch, placed on the mesh without waiting for it."""
+        return put_own(self.mesh, self.rules, batch)
+
+    def put_whole(self, batch: Batch) -> Batch:
+        """A global batch that every process has the whole of, placed on the mesh without waiting for it."""
+        return put_whole(self.mesh, self.rules, batch)
 
 
 def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:

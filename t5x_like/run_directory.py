@@ -19,6 +19,12 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 EXIT = "exit.json"
 
+
+def log_name(process: int) -> str:
+    """The log of a process: log.txt of the first, log.1.txt of the second."""
+    return f"log.{process}.txt" if process else "log.txt"
+
+
 FREE_TO_CHANGE = (
     "checkpoints.",
     "evaluation.",
@@ -113,9 +119,10 @@ def _has_begun(directory: Path) -> bool:
     return (metrics.exists() and metrics.stat().st_size > 0) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is either there in whole or as it was before."""
-    temporary = path.with_name(path.name + ".partial")
+def write_atomically(path: Path, text: str, *, suffix: str = "partial") -> None:
+    """Writes a file that is either there in whole or as it was before. Those who write at the same time need a suffix
+    each, for the file that is not yet whole."""
+    temporary = path.with_name(f"{path.name}.{suffix}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -123,7 +130,9 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_exit(directory: Path, *, code: int, reason: str, step: int | None, seconds: Mapping[str, float]) -> None:
+def write_exit(
+    directory: Path, *, code: int, reason: str, step: int | None, seconds: Mapping[str, float], process: int = 0
+) -> None:
     """Says in exit.json how the process left its run: for people, schedulers and the report.
 
     Args:
@@ -132,11 +141,12 @@ def write_exit(directory: Path, *, code: int, reason: str, step: int | None, sec
       reason: One sentence.
       step: The step that was saved last; None if this process saved none.
       seconds: Wall-clock seconds by state (`Clock.totals`).
+      process: Which of several it was.
     """
-    document = {"code": code, "reason": reason, "step": step, "seconds": dict(seconds)}
+    document = {"code": code, "reason": reason, "step": step, "process": process, "seconds": dict(seconds)}
     # A full disk, say, is why the process leaves: failing to say so must not hide it.
     with contextlib.suppress(OSError):
-        write_atomically(directory / EXIT, json.dumps(document) + "\n")
+        write_atomically(directory / EXIT, json.dumps(document) + "\n", suffix=f"{process}.partial")
 
 
 @contextlib.contextmanager

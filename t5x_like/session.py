@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,9 +28,14 @@ from t5x_like.monitoring.logs import logging_to
 from t5x_like.monitoring.metrics import Mean, add, value
 from t5x_like.monitoring.progress import Progress
 from t5x_like.monitoring.throughput import Peak, rates
-from t5x_like.monitoring.writers import JsonlWriter, TensorBoardWriter, Writer, Writers
+from t5x_like.monitoring.writers import JsonlWriter, NoWriter, TensorBoardWriter, Writer, Writers
+from t5x_like.partitioning.agreement import by_first
+from t5x_like.partitioning.rows import on_host
 from t5x_like.program import Program, assemble
+from t5x_like.watchdog import Watchdog
 
+NO_STEP = 10.0
+"""How much longer than between two steps a process may show no sign of life: it compiles, say, or evaluates."""
 STEPS_IN_FLIGHT = 4
 """Steps that the host may be ahead of the device. Their batches wait in the device's memory."""
 
@@ -45,6 +51,7 @@ class Session:
     program: Program
     source: Source
     batches: Batches
+    watchdog: Watchdog
     first_row: int
     """Rows of the run that were read before this process's first step."""
     first_step: int
@@ -79,6 +86,7 @@ class Session:
 
     def dispatch(self, batch: Any) -> None:
         """Starts a training step; returns before it is done."""
+        self.watchdog.beat(1.0 if self.compiled else NO_STEP)
         with self.clock.state("step" if self.compiled else "compile"):
             self.state, metrics = self.program.train_step(self.state, batch)
             self.compiled = True
@@ -100,6 +108,7 @@ class Session:
 
     def save(self) -> None:
         """Starts to save the state; the files are written while training goes on."""
+        self.watchdog.beat(NO_STEP)
         with self.clock.state("save"):
             self._collect()
             if self.interval and self._at_end_of_interval():
@@ -122,6 +131,7 @@ class Session:
         """Scores the parameters on held-out text, into evaluations.jsonl and the report."""
         if self.evaluated == self.step:
             return
+        self.watchdog.beat(NO_STEP)
         self.progress.status(f"evaluating step {self.step}")
         self._collect()
         with self.clock.state("eval"):
@@ -154,7 +164,7 @@ class Session:
     def _collect(self) -> None:
         """Waits for the pending steps and adds their metrics to the interval, in the order of the steps."""
         with self.clock.state("step"):
-            steps = jax.device_get(list(self.pending))
+            steps = on_host(list(self.pending))
             self.pending.clear()
         for metrics in steps:
             floats = {name: Mean(float(mean.sum), float(mean.weight)) for name, mean in metrics.items()}
@@ -201,26 +211,31 @@ def finished_step(run: RunConfig, workdir: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Session]:
+def open_session(run: RunConfig, workdir: Path, clock: Clock, watchdog: Watchdog) -> Iterator[Session]:
     """Opens everything that training needs, restores the newest checkpoint, and prints what will be done.
+
+    Every process opens one. They all compute; the first one writes and shows.
 
     Raises:
       UserError: the data is not prepared, the devices or the disk do not fit the run, or the checkpoint belongs to
         other data.
     """
+    process = jax.process_index()
+    is_writer = process == 0
     console = Console()
+    # What concerns the run and not the process is shown once.
+    shown = console if is_writer else Console(quiet=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(logging_to(workdir / "log.txt", console))
-        source = open_source(run.data, run.training.batch_size, jax.process_index(), jax.process_count())
-        _require_rows_for(source, run)
+        stack.enter_context(logging_to(workdir / run_directory.log_name(process), console))
         program = assemble(run, jax.devices())
+        source = open_source(run.data, run.training.batch_size, program.share())
+        _require_rows_for(source, run)
         directory = workdir / run_directory.CHECKPOINTS
-        require_free_space(
-            directory, state_bytes(program.abstract_state), run.checkpoints, run.training.num_train_steps
-        )
+        size, steps = state_bytes(program.abstract_state), run.training.num_train_steps
+        by_first(lambda: require_free_space(directory, size, run.checkpoints, steps))
         checkpoints = CheckpointManager(directory, run.checkpoints)
-        stack.callback(checkpoints.close)
-        restored = checkpoints.latest() is not None
+        stack.push(functools.partial(_close, checkpoints))
+        restored = by_first(checkpoints.latest) is not None
         step, first_row, state, interval, files = 0, 0, None, {}, {}
         of_data, of_base = None, None
         if restored:
@@ -230,17 +245,18 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
             interval = {name: Mean(*pair) for name, pair in meta["interval"].items()}
             clock.go_on(meta["seconds"])
         else:
-            state = initial_state(program, lambda line: console.out(line, highlight=False))
+            state = initial_state(program, lambda line: shown.out(line, highlight=False))
         base = _open_base(program, of_base)
         if base is not None:
             state = state | {"base": base.params}
         restored_step = step if restored else None
         batches = source.start(first_row, of_data, files)
         stack.callback(batches.close)
-        overview.show(program, source, workdir, step, first_row, console, base)
-        progress = Progress(run.training.num_train_steps, console=console, step=step)
+        if is_writer:
+            overview.show(program, source, workdir, step, first_row, console, base)
+        progress = Progress(run.training.num_train_steps, console=shown, step=step)
         stack.callback(progress.close)
-        writers = _open_writers(run, workdir, restored_step, progress)
+        writers = _open_writers(run, workdir, restored_step, progress) if is_writer else Writers(NoWriter(), [])
         stack.callback(writers.close)
         # From here on, what is nothing else is waiting for steps.
         clock.enter("step")
@@ -250,6 +266,7 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
             program=program,
             source=source,
             batches=batches,
+            watchdog=watchdog,
             first_row=first_row,
             first_step=step,
             checkpoints=checkpoints,
@@ -258,13 +275,18 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock) -> Iterator[Sessio
             clock=clock,
             flops_per_step=overview.training_flops(run),
             tokens_per_step=overview.tokens_per_step(run),
-            peak=overview.peak(program),
+            peak=overview.peak(program) if is_writer else None,
             state=state,
             step=step,
             base=None if base is None else base.record,
             interval=interval,
-            evaluated=step if is_evaluated(workdir, step) else None,
+            evaluated=step if by_first(lambda: is_evaluated(workdir, step)) else None,
         )
+
+
+def _close(checkpoints: CheckpointManager, kind: type[BaseException] | None, *_: object) -> None:
+    """After an error of one of several processes nothing waits for the others: they hear of it later."""
+    checkpoints.close(abandon=kind is not None and jax.process_count() > 1)
 
 
 def _open_base(program: Program, recorded: Mapping[str, Any] | None) -> Base | None:

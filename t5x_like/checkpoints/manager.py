@@ -35,8 +35,9 @@ from jax.experimental import multihost_utils
 
 from t5x_like.checkpoints import integrity, trees
 from t5x_like.checkpoints.space import state_bytes
-from t5x_like.config.errors import RefusedError, UserError
+from t5x_like.config.errors import RefusedError
 from t5x_like.config.run import CheckpointConfig
+from t5x_like.partitioning.agreement import by_first
 
 FORMAT = 1
 """Version of the directory's layout and of meta.json."""
@@ -119,7 +120,7 @@ class CheckpointManager:
             be written. Earlier checkpoints are untouched.
         """
         self.wait()
-        if self._path(step).exists():
+        if by_first(self._path(step).exists):
             return False
         leaves = trees.by_path(state)
         record = {"format": FORMAT, "step": step, "state": trees.describe(leaves), "meta": meta}
@@ -153,8 +154,15 @@ class CheckpointManager:
         if failed:
             raise RefusedError(f"the checkpoint of step {step} was not written: another process failed and says why")
 
-    def close(self) -> None:
-        """Waits for the last save and ends the background thread."""
+    def close(self, *, abandon: bool = False) -> None:
+        """Waits for the last save and ends the background thread.
+
+        Args:
+          abandon: Waits for nothing, because a process is about to end that the others are not to wait for.
+        """
+        if abandon:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            return
         try:
             self.wait()
         finally:
@@ -272,7 +280,7 @@ class CheckpointManager:
                     return candidate
             raise RefusedError(self._none_left(problems))
 
-        return _decided_by_first_process(choose)
+        return by_first(choose)
 
     def _load(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
         leaves = trees.by_path(abstract)
@@ -389,21 +397,3 @@ def _disk_reason(error: BaseException | None) -> str | None:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _decided_by_first_process(choose: Callable[[], int]) -> int:
-    """Calls `choose` in process 0 and hands its answer, or its refusal, to all."""
-    if jax.process_count() == 1:
-        return choose()
-    answer, refusal = -1, None
-    if jax.process_index() == 0:
-        try:
-            answer = choose()
-        except UserError as error:
-            refusal = error
-    answer = int(multihost_utils.broadcast_one_to_all(np.int32(answer)))
-    if refusal is not None:
-        raise refusal
-    if answer < 0:
-        raise RefusedError("process 0 refused to restore; its message says why")
-    return answer

@@ -34,6 +34,9 @@ class MonitoringConfig:
     tensorboard: bool = True
     samples: int = 4
     """Held-out examples that are decoded into the run report."""
+    hang_timeout_seconds: float | None = 1800.0
+    """A process without a training step for so long prints its stacks and ends with exit code 42. Compiling, saving,
+    restoring and evaluating may take ten times as long. None: it waits for ever."""
 
 
 @configuration

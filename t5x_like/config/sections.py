@@ -500,3 +500,4 @@ def evaluation_problems(evaluation: EvaluationConfig) -> Problems:
 def monitoring_problems(monitoring: MonitoringConfig) -> Problems:
     yield from at_least("monitoring.log_every_steps", monitoring.log_every_steps, 1)
     yield from at_least("monitoring.samples", monitoring.samples, 0)
+    yield from above("monitoring.hang_timeout_seconds", monitoring.hang_timeout_seconds, 0)

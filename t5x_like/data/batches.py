@@ -10,12 +10,13 @@ from t5x_like.config.errors import RefusedError
 from t5x_like.data.features import Features
 from t5x_like.data.prefetch import Prefetcher
 from t5x_like.data.prepare import open_stores
+from t5x_like.data.share import WHOLE, Share
 from t5x_like.data.store import Store
 from t5x_like.data.stream import Stream
 
 
 class Batches(Protocol):
-    """An endless iterator over the batches of one host."""
+    """An endless iterator over the batches of one process, as far as they are of its share."""
 
     def __next__(self) -> dict[str, Features]: ...
 
@@ -26,7 +27,7 @@ class Batches(Protocol):
 
 
 class Source(Protocol):
-    """The data of a run on one host."""
+    """The data of a run in one process."""
 
     stores: tuple[Store, ...]
     """Prepared stores; none of a live pipeline."""
@@ -55,15 +56,15 @@ class Source(Protocol):
         Args:
           first_row: Rows that have been read.
           meta: Of the data, as the checkpoint has it; None for a new run.
-          files: What `Batches.state_files` of all hosts has been.
+          files: What `Batches.state_files` of all processes has been.
 
         Raises:
           RefusedError: the checkpoint belongs to other data.
         """
 
 
-def open_source(data: DataConfig, batch_size: int, host: int, hosts: int) -> Source:
-    """Opens the training data of a run.
+def open_source(data: DataConfig, batch_size: int, share: Share = WHOLE) -> Source:
+    """Opens the training data of a run, of which this process reads a share.
 
     Raises:
       UserError: it is not prepared, or there is no such Task.
@@ -71,17 +72,17 @@ def open_source(data: DataConfig, batch_size: int, host: int, hosts: int) -> Sou
     if data.seqio is not None:
         from t5x_like.data.seqio_live import LiveBatches  # TensorFlow only for those who ask for it.
 
-        return LiveBatches(data, batch_size, host=host, hosts=hosts)
-    return Prepared(Stream(open_stores(data), data, batch_size, "train"), host, hosts)
+        return LiveBatches(data, batch_size, host=share.group, hosts=share.groups, keeps_state=share.keeps_state)
+    return Prepared(Stream(open_stores(data), data, batch_size, "train"), share)
 
 
 class Prepared:
     """A stream of rows by number, out of prepared stores."""
 
-    def __init__(self, stream: Stream, host: int, hosts: int):
+    def __init__(self, stream: Stream, share: Share):
         self.stream = stream
         self.stores = stream.stores
-        self._place = (host, hosts)
+        self._share = share
 
     @property
     def origin(self) -> str:
@@ -113,4 +114,4 @@ class Prepared:
                 "schedule of rates, whose steps are then other rows. Bring the prepared store back, "
                 "or begin anew in another --workdir."
             )
-        return Prefetcher(self.stream, first_row, *self._place)
+        return Prefetcher(self.stream, first_row, self._share)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 
 from t5x_like.data.features import Features
+from t5x_like.data.share import WHOLE, Share
 from t5x_like.data.stream import Stream
 
 _ROWS_AT_ONCE = 2048
@@ -26,9 +27,9 @@ class Prefetcher(Iterator[dict[str, Features]]):
     and waits for it; the iterator can be used as a context manager.
     """
 
-    def __init__(self, stream: Stream, first_row: int, host: int = 0, hosts: int = 1):
+    def __init__(self, stream: Stream, first_row: int, share: Share = WHOLE):
         self._stream = stream
-        self._place = (host, hosts)
+        self._share = share
         self._queue: queue.Queue[dict[str, Features] | BaseException] = queue.Queue(max(stream.data.prefetch, 1))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(first_row,), name="prefetch", daemon=True)
@@ -62,8 +63,8 @@ class Prefetcher(Iterator[dict[str, Features]]):
         self.close()
 
     def _work(self, row: int) -> None:
-        size, hosts = self._stream.batch_size, self._place[1]
-        steps, most = 1, min(max(_ROWS_AT_ONCE * hosts // size, 1), _STEPS_AT_ONCE)
+        size, groups = self._stream.batch_size, self._share.groups
+        steps, most = 1, min(max(_ROWS_AT_ONCE * groups // size, 1), _STEPS_AT_ONCE)
         try:
             while not self._stop.is_set():
                 for batch in self._made(row, steps):
@@ -77,8 +78,8 @@ class Prefetcher(Iterator[dict[str, Features]]):
 
     def _made(self, row: int, steps: int) -> Iterator[dict[str, Features]]:
         try:
-            return iter(self._stream.batches_at(row, steps, *self._place))
+            return iter(self._stream.batches_at(row, steps, self._share))
         except Exception:
             # Which of the batches it was is found by making them one by one.
             rows = range(row, row + steps * self._stream.batch_size, self._stream.batch_size)
-            return (self._stream.batch_at(first, *self._place) for first in rows)
+            return (self._stream.batches_at(first, 1, self._share)[0] for first in rows)

@@ -45,20 +45,30 @@ class LiveBatches(Iterator[dict[str, Features]]):
       DataError: no such Task or Mixture or split, or it lacks the features of the layout.
     """
 
-    def __init__(self, data: DataConfig, batch_size: int, *, split: str = "train", host: int = 0, hosts: int = 1):
+    def __init__(
+        self,
+        data: DataConfig,
+        batch_size: int,
+        *,
+        split: str = "train",
+        host: int = 0,
+        hosts: int = 1,
+        keeps_state: bool = True,
+    ):
         """
         Args:
           data: With `seqio`; its layout, lengths and seed count too.
           batch_size: Global rows of a batch; a multiple of `hosts`.
           split: Of the Task.
           host, hosts: Which share of the examples to read.
+          keeps_state: Whether `state_files` has any; of several processes with the same share, one has.
         """
         assert data.seqio is not None
         if batch_size % hosts:
             raise DataError(f"training.batch_size: found {batch_size} rows for {hosts} hosts, expected a multiple")
         self.provider = load_provider(data.seqio.mixture_or_task, data.seqio.module)
         self.data = data
-        self._host, self._hosts = host, hosts
+        self._host, self._hosts, self._keeps_state = host, hosts, keeps_state
         self._taken = 0
         lengths, converter = converter_for(data, self.provider)
         if split not in self.provider.splits:
@@ -159,6 +169,11 @@ class LiveBatches(Iterator[dict[str, Features]]):
 
     def state_files(self) -> dict[str, bytes]:
         """The position of this host, as files for the checkpoint: one archive per host."""
+        if not self._keeps_state:
+            return {}
+        return {self._name(self._host, self._hosts): self._position()}
+
+    def _position(self) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             tf.train.Checkpoint(iterator=self._iterator).write(f"{folder}/state")
             packed = io.BytesIO()
@@ -166,7 +181,7 @@ class LiveBatches(Iterator[dict[str, Features]]):
                 archive.writestr(_IDENTITY, json.dumps({**self.identity, "taken": self._taken}, indent=1))
                 for path in sorted(Path(folder).glob("state.*")):
                     archive.write(path, path.name)
-        return {self._name(self._host, self._hosts): packed.getvalue()}
+        return packed.getvalue()
 
     def restore(self, files: Mapping[str, bytes]) -> None:
         """Goes on where `state_files` was called.
@@ -194,7 +209,7 @@ class LiveBatches(Iterator[dict[str, Features]]):
     def _require_saveable(self) -> None:
         """A pipeline with state of its own is refused at its first batch, not at the first save."""
         try:
-            self.state_files()
+            self._position()
         except tf.errors.FailedPreconditionError as error:
             found = re.search(r"(\w+) is stateful", error.message)
             raise DataError(

@@ -29,6 +29,7 @@ from t5x_like.data.labelled import LabelledRows
 from t5x_like.data.mixing import Integers, Mixing, PhaseSlots, Places, periods_in
 from t5x_like.data.packing import Packed
 from t5x_like.data.sampling import corpus_rates
+from t5x_like.data.share import WHOLE, Share
 from t5x_like.data.store import Split, Store
 from t5x_like.data.windows import Windows
 
@@ -132,19 +133,15 @@ class Stream:
 
         Concatenated over the hosts they are the global batch, whatever the number of hosts.
         """
-        batch = {}
-        for name, (mine, all_) in self._shares.items():
-            first, rows = self.first_of(name, first_row), self.batch_size * mine // all_
-            start, stop = first + rows * host // hosts, first + rows * (host + 1) // hosts
-            batch[name] = self.rows(np.arange(start, stop, dtype=np.int64), name)
-        return batch
+        return self.batches_at(first_row, 1, Share(host, hosts))[0]
 
-    def batches_at(self, first_row: int, steps: int, host: int = 0, hosts: int = 1) -> list[dict[str, Features]]:
-        """`batch_at` of so many steps, one after the other. Made together, which takes less time for small batches."""
+    def batches_at(self, first_row: int, steps: int, share: Share = WHOLE) -> list[dict[str, Features]]:
+        """The batches of so many steps, as far as they are of a share, one after the other. Made together, which takes
+        less time for small batches."""
         batches: list[dict[str, Features]] = [{} for _ in range(steps)]
         for name, (mine, all_) in self._shares.items():
             rows = self.batch_size * mine // all_
-            own_N = np.arange(rows * host // hosts, rows * (host + 1) // hosts, dtype=np.int64)
+            own_N = share.rows(rows)
             firsts = [self.first_of(name, first_row + step * self.batch_size) for step in range(steps)]
             made = self.rows((np.array(firsts, np.int64)[:, None] + own_N).ravel(), name)
             for step, batch in enumerate(batches):

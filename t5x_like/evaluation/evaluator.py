@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +16,7 @@ from t5x_like.data.store import Split, Store
 from t5x_like.evaluation import baselines
 from t5x_like.evaluation.heads import head_scores
 from t5x_like.monitoring.metrics import Mean, add, value
+from t5x_like.partitioning.rows import on_host
 from t5x_like.program import Program
 from t5x_like.training.losses import is_of_logits
 
@@ -105,19 +105,8 @@ def _train_counts(split: Split, vocab_size: int) -> npt.NDArray[np.int64]:
 
 def _sums(program: Program, params: Tree, batches: Iterable[Mapping[str, Features]]) -> dict[str, Mean]:
     """Metrics added over batches, in double precision on the host; the device runs ahead of it."""
-    steps = [program.eval_step(params, program.put(_of_this_host(batch))) for batch in batches]
+    steps = [program.eval_step(params, program.put_whole(batch)) for batch in batches]
     total = {name: Mean(0.0, 0.0) for name in ("loss", "accuracy")}
-    for metrics in jax.device_get(steps):
+    for metrics in on_host(steps):
         total = add(total, {name: Mean(float(mean.sum), float(mean.weight)) for name, mean in metrics.items()})
     return total
-
-
-def _of_this_host(batch: Mapping[str, Features]) -> dict[str, dict[str, npt.NDArray[Any]]]:
-    """The contiguous part of a global batch's rows that this process loads."""
-    host, hosts = jax.process_index(), jax.process_count()
-
-    def part(feature: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        rows = len(feature)
-        return feature[rows * host // hosts : rows * (host + 1) // hosts]
-
-    return {name: {key: part(feature) for key, feature in features.items()} for name, features in batch.items()}

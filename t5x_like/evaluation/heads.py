@@ -127,12 +127,7 @@ def head_samples(program: Program, params: Tree, stores: Sequence[Store], count:
 
 
 def _scored(program: Program, params: Tree, features: Features) -> npt.NDArray[Any]:
-    host, hosts = jax.process_index(), jax.process_count()
-
-    def own(feature: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return feature[len(feature) * host // hosts : len(feature) * (host + 1) // hosts]
-
-    placed = program.put({"main": {name: own(feature) for name, feature in features.items()}})["main"]
+    placed = program.put_whole({"main": features})["main"]
     return np.asarray(_scores(program, params, placed))
 
 

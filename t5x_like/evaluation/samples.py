@@ -107,7 +107,7 @@ def _examples(
 def _infill(program: Program, params: Tree, features: Features, count: int, store: Store) -> list[Sample]:
     """A masked LM's most likely pieces of text at the chosen positions."""
     text_V = np.arange(program.run.model.vocab_size) < store.vocabulary.base_size
-    placed = program.put({"main": features})["main"]
+    placed = program.put_whole({"main": features})["main"]
     prediction_NxL = np.asarray(_most_likely(program, params, placed, text_V))
     samples = []
     for row in range(count):

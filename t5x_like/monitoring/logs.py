@@ -41,7 +41,7 @@ def logging_to(path: Path | None, console: Console) -> Iterator[None]:
     """Within: this package's messages from INFO on and everybody's warnings go to `path`, warnings to `console` too.
 
     Args:
-      path: log.txt, appended to; None for no file (all processes but the first).
+      path: log.txt, appended to; None for no file.
       console: The console of the run.
 
     Raises:

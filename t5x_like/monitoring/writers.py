@@ -36,6 +36,16 @@ class JsonlWriter:
         self._file.close()
 
 
+class NoWriter:
+    """Of the processes that leave it to the first one to write."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class TensorBoardWriter:
     """TensorBoard's event files, written without TensorFlow.
 

@@ -117,15 +117,21 @@ class Watch:
         self._thread.start()
 
     def close(self) -> None:
+        """It may be waiting for a process that has gone, and is then left behind."""
         self._stop.set()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(2 * POLL_SECONDS)
 
     def _work(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             found = _look_up(self._key)
             if found is not None:
-                return self._then(found)
+                try:
+                    return self._then(found)
+                except jax.errors.JaxRuntimeError:
+                    # At the end the service goes before the threads that ask it.
+                    if not self._stop.is_set():
+                        raise
 
 
 class StopRequest(Protocol):

@@ -11,6 +11,7 @@ import pytest
 from data_examples import data_config, numbered_store
 
 from t5x_like.data.prefetch import Prefetcher
+from t5x_like.data.share import Share
 from t5x_like.data.stream import Stream
 
 
@@ -20,7 +21,7 @@ def stream(tmp_path: Path) -> Stream:
 
 
 def test_batches_come_in_order_from_the_start_step(stream: Stream) -> None:
-    with Prefetcher(stream, 5 * 6, host=1, hosts=2) as batches:
+    with Prefetcher(stream, 5 * 6, Share(1, 2)) as batches:
         for step in range(5, 40):
             expected = stream.batch(step, 1, 2)["main"]
             assert all(np.array_equal(values, expected[name]) for name, values in next(batches)["main"].items())

@@ -19,7 +19,7 @@ TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "kernels", "monitoring"),
     ("planning.topologies",),
-    ("partitioning", "run_directory", "interruption", "outputs"),
+    ("partitioning", "run_directory", "interruption", "watchdog", "outputs"),
     ("data", "models", "training", "checkpoints"),
     ("program", "inspection", "bases"),
     ("decoding", "interop", "planning"),
@@ -45,6 +45,7 @@ MUST_NOT_KNOW: dict[str, tuple[str, ...]] = {
     "training": ("orbax", "t5x_like.data", "t5x_like.cli"),
     "checkpoints": ("t5x_like.models", "t5x_like.trainer", "flax", "optax"),
     "monitoring": ("t5x_like", "jax", "flax"),
+    "launching": ("jax", "flax", "optax", "orbax", "numpy"),
     "run_directory": ("jax",),
     "cli": ("flax", "optax", "orbax"),
     "commands": ("flax", "optax", "orbax"),
