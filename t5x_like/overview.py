@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 
 from t5x_like.bases import Base
-from t5x_like.config import RunConfig, batch_spec
+from t5x_like.config import RunConfig
 from t5x_like.data.batches import Source
-from t5x_like.models.parameters import count_parameters, forward_flops
+from t5x_like.models.parameters import count_parameters
 from t5x_like.monitoring.summary import Part, StartSummary, print_summary
 from t5x_like.monitoring.throughput import Peak, measured_peak
+from t5x_like.planning.flops import training_flops
+from t5x_like.planning.memory import estimate
+from t5x_like.planning.tokens import tokens_per_step
 from t5x_like.planning.topologies import accelerator_of
 from t5x_like.program import Program
 
@@ -36,21 +37,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def training_flops(run: RunConfig) -> float:
-    """Model FLOPs of a training step: three times those of the forward pass; what remat repeats is not counted."""
-    return 3.0 * sum(forward_flops(run.model, features) for features in batch_spec(run).values())
-
-
-def tokens_per_step(run: RunConfig) -> int:
-    """Cells of a global batch, padding included: inputs of the encoder and of the decoder."""
-    return sum(
-        math.prod(array.shape)
-        for features in batch_spec(run).values()
-        for name, array in features.items()
-        if name.endswith("_input_tokens")
-    )
 
 
 def peak(program: Program) -> Peak:
@@ -101,7 +87,7 @@ def show(
         total_steps=total,
         tokens_per_step=tokens_per_step(run),
         flops_per_step=training_flops(run),
-        memory=_memory(program),
+        memory=estimate(program).parts,
         devices=f"{devices.size} x {devices[0].device_kind}",
         mesh=dict(program.mesh.shape),
         versions=versions(),
@@ -130,28 +116,3 @@ def _model(run: RunConfig) -> str:
         if stack is not None
     ]
     return f"{run.model.architecture} ({'; '.join(stacks)}), vocabulary {run.model.vocab_size}, {run.data.layout}"
-
-
-def _memory(program: Program) -> Mapping[str, int]:
-    """Bytes per device that can be counted without compiling: the state, its gradients, and the logits with theirs."""
-
-    def per_device(tree: Any) -> int:
-        leaves = jax.tree.leaves(tree)
-        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-
-    trained = per_device(program.abstract_params)
-    run = program.run
-    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"] * program.mesh.shape["tensor"]
-    targets = [
-        math.prod(array.shape)
-        for features in batch_spec(run).values()
-        for name, array in features.items()
-        if name.endswith("_target_tokens")
-    ]
-    logits = 2 * 4 * sum(targets) * run.model.vocab_size // (ways * run.training.gradient_accumulation_steps)
-    return {
-        "parameters": trained + per_device(program.abstract_base),
-        "optimizer state": per_device(program.abstract_state["opt_state"]),
-        "gradients": trained,
-        "logits": logits,
-    }

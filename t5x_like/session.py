@@ -31,6 +31,8 @@ from t5x_like.monitoring.throughput import Peak, rates
 from t5x_like.monitoring.writers import JsonlWriter, NoWriter, TensorBoardWriter, Writer, Writers
 from t5x_like.partitioning.agreement import by_first
 from t5x_like.partitioning.rows import on_host
+from t5x_like.planning.flops import training_flops
+from t5x_like.planning.tokens import tokens_per_step
 from t5x_like.program import Program, assemble
 from t5x_like.watchdog import Watchdog
 
@@ -273,9 +275,9 @@ def open_session(run: RunConfig, workdir: Path, clock: Clock, watchdog: Watchdog
             writers=writers,
             progress=progress,
             clock=clock,
-            flops_per_step=overview.training_flops(run),
-            tokens_per_step=overview.tokens_per_step(run),
+            flops_per_step=training_flops(run),
             peak=overview.peak(program) if is_writer else None,
+            tokens_per_step=tokens_per_step(run),
             state=state,
             step=step,
             base=None if base is None else base.record,

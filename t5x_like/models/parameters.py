@@ -130,6 +130,13 @@ def _mlp_kernels(stack: StackConfig) -> int:
 
 
 def forward_flops(config: ModelConfig, features: Mapping[str, ArraySpec]) -> int:
+    """Operations of one forward pass over a sub-batch of these shapes: the sum of `forward_flops_by_part`."""
+    return sum(forward_flops_by_part(config, features).values())
+
+
+def forward_flops_by_part(
+    config: ModelConfig, features: Mapping[str, ArraySpec], *, all_pairs: bool = False
+) -> dict[str, int]:
     """Operations of matrix products (a multiply-add is 2) in one forward pass over a sub-batch of these shapes.
 
     Every cell counts, padding too, in all stacks and in the head; training costs three times as much. Causal attention
@@ -137,28 +144,38 @@ def forward_flops(config: ModelConfig, features: Mapping[str, ArraySpec]) -> int
     prefix adds depends on the data and is left out. Of experts, those that a token takes count, however they are
     computed. The formulas are those of the encoder-decoder in Raffel et al. 2020 with the keys and values of
     cross-attention moved to the source.
+
+    Args:
+      config: The model.
+      features: A sub-batch.
+      all_pairs: Count all pairs of a query and a key, seen or not, as a backend that materialises scores computes them.
+
+    Returns:
+      By stack (encoder, decoder, generator), as far as they are there: "<stack> projections" of attention, "<stack>
+      scores" (products of queries with keys and of probabilities with values), "<stack> mlp" (router and experts among
+      them) and, of embeddings of another width, "<stack> embedding"; "cross projections", "cross scores"; "head".
     """
     source = _row_shape(features, "encoder_input_tokens") if config.encoder is not None else (0, 0)
     target = _row_shape(features, "decoder_input_tokens") if config.decoder is not None else (0, 0)
-    total = 0
-    if config.encoder is not None:
-        rows, length = source
-        total += rows * _layers_flops(config.encoder, config, length, causal=False) + _distance_flops(config.encoder)
-    if config.decoder is not None:
-        rows, length = target
-        total += rows * _layers_flops(config.decoder, config, length, causal=True) + _distance_flops(config.decoder)
-        if config.encoder is not None:
-            total += rows * _cross_flops(config.decoder, config.encoder.d_model, source[1], length)
+    parts: dict[str, int] = {}
+    for name, stack in config.stacks.items():
+        rows, length = source if name == "encoder" else target
+        parts |= _layers_flops(name, stack, config, rows, length, causal=name == "decoder", all_pairs=all_pairs)
+    if config.decoder is not None and config.encoder is not None:
+        parts |= _cross_flops(config.decoder, config.encoder.d_model, target[0], source[1], target[1])
     output = next(reversed(config.stacks.values()))
     rows, length = target if config.decoder is not None else source
     head = _head_kernels(output, config)
     if config.generator is not None:
         shared = dataclasses.replace(config, embedding_width=config.table_width)
-        total += rows * _layers_flops(config.generator, shared, length, causal=False)
+        parts |= _layers_flops(
+            "generator", config.generator, shared, rows, length, causal=False, all_pairs=all_pairs, distances=False
+        )
         head = _head_kernels(config.generator, config) + output.d_model * (output.d_model + 1)
     if config.task_head is not None and config.task_head.kind != "token_classification":
         length = 1  # Pooled first.
-    return total + 2 * rows * length * head
+    parts["head"] = 2 * rows * length * head
+    return parts
 
 
 def _row_shape(features: Mapping[str, ArraySpec], name: str) -> tuple[int, int]:
@@ -166,17 +183,38 @@ def _row_shape(features: Mapping[str, ArraySpec], name: str) -> tuple[int, int]:
     return rows, length
 
 
-def _layers_flops(stack: StackConfig, config: ModelConfig, length: int, *, causal: bool) -> int:
+def _layers_flops(
+    name: str,
+    stack: StackConfig,
+    config: ModelConfig,
+    rows: int,
+    length: int,
+    *,
+    causal: bool,
+    all_pairs: bool,
+    distances: bool = True,
+) -> dict[str, int]:
+    """`distances`: whether the states of disentangled positions go through the projections, once per batch."""
     mlp = _mlp_kernels(stack)
     if stack.experts is not None:
         mlp = stack.experts.experts_per_token * mlp + stack.experts.num_experts * stack.d_model
-    products = stack.num_layers * 2 * length * (_attention_kernels(stack) + mlp)
-    pairs = sum(_pairs(stack, kind, length, causal=causal) for kind in stack.layer_kinds)
+    tokens = rows * length
+    projections = stack.num_layers * 2 * tokens * _attention_kernels(stack)
+    if distances:
+        projections += _distance_flops(stack)
+    pairs = sum(length**2 if all_pairs else _pairs(stack, kind, length, causal=causal) for kind in stack.layer_kinds)
     width = stack.num_heads * stack.head_dim
+    scores = 4 * width * rows * pairs
     if stack.positions == "disentangled":
         # Each query with all distances, and each key.
-        products += stack.num_layers * 2 * 2 * width * length * 2 * stack.relative_bias_buckets
-    return products + 4 * width * pairs + 2 * length * _projection(stack, config)
+        scores += stack.num_layers * 2 * 2 * width * tokens * 2 * stack.relative_bias_buckets
+    parts = {
+        f"{name} projections": projections,
+        f"{name} scores": scores,
+        f"{name} mlp": stack.num_layers * 2 * tokens * mlp,
+    }
+    embedding = 2 * tokens * _projection(stack, config)
+    return {**parts, f"{name} embedding": embedding} if embedding else parts
 
 
 def _pairs(stack: StackConfig, kind: LayerKind, length: int, *, causal: bool) -> int:
@@ -199,9 +237,12 @@ def _distance_flops(stack: StackConfig) -> int:
     return stack.num_layers * 2 * 2 * stack.relative_bias_buckets * stack.d_model * heads * stack.head_dim
 
 
-def _cross_flops(stack: StackConfig, source_width: int, source: int, target: int) -> int:
+def _cross_flops(stack: StackConfig, source_width: int, rows: int, source: int, target: int) -> dict[str, int]:
     d, h = stack.d_model, stack.head_dim
     products = 2 * source * 2 * source_width * stack.num_kv_heads * h
     if stack.cross_attention == "separate":
         products += 2 * target * 2 * d * stack.num_heads * h
-    return stack.num_layers * (products + 4 * stack.num_heads * h * source * target)
+    return {
+        "cross projections": stack.num_layers * rows * products,
+        "cross scores": stack.num_layers * rows * 4 * stack.num_heads * h * source * target,
+    }
