@@ -49,7 +49,6 @@ MUST_NOT_KNOW: dict[str, tuple[str, ...]] = {
     "run_directory": ("jax",),
     "cli": ("flax", "optax", "orbax"),
     "commands": ("flax", "optax", "orbax"),
-    "launching": ("jax", "flax", "optax", "orbax", "numpy"),
 }
 ONLY_KNOWS: dict[str, tuple[str, ...]] = {
     "config": ("pydantic", "pydantic_core", "tyro"),
