@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke picture test test-slow test-hf test-wheel lint format install install-dev install-hf constraints clean
+.PHONY: smoke picture test test-slow test-hf test-aot test-wheel lint format install install-dev install-hf constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
@@ -29,7 +29,7 @@ picture: install
 	  write_curves_png(*map(pathlib.Path, sys.argv[1:]))' $(WORKDIR) docs/smoke.png
 
 test: install-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not aot"
 
 test-slow: install-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
@@ -37,6 +37,15 @@ test-slow: install-dev
 # The tests that compare with torch and transformers; `make test` skips them where these are not installed.
 test-hf: install-hf
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $$(grep -rlE 'importorskip\("(torch|transformers)' tests)
+
+# Compiles for TPUs on the CPU. Its compiler (the tpu extra, 700 MB) has an environment of its own, since jax looks for TPUs
+# wherever it is installed. PYTEST_ARGS of its own: two compilations at once need twice the memory and are no faster.
+test-aot:
+	$(MAKE) VENV=$(VENV)-tpu compile-ahead
+
+.PHONY: compile-ahead
+compile-ahead: $(VENV)/.installed-tpu
+	$(BIN)/python -m pytest -m aot tests/aot
 
 # Builds the wheel, installs it alone in an empty environment, and uses it from an empty directory.
 test-wheel: $(VENV)/.created
@@ -82,15 +91,19 @@ $(VENV)/.installed-hf: $(VENV)/.installed-dev
 	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,hf]'
 	@touch $@
 
+$(VENV)/.installed-tpu: $(VENV)/.installed-dev
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,tpu]'
+	@touch $@
+
 # Resolves the newest versions anew, for Python 3.11 and for the newer ones in one file. torch's CUDA packages are left
 # out: they are not needed for the tests of parity, and a build of torch for the CPU does not ask for them.
 constraints: install-dev
 	$(PIP) install --quiet uv
 	mkdir -p build
 	echo 'torch==2.13.0' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
-	  --extra dev --extra hf --override - --no-emit-package triton --upgrade --output-file build/pins.txt pyproject.toml
+	  --extra dev --extra hf --extra tpu --override - --no-emit-package triton --upgrade --output-file build/pins.txt pyproject.toml
 	{ sed -n '/^#/p' constraints.txt; grep -v -E '^(nvidia|cuda)-' build/pins.txt; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VENV)-tpu build dist

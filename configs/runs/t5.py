@@ -3,9 +3,12 @@
 `configs/runs/t5.py` is the base size: rows of 568 raw tokens become 512 inputs and 114 targets, both full, spans are
 placed by T5's exact law, and Adafactor follows T5's inverse square root. Bring the text (`--data.corpus.tfds c4/en` or
 files) and T5's vocabulary (`--data.tokenizer.path spiece.model`); without a vocabulary, one is trained on the text.
+`:xxl` is the largest size, with the batch of the published checkpoints.
 """
 
-from t5x_like.config import DataConfig, RunConfig, TokenizerConfig, TrainingConfig
+import dataclasses
+
+from t5x_like.config import DataConfig, PartitioningConfig, RunConfig, TokenizerConfig, TrainingConfig
 from t5x_like.config.mixtures import t5
 from t5x_like.models import presets
 
@@ -24,4 +27,16 @@ def recipe() -> RunConfig:
             targets_length=114,
         ),
         training=TrainingConfig(num_train_steps=2**16, batch_size=128),
+    )
+
+
+def xxl() -> RunConfig:
+    """T5 1.1 xxl for a v5e of 256 chips: a million steps of 2048 rows, as the published checkpoint."""
+    run = recipe()
+    return dataclasses.replace(
+        run,
+        name="t5_1_1_xxl",
+        model=dataclasses.replace(presets.t5_1_1("xxl"), dtype="bfloat16", remat="full"),
+        training=dataclasses.replace(run.training, num_train_steps=1_000_000, batch_size=2048),
+        partitioning=PartitioningConfig(topology="v5e:16x16"),
     )

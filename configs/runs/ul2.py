@@ -2,12 +2,12 @@
 
 `configs/runs/ul2.py` is an encoder-decoder at 512/512. The denoisers with short targets are in sub-batches of their
 own, 512/128 and 512/176 cells, and two windows of S share a row, so that 98 % of all cells are not padding; plain rows
-of 512/512 are 73 to 83 % full. `:prefix_lm` is the same mixture in single rows of 1024.
+of 512/512 are 73 to 83 % full. `:prefix_lm` is the same mixture in single rows of 1024, `:ul2_20b` the published size.
 """
 
 import dataclasses
 
-from t5x_like.config import DataConfig, RunConfig, TokenizerConfig, TrainingConfig, ul2
+from t5x_like.config import DataConfig, PartitioningConfig, RunConfig, TokenizerConfig, TrainingConfig, ul2
 from t5x_like.models import presets
 
 
@@ -37,4 +37,17 @@ def prefix_lm() -> RunConfig:
         name="ul2_prefix_lm_1b",
         model=presets.decoder_1b(),
         data=dataclasses.replace(run.data, layout="prefix_lm", mixture=ul2(), short_targets_lengths=()),
+    )
+
+
+def ul2_20b() -> RunConfig:
+    """UL2 20B for a v5p of 64 chips: steps of about 0.8M tokens, near the paper's 1024 rows."""
+    run = recipe()
+    model = dataclasses.replace(presets.ul2_20b(), vocab_size=32_256, dtype="bfloat16", remat="full")
+    return dataclasses.replace(
+        run,
+        name="ul2_20b",
+        model=model,
+        training=dataclasses.replace(run.training, num_train_steps=1_000_000, batch_size=896),
+        partitioning=PartitioningConfig(topology="v5p:4x4x4"),
     )

@@ -1,0 +1,159 @@
+"""How a compiled step is told: tables for people, and a dictionary for files."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from t5x_like.config import RunConfig, batch_spec
+from t5x_like.config.validate import validate
+from t5x_like.planning.compile import Compiled, gibibytes
+from t5x_like.planning.roofline import Roofline, training_roofline
+
+_BUFFERS, _COLLECTIVES = 8, 12
+
+
+def print_compiled(run: RunConfig, compiled: Compiled, console: Console) -> None:
+    """Prints whether the step fits and what it is made of; of a refused one XLA's words and what can be changed."""
+    effort = "effort O0" if compiled.effort == "low" else "default effort"
+    axes = ", ".join(f"{axis}={degree}" for axis, degree in compiled.mesh.items() if degree > 1) or "one device"
+    console.print(
+        f"XLA:TPU compiled the {compiled.step} step for {compiled.topology} ({axes}) in {compiled.seconds:.0f} s, "
+        f"{effort}",
+        highlight=False,
+    )
+    if compiled.fits:
+        share = compiled.peak_bytes / compiled.limit_bytes
+        console.print(
+            f"[bold green]fits[/]: peak {gibibytes(compiled.peak_bytes)} of {gibibytes(compiled.limit_bytes)} per "
+            f"device ({share:.0%}), {gibibytes(compiled.room_bytes)} left; state and batch are "
+            f"{gibibytes(compiled.argument_bytes)} of it",
+            highlight=False,
+        )
+    else:
+        console.print(
+            f"[bold red]does not fit[/]: needs {gibibytes(compiled.peak_bytes)} of {gibibytes(compiled.limit_bytes)} "
+            f"per device, {gibibytes(-compiled.room_bytes)} too much. In XLA's words:",
+            highlight=False,
+        )
+        console.print(f"  {compiled.words.splitlines()[0]}", markup=False, highlight=False)
+    for complaint in compiled.complaints:
+        console.print(f"[bold yellow]XLA complains[/]: {complaint}", highlight=False)
+    console.print(_buffers(compiled))
+    if not compiled.fits:
+        console.print("Three knobs to turn:")
+        for knob in knobs(run)[:3]:
+            console.print(f"  {knob}", markup=False, highlight=False)
+        return
+    console.print(_collectives(compiled))
+    if compiled.step == "train":
+        console.print(_roofline(training_roofline(run, compiled)))
+
+
+def _buffers(compiled: Compiled) -> Table:
+    total = sum(buffer.bytes for buffer in compiled.buffers)
+    rest = compiled.buffers[_BUFFERS:]
+    table = Table(
+        title=f"Largest buffers at the fullest moment ({gibibytes(total)} alive per device)", title_justify="left"
+    )
+    table.add_column("bytes", justify="right")
+    table.add_column("array")
+    table.add_column("where it comes from", overflow="fold")
+    for buffer in compiled.buffers[:_BUFFERS]:
+        times = f"{buffer.count} x " if buffer.count > 1 else ""
+        table.add_row(gibibytes(buffer.bytes), times + buffer.shape.replace("[", r"\["), buffer.place)
+    if rest:
+        table.add_row(gibibytes(sum(buffer.bytes for buffer in rest)), f"{len(rest)} more", "")
+    return table
+
+
+def _collectives(compiled: Compiled) -> Table:
+    table = Table(title="Collectives of a step, by mesh axis; bytes per device", title_justify="left")
+    for name in ("kind", "axes", "over"):
+        table.add_column(name)
+    for name in ("count", "arrays", "sent"):
+        table.add_column(name, justify="right")
+    for each in compiled.collectives[:_COLLECTIVES]:
+        over = f"{each.slices} slices" if each.slices > 1 else "links"
+        table.add_row(
+            each.kind,
+            ", ".join(each.axes) or "none",
+            over,
+            str(each.count),
+            gibibytes(each.bytes),
+            gibibytes(each.sent),
+        )
+    return table
+
+
+def _roofline(found: Roofline) -> Table:
+    title = "Roofline: least seconds of a step by each resource alone. Not a measurement, and no forecast"
+    table = Table(title=title, title_justify="left")
+    for name in found.parts:
+        table.add_column(name, justify="right")
+    table.add_column("bound by")
+    table.add_column("without overlap", justify="right")
+    table.add_row(*(f"{seconds:.3g}" for seconds in found.parts.values()), found.bound, f"{found.without_overlap:.3g}")
+    return table
+
+
+def knobs(run: RunConfig) -> list[str]:
+    """Changes of the run that need less memory, those that cost least first; each is a sound configuration."""
+    training, model = run.training, run.model
+    found = []
+
+    def offer(option: str, why: str, **changes: Any) -> None:
+        if not validate(_changed(run, changes)):
+            found.append(f"{option}  ({why})")
+
+    if model.dtype == "float32":
+        offer("--model.dtype bfloat16", "activations of half the bytes", model={"dtype": "bfloat16"})
+    if model.remat != "full":
+        offer("--model.remat full", "layers are computed again in the backward pass", model={"remat": "full"})
+    parts = 2 * training.gradient_accumulation_steps
+    if all(next(iter(f.values())).shape[0] % parts == 0 for f in batch_spec(run).values()):
+        why = "the same batch in more parts, each of less memory"
+        option = f"--training.gradient-accumulation-steps {parts}"
+        offer(option, why, training={"gradient_accumulation_steps": parts})
+    if training.batch_size % 2 == 0:
+        option = f"--training.batch-size {training.batch_size // 2}"
+        offer(option, "another optimization, by fewer rows a step", training={"batch_size": training.batch_size // 2})
+    tensor = 2 * run.partitioning.tensor
+    if run.partitioning.tensor > 0 and all(stack.num_heads % tensor == 0 for stack in model.stacks.values()):
+        option = f"--partitioning.tensor {tensor}"
+        offer(option, "each layer over more devices, for more collectives", partitioning={"tensor": tensor})
+    found.append("a topology of more devices or of more memory each")
+    return found
+
+
+def _changed(run: RunConfig, changes: dict[str, dict[str, Any]]) -> RunConfig:
+    sections = {name: dataclasses.replace(getattr(run, name), **fields) for name, fields in changes.items()}
+    return dataclasses.replace(run, **sections)
+
+
+def as_dict(run: RunConfig, compiled: Compiled) -> dict[str, Any]:
+    """What of a compiled step belongs into a file."""
+    found = {
+        "step": compiled.step,
+        "topology": str(compiled.topology),
+        "mesh": dict(compiled.mesh),
+        "effort": compiled.effort,
+        "fits": compiled.fits,
+        "limit_bytes": compiled.limit_bytes,
+        "peak_bytes": compiled.peak_bytes,
+        "argument_bytes": compiled.argument_bytes,
+        "words": compiled.words,
+        "buffers": [dataclasses.asdict(buffer) for buffer in compiled.buffers[:_BUFFERS]],
+        "collectives": [dataclasses.asdict(each) for each in compiled.collectives],
+        "traffic_bytes": compiled.traffic_bytes,
+        "complaints": list(compiled.complaints),
+    }
+    if compiled.fits and compiled.step == "train":
+        found["roofline_seconds"] = {
+            name: seconds for name, seconds in training_roofline(run, compiled).parts.items() if math.isfinite(seconds)
+        }
+    return found
