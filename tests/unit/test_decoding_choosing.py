@@ -7,7 +7,7 @@ import pytest
 
 from t5x_like.config import ConfigError, DataError
 from t5x_like.decoding.choosing import Rules, advance, choose, distribution, found_stop, processed, start
-from t5x_like.decoding.constraints import forest, trie
+from t5x_like.decoding.constraints import FREE, Constraints
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.stops import FOUND, make_stops
 
@@ -81,25 +81,28 @@ def sequences(automaton, first, length):
     return found
 
 
-def test_a_trie_allows_its_choices_and_nothing_else():
-    choices = [(3,), (3, 4), (3, 4, 5), (6, 4), (11,)]
-    assert sequences(trie(choices, EOS), 1, 5) == set(choices)
-    others = [(4,), (3, 3)]
-    automaton, starts = forest([choices, others, choices], EOS)
+def test_an_automaton_allows_its_choices_and_nothing_else():
+    choices, others = [(3,), (3, 4), (3, 4, 5), (6, 4), (11,)], [(4,), (3, 3)]
+    constraints = Constraints(EOS)
+    starts = [constraints.choices(one) for one in (choices, others, choices[::-1])]
+    forced = constraints.forced([7, 8])
+    automaton = constraints.automaton()
     assert starts[0] == starts[2] != starts[1]
     assert sequences(automaton, starts[0], 5) == set(choices) and sequences(automaton, starts[1], 5) == set(others)
+    assert sequences(automaton, forced, 3) == {(7, 8), *((7, 8, token) for token in range(TABLE) if token != EOS)}
+    assert constraints.forced([]) == FREE and automaton.allowed(jnp.array([FREE]), TABLE).all()
     for wrong in ([], [[]], [[3], []]):
         with pytest.raises(DataError, match="expected one or more choices"):
-            trie(wrong, EOS)
+            constraints.choices(wrong)
 
 
 def test_draws_stay_within_masks_and_constraints_of_each_row():
     rows = 64
-    automaton, starts = forest([[(3, 4), (3, 5), (6,)], [(7, 7, 7)]] * (rows // 2), EOS)
+    constraints = Constraints(EOS)
+    starts = [constraints.choices(one) for one in ([(3, 4), (3, 5), (6,)], [(7, 7, 7)])] * (rows // 2)
     allowed = jnp.ones((rows, TABLE), bool).at[::4, 5].set(False)
-    rules = rules_for(
-        rows, Sampling(temperature=5.0), automaton=automaton, start_state_R=jnp.asarray(starts), allowed=allowed
-    )
+    machine = {"automaton": constraints.automaton(), "start_state_R": jnp.asarray(starts)}
+    rules = rules_for(rows, Sampling(temperature=5.0), allowed=allowed, **machine)
     state = start(rules, *nothing_read(rows), TABLE)
     step = jax.jit(lambda logits, state: choose(logits, rules, state))
     logits = jax.random.normal(jax.random.key(0), (5, rows, TABLE))
