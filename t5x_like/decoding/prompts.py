@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config import (
     Bart,
+    BlankInfilling,
     CausalLM,
+    CausalMasking,
     ConfigError,
     DataConfig,
+    FillInTheMiddle,
     MaskedLM,
     Objective,
     PrefixLM,
     Problem,
+    SpanCorruption,
     Supervised,
 )
 from t5x_like.config.objectives import WITHOUT_INPUTS, Mode
 from t5x_like.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
+
+GapStyle = Literal["spans", "blanks", "middle", "moved", "whole"]
+"""How an objective fills gaps.
+spans: a sentinel stands in each gap, and the targets are each sentinel and its span (T5, UL2's R and X).
+blanks: the same, each span ended by EOS and its sentinel given (GLM).
+middle: one gap; prefix, suffix and middle are each begun by a marker (fill-in-the-middle).
+moved: spans follow the text, each begun by the sentinel in its gap (CM3).
+whole: a mask token stands in each gap, and the targets are the whole text (BART).
+"""
+_GAPS: dict[type[Objective], GapStyle] = {
+    SpanCorruption: "spans",
+    BlankInfilling: "blanks",
+    FillInTheMiddle: "middle",
+    CausalMasking: "moved",
+    Bart: "whole",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +54,14 @@ class PromptFormat:
         that the model goes on with.
       bidirectional: In a single stream, the tokens of the prompt see each other in both directions.
       sentinels: The objective's targets are spans labelled by sentinels.
+      gaps: How it fills gaps in a text; None: it does not.
     """
 
     mode: Mode | None
     ends_in_eos: bool
     bidirectional: bool
     sentinels: bool
+    gaps: GapStyle | None = None
 
     def ids(self, text: Sequence[int], vocabulary: Vocabulary) -> list[int]:
         """The prompt's token ids, without the BOS that a decoder's stream starts with."""
@@ -61,6 +84,7 @@ def objective_format(objective: Objective, data: DataConfig) -> PromptFormat:
         ends_in_eos=not causal,
         bidirectional=data.layout == "prefix_lm" and not causal,
         sentinels=not isinstance(objective, CausalLM | PrefixLM | Bart | Supervised),
+        gaps=_GAPS.get(type(objective)),
     )
 
 
@@ -101,6 +125,16 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
         return order.index(objective.kind) if objective.kind in order else len(order)
 
     return objective_format(min(objectives, key=place), data)
+
+
+def gaps_format(data: DataConfig, mode: str | None) -> PromptFormat | None:
+    """The format for a prompt with gaps under `mode`: without one, that of the first objective that fills gaps.
+
+    None: no objective does, or not under this mode.
+    """
+    asked = None if mode is None else prompt_format(data, mode).mode
+    fitting = (one for one in data.objectives if mode is None or one.mode == asked)
+    return next((objective_format(one, data) for one in fitting if type(one) in _GAPS), None)
 
 
 def longest_prompt(data: DataConfig, form: PromptFormat) -> int:
