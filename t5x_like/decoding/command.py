@@ -1,205 +1,284 @@
-"""`t5x-like generate`: prompts from the command line, a file or standard input."""
+"""`t5x-like generate`: prompts from the command line, a file or standard input; answers to the screen or to a file."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import io
+import itertools
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
+from rich.console import Console
 
-from t5x_like.config import EXIT_OK, ConfigError, DataError, Problem
-from t5x_like.data.tokenizers import Tokenizer
-from t5x_like.decoding.generate import generate_tokens
-from t5x_like.decoding.prompts import PromptFormat, longest_prompt, prompt_format
-from t5x_like.decoding.sampling import Sampling
-from t5x_like.decoding.trained import Trained, open_trained
+from t5x_like.config import EXIT_OK, EXIT_RESUMABLE, ConfigError, Problem, RefusedError
+from t5x_like.decoding import journal
+from t5x_like.decoding.answers import Answer, Answering, Settings, explain_memory
+from t5x_like.decoding.journal import Journal
+from t5x_like.decoding.models import Formats, PromptedModel, checkpoint_digest, formats_of, open_model
+from t5x_like.decoding.progress import RowProgress
+from t5x_like.decoding.requests import Digest, Request, Requests, checked, open_requests
+from t5x_like.interruption import Interruption, interruption
 from t5x_like.monitoring.text import visible
-from t5x_like.run_directory import read_config
 
-ROWS_AT_ONCE = 32
-"""Rows that are decoded together; their lines are written when all of them are done."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt, and the JSON object that it came in."""
-
-    prompt: str
-    fields: dict[str, Any]
+BATCHES_PER_CHUNK = 4
+"""Prompts are answered in chunks of so many batches, sorted by length within; a chunk's lines are written together."""
+FORMAT_VERSION = 1
+_POLL_SECONDS = 0.2
 
 
 def generate_command(
-    run_dir: Path,
+    directory: Path,
+    settings: Settings,
     *,
     prompt: str | None = None,
     input_path: Path | None = None,
-    mode: str | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    num_samples: int = 1,
+    output: Path | None = None,
     step: int | None = None,
+    process: int = 0,
+    processes: int = 1,
 ) -> int:
-    """Continues prompts with the run in `run_dir`.
+    """Answers prompts with the model in `directory`: a run's, or made by `convert --from`.
 
     A single `prompt` is answered by text on standard output. Prompts from `input_path`, or else standard input, are
-    answered by one JSON object per line: the fields that came in and `output`; with more than one sample also `sample`.
-    All input is read and checked before the model is restored.
+    answered by one JSON object per line, in order: the fields that came in and `output`; with more than one sample also
+    `sample`. All input is read and checked before the model is restored.
+
+    With `output` the lines go to that file, and the same command goes on where it was killed: what is there stays, and
+    what is missing is computed in the same batches, so that the file is the one of an undisturbed command. Each of
+    several processes answers every so many-th chunk on its own devices; the first one joins the parts.
 
     Args:
-      run_dir: Directory of a run.
-      mode: Mode token; None for the default of `prompts.prompt_format`. Where a mode's targets are spans,
-        `<extra_id_0>`, `<extra_id_1>`, ... in a prompt mark the gaps.
-      max_new_tokens: Limit per answer.
-      seed: Of the draws, which depend on the row's place in the input and the sample's number too.
-      num_samples: Answers per prompt.
-      step: Checkpoint; None for the newest.
+      step: Checkpoint; None for the newest, or for that of the lines that are there.
+      process, processes: Which one this is, and of how many; they share a file system.
 
     Returns:
       The exit code.
 
     Raises:
-      UserError: the input, the settings or the run cannot be used.
+      UserError: the input, the settings or the model cannot be used, or the output is of other settings.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    if sampling.greedy and num_samples > 1:
-        fix = "greedy answers to a prompt are all the same: set a temperature"
-        raise ConfigError([Problem("num_samples", str(num_samples), "1 at temperature 0", fix)])
-    prompt_form = prompt_format(read_config(run_dir).data, mode)
-    requests = [_checked(Request(prompt, {}), "--prompt")] if prompt is not None else read_requests(input_path)
+    if processes > 1 and (output is None or input_path is None):
+        found = f"{processes} processes"
+        raise ConfigError([Problem("--input, --output", found, "files of both, which each process can read and write")])
+    formats = formats_of(directory, settings.mode)
+    if prompt is not None:
+        if output is not None:
+            raise ConfigError([Problem("--output", str(output), "none with --prompt", "give --input FILE")])
+        model, answering, _ = _opened(directory, formats, settings, step)
+        request = checked(Request(prompt, {}, where="--prompt"))
+        _note_length(model, formats, answering.check(request))
+        for answer in _answered(answering, [request], 0)[0]:
+            print(visible(answer.text) if sys.stdout.isatty() else answer.text)
+        return EXIT_OK
+    with open_requests(input_path) as requests:
+        digest = requests.check()
+        if output is None:
+            return _to_screen(directory, formats, settings, step, requests, digest)
+        with interruption() as stop:
+            job = _Job(directory, formats, settings, requests, digest, output, process, processes)
+            return job.run(step, stop)
 
-    trained = open_trained(run_dir)
-    tokenizer = trained.store.tokenizer
-    prompts = [_ids(request.prompt, prompt_form, tokenizer) for request in requests]
-    longest, trained_on = max(map(len, prompts)), longest_prompt(trained.run.data, prompt_form)
-    if longest > trained_on:
-        print(f"note: a prompt of {longest} tokens, longer than the {trained_on} of training", file=sys.stderr)
-    answers = _answers(
-        trained,
-        prompts,
-        prompt_form,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        num_samples=num_samples,
-        step=step,
-    )
-    for row, tokens in enumerate(answers):
-        index, sample = divmod(row, num_samples)
-        output = tokenizer.decode(tokens)
-        if prompt is not None:
-            print(visible(output) if sys.stdout.isatty() else output)
-            continue
-        fields = {"prompt": requests[index].prompt, **requests[index].fields, "output": output}
-        if num_samples > 1:
-            fields["sample"] = sample
-        print(json.dumps(fields, ensure_ascii=False), flush=True)
+
+def _to_screen(
+    directory: Path, formats: Formats, settings: Settings, step: int | None, requests: Requests, digest: Digest
+) -> int:
+    model, answering, _ = _opened(directory, formats, settings, step)
+    _note_length(model, formats, max(map(answering.check, requests)))
+    with _progress(digest.rows * settings.num_samples, 0) as progress:
+        for number, chunk in _chunks(requests, _chunk_size(settings)):
+            for line in _lines(answering, chunk, number * _chunk_size(settings)):
+                print(line)
+                progress.advance(1)
+            sys.stdout.flush()
     return EXIT_OK
 
 
-def _ids(text: str, prompt_form: PromptFormat, tokenizer: Tokenizer) -> list[int]:
-    encoded = tokenizer.encode_marked(text) if prompt_form.sentinels else tokenizer.encode(text)
-    return prompt_form.ids(encoded, tokenizer.vocabulary)
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A file of prompts that becomes a file of answers."""
+
+    directory: Path
+    formats: Formats
+    settings: Settings
+    requests: Requests
+    digest: Digest
+    output: Path
+    process: int
+    processes: int
+
+    def run(self, step: int | None, stop: Interruption) -> int:
+        own = journal.part_path(self.output, self.process, self.processes)
+        begun = journal.has_lines(self.output) or any(map(journal.has_lines, self._parts()))
+        if step is None and begun:
+            step = (journal.read_settings(self.output) or {}).get("step")
+        if self.processes > 1 and self.output.exists():
+            journal.claim(self.output, self._settings(step), begun=True)
+            return self._finished()
+        with contextlib.closing(Journal(own)) as lines:
+            wanted = self._lines_of(self.process)
+            if lines.lines > wanted:
+                raise RefusedError(f"{own}: found {lines.lines:,} lines, expected {wanted:,} at most; remove it")
+            if wanted == 0:
+                pass  # More processes than chunks.
+            elif lines.lines == wanted and begun:
+                journal.claim(self.output, self._settings(step), begun=True)
+            else:
+                code = self._write(lines, wanted, step, stop, begun=begun)
+                if code != EXIT_OK:
+                    return code
+        if self.processes == 1:
+            return self._finished()
+        journal.done_path(own).touch()
+        return self._joined(stop)
+
+    def _write(self, lines: Journal, wanted: int, step: int | None, stop: Interruption, *, begun: bool) -> int:
+        opened = self._settings(step) if step is not None else None
+        if opened is not None and begun:
+            journal.claim(self.output, opened, begun=True)
+        model, answering, step = _opened(self.directory, self.formats, self.settings, step)
+        journal.claim(self.output, self._settings(step), begun=begun)
+        _note_length(model, self.formats, max(map(answering.check, self.requests)))
+        size = _chunk_size(self.settings)
+        of_chunk = size * self.settings.num_samples
+        with _progress(wanted, lines.lines) as progress:
+            mine = (chunk for chunk in _chunks(self.requests, size) if chunk[0] % self.processes == self.process)
+            for place, (number, chunk) in enumerate(mine):
+                there = lines.lines - place * of_chunk
+                if there >= len(chunk) * self.settings.num_samples:
+                    continue
+                if stop.reason is not None:
+                    print(f"{self.output}: stopped; the same command goes on", file=sys.stderr)
+                    return EXIT_RESUMABLE
+                # A chunk of which a part is there is computed again as a whole, so that its batches are the same.
+                answers = _lines(answering, chunk, number * size)
+                lines.append(answers[there:])
+                progress.advance(len(answers) - there)
+        return EXIT_OK
+
+    def _settings(self, step: int | None) -> dict[str, Any]:
+        """What decides about the lines. Where the directory of the model is does not."""
+        digest = None
+        if step is not None:
+            digest = checkpoint_digest(self.directory, step)
+        named = dataclasses.asdict(self.settings)
+        return {
+            "format": FORMAT_VERSION,
+            "step": step,
+            "checkpoint": digest,
+            "input": {"rows": self.digest.rows, "sha256": self.digest.sha256},
+            "processes": self.processes,
+            "settings": named,
+        }
+
+    def _parts(self) -> list[Path]:
+        if self.processes == 1:
+            return []
+        return [journal.part_path(self.output, index, self.processes) for index in range(self.processes)]
+
+    def _lines_of(self, process: int) -> int:
+        size = _chunk_size(self.settings)
+        chunks = range(process, -(-self.digest.rows // size), self.processes)
+        rows = sum(min(size, self.digest.rows - chunk * size) for chunk in chunks)
+        return rows * self.settings.num_samples
+
+    def _joined(self, stop: Interruption) -> int:
+        parts = self._parts()
+        while not self.output.exists():
+            waiting = [part for part in parts if not journal.done_path(part).exists()]
+            if self.process == 0 and not waiting:
+                journal.join(self.output, parts, _chunk_size(self.settings) * self.settings.num_samples)
+                break
+            if self.process != 0:
+                return EXIT_OK
+            if stop.reason is not None:
+                print(f"{self.output}: stopped; the same command goes on", file=sys.stderr)
+                return EXIT_RESUMABLE
+            time.sleep(_POLL_SECONDS)
+        return self._finished()
+
+    def _finished(self) -> int:
+        if self.process == 0:
+            for part in self._parts():
+                part.unlink(missing_ok=True)
+                journal.done_path(part).unlink(missing_ok=True)
+            print(f"{self.output}: {self._total():,} lines", file=sys.stderr)
+        return EXIT_OK
+
+    def _total(self) -> int:
+        return self.digest.rows * self.settings.num_samples
 
 
-def _answers(
-    trained: Trained,
-    prompts: Sequence[Sequence[int]],
-    prompt_form: PromptFormat,
-    *,
-    sampling: Sampling,
-    max_new_tokens: int,
-    seed: int,
-    num_samples: int,
-    step: int | None,
-) -> Iterator[list[int]]:
-    """New tokens of every prompt's every sample, in order."""
-    _, params = trained.params(step)
-    allowed_V = prompt_form.allowed(trained.store.vocabulary, trained.run.model.vocab_size)
-    rows = [prompt for prompt in prompts for _ in range(num_samples)]
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
-        try:
-            answers = generate_tokens(
-                trained.program,
-                params,
-                some,
-                allowed_V=allowed_V,
-                max_new_tokens=max_new_tokens,
-                bidirectional=prompt_form.bidirectional,
-                sampling=sampling,
-                seed=seed,
-                rows=range(start, start + len(some)),
-            )
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise DataError(
-                f"found too little memory for {len(some)} rows of up to {max(map(len, some))} tokens and "
-                f"{max_new_tokens} new ones ({error}); lower --max-new-tokens, or shorten the prompts"
-            ) from None
-        yield from answers
+def _opened(
+    directory: Path, formats: Formats, settings: Settings, step: int | None
+) -> tuple[PromptedModel, Answering, int]:
+    # A process's own devices: processes share prompts out, not arrays.
+    model = open_model(directory, jax.local_devices())
+    step, params = model.load(step)
+    return model, Answering(model, params, formats, settings), step
 
 
-def read_requests(path: Path | None) -> list[Request]:
-    """The prompts of a file, or of standard input for None.
+def _note_length(model: PromptedModel, formats: Formats, longest: int) -> None:
+    trained_on = model.longest_prompt(formats.plain)
+    if trained_on is not None and longest > trained_on:
+        print(f"note: a prompt of {longest} tokens, longer than the {trained_on} of training", file=sys.stderr)
 
-    Lines of JSON objects with a "prompt" where the name ends in .jsonl or the first line begins with "{"; otherwise
-    each line is a prompt. Blank lines are left out.
 
-    Raises:
-      DataError: unreadable, no UTF-8, no prompts at all, or a line that is no such object; the line is named.
-    """
-    name = "standard input" if path is None else str(path)
+def _chunk_size(settings: Settings) -> int:
+    """Prompts of a chunk."""
+    return max(BATCHES_PER_CHUNK * settings.batch_size // settings.num_samples, 1)
+
+
+def _chunks(requests: Requests, size: int) -> Iterator[tuple[int, list[Request]]]:
+    source = iter(requests)
+    for number in itertools.count():
+        chunk = list(itertools.islice(source, size))
+        if not chunk:
+            return
+        yield number, chunk
+
+
+def _answered(answering: Answering, requests: Sequence[Request], first: int) -> list[list[Answer]]:
     try:
-        if path is None:
-            text = _standard_input().read()
-        else:
-            text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{name}: unreadable ({error.strerror}), expected a file of prompts") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: found a byte at {error.start} that is no UTF-8, expected UTF-8 text") from None
-    # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise DataError(f"{name}: found no prompt; give --prompt TEXT, or lines of text or JSON")
-    if (path is not None and path.suffix == ".jsonl") or lines[0][1].lstrip().startswith("{"):
-        return [_request(line, f"{name}, line {number}") for number, line in lines]
-    return [Request(line, {}) for _, line in lines]
+        return answering(requests, first)
+    except jax.errors.JaxRuntimeError as error:
+        explained = explain_memory(error, answering.settings.batch_size)
+        if explained is None:
+            raise
+        raise explained from None
 
 
-def _standard_input() -> TextIO:
-    if sys.stdin.isatty():
-        print("reading prompts from the terminal, one per line; Ctrl-D ends them", file=sys.stderr)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-    return sys.stdin
+def _lines(answering: Answering, requests: Sequence[Request], first: int) -> list[str]:
+    """A JSON object for each answer; `num_samples` of each request, even if a beam search has fewer: then empty."""
+    settings, lines = answering.settings, []
+    for request, answers in zip(requests, _answered(answering, requests, first), strict=True):
+        filler = [Answer("", ended_by="length")] * (settings.num_samples - len(answers))
+        for sample, answer in enumerate([*answers, *filler]):
+            fields: dict[str, Any] = {"prompt": request.prompt, **request.fields, "output": answer.text}
+            if answer.spans is not None:
+                fields["spans"] = list(answer.spans)
+            if settings.num_samples > 1:
+                fields["sample"] = sample
+            if settings.scores:
+                fields |= {
+                    "ended_by": answer.ended_by,
+                    "num_tokens": answer.tokens,
+                    "log_likelihood": answer.log_likelihood,
+                }
+                if settings.beam is not None:
+                    fields["score"] = answer.score
+            lines.append(json.dumps(fields, ensure_ascii=False))
+    return lines
 
 
-def _request(line: str, where: str) -> Request:
-    expected = 'expected a JSON object with a text "prompt"'
+@contextlib.contextmanager
+def _progress(total: int, done: int) -> Iterator[RowProgress]:
+    progress = RowProgress(total, done, console=Console(stderr=True))
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: found no JSON ({error}), {expected}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        found = (
-            f"fields {', '.join(map(repr, fields)) or 'none'}" if isinstance(fields, dict) else type(fields).__name__
-        )
-        raise DataError(f"{where}: found {found}, {expected}")
-    return _checked(Request(fields["prompt"], fields), where)
-
-
-def _checked(request: Request, where: str) -> Request:
-    """Lone surrogates can be spelled by JSON, and stand for bytes of an argument that are no UTF-8."""
-    if any("\ud800" <= character <= "\udfff" for character in request.prompt):
-        raise DataError(f"{where}: found half of a surrogate pair in the prompt, expected text that UTF-8 can hold")
-    return request
+        yield progress
+    finally:
+        progress.close()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,18 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_like.config import ConfigError, ModelConfig, Problem
+from t5x_like.decoding import choosing
+from t5x_like.decoding.beam import BeamSearch, search_batch
+from t5x_like.decoding.choosing import Rules
+from t5x_like.decoding.constraints import Automaton
 from t5x_like.decoding.loop import decode_rows, read_prompts
-from t5x_like.decoding.sampling import Sampling, choose, draw_keys, restrict
-from t5x_like.partitioning.shardings import batch_shardings
+from t5x_like.decoding.rows import bucket, on_mesh, padded, row_shares
+from t5x_like.decoding.sampling import Sampling
+from t5x_like.decoding.stops import FOUND, Stops
 from t5x_like.program import Program
 
 Tree = Any
-_SMALLEST_BUCKET = 16
+Allowed = npt.NDArray[np.bool_]
 
 
 def generate_tokens(
@@ -28,16 +32,19 @@ def generate_tokens(
     params: Tree,
     prompts: Sequence[Sequence[int]],
     *,
-    allowed_V: npt.NDArray[np.bool_],
-    max_new_tokens: int,
+    allowed_V: Allowed,
+    max_new_tokens: int | Sequence[int],
     bidirectional: bool = False,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     rows: Sequence[int] | None = None,
     batch_size: int = 32,
     cache_dtype: str | None = None,
+    stops: Stops | None = None,
+    automaton: Automaton | None = None,
+    start_states: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """New tokens for each prompt, up to EOS, which is left out.
+    """New tokens for each prompt, up to EOS, which is left out, or with the token that completes a stop string.
 
     Numbers of rows, prompt lengths and numbers of new tokens are rounded up to powers of two, so that any number of
     calls compiles a few programs only. Between the tokens of a batch nothing goes to the host.
@@ -47,44 +54,155 @@ def generate_tokens(
       params: The program's parameters.
       prompts: Token ids as in training (`PromptFormat.ids`): what the encoder reads, or the beginning of the decoder's
         stream without BOS. Lengths may differ.
-      allowed_V: [vocabulary] of the tokens that may be chosen.
-      max_new_tokens: Limit per prompt, EOS included.
+      allowed_V: [vocabulary] of the tokens that may be chosen, or [prompts, vocabulary].
+      max_new_tokens: Limit per prompt, EOS included; one for all, or of each prompt.
       bidirectional: In a single stream, the prompt's tokens see each other in both directions (prefix-LM).
       sampling: How tokens are chosen; None: greedy.
-      seed: Of the draws. A row's draws depend on (seed, row number, position) only.
+      seed: Of the draws; one for all, or of each prompt. A row's draws depend on (seed, row number, position) only.
       rows: The number of each row for its draws; by default its place in `prompts`.
       batch_size: Prompts that are decoded at once, those of similar length together.
       cache_dtype: Of remembered keys and values: None for the model's, "bfloat16" or "int8".
+      stops: Strings that end a row.
+      automaton: What may come after what, of the allowed tokens.
+      start_states: Its state before each prompt's first token.
 
     Raises:
       ConfigError: the prompt and its continuation are longer than the model's table of learned positions.
     """
-    _check_positions(program.run.model, max(map(len, prompts), default=0), max_new_tokens)
-    numbers = range(len(prompts)) if rows is None else rows
+    asked = _Asked(prompts, max_new_tokens, seed, rows, allowed_V, automaton, start_states, stops, sampling)
     results: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(prompts), batch_size):
-        chosen = by_length[start : start + batch_size]
-        batch = _make_batch(program, [prompts[i] for i in chosen], [numbers[i] for i in chosen], max_new_tokens)
+    for chosen, batch, rules, cells in _batches(program, asked, batch_size):
         new_RxN = _decode_batch(
-            program,
-            params,
-            batch,
-            np.uint32(seed % 2**32),
-            allowed_V,
-            cells=bucket(max_new_tokens),
-            sampling=sampling or Sampling(),
-            bidirectional=bidirectional,
-            cache_dtype=cache_dtype,
+            program, params, batch, rules, cells=cells, bidirectional=bidirectional, cache_dtype=cache_dtype
         )
-        for index, tokens in zip(chosen, _cut(new_RxN, len(chosen), max_new_tokens, program.run.model), strict=True):
-            results[index] = tokens
+        for index, row in zip(chosen, np.asarray(new_RxN).tolist(), strict=False):
+            results[index] = _cut(row[: asked.limits[index]], program.run.model, stops)
     return results
 
 
-def bucket(length: int, smallest: int = _SMALLEST_BUCKET) -> int:
-    """The least power of two that is at least `length` and `smallest`."""
-    return max(smallest, 1 << max(length - 1, 0).bit_length())
+class Hypothesis(NamedTuple):
+    """Of a beam search: tokens without EOS, and the score by which they are ordered."""
+
+    tokens: list[int]
+    score: float
+
+
+def beam_tokens(
+    program: Program,
+    params: Tree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    search: BeamSearch,
+    allowed_V: Allowed,
+    max_new_tokens: int | Sequence[int],
+    bidirectional: bool = False,
+    sampling: Sampling | None = None,
+    batch_size: int = 8,
+    cache_dtype: str | None = None,
+    stops: Stops | None = None,
+    automaton: Automaton | None = None,
+    start_states: Sequence[int] | None = None,
+) -> list[list[Hypothesis]]:
+    """The best continuations of each prompt, best first: up to `search.size`, as many as have ended.
+
+    Scores are of log-probabilities over the whole vocabulary: what is not allowed is left out and not made up for. See
+    `beam` for the search and `generate_tokens` for the arguments; of `sampling`, the repetition penalty alone is read,
+    which then is of log-probabilities, as in transformers.
+
+    Raises:
+      ConfigError: the prompt and its continuation are longer than the model's table of learned positions.
+    """
+    asked = _Asked(prompts, max_new_tokens, 0, None, allowed_V, automaton, start_states, stops, sampling)
+    results: list[list[Hypothesis]] = [[] for _ in prompts]
+    for chosen, batch, rules, cells in _batches(program, asked, batch_size):
+        tokens, lengths, scores = jax.device_get(
+            search_batch(
+                program,
+                params,
+                batch,
+                rules,
+                cells=cells,
+                search=search,
+                bidirectional=bidirectional,
+                cache_dtype=cache_dtype,
+            )
+        )
+        for row, index in enumerate(chosen):
+            results[index] = [
+                Hypothesis(
+                    _cut(tokens[row, beam, : lengths[row, beam]].tolist(), program.run.model, None), float(score)
+                )
+                for beam, score in enumerate(scores[row])
+                if score > -np.inf
+            ]
+    return results
+
+
+class _Asked:
+    """The arguments of a call, by prompt."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        seed: int | Sequence[int],
+        rows: Sequence[int] | None,
+        allowed: Allowed,
+        automaton: Automaton | None,
+        start_states: Sequence[int] | None,
+        stops: Stops | None,
+        sampling: Sampling | None,
+    ):
+        count = len(prompts)
+        self.prompts = prompts
+        self.limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        self.seeds = [seed] * count if isinstance(seed, int) else list(seed)
+        self.rows = range(count) if rows is None else rows
+        self.allowed = allowed
+        self.automaton = automaton
+        self.start_states = [0] * count if start_states is None else start_states
+        self.stops = stops
+        self.sampling = sampling or Sampling()
+
+
+def _batches(
+    program: Program, asked: _Asked, batch_size: int
+) -> Iterator[tuple[list[int], Mapping[str, jax.Array], Rules, int]]:
+    """(indices of prompts, the batch on the mesh, its rules, cells for new tokens); prompts of like lengths together.
+
+    Raises:
+      ConfigError: too long for learned positions.
+    """
+    config = program.run.model
+    by_length = sorted(range(len(asked.prompts)), key=lambda index: len(asked.prompts[index]))
+    for index in by_length:
+        _check_positions(config, len(asked.prompts[index]), asked.limits[index])
+    for start in range(0, len(by_length), batch_size):
+        chosen = by_length[start : start + batch_size]
+        batch = _make_batch(program, [asked.prompts[i] for i in chosen], [asked.limits[i] for i in chosen])
+        count = batch["lengths"].shape[0]
+
+        def of_rows(values: Sequence[int], count: int = count, chosen: Sequence[int] = chosen) -> list[int]:
+            return [values[i] for i in chosen] + [0] * (count - len(chosen))
+
+        allowed = asked.allowed
+        if allowed.ndim == 2:
+            allowed = allowed[of_rows(range(len(asked.prompts)))]
+        rules = Rules(
+            allowed=_host(allowed),
+            sampling=asked.sampling.rows(count),
+            seeds_R=_host(np.array([seed % 2**32 for seed in of_rows(asked.seeds)], np.uint32)),
+            rows_R=_host(np.array(of_rows(asked.rows), np.int32)),
+            automaton=asked.automaton,
+            start_state_R=None if asked.automaton is None else _host(np.array(of_rows(asked.start_states), np.int32)),
+            stops_SxV=None if asked.stops is None else _host(asked.stops.next_SxV),
+        )
+        yield chosen, batch, rules, bucket(max(asked.limits[i] for i in chosen))
+
+
+def _host(array: npt.NDArray[Any]) -> jax.Array:
+    """An argument of a compiled function that lies on the host."""
+    return cast(jax.Array, array)
 
 
 def _check_positions(config: ModelConfig, prompt_length: int, max_new_tokens: int) -> None:
@@ -105,9 +223,7 @@ def _check_positions(config: ModelConfig, prompt_length: int, max_new_tokens: in
         raise ConfigError(problems)
 
 
-def _make_batch(
-    program: Program, prompts: Sequence[Sequence[int]], numbers: Sequence[int], max_new_tokens: int
-) -> dict[str, jax.Array]:
+def _make_batch(program: Program, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> dict[str, jax.Array]:
     """Prompts padded on the right to a bucket, on the mesh; rows that only fill it have a limit of 0."""
     config = program.run.model
     streams = [list(prompt) if config.encoder is not None else [config.start_id, *prompt] for prompt in prompts]
@@ -115,58 +231,58 @@ def _make_batch(
     width = bucket(max(map(len, streams)))
     if reads_first.positions == "learned":
         width = min(width, reads_first.max_positions)
-    split = math.prod(program.mesh.shape[axis] for axis in program.rules.activations["batch"])
-    rows = split * bucket(-(-len(streams) // split), smallest=1)
-    tokens_RxP = np.zeros((rows, width), np.int32)
-    lengths_R, limits_R, rows_R = (np.zeros(rows, np.int32) for _ in range(3))
-    for index, (stream, number) in enumerate(zip(streams, numbers, strict=True)):
-        tokens_RxP[index, : len(stream)] = stream
-        lengths_R[index], limits_R[index], rows_R[index] = len(stream), max_new_tokens, number
-    batch = {"tokens": tokens_RxP, "lengths": lengths_R, "limits": limits_R, "rows": rows_R}
-    return jax.device_put(batch, batch_shardings(program.mesh, program.rules, {"prompts": batch})["prompts"])
+    shares = row_shares(program)
+    count = shares * bucket(-(-len(streams) // shares), smallest=1)
+    lengths_R, limits_R = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    lengths_R[: len(streams)] = [len(stream) for stream in streams]
+    limits_R[: len(streams)] = limits
+    return on_mesh(program, {"tokens": padded(streams, count, width), "lengths": lengths_R, "limits": limits_R})
 
 
-def _cut(new_RxN: jax.Array, rows: int, max_new_tokens: int, config: ModelConfig) -> Iterator[list[int]]:
-    for row in np.asarray(new_RxN)[:rows, :max_new_tokens].tolist():
-        yield row[: next((place for place, token in enumerate(row) if token in config.eos_ids), len(row))]
+def _cut(row: list[int], config: ModelConfig, stops: Stops | None) -> list[int]:
+    """Up to EOS, or with the token that completes a stop string."""
+    state = 0
+    for place, token in enumerate(row):
+        if token in config.eos_ids:
+            return row[:place]
+        state = state if stops is None else int(stops.next_SxV[state, token])
+        if state == FOUND:
+            return row[: place + 1]
+    return row
 
 
-def _ends(token_R: jax.Array, config: ModelConfig) -> jax.Array:
-    return jnp.isin(token_R, jnp.array(config.eos_ids, jnp.int32))
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("cells", "sampling", "bidirectional", "cache_dtype"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("cells", "bidirectional", "cache_dtype"))
 def _decode_batch(
     program: Program,
     params: Tree,
-    batch: dict[str, jax.Array],
-    seed: jax.Array,
-    allowed_V: jax.Array,
+    batch: Mapping[str, jax.Array],
+    rules: Rules,
     *,
     cells: int,
-    sampling: Sampling,
     bidirectional: bool,
     cache_dtype: str | None,
 ) -> jax.Array:
-    """New tokens [R, N]; zeros after EOS and after a row's limit."""
-    rows_R = batch["rows"]
+    """New tokens [R, N]; zeros behind a row's end."""
+    config = program.run.model
+    tokens_RxP, lengths_R = batch["tokens"], batch["lengths"]
 
-    def choose_next(logits_RxV: jax.Array, made: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        keys_R = draw_keys(seed, rows_R, jnp.broadcast_to(made, rows_R.shape))
-        token_R = choose(restrict(logits_RxV, allowed_V), keys_R, sampling)
-        return token_R, _ends(token_R, program.run.model), made + 1
+    def choose(logits_RxV: jax.Array, state: choosing.State) -> tuple[jax.Array, jax.Array, choosing.State]:
+        token_R, stopped_R, state = choosing.choose(logits_RxV, rules, state)
+        return token_R, stopped_R | jnp.isin(token_R, jnp.array(config.eos_ids, jnp.int32)), state
 
     with program.activations():
         model = program.model(params)
         logits_RxV, cache = read_prompts(
-            model, batch["tokens"], batch["lengths"], cells, bidirectional=bidirectional, cache_dtype=cache_dtype
+            model, tokens_RxP, lengths_R, cells, bidirectional=bidirectional, cache_dtype=cache_dtype
         )
+        if config.encoder is not None:
+            tokens_RxP, lengths_R = jnp.full_like(tokens_RxP[:, :1], config.start_id), jnp.ones_like(lengths_R)
         decoded = decode_rows(
             model,
             logits_RxV,
             cache,
-            choose=choose_next,
-            chooser=jnp.int32(0),
+            choose=choose,
+            chooser=choosing.start(rules, tokens_RxP, lengths_R, logits_RxV.shape[-1]),
             limits_R=batch["limits"],
             cells=cells,
         )

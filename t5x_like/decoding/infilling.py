@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 
 from t5x_like.config import DataError
-from t5x_like.data.tokenizers import Tokenizer
 from t5x_like.decoding.prompts import PromptFormat
+from t5x_like.decoding.spelling import Speller, is_lossless
 
 MASK = "<mask>"
 _GAP = re.compile(r"<mask>|<extra_id_(\d+)>")
@@ -63,7 +63,7 @@ def gapped(text: str) -> Gapped | None:
     return Gapped(tuple(text[end:start] for end, start in zip(ends, starts, strict=True)), numbers)
 
 
-def queries(text: Gapped, form: PromptFormat, tokenizer: Tokenizer) -> list[Query]:
+def queries(text: Gapped, form: PromptFormat, tokenizer: Speller) -> list[Query]:
     """What to ask the model so that it fills the gaps: one query, or with blanks one for each gap.
 
     GLM's spans come in random order, so that each can come first: each blank is asked for by itself, without the
@@ -96,7 +96,7 @@ def queries(text: Gapped, form: PromptFormat, tokenizer: Tokenizer) -> list[Quer
     return [Query(ids)]
 
 
-def spans(answers: Sequence[Sequence[int]], text: Gapped, form: PromptFormat, tokenizer: Tokenizer) -> list[list[int]]:
+def spans(answers: Sequence[Sequence[int]], text: Gapped, form: PromptFormat, tokenizer: Speller) -> list[list[int]]:
     """The tokens for each gap out of the answers to `queries`; empty where the model says nothing for it.
 
     Args:
@@ -119,18 +119,18 @@ def spans(answers: Sequence[Sequence[int]], text: Gapped, form: PromptFormat, to
     return [found.get(number, []) for number in text.numbers]
 
 
-def span_texts(tokens: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[str]:
+def span_texts(tokens: Sequence[Sequence[int]], tokenizer: Speller) -> list[str]:
     """The text of each span, with the space that it may begin with."""
     return [tokenizer.to_bytes(span).decode("utf-8", errors="replace") for span in tokens]
 
 
-def filled(text: Gapped, texts: Sequence[str], tokenizer: Tokenizer) -> str:
+def filled(text: Gapped, texts: Sequence[str], tokenizer: Speller) -> str:
     """The text with its gaps filled.
 
     A tokenizer that puts a space before each word has no other way to say that a word begins: where the text before the
     gap ends in a space, that one is left out.
     """
-    adds_spaces = tokenizer.decode(tokenizer.encode(" a")) != " a"
+    adds_spaces = not is_lossless(tokenizer)
     whole = text.parts[0]
     for span, part in zip(texts, text.parts[1:], strict=True):
         if adds_spaces and (not whole or whole[-1].isspace()):

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_like.config import ConfigError, Problem
 
@@ -73,12 +74,13 @@ class Sampling:
     def rows(self, count: int) -> RowSampling:
         """The same for each of `count` rows; what is not asked for is not computed."""
 
-        def full(value: float | None) -> jax.Array | None:
-            return None if value is None else jnp.full(count, value, jnp.float32)
+        def full(value: float | None, dtype: Any = np.float32) -> jax.Array | None:
+            # On the host: a compiled function takes it like any other array, and places it on its mesh.
+            return None if value is None else cast(jax.Array, np.full(count, value, dtype))
 
         return RowSampling(
             temperature_R=None if self.greedy else full(self.temperature),
-            top_k_R=None if self.top_k is None else jnp.full(count, self.top_k, jnp.int32),
+            top_k_R=full(self.top_k, np.int32),
             top_p_R=full(self.top_p),
             min_p_R=full(self.min_p or None),
             penalty_R=None if self.repetition_penalty == 1.0 else full(self.repetition_penalty),

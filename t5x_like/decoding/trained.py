@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ class Trained:
         )
 
 
-def open_trained(run_dir: Path) -> Trained:
-    """Opens the run in `run_dir` on this machine's devices; nothing in the directory is changed.
+def open_trained(run_dir: Path, devices: Sequence[Any] | None = None) -> Trained:
+    """Opens the run in `run_dir` on these devices, by default on all; nothing in the directory is changed.
 
     Raises:
       ConfigError: there is no run, or it does not fit the devices.
@@ -84,4 +85,4 @@ def open_trained(run_dir: Path) -> Trained:
     run = run_directory.read_config(run_dir)
     stores = () if run.data.seqio is not None else open_stores(run.data)
     checkpoints = CheckpointManager(run_dir / run_directory.CHECKPOINTS, run.checkpoints, read_only=True)
-    return Trained(run, assemble(run, jax.devices()), stores, checkpoints)
+    return Trained(run, assemble(run, jax.devices() if devices is None else devices), stores, checkpoints)

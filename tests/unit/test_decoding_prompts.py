@@ -1,7 +1,6 @@
-"""Prompts are laid out as the model saw them in training, and requests are read or refused line by line."""
+"""Prompts are laid out as the model saw them in training."""
 
 import dataclasses
-import io
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from t5x_like.config import (
     CausalLM,
     ConfigError,
     DataConfig,
-    DataError,
     MaskedLM,
     PrefixLM,
     SeqioConfig,
@@ -20,7 +18,6 @@ from t5x_like.config import (
 from t5x_like.data.denoise import split_at
 from t5x_like.data.features import convert
 from t5x_like.data.vocabulary import Vocabulary
-from t5x_like.decoding.command import Request, read_requests
 from t5x_like.decoding.prompts import objective_format, prompt_format
 
 VOCABULARY = Vocabulary(base_size=40, num_sentinels=5)
@@ -99,50 +96,3 @@ def test_only_tokens_of_the_targets_may_come_out():
     assert spans.tolist() == list(range(1, 45))
     text = np.flatnonzero(prompt_format(config, "S").allowed(VOCABULARY, table))
     assert text.tolist() == list(range(1, 40))
-
-
-def requests(tmp_path, text, name="prompts.txt"):
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    return read_requests(tmp_path / name)
-
-
-def test_lines_of_text_are_prompts(tmp_path):
-    assert requests(tmp_path, "one\n\n  two\u2028still two \r\n") == [
-        Request("one", {}),
-        Request("  two\u2028still two ", {}),
-    ]
-
-
-@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.txt"])
-def test_lines_of_json_keep_their_other_fields(tmp_path, name):
-    found = requests(tmp_path, '{"prompt": "a\\nb", "id": 7}\n\n{"prompt": ""}\n', name)
-    assert found == [Request("a\nb", {"prompt": "a\nb", "id": 7}), Request("", {"prompt": ""})]
-
-
-def test_standard_input_is_read_without_a_path(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    assert read_requests(None) == [Request("hello", {})]
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "message"),
-    [
-        ('{"prompt": "a"}\n\n{"prompt": "b"\n', "p.jsonl", "p.jsonl, line 3: found no JSON"),
-        ('{"prompt": "a"}\n{"text": "b"}\n', "p.txt", "line 2: found .*text.*, expected a JSON object with a text"),
-        ('{"prompt": 3}\n', "p.txt", "line 1: found"),
-        ('{"prompt": "\\ud800"}\n', "p.txt", "line 1: found half of a surrogate pair"),
-        ("plain\n", "p.jsonl", "line 1: found no JSON"),
-        ("\n \n", "p.txt", "found no prompt"),
-    ],
-)
-def test_bad_input_is_named_by_its_line(tmp_path, text, name, message):
-    with pytest.raises(DataError, match=message):
-        requests(tmp_path, text, name)
-
-
-def test_unreadable_input_is_named(tmp_path):
-    with pytest.raises(DataError, match="nothing.txt: unreadable"):
-        read_requests(tmp_path / "nothing.txt")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(DataError, match="byte at 3 that is no UTF-8"):
-        read_requests(tmp_path / "latin.txt")
