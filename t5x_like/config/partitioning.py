@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from t5x_like.config.base import configuration
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 """The mesh axes, outermost first."""
+ContextAttention = Literal["ring", "all_gather"]
 
 
 @configuration
@@ -45,6 +48,10 @@ class PartitioningConfig:
     """Shares of heads, MLP and vocabulary."""
     dcn: DcnConfig = DcnConfig()
     """Degrees between slices."""
+    context_attention: ContextAttention = "ring"
+    """How queries meet keys of other devices where context is above 1: "ring" sends blocks of keys and values round, so
+    that none has more than two; "all_gather" gives each device all of them, which is less work to start where a row's
+    are small."""
     topology: str | None = None
     """The machine that the run is made for, as in `v5e:16x16`, or `2 x v5e:16x16` for two slices: `plan` and `launch`
     take it where none is named. Training takes the devices that are there."""

@@ -8,23 +8,26 @@ The backends here materialise: an additive bias [1 or B, H, Q, K] and a mask tha
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from t5x_like.kernels.masks import MaskSpec, Prepared, RelativeBias, prepare
+from t5x_like.kernels.masks import Described, Mask, MaskSpec, Prepared, RelativeBias, prepare
 from t5x_like.kernels.random import keep_mask
+from t5x_like.kernels.ring import ring_attention
 
 Implementation = Literal["reference", "xla", "cudnn"]
 
 
 def attention(
     q_BxQxHxh: Array,
-    k_BxKxGxh: Array,
-    v_BxKxGxh: Array,
-    mask: MaskSpec | Prepared,
+    k_BxKxGxh: Array | Sequence[Array],
+    v_BxKxGxh: Array | Sequence[Array],
+    mask: MaskSpec | Mask,
     *,
     scale: float,
     softcap: float | None = None,
@@ -39,14 +42,16 @@ def attention(
     Query head i uses key and value head i // (H / G).
 
     Args:
-      mask: Who sees whom; or that and the bias, prepared by `prepare`.
+      k_BxKxGxh, v_BxKxGxh: Keys and values; or those of several sequences, which count as one after the other.
+      mask: Who sees whom; or that and the bias, prepared by `prepare`, which decides whether the sequence is split over
+        devices.
       softcap: Scores s become softcap * tanh(s / softcap) before bias and mask, as in Gemma 2; "reference" only.
       relative_bias: T5's bias; not with a prepared mask.
       dropout_rate: Of the probabilities; without dropout_rng there is none.
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
       implementation: "reference" (einsums), "xla" (`jax.nn.dot_product_attention`) or "cudnn" (the same function on
         NVIDIA's kernels, half precision only). The last two can drop probabilities only where the mask is shared over
-        queries and H = G.
+        queries and H = G. A sequence that is split over devices is attended to by `ring_attention`, whatever is named.
 
     Returns:
       [B, Q, H, h] in the type of q.
@@ -54,18 +59,34 @@ def attention(
     Raises:
       ValueError: H is no multiple of G, or the backend cannot do what is asked.
     """
-    heads, kv_heads = q_BxQxHxh.shape[2], k_BxKxGxh.shape[2]
+    keys, values = _sequences(k_BxKxGxh), _sequences(v_BxKxGxh)
+    lengths = [k.shape[1] for k in keys]
+    heads, kv_heads = q_BxQxHxh.shape[2], keys[0].shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key and value heads")
     if isinstance(mask, MaskSpec):
-        mask = prepare(mask, relative_bias, q_BxQxHxh.shape[1], k_BxKxGxh.shape[1])
+        mask = prepare(mask, relative_bias, q_BxQxHxh.shape[1], sum(lengths))
     if dropout_rate == 0.0:
         dropout_rng = None
     if dropout_rng is not None and dropout_broadcast_length and heads == kv_heads:
         # sum_k p_qk m_k v_k: a mask without a query axis belongs to the values, which are far fewer numbers.
-        keep = keep_mask(dropout_rng, 1.0 - dropout_rate, (*v_BxKxGxh.shape[:3], 1))
-        v_BxKxGxh = jnp.where(keep, v_BxKxGxh / (1.0 - dropout_rate), 0).astype(v_BxKxGxh.dtype)
+        keep = keep_mask(dropout_rng, 1.0 - dropout_rate, (values[0].shape[0], sum(lengths), kv_heads, 1))
+        parts = jnp.split(keep, np.cumsum(lengths)[:-1], axis=1)
+        values = [
+            jnp.where(part, v / (1.0 - dropout_rate), 0).astype(v.dtype) for part, v in zip(parts, values, strict=True)
+        ]
         dropout_rng = None
+    if isinstance(mask, Described):
+        return ring_attention(
+            q_BxQxHxh * scale if scale != 1.0 else q_BxQxHxh,
+            list(zip(keys, values, strict=True)),
+            mask,
+            softcap=softcap,
+            dropout_rate=dropout_rate,
+            dropout_rng=dropout_rng,
+            dropout_broadcast_length=dropout_broadcast_length,
+        )
+    k_BxKxGxh, v_BxKxGxh = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=1) for x in (keys, values))
     if implementation == "reference":
         return _reference(
             q_BxQxHxh,
@@ -95,6 +116,10 @@ def attention(
         scale=scale,
         implementation=implementation,
     )
+
+
+def _sequences(x: Array | Sequence[Array]) -> list[Array]:
+    return [x] if isinstance(x, Array) else list(x)
 
 
 def _reference(

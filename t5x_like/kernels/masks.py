@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 
 @functools.partial(
@@ -75,6 +76,53 @@ class Prepared:
     mask: Array | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How the arrays of an attention over a split sequence lie on a mesh: for each dimension its mesh axes, outermost
+    first. Queries and keys are split over the same axes."""
+
+    mesh: Mesh
+    batch: tuple[str, ...]
+    length: tuple[str, ...]
+    heads: tuple[str, ...]
+    kv_heads: tuple[str, ...]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["mask", "relative_bias", "reach"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """What is said of the keys of one sequence.
+
+    Attributes:
+      mask: Which queries see them.
+      relative_bias: T5's bias, or None.
+      reach: int32 [2], a window that is not known before the program runs, or None.
+    """
+
+    mask: MaskSpec
+    relative_bias: RelativeBias | None
+    reach: Array | None = None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys"], meta_fields=["split"])
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A mask and a bias that are not materialised: queries and keys are split over devices, and each block of scores
+    is masked where it is computed.
+
+    Attributes:
+      keys: Of each sequence of keys that the queries see; most attentions have one.
+    """
+
+    keys: tuple[Keys, ...]
+    split: Split
+
+
+Mask = Prepared | Described
+UNBOUNDED = 2**30
+"""Reach of a window that hides nothing."""
+
+
 def relative_position_buckets(
     relative_position: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> Array:
@@ -94,16 +142,28 @@ def relative_position_buckets(
     return offset + jnp.where(n < exact, n, jnp.minimum(logarithmic, num_buckets - 1))
 
 
-def prepare(mask: MaskSpec, relative_bias: RelativeBias | None, q_length: int, kv_length: int) -> Prepared:
-    """Materialises a description. Layers that share it call this once and hand the result to `attention`."""
+def prepare(
+    mask: MaskSpec,
+    relative_bias: RelativeBias | None,
+    q_length: int,
+    kv_length: int,
+    split: Split | None = None,
+) -> Mask:
+    """Materialises a description, but for sequences that are split over devices. Layers that share it call this once
+    and hand the result to `attention`."""
+    if split is not None:
+        return Described((Keys(mask, relative_bias),), split)
     return Prepared(
         bias=None if relative_bias is None else dense_bias(mask, relative_bias, q_length, kv_length),
         mask=dense_mask(mask, q_length, kv_length),
     )
 
 
-def after_another(first: Prepared, first_length: int, second: Prepared, second_length: int) -> Prepared:
+def after_another(first: Mask, first_length: int, second: Mask, second_length: int) -> Mask:
     """The mask of keys of one kind and, after them, of another; without bias."""
+    if isinstance(first, Described) and isinstance(second, Described):
+        return Described(first.keys + second.keys, first.split)
+    assert isinstance(first, Prepared) and isinstance(second, Prepared)
     assert first.bias is None and second.bias is None
     masks = [
         jnp.ones((1, 1, 1, length), jnp.bool_) if prepared.mask is None else prepared.mask
@@ -116,11 +176,32 @@ def after_another(first: Prepared, first_length: int, second: Prepared, second_l
     )
 
 
-def masks_together(prepared: Sequence[Prepared], q_length: int, kv_length: int) -> Array:
-    """Masks of several kinds of layers in one array [kinds, 1 or B, 1, Q, K]."""
+def masks_together(masks: Sequence[Mask], q_length: int, kv_length: int) -> Array:
+    """What differs between the masks of several kinds of layers, for `of_kind`: [kinds, 1 or B, 1, Q, K], or their
+    windows [kinds, 2]."""
+    described = [each.keys[0].mask.window or (UNBOUNDED, UNBOUNDED) for each in masks if isinstance(each, Described)]
+    if described:
+        return jnp.array(described, jnp.int32)
     everything = jnp.ones((1, 1, q_length, kv_length), jnp.bool_)
-    masks = [everything if each.mask is None else each.mask for each in prepared]
-    return jnp.stack(jnp.broadcast_arrays(*masks, everything)[:-1])
+    dense = [everything if each.mask is None else each.mask for each in masks if isinstance(each, Prepared)]
+    return jnp.stack(jnp.broadcast_arrays(*dense, everything)[:-1])
+
+
+def of_kind(shared: Mask, own: Array) -> Mask:
+    """The mask of one kind of layer, `own` being its part of `masks_together`."""
+    if isinstance(shared, Prepared):
+        return Prepared(shared.bias, own)
+    first = shared.keys[0]
+    first = dataclasses.replace(first, mask=dataclasses.replace(first.mask, window=None), reach=own)
+    return Described((first, *shared.keys[1:]), shared.split)
+
+
+def with_bias(shared: Mask, spec: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_length: int) -> Mask:
+    """The mask with a bias that is a layer's own; `spec` is what it was made of."""
+    if isinstance(shared, Prepared):
+        return Prepared(dense_bias(spec, relative_bias, q_length, kv_length), shared.mask)
+    first = dataclasses.replace(shared.keys[0], relative_bias=relative_bias)
+    return Described((first, *shared.keys[1:]), shared.split)
 
 
 def _positions(mask: MaskSpec, q_length: int, kv_length: int) -> tuple[Array, Array]:
@@ -165,8 +246,11 @@ def disentangled_buckets(mask: MaskSpec, q_length: int, kv_length: int, *, bucke
     return jnp.clip(bucket + buckets, 0, 2 * buckets - 1)
 
 
-def dense_bias(mask: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_length: int) -> Array:
-    """T5's bias as an array [1 or B, H, Q, K]; of the mask, the positions are read."""
+def dense_bias(
+    mask: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_length: int, offset: Array | int = 0
+) -> Array:
+    """T5's bias as an array [1 or B, H, Q, K]; of the mask, the positions are read. Where there are none, `offset` is
+    the first key's cell less the first query's."""
     table = relative_bias.table
 
     def lookup(relative_position: Array) -> Array:
@@ -184,7 +268,7 @@ def dense_bias(mask: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_le
         # that of a lookup of [Q, K] is a slow scatter.
         period = q_length + kv_length
         cells = jnp.arange(period)
-        row_PxH = lookup(jnp.where(cells < kv_length, cells, cells - period))
+        row_PxH = lookup(jnp.where(cells < kv_length, cells, cells - period) + offset)
         repeated = jnp.tile(row_PxH.T, (1, q_length))[:, : q_length * (period - 1)]
         return repeated.reshape(-1, q_length, period - 1)[None, :, :, :kv_length]
     q_1or_BxQ, kv_1or_BxK = _positions(mask, q_length, kv_length)

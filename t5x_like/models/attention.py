@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import AttentionImplementation, StackConfig
 from t5x_like.kernels.attention import attention
-from t5x_like.kernels.masks import Prepared
+from t5x_like.kernels.masks import Mask, Prepared
 from t5x_like.kernels.slots import Part, attend
 from t5x_like.models.cache import KeysValues, Slots
 from t5x_like.models.layers import Dense, Norm, attention_scale, attention_stddevs, rotate
 from t5x_like.partitioning.constrain import constrain
 
+SeveralKeysValues = tuple[tuple[Array, ...], tuple[Array, ...]]
+"""Keys and values of several sequences."""
 CosSin = tuple[Array, Array]
 
 
@@ -63,18 +66,27 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BxQxd: Array,
-        keys_values: KeysValues,
-        mask: Prepared,
+        keys_values: KeysValues | SeveralKeysValues,
+        mask: Mask,
         *,
         cos_sin: CosSin | None = None,
         distances: Distances | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
-        query, bias = self._query(x_BxQxd, cos_sin, distances, keys_values)
+        keys, values = keys_values
+        if isinstance(mask, Prepared):
+            # Each device has the scores of its queries with all keys.
+            whole = ("batch", None, "kv_heads", "head_dim")
+            keys, values = jax.tree.map(lambda x: constrain(x, whole), (keys, values))
+        query, bias = self._query(x_BxQxd, cos_sin, distances, None if isinstance(keys, tuple) else keys)
+        if bias is not None:
+            assert isinstance(mask, Prepared)
+            mask = Prepared(bias, mask.mask)
         mixed_BxQxHxh = attention(
             query,
-            *keys_values,
-            mask if bias is None else Prepared(bias, mask.mask),
+            keys,
+            values,
+            mask,
             scale=attention_scale(self.config),
             softcap=self.config.attention_softcap,
             dropout_rate=self.config.dropout_rate,
@@ -82,7 +94,7 @@ class Attention(nnx.Module):
             dropout_broadcast_length=self.config.dropout_broadcast_length,
             implementation=self.implementation,
         )
-        return self.out(mixed_BxQxHxh)
+        return self.out(constrain(mixed_BxQxHxh, ("batch", "length", "heads", "head_dim")))
 
     def over_slots(
         self,
@@ -93,22 +105,22 @@ class Attention(nnx.Module):
         distances: Distances | None = None,
     ) -> Array:
         """The same over keys and values in slots; of several, all under one softmax. `distances` are of the first."""
-        keys_values = None if distances is None else slots[0][0].floats(x_BxTxd.dtype)
-        query, bias = self._query(x_BxTxd, cos_sin, distances, keys_values)
+        keys = None if distances is None else slots[0][0].floats(x_BxTxd.dtype)[0]
+        query, bias = self._query(x_BxTxd, cos_sin, distances, keys)
         parts = [Part(*one, prepared if bias is None else Prepared(bias, prepared.mask)) for one, prepared in slots]
         config = self.config
         return self.out(attend(query, parts, scale=attention_scale(config), softcap=config.attention_softcap))
 
     def _query(
-        self, x_BxQxd: Array, cos_sin: CosSin | None, distances: Distances | None, keys_values: KeysValues | None
+        self, x_BxQxd: Array, cos_sin: CosSin | None, distances: Distances | None, keys: Array | None
     ) -> tuple[Array, Array | None]:
         """Queries [B, Q, H, h], and the bias of disentangled positions over these keys, if there are any."""
         query, bias = self.query(x_BxQxd), None
         if self.config.qk_norm:
             query = self.query_norm(query)
         if distances is not None:
-            assert keys_values is not None
-            bias = self._distance_bias(query, keys_values[0], distances)
+            assert keys is not None
+            bias = self._distance_bias(query, keys, distances)
         if cos_sin is not None:
             query = rotate(query, cos_sin)
         return constrain(query, ("batch", "length", "heads", "head_dim")), bias

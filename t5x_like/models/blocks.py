@@ -10,8 +10,8 @@ from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import AttentionImplementation, StackConfig
-from t5x_like.kernels.masks import MaskSpec, Prepared, RelativeBias, dense_bias
-from t5x_like.models.attention import Attention, CosSin, Distances
+from t5x_like.kernels.masks import Mask, MaskSpec, Prepared, RelativeBias, with_bias
+from t5x_like.models.attention import Attention, CosSin, Distances, SeveralKeysValues
 from t5x_like.models.cache import KeysValues, Slots
 from t5x_like.models.experts import MixtureOfExperts, Routing
 from t5x_like.models.layers import Embedding, Mlp, Norm, dropout, param
@@ -35,12 +35,12 @@ class Shared:
       is_first: bool scalar where the first layer's attention has no norm in front, else None.
     """
 
-    mask: Prepared
+    mask: Mask
     spec: MaskSpec
     cos_sin: CosSin | None = None
     distances: Distances | None = None
     encoded: Array | None = None
-    cross_mask: Prepared | None = None
+    cross_mask: Mask | None = None
     lengths: Array | None = None
     valid: Array | None = None
     is_first: Array | None = None
@@ -99,15 +99,15 @@ class Block(nnx.Module):
         inner = self._self_attention_input(x_BxLxd, shared)
         new = seen = self.self_attention.keys_values(inner, shared.cos_sin)
         mask = self._with_own_bias(shared, inner.shape[1], inner.shape[1])
+        attended: KeysValues | SeveralKeysValues = seen
         if self.is_merged:
             assert cross_keys_values is not None
-            seen = tuple(  # type: ignore[assignment]
-                jnp.concatenate([own, other.astype(own.dtype)], axis=1)
-                for own, other in zip(seen, cross_keys_values, strict=True)
+            attended = tuple(  # type: ignore[assignment]
+                (own, other.astype(own.dtype)) for own, other in zip(seen, cross_keys_values, strict=True)
             )
         branch = self.self_attention(
             inner,
-            seen,
+            attended,
             mask,
             cos_sin=shared.cos_sin,
             distances=self._dropped(shared.distances, rngs[6]),
@@ -138,15 +138,17 @@ class Block(nnx.Module):
         inner = self._self_attention_input(x_BxTxd, shared)
         # Written before they are read: XLA then writes in place, where it would otherwise copy all slots.
         slots = slots.written(self.self_attention.keys_values(inner, shared.cos_sin), shared.lengths)
-        parts = [(slots, self._with_own_bias(shared, inner.shape[1], slots.size))]
+        mask = self._with_own_bias(shared, inner.shape[1], slots.size)
+        assert isinstance(mask, Prepared)
+        parts = [(slots, mask)]
         if self.is_merged:
-            assert cross is not None and shared.cross_mask is not None
+            assert cross is not None and isinstance(shared.cross_mask, Prepared)
             parts.append((cross, shared.cross_mask))
         branch = self.self_attention.over_slots(inner, parts, cos_sin=shared.cos_sin, distances=shared.distances)
         x_BxTxd = self._after(x_BxTxd, branch, "self_attention", None)
 
         if self.has_cross_attention:
-            assert cross is not None and shared.cross_mask is not None
+            assert cross is not None and isinstance(shared.cross_mask, Prepared)
             inner = self._before(x_BxTxd, self.cross_attention_norm)
             branch = self.cross_attention.over_slots(inner, [(cross, shared.cross_mask)])
             x_BxTxd = self._after(x_BxTxd, branch, "cross_attention", None)
@@ -154,7 +156,7 @@ class Block(nnx.Module):
 
     def _self_attention_input(self, x: Array, shared: Shared) -> Array:
         inner = self._before(x, self.self_attention_norm)
-        return inner if shared.is_first is None else jnp.where(shared.is_first, x, inner)
+        return inner if shared.is_first is None else jnp.where(shared.is_first, whole_rows(x), inner)
 
     def _mlp(
         self, x: Array, shared: Shared, inner_rng: Array | None, branch_rng: Array | None
@@ -170,11 +172,11 @@ class Block(nnx.Module):
         """Keys and values of the encoder's states."""
         return (self.self_attention if self.is_merged else self.cross_attention).keys_values(encoded_BxSxd)
 
-    def _with_own_bias(self, shared: Shared, q_length: int, kv_length: int) -> Prepared:
+    def _with_own_bias(self, shared: Shared, q_length: int, kv_length: int) -> Mask:
         if not hasattr(self, "relative_bias"):
             return shared.mask
         bias = relative_bias_of(self.config, self.relative_bias)
-        return Prepared(dense_bias(shared.spec, bias, q_length, kv_length), shared.mask.mask)
+        return with_bias(shared.mask, shared.spec, bias, q_length, kv_length)
 
     def _dropped(self, distances: Distances | None, dropout_rng: Array | None) -> Distances | None:
         if distances is None:
@@ -182,14 +184,29 @@ class Block(nnx.Module):
         return distances._replace(states=dropout(distances.states[None], self.config, dropout_rng)[0])
 
     def _before(self, x: Array, norm: Norm) -> Array:
-        return x if self.config.norm_placement == "post" else norm(x)
+        return whole_rows(x if self.config.norm_placement == "post" else norm(x))
 
     def _after(self, x: Array, branch: Array, name: str, dropout_rng: Array | None) -> Array:
+        branch = split_rows(branch)
         if self.config.norm_placement == "both":
             branch = getattr(self, f"{name}_post_norm")(branch)
         x = x + dropout(branch, self.config, dropout_rng)
         x = getattr(self, f"{name}_norm")(x) if self.config.norm_placement == "post" else x
-        return constrain(x, ("batch", "length", "embed"))
+        return constrain(x, _SPLIT)
+
+
+_SPLIT, _WHOLE = ("batch", "residual_length", "embed"), ("batch", "length", "embed")
+
+
+def whole_rows(x_BxLxd: Array) -> Array:
+    """States that lie as the sums between blocks do, gathered for products with parameters that are split over the same
+    devices. Said from both sides: the gradient is added up over those devices and split again."""
+    return constrain(constrain(x_BxLxd, _SPLIT), _WHOLE)
+
+
+def split_rows(x_BxLxd: Array) -> Array:
+    """The other way: what such products add to the sums between blocks."""
+    return constrain(constrain(x_BxLxd, _WHOLE), _SPLIT)
 
 
 def relative_bias_table(config: StackConfig, *, rngs: nnx.Rngs) -> Embedding:

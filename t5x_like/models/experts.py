@@ -81,29 +81,36 @@ class MixtureOfExperts(nnx.Module):
         return self._dispatched(x_BxLxd, chosen_BxLxkxE * real_BxL[:, :, None, None], weight_BxLxk), routing
 
     def _all(self, x_BxLxd: Array, weight_BxLxE: Array) -> Array:
-        """Every expert on every token."""
-        inner = ("batch", "length", "experts", "mlp")
-        hidden = self._hidden("bld,edf->blef", x_BxLxd, inner) * weight_BxLxE[..., None].astype(x_BxLxd.dtype)
-        return jnp.einsum("blef,efd->bld", hidden, self.wo.kernel[...].astype(x_BxLxd.dtype))
+        """Every expert on every token: devices that share the experts gather each other's tokens."""
+        inner = ("expert_batch", "length", "experts", "mlp")
+        x = constrain(x_BxLxd, ("expert_batch", "length", "embed"))
+        hidden = self._hidden("bld,edf->blef", x, inner) * weight_BxLxE[..., None].astype(x.dtype)
+        return jnp.einsum("blef,efd->bld", hidden, self.wo.kernel[...].astype(x.dtype))
 
     def _dispatched(self, x_BxLxd: Array, chosen_BxLxkxE: Array, weight_BxLxk: Array) -> Array:
         """Each expert on the tokens that it has room for: first all first choices from left to right, then the second.
 
         Tokens are sent and fetched by products with [B, L, E, C] arrays of zeros and ones, which any mesh can split.
+        Devices that share the experts exchange what is sent, all with all: rows of all experts against all rows of own
+        experts, and back.
         """
         rows, length, choices, count = chosen_BxLxkxE.shape
         assert self.experts.capacity_factor is not None
         room = min(length, math.ceil(self.experts.capacity_factor * length * choices / count))
+        # An order over the whole row: small, beside what is sent.
+        chosen_BxLxkxE = constrain(chosen_BxLxkxE, ("batch", None, None, None))
         in_order = jnp.swapaxes(chosen_BxLxkxE, 1, 2).reshape(rows, choices * length, count)
         place = (jnp.cumsum(in_order, axis=1) - in_order).reshape(rows, choices, length, count)
         slot = jax.nn.one_hot(jnp.swapaxes(place, 1, 2).astype(jnp.int32), room) * chosen_BxLxkxE[..., None]
+        slot = constrain(slot, ("batch", "length", None, None, None))
         dtype = x_BxLxd.dtype
         send_BxLxExC = jnp.sum(slot, axis=2).astype(dtype)
         fetch_BxLxExC = jnp.einsum("blkec,blk->blec", slot, weight_BxLxk).astype(dtype)
-        sent = constrain(jnp.einsum("blec,bld->becd", send_BxLxExC, x_BxLxd), ("batch", "experts", None, "embed"))
-        hidden = self._hidden("becd,edf->becf", sent, ("batch", "experts", None, "mlp"))
+        of_rows, of_experts = ("batch", None, "capacity", "embed"), ("expert_batch", "experts", "capacity", "embed")
+        sent = constrain(jnp.einsum("blec,bld->becd", send_BxLxExC, x_BxLxd), of_rows)
+        hidden = self._hidden("becd,edf->becf", constrain(sent, of_experts), (*of_experts[:3], "mlp"))
         out = jnp.einsum("becf,efd->becd", hidden, self.wo.kernel[...].astype(dtype))
-        return jnp.einsum("becd,blec->bld", out, fetch_BxLxExC)
+        return jnp.einsum("becd,blec->bld", constrain(constrain(out, of_experts), of_rows), fetch_BxLxExC)
 
     def _hidden(self, product: str, x: Array, names: tuple[str | None, ...]) -> Array:
         gate, value = (jnp.einsum(product, x, part.kernel[...].astype(x.dtype)) for part in (self.wi_0, self.wi_1))

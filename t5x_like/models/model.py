@@ -330,7 +330,7 @@ class Model(nnx.Module):
         if self.config.unscaled_token is not None:
             own = self.unscaled_embedding[...].astype(x.dtype)
             x = jnp.where((tokens == self.config.unscaled_token)[..., None], own, x)
-        return constrain(x, ("batch", "length", "embed"))
+        return constrain(x, ("batch", "residual_length", "embed"))
 
     def _logits(self, states: Array) -> Array:
         return self.head(states, self.token_embedder.embedding[...])

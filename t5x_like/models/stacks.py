@@ -14,11 +14,15 @@ from jax import Array
 from t5x_like.config.errors import ConfigError, Problem
 from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
 from t5x_like.kernels.masks import (
+    Described,
+    Mask,
     MaskSpec,
     Prepared,
+    Split,
     after_another,
     disentangled_buckets,
     masks_together,
+    of_kind,
     prepare,
 )
 from t5x_like.models.attention import CosSin, Distances
@@ -30,11 +34,12 @@ from t5x_like.models.blocks import (
     relative_bias_table,
     single_blocks,
     stacked_blocks,
+    whole_rows,
 )
 from t5x_like.models.cache import Cache, KeysValues, Slots, slot_positions
 from t5x_like.models.experts import Routing
 from t5x_like.models.layers import Dense, Embedding, Norm, dropout, rope, rope_frequencies
-from t5x_like.partitioning.constrain import constrain
+from t5x_like.partitioning.constrain import constrain, sequence_split
 
 
 class Stack(nnx.Module):
@@ -108,9 +113,13 @@ class Stack(nnx.Module):
             cross_length = encoded.shape[1]
         elif cross is not None:
             cross_length = cross[0].shape[2]
-        seen = None if cross_mask is None else prepare(cross_mask, None, length, cross_length)
+        split = None
+        if config.positions != "disentangled":
+            lengths = [length, cross_length] if cross_length else [length]
+            split = sequence_split(x.shape[0], lengths, config.num_heads, config.num_kv_heads)
+        seen = None if cross_mask is None else _placed(prepare(cross_mask, None, length, cross_length, split))
         kinds = list(dict.fromkeys(config.layer_kinds))
-        masks = [self._mask(self._windowed(kind, mask), length, length) for kind in kinds]
+        masks = [_placed(self._mask(self._windowed(kind, mask), length, length, split)) for kind in kinds]
         if self._is_merged:
             assert seen is not None
             masks = [after_another(one, length, seen, cross_length) for one in masks]
@@ -130,7 +139,7 @@ class Stack(nnx.Module):
                 _stacked([self._rope(kind, positions) for kind in kinds]),
             )
         x, keys_values, routing = self._run_layers(x, shared, by_kind, rngs[1], cross)
-        return dropout(self._leave(x), config, rngs[2]), keys_values, routing
+        return whole_rows(dropout(self._leave(x), config, rngs[2])), keys_values, routing
 
     def step(
         self, x_BxTxd: Array, cache: Cache, *, valid: Array, cross_mask: MaskSpec | None
@@ -167,14 +176,14 @@ class Stack(nnx.Module):
                 shared = dataclasses.replace(shared, is_first=jnp.bool_(number == 0))
             x, slots = block.step(x, shared, slots, None if cache.cross is None else cache.cross[number])
             layers.append(slots)
-        return self._leave(x), tuple(layers)
+        return whole_rows(self._leave(x)), tuple(layers)
 
     def blocks(self) -> Sequence[Block]:
         """The layers one by one."""
         return single_blocks(self.layers)
 
     def _step_shared(
-        self, kind: LayerKind, lengths_B: Array, positions_BxT: Array, slots: int, valid: Array, seen: Prepared | None
+        self, kind: LayerKind, lengths_B: Array, positions_BxT: Array, slots: int, valid: Array, seen: Mask | None
     ) -> Shared:
         """What the layers of a kind share in a step: the new tokens are in the slots already when these are read."""
         length = positions_BxT.shape[1]
@@ -202,7 +211,7 @@ class Stack(nnx.Module):
         x = dropout(self.embed_positions(x, positions, token_types), self.config, dropout_rng)
         if hasattr(self, "embedding_projection"):
             x = self.embedding_projection(x)
-        return constrain(x, ("batch", "length", "embed"))
+        return constrain(x, ("batch", "residual_length", "embed"))
 
     def _leave(self, x: Array) -> Array:
         return self.final_norm(x) if self.config.norm_placement != "post" else x
@@ -210,9 +219,9 @@ class Stack(nnx.Module):
     def _windowed(self, kind: LayerKind, mask: MaskSpec) -> MaskSpec:
         return dataclasses.replace(mask, window=self.config.window) if kind == "local" else mask
 
-    def _mask(self, mask: MaskSpec, q_length: int, kv_length: int) -> Prepared:
+    def _mask(self, mask: MaskSpec, q_length: int, kv_length: int, split: Split | None = None) -> Mask:
         bias = relative_bias_of(self.config, self.relative_bias) if hasattr(self, "relative_bias") else None
-        return prepare(mask, bias, q_length, kv_length)
+        return prepare(mask, bias, q_length, kv_length, split)
 
     def _rope(self, kind: LayerKind, positions: Array) -> CosSin | None:
         if self.config.positions != "rope":
@@ -230,6 +239,7 @@ class Stack(nnx.Module):
             buckets=config.relative_bias_buckets,
             max_distance=config.relative_bias_max_distance,
         )
+        rows = constrain(rows, ("batch", "length", None))
         return Distances(self.distance_norm(self.distance_embedder.embedding[...]), rows)
 
     def embed_positions(self, x: Array, positions: Array, token_types: Array | None = None) -> Array:
@@ -270,7 +280,7 @@ class Stack(nnx.Module):
             own = shared
             if by_kind is not None:
                 mask, cos_sin = jax.tree.map(lambda each: each[kind], (by_kind.masks, by_kind.cos_sin))
-                own = dataclasses.replace(own, mask=Prepared(shared.mask.bias, mask), cos_sin=cos_sin)
+                own = dataclasses.replace(own, mask=of_kind(shared.mask, mask), cos_sin=cos_sin)
             if not self.config.first_layer_attention_norm:
                 own = dataclasses.replace(own, is_first=number == 0)
             rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
@@ -299,12 +309,22 @@ class _ByKind(NamedTuple):
     """What differs between kinds of layers, with the kinds in front.
 
     Attributes:
-      masks: bool [kinds, 1 or B, 1, Q, K].
+      masks: Of `masks_together`.
       cos_sin: [kinds, 1 or B, L, 1, h / 2] each, or None.
     """
 
     masks: Array
     cos_sin: CosSin | None
+
+
+def _placed(mask: Mask) -> Mask:
+    """Of masks that are arrays, each device makes the part for its queries."""
+    if isinstance(mask, Described):
+        return mask
+    return Prepared(
+        bias=None if mask.bias is None else constrain(mask.bias, ("batch", "heads", "length", None)),
+        mask=None if mask.mask is None else constrain(mask.mask, ("batch", None, "length", None)),
+    )
 
 
 def _stacked(trees: list[CosSin | None]) -> CosSin | None:

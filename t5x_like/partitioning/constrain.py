@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from t5x_like.partitioning.rules import LogicalAxes, Rules, spec
+from t5x_like.kernels.masks import Split
+from t5x_like.partitioning.rules import LogicalAxes, Rules, spec, split_axes
 
 _ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("activation_context", default=None)
 
@@ -30,6 +31,29 @@ def is_split() -> bool:
     """Whether activations are split over the devices of an active mesh."""
     active = _ACTIVE.get()
     return active is not None and active[0].size > 1
+
+
+def sequence_split(rows: int, lengths: Sequence[int], heads: int, kv_heads: int) -> Split | None:
+    """How the arrays of an attention lie on the active mesh if "length" is split there, for `kernels.masks.prepare`.
+
+    None outside a context, where no axis splits the lengths or one of them is no multiple of it, and where the rules
+    choose to gather keys and values.
+
+    Args:
+      rows: Of the batch.
+      lengths: Of the queries, and of other keys than theirs.
+      heads, kv_heads: Of queries, and of keys and values.
+    """
+    active = _ACTIVE.get()
+    if active is None or active[1].context_attention != "ring":
+        return None
+    mesh, rules = active
+    over = [split_axes("length", rules.activations, length, mesh) for length in lengths]
+    if not over[0] or any(axes != over[0] for axes in over):
+        return None
+    sizes = {"batch": rows, "heads": heads, "kv_heads": kv_heads}
+    axes = {name: split_axes(name, rules.activations, size, mesh) for name, size in sizes.items()}
+    return Split(mesh, axes["batch"], over[0], axes["heads"], axes["kv_heads"])
 
 
 def constrain(x: jax.Array, names: LogicalAxes) -> jax.Array:

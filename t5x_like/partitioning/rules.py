@@ -1,8 +1,8 @@
 """Which mesh axes a logical axis is split over: two tables, one for parameters and one for activations.
 
-Model code names axes ("embed", "heads", ...) and nothing else. FSDP is the line `"embed": "fsdp"` of the parameter
-table: parameters are stored split over the same devices that split the batch, and gathered where they are used, because
-the activation table leaves "embed" whole.
+Model code names axes ("embed", "heads", ...) and nothing else. FSDP is the line `"embed": ("fsdp", "context")` of the
+parameter table: parameters are stored split over the same devices that split the tokens, and gathered where they are
+used, because the activation table leaves "embed" whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import Mesh, PartitionSpec
 
 from t5x_like.config import ConfigError, PartitioningConfig, Problem
+from t5x_like.config.partitioning import ContextAttention
 
 MeshAxes = tuple[str, ...]
 """The mesh axes that split a dimension, outermost first; () leaves it whole."""
@@ -22,7 +23,7 @@ LogicalAxes = tuple[str | None, ...]
 """The logical name of each dimension of an array; None: always whole."""
 
 PARAMETERS: Table = {
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "context"),
     "vocab": ("tensor",),
     "mlp": ("tensor",),
     "heads": ("tensor",),
@@ -38,8 +39,11 @@ PARAMETERS: Table = {
     "lora_rank": (),
 }
 ACTIVATIONS: Table = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "expert_batch": ("data", "fsdp"),
     "length": ("context",),
+    "residual_length": ("context", "tensor"),
+    "capacity": ("context",),
     "embed": (),
     "vocab": ("tensor",),
     "mlp": ("tensor",),
@@ -49,8 +53,16 @@ ACTIVATIONS: Table = {
     "head_dim": (),
     "positions": (),
 }
-"""A token or position table that rows are looked up in counts as an activation, ("vocab", "embed"): gathered over fsdp
-first, or XLA would look up columns of rows that are split over the same axis and put them right at full size."""
+"""What is not said by the names:
+
+- Devices that share the experts ("expert") also share the batch; where tokens are with their experts, each has the rows
+  of all of them, "expert_batch".
+- "capacity" is the room of an expert for the tokens of a row.
+- "residual_length" is the length of what is between the blocks: norms, dropout and sums need no whole row, so that the
+  devices of "tensor" have a part of it each (sequence parallelism, Korthikanti et al. 2022).
+- A token or position table that rows are looked up in counts as an activation, ("vocab", "embed"): gathered over fsdp
+  first, or XLA would look up columns of rows that are split over the same axis and put them right at full size.
+"""
 MAY_STAY_WHOLE = frozenset({"kv_heads"})
 """Parameter axes that stay whole, without a complaint, where the mesh does not divide them: grouped and multi-query
 attention has fewer key heads than a large tensor degree, and each device then keeps all of them."""
@@ -62,6 +74,7 @@ class Rules:
 
     parameters: Table
     activations: Table
+    context_attention: ContextAttention = "ring"
 
 
 def standard(config: PartitioningConfig) -> Rules:
@@ -86,6 +99,7 @@ def standard(config: PartitioningConfig) -> Rules:
     rules = Rules(
         parameters=merged(PARAMETERS, "partitioning.parameter_rules", config.parameter_rules),
         activations=merged(ACTIVATIONS, "partitioning.activation_rules", config.activation_rules),
+        context_attention=config.context_attention,
     )
     if found:
         raise ConfigError(found)
@@ -93,16 +107,18 @@ def standard(config: PartitioningConfig) -> Rules:
 
 
 def split_axes(name: str | None, table: Table, size: int, mesh: Mesh) -> MeshAxes:
-    """The mesh axes that split a dimension of `size`; () if they do not divide it."""
+    """The mesh axes that split a dimension of `size`: as many of those in the table, outermost first, as divide it."""
     axes = _wanted(name, table, mesh)
-    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
 
 
 def spec(names: LogicalAxes, table: Table, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     """How an array of `shape` is split over `mesh`.
 
-    Mesh axes of one device are left out. A dimension that its mesh axes do not divide stays whole: right for an
-    activation, and for a parameter `problems` reports it.
+    Mesh axes of one device are left out, and so are those that do not divide a dimension: right for an activation, and
+    for a parameter `problems` reports it.
 
     Raises:
       ConfigError: a name without a rule, or a mesh axis twice in one array.
