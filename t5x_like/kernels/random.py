@@ -35,7 +35,8 @@ def keep_mask_block(
     no whole: it has a key of its own, made from `starts`.
     """
     threshold = min(round(keep_probability * 2**16), 2**16 - 1)
-    if jax.random.key_impl(rng) != "threefry2x32" or not jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
+    partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    if jax.random.key_impl(rng) != "threefry2x32" or not partitionable:
         for start in starts:
             rng = jax.random.fold_in(rng, start)
         return keep_mask(rng, keep_probability, block)
