@@ -117,7 +117,7 @@ def layer(config: ModelConfig, stack: StackConfig, cells: Cells, remat: str) -> 
     size = itemsize(config)
     states = _kept(cells, "states", ("embed", stack.d_model), size)
     if remat == "full":
-        return [states]
+        return [dataclasses.replace(states, axes=("batch", "residual_length", "embed"))]
     cross = cells.source > 0 and stack.cross_attention == "separate"
     norms = {"pre": 0, "post": 0, "both": 1}[stack.norm_placement]
     branches = 3 if cross else 2
@@ -182,7 +182,7 @@ def _mlp(stack: StackConfig, cells: Cells, size: int, remat: str) -> Iterator[He
     count = experts.num_experts
     router = Held("routing", ("batch", "length", None), (cells.rows, cells.length, count), _FLOAT32)
     if experts.capacity_factor is None:
-        axes: Axes = ("batch", "length", "experts", "mlp")
+        axes: Axes = ("expert_batch", "length", "experts", "mlp")
         hidden = Held("experts", axes, (cells.rows, cells.length, count, stack.d_ff), size)
         # Elementwise results between the products are kept one by one: experts are not `recomputed` as an MLP is.
         yield hidden.times(2 if remat == "dots" else 7)
@@ -190,11 +190,10 @@ def _mlp(stack: StackConfig, cells: Cells, size: int, remat: str) -> Iterator[He
         return
     slots = experts.capacity_factor * cells.length * experts.experts_per_token / count
     room = min(cells.length, math.ceil(slots))
-    yield Held("experts", ("batch", "experts", None, "mlp"), (cells.rows, count, room, stack.d_ff), size).times(
-        2 if remat == "dots" else 6
-    )
-    yield Held("tokens at experts", ("batch", "experts", None, "embed"), (cells.rows, count, room, stack.d_model), size)
-    places = Held("places", ("batch", "length", "experts", None), (cells.rows, cells.length, count, room), size)
+    axes = ("expert_batch", "experts", "capacity", "mlp")
+    yield Held("experts", axes, (cells.rows, count, room, stack.d_ff), size).times(2 if remat == "dots" else 6)
+    yield Held("tokens at experts", (*axes[:3], "embed"), (cells.rows, count, room, stack.d_model), size)
+    places = Held("places", ("batch", "length", None, None), (cells.rows, cells.length, count, room), size)
     yield places.times(2 if remat == "dots" else 4)
     yield router
 
@@ -244,7 +243,7 @@ def _of_stack(config: ModelConfig, stack: StackConfig, cells: Cells) -> Iterator
     width = cells.length + (cells.source if stack.cross_attention == "merged" else 0)
     if stack.positions == "relative_bias" and not stack.relative_bias_per_layer:
         shape = (1, stack.num_heads, cells.length, cells.length)
-        yield Held("relative bias", (None, "heads", None, None), shape, _FLOAT32)
+        yield Held("relative bias", (None, "heads", "length", None), shape, _FLOAT32)
     rows = cells.rows if cells.masked_by_row else 1
     kinds = len(set(stack.layer_kinds))
     yield Held(
