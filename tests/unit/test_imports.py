@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("program", "inspection", "bases"),
     ("interop", "planning"),
     ("decoding",),
-    ("evaluation", "embedding", "launching"),
+    ("evaluation", "embedding", "launching", "serving"),
     ("export",),
     ("overview",),
     ("session",),

@@ -1,0 +1,1 @@
+"""A model behind HTTP: an OpenAI-compatible completions endpoint over continuous batching."""

@@ -1,0 +1,127 @@
+"""`t5x-like serve`: a trained run behind HTTP."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from t5x_like.config import EXIT_OK, EXIT_UNEXPECTED, ConfigError, Problem, RefusedError
+from t5x_like.decoding.continuous import Batcher, Sizes
+from t5x_like.decoding.prompts import longest_prompt, prompt_format
+from t5x_like.decoding.trained import open_trained
+from t5x_like.run_directory import read_config
+
+
+def serve_command(
+    run_dir: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    slots: int = 8,
+    prompt_length: int | None = None,
+    max_new_tokens: int = 256,
+    max_waiting: int = 256,
+    timeout: float = 600.0,
+    mode: str | None = None,
+    step: int | None = None,
+    cache_dtype: str | None = None,
+) -> int:
+    """Serves completions until it is told to leave (SIGINT, SIGTERM); what is being answered then is given up.
+
+    Args:
+      run_dir: Directory of a run.
+      port: 0 takes a free one, which is printed.
+      slots: Answers that are decoded at once.
+      prompt_length: Tokens of the longest prompt; None: as in training.
+      max_new_tokens: Tokens of the longest answer.
+      max_waiting: Answers that may wait for a slot.
+      timeout: Seconds that a request may take.
+      mode: As of `prompts.prompt_format`.
+      step: Checkpoint; None for the newest.
+      cache_dtype: As of `generate_tokens`.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      UserError: the run or the settings cannot be used, or the address is taken.
+    """
+    try:
+        import uvicorn
+
+        from t5x_like.serving.app import Service, make_app
+    except ImportError as error:
+        raise RefusedError(
+            f"serving needs the package {error.name}; install it: `pip install t5x-like[serve]`"
+        ) from None
+    problems = [
+        Problem(name, str(value), "a number above 0")
+        for name, value in (("--slots", slots), ("--max-waiting", max_waiting), ("--timeout", timeout))
+        if value <= 0
+    ]
+    if problems:
+        raise ConfigError(problems)
+    form = prompt_format(read_config(run_dir).data, mode)
+    trained = open_trained(run_dir)
+    step, params = trained.params(step)
+    tokenizer, model = trained.store.tokenizer, trained.run.model
+    batcher = Batcher(
+        trained.program,
+        params,
+        allowed_V=form.allowed(trained.store.vocabulary, model.vocab_size),
+        bidirectional=form.bidirectional,
+        sizes=Sizes(slots, prompt_length or longest_prompt(trained.run.data, form), max_new_tokens),
+        cache_dtype=cache_dtype,
+    )
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode_marked(text) if form.sentinels else tokenizer.encode(text)
+        return form.ids([int(token) for token in ids], tokenizer.vocabulary)
+
+    service = Service(
+        model=trained.run.name,
+        batcher=batcher,
+        encode=encode,
+        decode=lambda tokens: tokenizer.decode(list(tokens)),
+        vocab_size=model.vocab_size,
+        most_waiting=max_waiting,
+        timeout=timeout,
+    )
+    batcher.warm_up()
+    # Requests must not outlive the wish to leave: a stream may be long.
+    config = uvicorn.Config(make_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
+    sizes = batcher.sizes
+    print(
+        f"{run_dir}, step {step:,}: prompts of up to {sizes.prompt_length:,} tokens, answers of up to "
+        f"{sizes.new_tokens:,}, {sizes.slots} at once",
+        file=sys.stderr,
+    )
+    return _run(uvicorn.Server(config), config, batcher)
+
+
+def _run(server: Any, config: Any, batcher: Batcher) -> int:
+    """Serves in this thread and decodes in another; when one ends, so does the other."""
+    try:
+        socket = config.bind_socket()
+    except SystemExit:
+        found = f"{config.host}:{config.port}"
+        raise ConfigError([Problem("--port", found, "an address of this machine that is free")]) from None
+    host, port = socket.getsockname()[:2]
+    print(f"http://{host}:{port}/v1/completions", flush=True)
+
+    def decode() -> None:
+        try:
+            batcher.run()
+        finally:
+            server.should_exit = True
+
+    thread = threading.Thread(target=decode, name="decode")
+    thread.start()
+    try:
+        server.run(sockets=[socket])
+    finally:
+        batcher.close()
+        thread.join()
+    return EXIT_OK if batcher.failure is None else EXIT_UNEXPECTED
