@@ -11,9 +11,7 @@ from t5x_like.commands.arguments import add_run_command, not_negative, positive,
 def register(commands: Any) -> None:
     parser = add_run_command(commands, "serve", _run, "answer completion requests over HTTP, as OpenAI's API does")
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="(default: 127.0.0.1)")
-    parser.add_argument(
-        "--port", type=not_negative, default=8000, metavar="N", help="0: a free one (default: 8000)"
-    )
+    parser.add_argument("--port", type=not_negative, default=8000, metavar="N", help="0: a free one (default: 8000)")
     parser.add_argument("--slots", type=positive, default=8, metavar="N", help="answers decoded at once (default: 8)")
     parser.add_argument(
         "--prompt-length", type=positive, metavar="N", help="tokens of the longest prompt (default: as in training)"

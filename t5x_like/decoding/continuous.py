@@ -221,8 +221,8 @@ class Batcher:
     def _drop_cancelled(self) -> None:
         with self._changed:
             gone = [request for request in self._waiting if request.cancelled]
-            for request in gone:
-                self._waiting.remove(request)
+            for waiting in gone:
+                self._waiting.remove(waiting)
         freed = np.zeros(self.sizes.slots, bool)
         for slot, request in enumerate(self._taken):
             if request is not None and request.cancelled:
@@ -349,9 +349,7 @@ def _begin(how: _How, model: Model, allowed_V: jax.Array, fields: dict[str, jax.
     return rows, (token, jnp.ones_like(ended), ended)
 
 
-def _chosen(
-    logits_RxV: jax.Array, rules: Rules, chooser: State, live_R: jax.Array
-) -> tuple[jax.Array, State]:
+def _chosen(logits_RxV: jax.Array, rules: Rules, chooser: State, live_R: jax.Array) -> tuple[jax.Array, State]:
     """The next tokens. What no live row asks for is not computed, which is seen anew at each step."""
     asked = rules.sampling
     assert asked.temperature_R is not None and asked.top_k_R is not None and asked.top_p_R is not None

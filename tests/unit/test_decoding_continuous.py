@@ -25,9 +25,8 @@ SETTINGS = [
     Sampling(),
     Sampling(temperature=0.9),
     Sampling(temperature=1.3, top_k=7),
-    Sampling(temperature=0.7, top_p=0.8),
+    Sampling(temperature=0.7, top_p=0.8, repetition_penalty=1.4),
     Sampling(temperature=1.1, min_p=0.05),
-
 ]
 ARCHITECTURES = ["decoder", "encoder_decoder", "prefix_lm"]
 pytestmark = pytest.mark.slow
@@ -72,8 +71,8 @@ def requests_of(seed, count):
 def expected(batcher, made):
     """What each request gets alone: decoded by the batch engine, those of equal settings together."""
     found = {}
-    for settings in SETTINGS:
-        alike = [request for request, _ in made if request.sampling == settings]
+    for alike_in in SETTINGS:
+        alike = [request for request, _ in made if request.sampling == alike_in]
         answers = generate_tokens(
             batcher.program,
             batcher.params,
@@ -81,7 +80,7 @@ def expected(batcher, made):
             allowed_V=ALLOWED,
             max_new_tokens=12,
             bidirectional=batcher._how.bidirectional,
-            sampling=settings,
+            sampling=alike_in,
             seed=made[0][0].seed,
             rows=[request.row for request in alike],
         )

@@ -1,0 +1,269 @@
+"""The server as its clients see it: every answer right or a clear refusal, and no slot lost."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import random
+import socket
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from config_examples import example
+from model_examples import model, parameters
+
+from t5x_like.config import TokenizerConfig
+from t5x_like.data import tokenizers
+from t5x_like.decoding.continuous import Batcher, Sizes
+from t5x_like.decoding.generate import generate_tokens
+from t5x_like.decoding.sampling import Sampling
+from t5x_like.program import assemble
+
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("starlette")
+pytestmark = pytest.mark.slow
+
+SIZES = Sizes(slots=4, prompt_length=40, new_tokens=24, steps=4, admitted=2)
+TOKENIZER = tokenizers.load(TokenizerConfig(kind="bytes", num_sentinels=0), None)
+ALLOWED = np.zeros(320, bool)
+ALLOWED[1] = ALLOWED[3 + ord(" ") : 3 + ord("~")] = True
+
+
+@dataclasses.dataclass
+class Server:
+    url: str
+    batcher: Batcher
+
+    def health(self):
+        return httpx.get(f"{self.url}/health").json()
+
+    def post(self, **fields):
+        return httpx.post(f"{self.url}/v1/completions", json=fields, timeout=120)
+
+    def text(self, prompt, max_tokens, **settings):
+        """What the batch engine says."""
+        answer = generate_tokens(
+            self.batcher.program,
+            self.batcher.params,
+            [[int(token) for token in TOKENIZER.encode(prompt)]],
+            allowed_V=ALLOWED,
+            max_new_tokens=max_tokens,
+            sampling=Sampling(**settings) if settings else None,
+            seed=7,
+        )[0]
+        return TOKENIZER.decode(answer)
+
+    def is_idle(self, seconds=20):
+        until = time.time() + seconds
+        while time.time() < until:
+            found = self.health()
+            if not found["taken"] and not found["waiting"]:
+                return True
+            time.sleep(0.05)
+        return False
+
+
+@pytest.fixture(scope="module")
+def server():
+    from t5x_like.serving.app import Service, make_app
+
+    config = dataclasses.replace(model("decoder", "rope"), vocab_size=320)
+    program = assemble(dataclasses.replace(example("causal_lm"), model=config), jax.devices()[:1])
+    batcher = Batcher(program, parameters(config), allowed_V=ALLOWED, sizes=SIZES)
+    batcher.warm_up()
+    service = Service(
+        model="tiny",
+        batcher=batcher,
+        encode=lambda text: [int(token) for token in TOKENIZER.encode(text)],
+        decode=lambda tokens: TOKENIZER.decode(list(tokens)),
+        vocab_size=320,
+        most_waiting=256,
+        timeout=60.0,
+        most_bytes=20_000,
+    )
+    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    http = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning"))
+    threads = [
+        threading.Thread(target=batcher.run, daemon=True),
+        threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    made = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", batcher)
+    until = time.time() + 60
+    while time.time() < until:
+        with contextlib.suppress(httpx.ConnectError):
+            made.health()
+            break
+    yield made
+    http.should_exit = True
+    batcher.close()
+    for thread in threads:
+        thread.join(timeout=30)
+
+
+def test_answers_are_those_of_the_batch_engine(server):
+    for fields in ({"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}):
+        settings = {name: value for name, value in fields.items() if fields["temperature"]}
+        body = server.post(model="tiny", prompt="Once upon", max_tokens=20, seed=7, **fields).json()
+        (choice,) = body["choices"]
+        assert choice["text"] == server.text("Once upon", 20, **settings)
+        assert body["usage"]["prompt_tokens"] == 9 and body["usage"]["completion_tokens"] <= 20
+        assert choice["finish_reason"] == ("length" if body["usage"]["completion_tokens"] == 20 else "stop")
+
+
+def test_ids_lists_and_several_answers(server):
+    ids = [int(token) for token in TOKENIZER.encode("ab")]
+    body = server.post(prompt=[ids, ids], max_tokens=5, temperature=0).json()
+    assert [choice["text"] for choice in body["choices"]] == [server.text("ab", 5)] * 2
+    drawn = server.post(prompt=["ab", "cd"], n=3, max_tokens=8, temperature=1.5, seed=3).json()["choices"]
+    assert [choice["index"] for choice in drawn] == list(range(6)) and len({choice["text"] for choice in drawn}) > 3
+    again = server.post(prompt=["ab", "cd"], n=3, max_tokens=8, temperature=1.5, seed=3).json()["choices"]
+    assert drawn == again
+
+
+def test_stop_strings_end_the_answer_and_free_the_slot(server):
+    whole = server.text("Once upon", 24)
+    stop = whole[4:7]
+    (choice,) = server.post(prompt="Once upon", max_tokens=24, temperature=0, stop=["#never#", stop]).json()["choices"]
+    assert choice == {"index": 0, "text": whole[: whole.find(stop)], "logprobs": None, "finish_reason": "stop"}
+    assert server.is_idle()
+
+
+def test_a_stream_says_the_same_in_pieces(server):
+    fields = {"prompt": ["Once upon", "ab"], "max_tokens": 24, "temperature": 0, "stream": True}
+    fields["stream_options"] = {"include_usage": True}
+    texts, finishes = ["", ""], [None, None]
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=fields, timeout=60) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    for event in map(json.loads, events[:-1]):
+        for choice in event["choices"]:
+            assert finishes[choice["index"]] is None
+            texts[choice["index"]] += choice["text"]
+            finishes[choice["index"]] = choice["finish_reason"]
+    assert texts == [server.text(prompt, 24) for prompt in fields["prompt"]] and None not in finishes
+    assert json.loads(events[-2])["usage"]["completion_tokens"] > 0 and len(events) > 6
+
+
+REFUSED = [
+    ({"prompt": "a" * 41}, 400, "41 tokens"),
+    ({"prompt": ""}, 400, "0 tokens"),
+    ({}, 400, "expected a text"),
+    ({"prompt": [3, 320]}, 400, "0 to 319"),
+    ({"prompt": [3, True]}, 400, "expected a text"),
+    ({"prompt": "a\ud800"}, 400, "surrogate"),
+    ({"prompt": "a", "max_tokens": 25}, 400, "from 1 to 24"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "from 1 to 24"),
+    ({"prompt": "a", "temperature": -1}, 400, "temperature"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "expected a number"),
+    ({"prompt": "a", "top_p": 0}, 400, "top_p"),
+    ({"prompt": "a", "n": 129}, 400, "from 1 to 128"),
+    ({"prompt": ["a"] * 100, "n": 2}, 400, "128 in all"),
+    ({"prompt": "a", "stop": [""]}, 400, "stop"),
+    ({"prompt": "a", "logprobs": 5}, 400, "not supported"),
+    ({"prompt": "a", "max_token": 5}, 400, "unknown field 'max_token'"),
+    ({"prompt": "a", "model": "gpt"}, 404, "no model 'gpt'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "message"), REFUSED)
+def test_what_cannot_be_answered_is_refused_with_its_reason(server, fields, status, message):
+    response = httpx.post(f"{server.url}/v1/completions", content=json.dumps(fields).encode(), timeout=30)
+    assert response.status_code == status and message in response.json()["error"]["message"]
+    assert server.is_idle()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"", 400), (b"{", 400), (b"[]", 400), (b"\xff{}", 400), (b"[" * 15_000, 400), (b'{"prompt": NaN}', 400)]
+    + [(b'{"prompt": "' + b"a" * 30_000 + b'"}', 413)],
+)
+def test_a_broken_body_is_refused(server, body, status):
+    response = httpx.post(f"{server.url}/v1/completions", content=body, timeout=30)
+    assert response.status_code == status and response.json()["error"]["message"]
+
+
+def test_other_ways(server):
+    assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "tiny"
+    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    assert "error" in httpx.get(f"{server.url}/v1/nothing").json()
+
+
+def test_under_load(server):
+    """200 requests at once: some whole, some streamed, some left early, some that must be refused."""
+    draw = random.Random(3)
+    plan = []
+    for number in range(200):
+        kind = draw.choice(["whole", "whole", "stream", "leaves", "leaves streaming", "oversized", "broken"])
+        prompt = "".join(draw.choice("abcdefgh ") for _ in range(draw.randrange(1, 40)))
+        plan.append((kind, prompt, draw.randrange(1, 25), number))
+
+    async def one(client, kind, prompt, max_tokens, number):
+        fields = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        url = f"{server.url}/v1/completions"
+        if kind == "oversized":
+            return (await client.post(url, json=fields | {"prompt": prompt * 60})).status_code
+        if kind == "broken":
+            return (await client.post(url, content=json.dumps(fields)[: number % 20 + 1].encode())).status_code
+        if kind == "leaves":
+            try:
+                await asyncio.wait_for(client.post(url, json=fields | {"max_tokens": 24}), timeout=0.02 * (number % 9))
+            except TimeoutError:
+                return None
+            return None
+        if kind == "whole":
+            response = await client.post(url, json=fields)
+            return response.status_code, response.json()["choices"][0]["text"]
+        text = ""
+        async with client.stream("POST", url, json=fields | {"stream": True}) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+                    if kind == "leaves streaming":
+                        return None
+        return response.status_code, text
+
+    async def load():
+        limits = httpx.Limits(max_connections=200)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(one(client, *each) for each in plan))
+
+    results = asyncio.run(load())
+    whole = [each for each in plan if each[0] in ("whole", "stream")]
+    answers = generate_tokens(
+        server.batcher.program,
+        server.batcher.params,
+        [[int(token) for token in TOKENIZER.encode(prompt)] for _, prompt, _, _ in whole],
+        allowed_V=ALLOWED,
+        max_new_tokens=24,
+    )
+    expected = {
+        number: (200, TOKENIZER.decode(answer[:max_tokens]))
+        for (_, _, max_tokens, number), answer in zip(whole, answers, strict=True)
+    }
+    for (kind, _, _, number), result in zip(plan, results, strict=True):
+        if kind in ("whole", "stream"):
+            assert result == expected[number], kind
+        elif kind in ("oversized", "broken"):
+            assert result == 400, kind
+    assert server.is_idle(), "a slot is lost"
+    assert server.health()["status"] == "ok"
+
+
+def test_a_full_queue_turns_requests_away(server):
+    fields = {"prompt": ["a"] * 100, "max_tokens": 24, "temperature": 0}
+
+    async def flood():
+        async with httpx.AsyncClient(timeout=120) as client:
+            sent = [client.post(f"{server.url}/v1/completions", json=fields) for _ in range(4)]
+            return [response.status_code for response in await asyncio.gather(*sent)]
+
+    statuses = asyncio.run(flood())
+    assert 429 in statuses and 200 in statuses and set(statuses) <= {200, 429}
+    assert server.is_idle()
