@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from t5x_like.commands.arguments import add_run_command, not_negative, positive, simulate_devices
+from t5x_like.commands.arguments import add_command, add_devices_option, not_negative, positive, simulate_devices
 
 
 def register(commands: Any) -> None:
-    parser = add_run_command(commands, "serve", _run, "answer completion requests over HTTP, as OpenAI's API does")
+    parser = add_command(commands, "serve", _run, "answer completion requests over HTTP, as OpenAI's API does")
+    add_devices_option(parser)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="of a run, or what `convert --from` wrote")
     parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="(default: 127.0.0.1)")
     parser.add_argument("--port", type=not_negative, default=8000, metavar="N", help="0: a free one (default: 8000)")
     parser.add_argument("--slots", type=positive, default=8, metavar="N", help="answers decoded at once (default: 8)")
@@ -28,6 +31,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument("--cache-dtype", choices=("bfloat16", "int8"), help="of keys and values (default: the model's)")
     parser.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the newest)")
+    parser.set_defaults(overrides=False)
 
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
@@ -35,7 +39,7 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
     from t5x_like.serving.command import serve_command
 
     return serve_command(
-        options.run_dir,
+        options.directory,
         host=options.host,
         port=options.port,
         slots=options.slots,

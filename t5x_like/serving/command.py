@@ -1,4 +1,4 @@
-"""`t5x-like serve`: a trained run behind HTTP."""
+"""`t5x-like serve`: a model behind HTTP."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from t5x_like.config import EXIT_OK, EXIT_UNEXPECTED, ConfigError, Problem, RefusedError
 from t5x_like.decoding.continuous import Batcher, Sizes
-from t5x_like.decoding.prompts import longest_prompt, prompt_format
-from t5x_like.decoding.trained import open_trained
-from t5x_like.run_directory import read_config
+from t5x_like.decoding.models import ends_in_eos, formats_of, open_model
+
+LONGEST = 512
+"""Tokens of an imported model's longest prompt."""
 
 
 def serve_command(
-    run_dir: Path,
+    directory: Path,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -31,10 +34,10 @@ def serve_command(
     """Serves completions until it is told to leave (SIGINT, SIGTERM); what is being answered then is given up.
 
     Args:
-      run_dir: Directory of a run.
+      directory: Path of a run.
       port: 0 takes a free one, which is printed.
       slots: Answers that are decoded at once.
-      prompt_length: Tokens of the longest prompt; None: as in training.
+      prompt_length: Tokens of the longest prompt; None: as in training, or `LONGEST` for an imported model.
       max_new_tokens: Tokens of the longest answer.
       max_waiting: Answers that may wait for a slot.
       timeout: Seconds that a request may take.
@@ -63,29 +66,28 @@ def serve_command(
     ]
     if problems:
         raise ConfigError(problems)
-    form = prompt_format(read_config(run_dir).data, mode)
-    trained = open_trained(run_dir)
-    step, params = trained.params(step)
-    tokenizer, model = trained.store.tokenizer, trained.run.model
+    formats = formats_of(directory, mode)
+    opened = open_model(directory, jax.local_devices())
+    step, params = opened.load(step)
+    speller, form = opened.speller, ends_in_eos(opened.speller, formats.plain)
     batcher = Batcher(
-        trained.program,
+        opened.program,
         params,
-        allowed_V=form.allowed(trained.store.vocabulary, model.vocab_size),
+        allowed_V=opened.allowed(form),
         bidirectional=form.bidirectional,
-        sizes=Sizes(slots, prompt_length or longest_prompt(trained.run.data, form), max_new_tokens),
+        sizes=Sizes(slots, prompt_length or opened.longest_prompt(form) or LONGEST, max_new_tokens),
         cache_dtype=cache_dtype,
     )
 
     def encode(text: str) -> list[int]:
-        ids = tokenizer.encode_marked(text) if form.sentinels else tokenizer.encode(text)
-        return form.ids([int(token) for token in ids], tokenizer.vocabulary)
+        return form.ids(speller.encode_marked(text) if form.sentinels else speller.encode(text), speller.vocabulary)
 
     service = Service(
-        model=trained.run.name,
+        model=directory.resolve().name if opened.data is None else opened.program.run.name,
         batcher=batcher,
         encode=encode,
-        decode=lambda tokens: tokenizer.decode(list(tokens)),
-        vocab_size=model.vocab_size,
+        decode=lambda tokens: speller.decode(list(tokens)),
+        vocab_size=opened.program.run.model.vocab_size,
         most_waiting=max_waiting,
         timeout=timeout,
     )
@@ -94,7 +96,7 @@ def serve_command(
     config = uvicorn.Config(make_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
     sizes = batcher.sizes
     print(
-        f"{run_dir}, step {step:,}: prompts of up to {sizes.prompt_length:,} tokens, answers of up to "
+        f"{directory}, step {step:,}: prompts of up to {sizes.prompt_length:,} tokens, answers of up to "
         f"{sizes.new_tokens:,}, {sizes.slots} at once",
         file=sys.stderr,
     )
