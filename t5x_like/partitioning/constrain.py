@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -12,6 +14,22 @@ from jax.sharding import Mesh, NamedSharding
 from t5x_like.kernels.masks import Split
 from t5x_like.partitioning.rules import LogicalAxes, Rules, spec, split_axes
 
+
+class Constrained(NamedTuple):
+    """An activation that `constrain` was called with.
+
+    Attributes:
+      place: Class and function in which it was called.
+    """
+
+    place: str
+    names: LogicalAxes
+    shape: tuple[int, ...]
+    dtype: Any
+    sharding: NamedSharding
+
+
+_RECORD: contextvars.ContextVar[list[Constrained] | None] = contextvars.ContextVar("constrained", default=None)
 _ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("activation_context", default=None)
 
 
@@ -25,6 +43,17 @@ def activation_context(mesh: Mesh, rules: Rules) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Constrained]]:
+    """Within: what `constrain` is called with, in order, as the function in here is traced."""
+    found: list[Constrained] = []
+    token = _RECORD.set(found)
+    try:
+        yield found
+    finally:
+        _RECORD.reset(token)
 
 
 def is_split() -> bool:
@@ -67,4 +96,9 @@ def constrain(x: jax.Array, names: LogicalAxes) -> jax.Array:
     if active is None or active[0].size == 1:
         return x
     mesh, rules = active
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(names, rules.activations, x.shape, mesh)))
+    sharding = NamedSharding(mesh, spec(names, rules.activations, x.shape, mesh))
+    record = _RECORD.get()
+    if record is not None:
+        place = sys._getframe(1).f_code.co_qualname
+        record.append(Constrained(place, names, tuple(x.shape), x.dtype, sharding))
+    return jax.lax.with_sharding_constraint(x, sharding)

@@ -113,13 +113,13 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
 
 def bytes_per_device(tree: Tree) -> int:
     """Of a tree of `jax.ShapeDtypeStruct`s with shardings."""
-    return sum(_of_leaf(x) for x in jax.tree.leaves(tree))
+    return sum(leaf_bytes(x) for x in jax.tree.leaves(tree))
 
 
 def padding_per_device(tree: Tree) -> int:
     """What a TPU's tiles add to `bytes_per_device`."""
     return sum(
-        tiled_bytes(x.sharding.shard_shape(x.shape), x.dtype.itemsize) - _of_leaf(x) for x in jax.tree.leaves(tree)
+        tiled_bytes(x.sharding.shard_shape(x.shape), x.dtype.itemsize) - leaf_bytes(x) for x in jax.tree.leaves(tree)
     )
 
 
@@ -140,7 +140,8 @@ def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
     return min(padded, default=0) * itemsize
 
 
-def _of_leaf(x: Any) -> int:
+def leaf_bytes(x: Any) -> int:
+    """Of one array that knows its sharding, on a device."""
     return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
@@ -154,7 +155,7 @@ def is_tiled(program: Program) -> bool:
 
 
 def _largest(tree: Tree) -> int:
-    return max((_of_leaf(x) for x in jax.tree.leaves(tree)), default=0)
+    return max((leaf_bytes(x) for x in jax.tree.leaves(tree)), default=0)
 
 
 def trained_params(program: Program) -> Tree:

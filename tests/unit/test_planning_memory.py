@@ -15,8 +15,8 @@ from planning_runs import FAMILIES, small_run
 from t5x_like.config import Adafactor, AdamW, Freeze, PartitioningConfig, RunConfig
 from t5x_like.models.build import abstract, merge
 from t5x_like.planning import activations
-from t5x_like.planning.devices import described_devices
 from t5x_like.planning.memory import bytes_per_device, estimate, tiled_bytes, trained_params
+from t5x_like.planning.outlines import device_outlines
 from t5x_like.planning.topologies import parse_topology
 from t5x_like.program import assemble
 from t5x_like.training.losses import batch_metrics, summed_loss
@@ -102,7 +102,7 @@ def test_state_is_exactly_what_the_devices_hold(family: str, partitioning: Parti
 
 def described(run: RunConfig, topology: str) -> Any:
     machine = parse_topology(topology)
-    return estimate(assemble(run, described_devices(machine)), machine.usable_bytes)
+    return estimate(assemble(run, device_outlines(machine)), machine.usable_bytes)
 
 
 def partitioned(run: RunConfig, **degrees: int) -> RunConfig:
