@@ -197,6 +197,8 @@ def init_program_state(program: Program) -> Tree:
     def make() -> Tree:
         key = jax.random.key(run.training.seed)
         params = build(run.model, key) if program.adaptation is None else program.adaptation.init(key)
-        return init_state(params, program.optimizer, run.training.seed)
+        state = init_state(params, program.optimizer, run.training.seed)
+        # The zeros of an optimizer can be weakly typed, those of a step are not: it would be compiled twice.
+        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
     return jax.jit(make, out_shardings=shardings)()

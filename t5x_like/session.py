@@ -29,7 +29,7 @@ from t5x_like.monitoring.metrics import Mean, add, value
 from t5x_like.monitoring.progress import Progress
 from t5x_like.monitoring.throughput import Peak, rates
 from t5x_like.monitoring.writers import JsonlWriter, NoWriter, TensorBoardWriter, Writer, Writers
-from t5x_like.partitioning.agreement import by_first
+from t5x_like.partitioning.agreement import by_first, compile_together
 from t5x_like.partitioning.rows import on_host
 from t5x_like.planning.flops import training_flops
 from t5x_like.planning.tokens import tokens_per_step
@@ -90,6 +90,8 @@ class Session:
         """Starts a training step; returns before it is done."""
         self.watchdog.beat(1.0 if self.compiled else NO_STEP)
         with self.clock.state("step" if self.compiled else "compile"):
+            if not self.compiled:
+                compile_together(self.program.train_step, self.state, batch)
             self.state, metrics = self.program.train_step(self.state, batch)
             self.compiled = True
         self.step += 1

@@ -11,7 +11,7 @@ from typing import Any
 from t5x_like.commands import train
 from t5x_like.commands.arguments import Parser, configured_run, not_negative, positive
 from t5x_like.config import EXIT_OK, ConfigError, Problem, RunConfig
-from t5x_like.launching import gke, skypilot, slurm, tpu_vm
+from t5x_like.launching import gke, local, skypilot, slurm, tpu_vm
 from t5x_like.launching.execute import execute, write
 from t5x_like.launching.job import Job
 from t5x_like.launching.rendering import Rendering, to_text
@@ -28,6 +28,7 @@ def register(commands: Any) -> None:
         epilog="What stands behind -- is for `train`: ... launch slurm smoke --nodes 2 -- --training.batch-size 64",
     )
     targets = parser.add_subparsers(metavar="TARGET", required=True, parser_class=Parser)
+    _add_local(targets)
     _tpu_vm_options(_add_target(targets, "tpu-vm", _tpu_vm, "TPU VMs of Google Cloud, by gcloud"))
     _gke_options(_add_target(targets, "gke", _gke, "a JobSet on Kubernetes with TPUs or GPUs, queued by Kueue"))
     _slurm_options(_add_target(targets, "slurm", _slurm, "a SLURM cluster, a process per GPU"))
@@ -64,6 +65,33 @@ def _add_target(targets: Any, name: str, render: Render, where: str) -> argparse
         "--grace-seconds", type=positive, default=Job.grace_seconds, metavar="S", help="that a save may take"
     )
     return parser
+
+
+def _add_local(targets: Any) -> None:
+    where = "this machine, in several processes"
+    parser: argparse.ArgumentParser = targets.add_parser("local", help=where, description=f"Starts a run on {where}.")
+    parser.set_defaults(run=_run_local, parser=parser, overrides=True)
+    parser.add_argument("recipe", metavar="RECIPE", help="as `train` takes it; it is checked once, here")
+    parser.add_argument("--execute", action="store_true", help="start it; without this nothing is run")
+    parser.add_argument("-n", "--processes", type=positive, required=True, metavar="N", help="how many")
+    parser.add_argument(
+        "--devices-per-process", type=positive, metavar="N", help="GPUs of each, or CPU devices without GPUs"
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="the run's directory (default: runs/NAME)")
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="gets what process N prints, as process.N.txt")
+
+
+def _run_local(options: argparse.Namespace, extra: list[str]) -> int:
+    run = _checked(options, extra)
+    workdir = options.workdir or str(Path("runs") / run.name)
+    arguments = ["-m", "t5x_like", "train", options.recipe, "--workdir", workdir, *extra]
+    count, devices = options.processes, options.devices_per_process
+    if not options.execute:
+        print(local.describe(["python", *arguments], count, devices))
+        return EXIT_OK
+    return local.launch_local(
+        [sys.executable, *arguments], processes=count, devices_per_process=devices, log_dir=options.log_dir
+    )
 
 
 def _run(options: argparse.Namespace, extra: list[str]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
@@ -68,13 +69,16 @@ def embed_command(
     )
     how = encoder.embedding
     said = f"{how.pooling} pooling, {'' if how.normalize else 'not '}normalised, up to {encoder.max_length} tokens"
-    print(f"{directory}: {encoder.width} numbers per text, {said}", file=sys.stderr)
-    vectors = embed(encoder, texts, console=Console(stderr=True))
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        print(f"{directory}: {encoder.width} numbers per text, {said}", file=sys.stderr)
+    vectors = embed(encoder, texts, console=Console(stderr=True) if is_writer else None)
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
         raise DataError(f"{directory}: the embedding of text {row + 1} is not finite in all its numbers")
-    _write(output, texts, vectors)
-    print(f"{output}: {len(texts):,} embeddings", file=sys.stderr)
+    if is_writer:
+        _write(output, texts, vectors)
+        print(f"{output}: {len(texts):,} embeddings", file=sys.stderr)
     return EXIT_OK
 
 

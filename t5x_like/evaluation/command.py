@@ -47,7 +47,7 @@ def evaluate_run(
     """
     trained = open_trained(run_dir)
     results = []
-    console = Console()
+    console = Console(quiet=jax.process_index() > 0)
     for chosen in steps or (None,):
         step, params = trained.params(chosen)
         if output is None:

@@ -16,6 +16,7 @@ from t5x_like.data.store import Split, Store
 from t5x_like.evaluation import baselines
 from t5x_like.evaluation.heads import head_scores
 from t5x_like.monitoring.metrics import Mean, add, value
+from t5x_like.partitioning.agreement import compile_together
 from t5x_like.partitioning.rows import on_host
 from t5x_like.program import Program
 from t5x_like.training.losses import is_of_logits
@@ -105,7 +106,12 @@ def _train_counts(split: Split, vocab_size: int) -> npt.NDArray[np.int64]:
 
 def _sums(program: Program, params: Tree, batches: Iterable[Mapping[str, Features]]) -> dict[str, Mean]:
     """Metrics added over batches, in double precision on the host; the device runs ahead of it."""
-    steps = [program.eval_step(params, program.put_whole(batch)) for batch in batches]
+    steps: list[Mapping[str, Mean]] = []
+    for batch in batches:
+        placed = program.put_whole(batch)
+        if not steps:
+            compile_together(program.eval_step, params, placed)
+        steps.append(program.eval_step(params, placed))
     total = {name: Mean(0.0, 0.0) for name in ("loss", "accuracy")}
     for metrics in on_host(steps):
         total = add(total, {name: Mean(float(mean.sum), float(mean.weight)) for name, mean in metrics.items()})

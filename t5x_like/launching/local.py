@@ -73,19 +73,17 @@ def process_environment(
     index: int, processes: int, port: int, devices_per_process: int | None, environment: Mapping[str, str]
 ) -> dict[str, str]:
     """The variables that tell a process who it is."""
-    no_proxy = ",".join(filter(None, [environment.get("no_proxy", ""), _HOST, "localhost"]))
     variables = {
         "JAX_COORDINATOR_ADDRESS": f"{_HOST}:{port}",
         # Nobody else's business: by default jax listens on all of the machine's addresses.
         "JAX_COORDINATOR_BIND_ADDRESS": f"{_HOST}:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_PROCESS_ID": str(index),
-        "no_proxy": no_proxy,
-        "no_grpc_proxy": no_proxy,
-        # jax warns of any variable with such a name, these ones included.
-        "JAX_CHECK_PROXY_ENVS": "0",
         "PYTHONUNBUFFERED": "1",
     }
+    if any(name in environment for name in ("http_proxy", "https_proxy", "grpc_proxy")):
+        # Not on the way to a process of this machine.
+        variables["no_proxy"] = ",".join(filter(None, [environment.get("no_proxy", ""), _HOST, "localhost"]))
     if devices_per_process is None:
         return variables
     if environment.get("JAX_PLATFORMS", "") != "cpu" and glob.glob("/dev/nvidia[0-9]*"):

@@ -63,6 +63,14 @@ def meet() -> None:
         _client().wait_at_barrier(f"{_PREFIX}/meeting/{next(_numbers)}", _MEETING_MILLISECONDS)
 
 
+def compile_together(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for these arguments, and waits until all processes have: the first collective
+    operation on CPUs allows 30 seconds between the first process and the last, and compilers do not run in step."""
+    if jax.process_count() > 1:
+        function.lower(*arguments).compile()
+        meet()
+
+
 def require_same(text: str, what: str) -> None:
     """Raises RefusedError in a process whose text is not that of process 0."""
     if by_first(lambda: text) != text:
