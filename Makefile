@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke picture test test-slow test-hf test-aot test-wheel lint format install install-dev install-hf constraints clean
+.PHONY: smoke picture test test-slow test-hf test-aot golden-shardings test-wheel lint format install install-dev install-hf constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
@@ -46,6 +46,10 @@ test-aot:
 .PHONY: compile-ahead
 compile-ahead: $(VENV)/.installed-tpu
 	$(BIN)/python -m pytest -m aot tests/aot
+
+# How the shipped recipes are split over the machines that they name, written anew: look at the difference.
+golden-shardings: install-dev
+	JAX_PLATFORMS=cpu $(BIN)/python tests/golden/sharding_tables.py
 
 # Builds the wheel, installs it alone in an empty environment, and uses it from an empty directory.
 test-wheel: $(VENV)/.created

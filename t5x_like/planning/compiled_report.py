@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from rich.console import Console
@@ -11,10 +10,16 @@ from rich.table import Table
 
 from t5x_like.config import RunConfig, batch_spec
 from t5x_like.config.validate import validate
-from t5x_like.planning.compile import Compiled, gibibytes
-from t5x_like.planning.roofline import Roofline, training_roofline
+from t5x_like.planning.compile import Compiled
+from t5x_like.planning.roofline import Roofline, roofline
 
 _BUFFERS, _COLLECTIVES = 8, 12
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_DECODE_KNOBS = (
+    "--decode-rows: fewer at once, with less of everything but parameters",
+    "--decode-length: shorter rows, with smaller caches",
+    "--partitioning.tensor: each layer and its cache over more devices",
+)
 
 
 def print_compiled(run: RunConfig, compiled: Compiled, console: Console) -> None:
@@ -22,22 +27,22 @@ def print_compiled(run: RunConfig, compiled: Compiled, console: Console) -> None
     effort = "effort O0" if compiled.effort == "low" else "default effort"
     axes = ", ".join(f"{axis}={degree}" for axis, degree in compiled.mesh.items() if degree > 1) or "one device"
     console.print(
-        f"XLA:TPU compiled the {compiled.step} step for {compiled.topology} ({axes}) in {compiled.seconds:.0f} s, "
-        f"{effort}",
+        f"XLA:TPU compiled the {compiled.step} step ({compiled.work}) for {compiled.topology} ({axes}) in "
+        f"{compiled.seconds:.0f} s, {effort}",
         highlight=False,
     )
     if compiled.fits:
         share = compiled.peak_bytes / compiled.limit_bytes
         console.print(
-            f"[bold green]fits[/]: peak {gibibytes(compiled.peak_bytes)} of {gibibytes(compiled.limit_bytes)} per "
-            f"device ({share:.0%}), {gibibytes(compiled.room_bytes)} left; state and batch are "
-            f"{gibibytes(compiled.argument_bytes)} of it",
+            f"[bold green]fits[/]: peak {readable(compiled.peak_bytes)} of {readable(compiled.limit_bytes)} per "
+            f"device ({share:.0%}), {readable(compiled.room_bytes)} left; its arguments are "
+            f"{readable(compiled.argument_bytes)} of it",
             highlight=False,
         )
     else:
         console.print(
-            f"[bold red]does not fit[/]: needs {gibibytes(compiled.peak_bytes)} of {gibibytes(compiled.limit_bytes)} "
-            f"per device, {gibibytes(-compiled.room_bytes)} too much. In XLA's words:",
+            f"[bold red]does not fit[/]: needs {readable(compiled.peak_bytes)} of {readable(compiled.limit_bytes)} "
+            f"per device, {readable(-compiled.room_bytes)} too much. In XLA's words:",
             highlight=False,
         )
         console.print(f"  {compiled.words.splitlines()[0]}", markup=False, highlight=False)
@@ -46,28 +51,27 @@ def print_compiled(run: RunConfig, compiled: Compiled, console: Console) -> None
     console.print(_buffers(compiled))
     if not compiled.fits:
         console.print("Three knobs to turn:")
-        for knob in knobs(run)[:3]:
+        for knob in (knobs(run) if compiled.step == "train" else _DECODE_KNOBS)[:3]:
             console.print(f"  {knob}", markup=False, highlight=False)
         return
     console.print(_collectives(compiled))
-    if compiled.step == "train":
-        console.print(_roofline(training_roofline(run, compiled)))
+    console.print(_roofline(roofline(compiled)))
 
 
 def _buffers(compiled: Compiled) -> Table:
     total = sum(buffer.bytes for buffer in compiled.buffers)
     rest = compiled.buffers[_BUFFERS:]
     table = Table(
-        title=f"Largest buffers at the fullest moment ({gibibytes(total)} alive per device)", title_justify="left"
+        title=f"Largest buffers at the fullest moment ({readable(total)} alive per device)", title_justify="left"
     )
     table.add_column("bytes", justify="right")
     table.add_column("array")
     table.add_column("where it comes from", overflow="fold")
     for buffer in compiled.buffers[:_BUFFERS]:
         times = f"{buffer.count} x " if buffer.count > 1 else ""
-        table.add_row(gibibytes(buffer.bytes), times + buffer.shape.replace("[", r"\["), buffer.place)
+        table.add_row(readable(buffer.bytes), times + buffer.shape.replace("[", r"\["), buffer.place)
     if rest:
-        table.add_row(gibibytes(sum(buffer.bytes for buffer in rest)), f"{len(rest)} more", "")
+        table.add_row(readable(sum(buffer.bytes for buffer in rest)), f"{len(rest)} more", "")
     return table
 
 
@@ -84,8 +88,8 @@ def _collectives(compiled: Compiled) -> Table:
             ", ".join(each.axes) or "none",
             over,
             str(each.count),
-            gibibytes(each.bytes),
-            gibibytes(each.sent),
+            readable(each.bytes),
+            readable(each.sent),
         )
     return table
 
@@ -135,10 +139,19 @@ def _changed(run: RunConfig, changes: dict[str, dict[str, Any]]) -> RunConfig:
     return dataclasses.replace(run, **sections)
 
 
-def as_dict(run: RunConfig, compiled: Compiled) -> dict[str, Any]:
+def readable(size: float) -> str:
+    """Bytes in the unit that suits them."""
+    unit = next((unit for unit in ("GiB", "MiB", "KiB") if abs(size) >= _UNITS[unit]), "KiB")
+    return f"{size / _UNITS[unit]:.2f} {unit}"
+
+
+def as_dict(compiled: Compiled) -> dict[str, Any]:
     """What of a compiled step belongs into a file."""
     found = {
         "step": compiled.step,
+        "work": compiled.work,
+        "seconds": round(compiled.seconds, 1),
+        "executed_flops": compiled.executed_flops,
         "topology": str(compiled.topology),
         "mesh": dict(compiled.mesh),
         "effort": compiled.effort,
@@ -152,8 +165,6 @@ def as_dict(run: RunConfig, compiled: Compiled) -> dict[str, Any]:
         "traffic_bytes": compiled.traffic_bytes,
         "complaints": list(compiled.complaints),
     }
-    if compiled.fits and compiled.step == "train":
-        found["roofline_seconds"] = {
-            name: seconds for name, seconds in training_roofline(run, compiled).parts.items() if math.isfinite(seconds)
-        }
+    if compiled.fits:
+        found["roofline_seconds"] = roofline(compiled).parts
     return found

@@ -15,8 +15,8 @@ from t5x_like.config import RunConfig
 from t5x_like.config.recipes import apply_overrides, load_recipe
 from t5x_like.planning.compile import Compiled, compile_lowered, compile_train_step
 from t5x_like.planning.compiled_report import print_compiled
-from t5x_like.planning.described import described_devices
-from t5x_like.planning.roofline import training_roofline
+from t5x_like.planning.compiler import compiler_devices
+from t5x_like.planning.roofline import roofline
 from t5x_like.planning.topologies import Topology, parse_topology
 from t5x_like.program import assemble
 
@@ -57,7 +57,7 @@ def test_gathers_of_parameters_are_counted_in_every_layer() -> None:
     all of them, twice, to what XLA keeps or gathers once more (tables, the head)."""
     run = recipe("smoke:decoder", "--model.remat", "full")
     compiled = compile_train_step(run, parse_topology("v5e:2x2"))
-    program = assemble(run, described_devices(compiled.topology))
+    program = assemble(run, compiler_devices(compiled.topology))
     layers = sum(x.size * 4 for x in jax.tree.leaves(program.abstract_params["decoder"]["layers"]))
     gathered = sum(each.bytes for each in compiled.collectives if each.kind in ("all-gather", "collective-permute"))
     everything = sum(x.size * 4 for x in jax.tree.leaves(program.abstract_params))
@@ -72,10 +72,10 @@ def test_two_slices_sum_gradients_over_the_network() -> None:
     between = [each for each in compiled.collectives if each.slices == 2]
     assert {each.axes for each in between} == {("data",)}
     # Each device sends its share of the float32 gradient, a quarter of it, to the other slice.
-    program = assemble(run, described_devices(compiled.topology))
+    program = assemble(run, compiler_devices(compiled.topology))
     share = sum(x.size * 4 for x in jax.tree.leaves(program.abstract_params)) / 4
     assert sum(each.sent_between_slices for each in between) == pytest.approx(share, rel=0.1)
-    assert training_roofline(run, compiled).network > 0
+    assert roofline(compiled).network > 0
 
 
 def test_an_oversized_run_is_refused_in_the_compilers_words(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +97,7 @@ def test_a_program_whose_shardings_cannot_be_reached_is_complained_of() -> None:
     """What the other tests assert to be absent is seen where it is."""
     run = recipe("smoke:decoder", "--training.batch-size", "8", "--partitioning.tensor", "2")
     topology = parse_topology("v5e:2x4")
-    program = assemble(run, described_devices(topology))
+    program = assemble(run, compiler_devices(topology))
 
     def place(x: Any, *axes: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, NamedSharding(program.mesh, PartitionSpec(*axes)))

@@ -1,4 +1,4 @@
-"""Devices that are described only: what XLA's TPU compiler (libtpu) makes of a topology, on a machine without TPUs."""
+"""XLA's TPU compiler (libtpu) on a machine without TPUs: the devices that it makes of a topology, and what it says."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def compiler_is_installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def described_devices(topology: Topology) -> list[Any]:
-    """The devices of a topology, to be given to `program.assemble`.
+def compiler_devices(topology: Topology) -> list[Any]:
+    """The devices of a topology, to be given to `program.assemble`, whose program can then be compiled.
 
     Raises:
       UserError: libtpu is not installed.
