@@ -38,5 +38,5 @@ def xxl() -> RunConfig:
         name="t5_1_1_xxl",
         model=dataclasses.replace(presets.t5_1_1("xxl"), dtype="bfloat16", remat="full"),
         training=dataclasses.replace(run.training, num_train_steps=1_000_000, batch_size=2048),
-        partitioning=PartitioningConfig(topology="v5e:16x16"),
+        partitioning=PartitioningConfig(tensor=4, topology="v5e:16x16"),
     )

@@ -41,7 +41,7 @@ def prefix_lm() -> RunConfig:
 
 
 def ul2_20b() -> RunConfig:
-    """UL2 20B for a v5p of 64 chips: steps of about 0.8M tokens, near the paper's 1024 rows."""
+    """UL2 20B for a v5p of 64 chips: steps of 0.7M tokens, near the paper's 1024 rows."""
     run = recipe()
     model = dataclasses.replace(presets.ul2_20b(), vocab_size=32_256, dtype="bfloat16", remat="full")
     return dataclasses.replace(

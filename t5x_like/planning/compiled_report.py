@@ -48,22 +48,21 @@ def print_compiled(run: RunConfig, compiled: Compiled, console: Console) -> None
         console.print(f"  {compiled.words.splitlines()[0]}", markup=False, highlight=False)
     for complaint in compiled.complaints:
         console.print(f"[bold yellow]XLA complains[/]: {complaint}", highlight=False)
-    console.print(_buffers(compiled))
+    _print_buffers(compiled, console)
     if not compiled.fits:
         console.print("Three knobs to turn:")
         for knob in (knobs(run) if compiled.step == "train" else _DECODE_KNOBS)[:3]:
             console.print(f"  {knob}", markup=False, highlight=False)
         return
-    console.print(_collectives(compiled))
-    console.print(_roofline(roofline(compiled)))
+    _print_collectives(compiled, console)
+    _print_roofline(roofline(compiled), console)
 
 
-def _buffers(compiled: Compiled) -> Table:
+def _print_buffers(compiled: Compiled, console: Console) -> None:
     total = sum(buffer.bytes for buffer in compiled.buffers)
     rest = compiled.buffers[_BUFFERS:]
-    table = Table(
-        title=f"Largest buffers at the fullest moment ({readable(total)} alive per device)", title_justify="left"
-    )
+    console.print(f"Largest buffers at the fullest moment ({readable(total)} alive per device):", highlight=False)
+    table = Table()
     table.add_column("bytes", justify="right")
     table.add_column("array")
     table.add_column("where it comes from", overflow="fold")
@@ -72,11 +71,12 @@ def _buffers(compiled: Compiled) -> Table:
         table.add_row(readable(buffer.bytes), times + buffer.shape.replace("[", r"\["), buffer.place)
     if rest:
         table.add_row(readable(sum(buffer.bytes for buffer in rest)), f"{len(rest)} more", "")
-    return table
+    console.print(table)
 
 
-def _collectives(compiled: Compiled) -> Table:
-    table = Table(title="Collectives of a step, by mesh axis; bytes per device", title_justify="left")
+def _print_collectives(compiled: Compiled, console: Console) -> None:
+    console.print("Collectives of a step, by mesh axis; bytes per device:")
+    table = Table()
     for name in ("kind", "axes", "over"):
         table.add_column(name)
     for name in ("count", "arrays", "sent"):
@@ -91,18 +91,18 @@ def _collectives(compiled: Compiled) -> Table:
             readable(each.bytes),
             readable(each.sent),
         )
-    return table
+    console.print(table)
 
 
-def _roofline(found: Roofline) -> Table:
-    title = "Roofline: least seconds of a step by each resource alone. Not a measurement, and no forecast"
-    table = Table(title=title, title_justify="left")
+def _print_roofline(found: Roofline, console: Console) -> None:
+    console.print("Roofline, the least seconds of a step by each resource alone. Not a measurement, and no forecast:")
+    table = Table()
     for name in found.parts:
         table.add_column(name, justify="right")
     table.add_column("bound by")
     table.add_column("without overlap", justify="right")
     table.add_row(*(f"{seconds:.3g}" for seconds in found.parts.values()), found.bound, f"{found.without_overlap:.3g}")
-    return table
+    console.print(table)
 
 
 def knobs(run: RunConfig) -> list[str]:
