@@ -13,8 +13,8 @@ import sys
 
 from t5x_like.config.recipes import load_recipe
 from t5x_like.planning.compile import compile_train_step
-from t5x_like.planning.devices import described_devices
 from t5x_like.planning.memory import estimate
+from t5x_like.planning.outlines import device_outlines
 from t5x_like.planning.roofline import roofline
 from t5x_like.planning.topologies import GIB, parse_topology
 from t5x_like.program import assemble
@@ -37,7 +37,7 @@ def row(name: str, effort: str) -> tuple[str, bool]:
     run = load_recipe(name)
     assert run.partitioning.topology is not None, f"{name} names no machine"
     topology = parse_topology(run.partitioning.topology)
-    estimated = estimate(assemble(run, described_devices(topology))).peak_bytes
+    estimated = estimate(assemble(run, device_outlines(topology))).peak_bytes
     compiled = compile_train_step(run, topology, effort="default" if effort == "default" else "low")
     mesh = " ".join(f"{axis}={degree}" for axis, degree in compiled.mesh.items() if degree > 1)
     bound = roofline(compiled).bound if compiled.fits else "does not fit"

@@ -1,5 +1,5 @@
 """Outlines of devices that need not exist: enough of one for a mesh, shardings and an abstract trace, and no more, so
-that a plan needs nothing but jax. To compile for a machine, `planning.described` asks XLA's own description of it."""
+that a plan needs nothing but jax. To compile for a machine, `planning.compiler` asks XLA's own description of it."""
 
 from __future__ import annotations
 

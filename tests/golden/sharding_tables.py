@@ -1,19 +1,21 @@
-"""How every array of a training state is split, for each shipped recipe on the machine that it names.
+"""How every array of a training step is split, for each shipped recipe on the machine that it names.
 
 `make golden-shardings` writes the tables anew; what `git diff` then shows is what a change of rules does to a run.
 """
 
 from __future__ import annotations
 
+import collections
 import sys
 from pathlib import Path
 
 from t5x_like.config import RunConfig
 from t5x_like.config.recipes import load_recipe
 from t5x_like.partitioning.shardings import report
-from t5x_like.planning.devices import described_devices
+from t5x_like.planning.outlines import device_outlines
+from t5x_like.planning.shardings import activation_rows, spec_text
 from t5x_like.planning.topologies import parse_topology
-from t5x_like.program import assemble
+from t5x_like.program import Program, assemble
 
 FOLDER = Path(__file__).parent / "shardings"
 RECIPES = (
@@ -32,20 +34,33 @@ def file_of(run: RunConfig) -> Path:
     return FOLDER / f"{run.name}.{run.partitioning.topology.replace(' ', '').replace(':', '_')}.txt"
 
 
-def table(run: RunConfig) -> str:
-    """A line per array: its path, its shape, the mesh axes of each dimension, the bytes on each device."""
+def program_of(run: RunConfig) -> Program:
     assert run.partitioning.topology is not None
-    topology = parse_topology(run.partitioning.topology)
-    program = assemble(run, described_devices(topology))
+    return assemble(run, device_outlines(parse_topology(run.partitioning.topology)))
+
+
+def state_table(program: Program) -> str:
+    """A line per array of the state: its path, its shape, the mesh axes of each dimension, the bytes on a device."""
     axes = " ".join(f"{axis}={degree}" for axis, degree in program.mesh.shape.items())
     rows = report(program.logical_axes, program.abstract_state, program.mesh, program.rules)
-    total = sum(row.bytes_per_device for row in rows)
-    lines = [f"{topology}: {axes}", f"bytes per device: {total}", ""]
+    lines = [
+        f"{program.run.partitioning.topology}: {axes}",
+        f"state: {sum(row.bytes_per_device for row in rows)} bytes per device",
+    ]
     for row in sorted(rows, key=lambda row: row.path):
-        split = [axis if isinstance(axis, str | None) else "+".join(axis) for axis in row.spec]
-        named = [axis or "-" for axis in (*split, *[None] * (len(row.shape) - len(split)))]
-        lines.append(f"{row.path} {list(row.shape)} {' '.join(named)} {row.bytes_per_device}".replace("  ", " "))
+        lines.append(f"{row.path} {list(row.shape)} {spec_text(row.spec, len(row.shape))} {row.bytes_per_device}")
     return "\n".join(lines) + "\n"
+
+
+def activations_table(program: Program) -> str:
+    """A line for what is alike: how many, logical axes, shape, mesh axes, the bytes of one on a device. Where in the
+    code they are made is left out, so that moving it changes no table."""
+    counted: collections.Counter[str] = collections.Counter()
+    for row in activation_rows(program):
+        line = f"({row.axes}) {row.dtype}{list(row.shape)} {row.spec} {row.bytes_per_device}"
+        counted[line] += row.copies
+    lines = [f"{copies} x {line}" for line, copies in sorted(counted.items())]
+    return "\n".join(["activations of a step, layers of a scan once:", *lines]) + "\n"
 
 
 def main() -> int:
@@ -53,9 +68,10 @@ def main() -> int:
     for old in FOLDER.glob("*.txt"):
         old.unlink()
     for name in RECIPES:
-        run = load_recipe(name)
-        file_of(run).write_text(table(run))
-        print(file_of(run))
+        program = program_of(load_recipe(name))
+        path = file_of(program.run)
+        path.write_text(f"{state_table(program)}\n{activations_table(program)}")
+        print(path)
     return 0
 
 
