@@ -93,6 +93,8 @@ def show(
         versions=versions(),
     )
     print_summary(summary, console)
+    if program.mesh_reason is not None:
+        console.print(f"mesh chosen: {program.mesh_reason}", highlight=False)
     if base is not None and program.adaptation is not None:
         adapters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_params))
         console.print(

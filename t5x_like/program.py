@@ -19,6 +19,7 @@ from t5x_like.models.model import Model
 from t5x_like.monitoring.metrics import Mean
 from t5x_like.outputs import Output
 from t5x_like.partitioning.check import check_partitioning
+from t5x_like.partitioning.choose import choose_partitioning
 from t5x_like.partitioning.constrain import activation_context
 from t5x_like.partitioning.mesh import make_mesh
 from t5x_like.partitioning.rows import own_rows, put_own, put_whole, row_groups
@@ -39,6 +40,7 @@ class Program:
     static argument of a function that is compiled for it.
 
     Attributes:
+      mesh_reason: Why this mesh, where it was chosen (`partitioning.auto`); None where the run names its degrees.
       abstract_state: The training state {params, opt_state, step, rng} as `jax.ShapeDtypeStruct`s with shardings:
         what a checkpoint is restored into.
       adaptation: Of a run that trains adapters, else None. Its "params" are the adapters, and the state that it trains
@@ -50,6 +52,7 @@ class Program:
 
     run: RunConfig
     mesh: jax.sharding.Mesh
+    mesh_reason: str | None
     rules: Rules
     spec: ModelSpec
     optimizer: optax.GradientTransformation
@@ -111,13 +114,9 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
     Raises:
       ConfigError: the run does not fit the devices; all problems are listed.
     """
-    mesh = make_mesh(run.partitioning, devices)
     rules = standard(run.partitioning)
     spec = abstract(run.model)
     shape = batch_spec(run)
-    problems = check_partitioning(run, mesh, rules, spec.logical_axes, spec.params)
-    if problems:
-        raise ConfigError(problems)
     schedule = make_schedule(run.training)
     adaptation = None if run.training.lora is None else adapt(run.training.lora, run.model)
     trained, trained_axes = (
@@ -132,6 +131,17 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
         "step": (),
         "rng": (None,),
     }
+    partitioning, mesh_reason = run.partitioning, None
+    if partitioning.auto:
+        trees = {"state": state, "gradients": trained} | ({} if adaptation is None else {"base": spec.params})
+        names = {"state": axes, "gradients": trained_axes} | ({} if adaptation is None else {"base": spec.logical_axes})
+        partitioning, mesh_reason = choose_partitioning(
+            run, rules, devices, (spec.logical_axes, spec.params), (names, trees)
+        )
+    mesh = make_mesh(partitioning, devices)
+    problems = check_partitioning(run, mesh, rules, spec.logical_axes, spec.params)
+    if problems:
+        raise ConfigError(problems)
     shardings = tree_shardings(mesh, rules, axes, state)
     abstract_state = _placed(state, shardings)
     abstract_base = None
@@ -173,6 +183,7 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
     return Program(
         run=run,
         mesh=mesh,
+        mesh_reason=mesh_reason,
         rules=rules,
         spec=spec,
         optimizer=optimizer,

@@ -36,6 +36,8 @@ class PartitioningConfig:
     """Degrees of the mesh axes within a slice; their product is the number of its devices. One of them may be -1: it
     takes the rest. Where there are no slices, all devices are one."""
 
+    auto: bool = False
+    """Choose the degrees for the devices that are found; the reason is printed. They are then not to be named here."""
     data: int = 1
     """Copies of the model, each with its share of the batch."""
     fsdp: int = -1

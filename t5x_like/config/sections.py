@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from t5x_like.config.objectives import (
     PrefixLM,
     SpanCorruption,
 )
-from t5x_like.config.partitioning import AXES, PartitioningConfig
+from t5x_like.config.partitioning import AXES, DcnConfig, PartitioningConfig
 from t5x_like.config.run import CheckpointConfig, EvaluationConfig, MonitoringConfig
 from t5x_like.config.training import Adafactor, AdamW, Freeze, Schedule, TrainingConfig
 
@@ -462,6 +463,14 @@ def partitioning_problems(partitioning: PartitioningConfig) -> Problems:
         ("partitioning.dcn", partitioning.dcn.degrees, "slices"),
     ):
         yield from degrees_problems(where, degrees, left)
+    named = dataclasses.replace(
+        partitioning,
+        **{axis: getattr(PartitioningConfig(), axis) for axis in AXES},
+        dcn=DcnConfig(),
+    )
+    if partitioning.auto and named != partitioning:
+        fix = "leave degrees out, or set partitioning.auto=False"
+        yield Problem("partitioning.auto", "True beside degrees that are named", "one of the two", fix)
     for field in ("parameter_rules", "activation_rules"):
         for logical, axis in getattr(partitioning, field):
             if axis is not None and axis not in AXES:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jax.sharding import Mesh
-
 from t5x_like.config import ConfigError, Problem, RunConfig, batch_spec
 from t5x_like.partitioning.activations import activations
-from t5x_like.partitioning.rules import Rules, problems, spec
+from t5x_like.partitioning.rules import AnyMesh, Rules, problems, spec
 from t5x_like.partitioning.shardings import Leaf, leaves
 
 Tree = Any
@@ -20,7 +18,7 @@ parameters out."""
 
 
 def check_partitioning(
-    run: RunConfig, mesh: Mesh, rules: Rules, logical_axes: Tree, abstract_params: Tree
+    run: RunConfig, mesh: AnyMesh, rules: Rules, logical_axes: Tree, abstract_params: Tree
 ) -> list[Problem]:
     """All problems of `run` on `mesh`; empty if it can be compiled.
 
@@ -55,13 +53,13 @@ def check_partitioning(
     ]
 
 
-def _left_whole(leaf: Leaf, rules: Rules, mesh: Mesh) -> bool:
+def _left_whole(leaf: Leaf, rules: Rules, mesh: AnyMesh) -> bool:
     sharing = any(mesh.shape[axis] > 1 for axes in rules.parameters.values() for axis in axes)
     whole = not any(spec(leaf.axes, rules.parameters, leaf.array.shape, mesh))
     return sharing and whole and math.prod(leaf.array.shape) > LARGE
 
 
-def _idle_axes(mesh: Mesh, rules: Rules, *, has_experts: bool) -> list[Problem]:
+def _idle_axes(mesh: AnyMesh, rules: Rules, *, has_experts: bool) -> list[Problem]:
     tables = (rules.parameters, rules.activations)
     used = {axis for table in tables for axes in table.values() for axis in axes}
     if not has_experts:
@@ -79,7 +77,7 @@ def _idle_axes(mesh: Mesh, rules: Rules, *, has_experts: bool) -> list[Problem]:
     ]
 
 
-def _batch_problems(run: RunConfig, mesh: Mesh, rules: Rules) -> list[Problem]:
+def _batch_problems(run: RunConfig, mesh: AnyMesh, rules: Rules) -> list[Problem]:
     parts = run.training.gradient_accumulation_steps
     axes = [axis for axis in rules.activations["batch"] if mesh.shape[axis] > 1]
     ways = math.prod(mesh.shape[axis] for axis in axes)
@@ -93,7 +91,7 @@ def _batch_problems(run: RunConfig, mesh: Mesh, rules: Rules) -> list[Problem]:
     return found
 
 
-def _length_problems(run: RunConfig, mesh: Mesh, rules: Rules) -> list[Problem]:
+def _length_problems(run: RunConfig, mesh: AnyMesh, rules: Rules) -> list[Problem]:
     axes = [axis for axis in rules.activations["length"] if mesh.shape[axis] > 1]
     ways = math.prod(mesh.shape[axis] for axis in axes)
     split = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
@@ -111,7 +109,7 @@ def _length_problems(run: RunConfig, mesh: Mesh, rules: Rules) -> list[Problem]:
     return found
 
 
-def _activation_problems(run: RunConfig, mesh: Mesh, rules: Rules) -> list[Problem]:
+def _activation_problems(run: RunConfig, mesh: AnyMesh, rules: Rules) -> list[Problem]:
     found: dict[str, Problem] = {}
     for activation in activations(run):
         try:

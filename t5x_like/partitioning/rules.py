@@ -11,11 +11,13 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from t5x_like.config import ConfigError, PartitioningConfig, Problem
 from t5x_like.config.partitioning import ContextAttention
 
+AnyMesh = Mesh | AbstractMesh
+"""Of a mesh the sizes of its axes are read, so that there need be no devices."""
 MeshAxes = tuple[str, ...]
 """The mesh axes that split a dimension, outermost first; () leaves it whole."""
 Table = Mapping[str, MeshAxes]
@@ -106,7 +108,7 @@ def standard(config: PartitioningConfig) -> Rules:
     return rules
 
 
-def split_axes(name: str | None, table: Table, size: int, mesh: Mesh) -> MeshAxes:
+def split_axes(name: str | None, table: Table, size: int, mesh: AnyMesh) -> MeshAxes:
     """The mesh axes that split a dimension of `size`: as many of those in the table, outermost first, as divide it."""
     axes = _wanted(name, table, mesh)
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
@@ -114,7 +116,7 @@ def split_axes(name: str | None, table: Table, size: int, mesh: Mesh) -> MeshAxe
     return axes
 
 
-def spec(names: LogicalAxes, table: Table, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(names: LogicalAxes, table: Table, shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """How an array of `shape` is split over `mesh`.
 
     Mesh axes of one device are left out, and so are those that do not divide a dimension: right for an activation, and
@@ -135,7 +137,7 @@ def spec(names: LogicalAxes, table: Table, shape: Sequence[int], mesh: Mesh) -> 
     return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in dimensions))
 
 
-def problems(path: str, names: LogicalAxes, table: Table, shape: Sequence[int], mesh: Mesh) -> list[Problem]:
+def problems(path: str, names: LogicalAxes, table: Table, shape: Sequence[int], mesh: AnyMesh) -> list[Problem]:
     """All that is wrong with the partitioning of the parameter, or the part of optimizer state, at `path`."""
     if len(names) != len(shape):
         raise ValueError(f"{path}: {len(names)} logical axes {names} for an array of shape {tuple(shape)}")
@@ -155,7 +157,7 @@ def problems(path: str, names: LogicalAxes, table: Table, shape: Sequence[int], 
     return found + _twice(path, used)
 
 
-def _wanted(name: str | None, table: Table, mesh: Mesh) -> MeshAxes:
+def _wanted(name: str | None, table: Table, mesh: AnyMesh) -> MeshAxes:
     return tuple(axis for axis in table[name] if mesh.shape[axis] > 1) if name is not None else ()
 
 
