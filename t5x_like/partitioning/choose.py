@@ -5,8 +5,8 @@ The rule, in this order:
   2. Devices share the experts as far as their number allows.
   3. Of tensor and context, the least product with which the rows of a batch can be split over the other devices and
      state and activations fit; tensor up to 8 before context, because beyond that its exchanges outweigh its products.
-  4. The rest is fsdp; or data where the whole state takes less than a tenth of a device's memory, because then there
-     is nothing to gain from gathering parameters.
+  4. The rest is fsdp, as far as it divides the parameters, and data; or data alone where the whole state takes less
+     than a tenth of a device's memory, because then there is nothing to gain from gathering parameters.
 A mesh that `check` would refuse is never chosen. Where nothing fits, it is the mesh that needs least memory, and the
 reason says so.
 """
@@ -96,10 +96,11 @@ def choose_degrees(machine: Machine, experts: int, look: Callable[[Mapping[str, 
     least: tuple[int, dict[str, int], Look] | None = None
     for degrees in _candidates(machine.devices // machine.slices, experts):
         found = look(_with_slices(degrees, machine.slices))
-        name = _stated({axis: degrees[axis] for axis in ("expert", "context", "tensor")}) or "tensor=1"
+        name = _stated(degrees) or "one device"
         if found.problems:
             first_problems = first_problems or found.problems
-            rejected.append((name, str(found.problems[0])))
+            first = found.problems[0]
+            rejected.append((name, f"{first.where} is {first.found}, and not {first.expected}"))
             continue
         if not room or found.total <= room:
             return _chosen(machine, degrees, found, rejected, look)
@@ -111,7 +112,7 @@ def choose_degrees(machine: Machine, experts: int, look: Callable[[Mapping[str, 
     _, degrees, found = least
     memory = f"{_gib(found.state_bytes)} of state and {_gib(found.activation_bytes)} of activations"
     reason = (
-        f"{_stated(degrees) or 'one device'}: no mesh is estimated to fit {_gib(room)} a device; this one needs least, "
+        f"{_name(degrees, machine.slices)}: no mesh is estimated to fit {_gib(room)} a device; this one needs least, "
         f"{memory}: use more devices, training.gradient_accumulation_steps or model.remat"
     )
     return Choice(degrees, _slices(machine.slices), reason)
@@ -130,7 +131,9 @@ def _candidates(devices: int, experts: int) -> Iterator[dict[str, int]]:
         for expert in reversed(shares):
             if devices % (expert * context * tensor) == 0:
                 rest = devices // (expert * context * tensor)
-                yield {"data": 1, "fsdp": rest, "expert": expert, "context": context, "tensor": tensor}
+                for data in _divisors(rest):
+                    others = {"expert": expert, "context": context, "tensor": tensor}
+                    yield {"data": data, "fsdp": rest // data, **others}
 
 
 def _chosen(
@@ -141,7 +144,7 @@ def _chosen(
     look: Callable[[Mapping[str, int]], Look],
 ) -> Choice:
     why = "the simplest mesh" if not rejected else f"the simplest mesh that can be ({rejected[0][0]}: {rejected[0][1]})"
-    copies = {**degrees, "data": degrees["fsdp"], "fsdp": 1}
+    copies = {**degrees, "data": degrees["data"] * degrees["fsdp"], "fsdp": 1}
     if machine.usable_bytes and degrees["fsdp"] > 1:
         whole = look(_with_slices(copies, machine.slices))
         if not whole.problems and whole.state_bytes <= SMALL_STATE * machine.usable_bytes:
@@ -153,8 +156,12 @@ def _chosen(
         if machine.usable_bytes
         else "the memory of these devices is not known"
     )
-    slices = "" if machine.slices == 1 else f", times data={machine.slices} over slices"
-    return Choice(degrees, _slices(machine.slices), f"{_stated(degrees) or 'one device'}{slices}: {why}; {memory}")
+    return Choice(degrees, _slices(machine.slices), f"{_name(degrees, machine.slices)}: {why}; {memory}")
+
+
+def _name(degrees: Mapping[str, int], slices: int) -> str:
+    over = "" if slices == 1 else f", times data={slices} over slices"
+    return f"{_stated(degrees) or 'one device'}{over}"
 
 
 def _with_slices(degrees: Mapping[str, int], slices: int) -> dict[str, int]:
