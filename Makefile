@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke picture test test-slow test-hf test-aot golden-shardings test-wheel lint format install install-dev install-hf constraints clean
+.PHONY: smoke picture test test-slow test-hf test-aot golden-shardings test-launch test-wheel lint format install install-dev install-hf constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
@@ -29,7 +29,7 @@ picture: install
 	  write_curves_png(*map(pathlib.Path, sys.argv[1:]))' $(WORKDIR) docs/smoke.png
 
 test: install-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not aot"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not aot and not launch and not slurm"
 
 test-slow: install-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
@@ -50,6 +50,11 @@ compile-ahead: $(VENV)/.installed-tpu
 # How the shipped recipes are split over the machines that they name, written anew: look at the difference.
 golden-shardings: install-dev
 	JAX_PLATFORMS=cpu $(BIN)/python tests/golden/sharding_tables.py
+
+# Holds what `launch` renders before the validators of those who read it, which have an environment of their own (700 MB);
+# and submits it to a SLURM of two nodes, where this machine can have one (root and Debian's packages).
+test-launch: install-dev $(VENV)-launch/.installed
+	LAUNCH_VALIDATORS=$(abspath $(VENV)-launch) $(BIN)/python -m pytest -m "launch or slurm" tests/launch
 
 # Builds the wheel, installs it alone in an empty environment, and uses it from an empty directory.
 test-wheel: $(VENV)/.created
@@ -97,6 +102,12 @@ $(VENV)/.installed-hf: $(VENV)/.installed-dev
 
 $(VENV)/.installed-tpu: $(VENV)/.installed-dev
 	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,tpu]'
+	@touch $@
+
+$(VENV)-launch/.installed: tests/launch/requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)-launch
+	$(VENV)-launch/bin/python -m pip --disable-pip-version-check install --quiet uv
+	$(VENV)-launch/bin/uv pip install --quiet --python $(VENV)-launch/bin/python --requirement $<
 	@touch $@
 
 # Resolves the newest versions anew, for Python 3.11 and for the newer ones in one file. torch's CUDA packages are left

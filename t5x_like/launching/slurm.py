@@ -131,7 +131,8 @@ def _directives(spec: Slurm) -> Iterator[tuple[str, str]]:
 
 def _srun(spec: Slurm) -> tuple[str, ...]:
     """One task per process. JAX gives each the device of its local number, so each must see all of its node."""
-    options = ["--kill-on-bad-exit=1", "--label"]
+    # When one has ended, the others end by themselves with what they know of it; who hangs is ended after this time.
+    options = ["--kill-on-bad-exit=0", f"--wait={spec.job.grace_seconds}", "--label"]
     if spec.gpus_per_node:
         options.append("--gpu-bind=none")
     if spec.cpus_per_task is not None:

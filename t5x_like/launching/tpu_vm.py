@@ -171,11 +171,10 @@ def _detached(name: str) -> str:
 def _later(spec: TpuVm) -> list[Step]:
     name, where = spec.job.resource, _where(spec)
     log, pid = f"{name}/log.txt", f"{name}/pid"
-    stop = f'kill -TERM "$(cat {pid})"'
     resource, forced = ("queued-resources", ["--force"]) if spec.is_queued else ("tpu-vm", [])
     return [
         Step("the logs of all workers", _ssh(spec, ("tail", "--lines=+1", "--follow=name", log)), "follow"),
-        Step("save and leave, for good", _ssh(spec, ("bash", "-c", stop)), "stop"),
+        Step("save and leave, for good", _ssh(spec, ("pkill", "--signal", "TERM", "--pidfile", pid)), "stop"),
         Step("give the machines back", _gcloud(resource, "delete", name, *where, *forced, "--quiet"), "stop"),
     ]
 

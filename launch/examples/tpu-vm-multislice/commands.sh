@@ -1,0 +1,65 @@
+
+# ==== launch: what --execute runs
+# ask for the slices
+gcloud compute tpus queued-resources create ul2-20b \
+  --zone=us-west4-a \
+  --node-count=2 \
+  --node-prefix=ul2-20b \
+  --accelerator-type=v5litepod-256 \
+  --runtime-version=v2-alpha-tpuv5-lite \
+  --reserved \
+  --valid-until-duration=12h
+# wait for them
+until [ "$(gcloud compute tpus queued-resources describe ul2-20b --zone=us-west4-a '--format=value(state.state)')" = ACTIVE ]; do sleep 30; done
+# pack the source
+tar \
+  --create \
+  --gzip \
+  --file=launch/examples/tpu-vm-multislice/source.tar.gz \
+  --exclude-vcs \
+  --exclude-vcs-ignores \
+  --exclude=./.venv \
+  --exclude=./runs \
+  --exclude=./build \
+  --directory=. .
+# a folder on all workers
+gcloud compute tpus queued-resources ssh ul2-20b \
+  --node=all \
+  --worker=all \
+  --zone=us-west4-a \
+  '--command=mkdir -p ul2-20b'
+# copy to all workers
+gcloud compute tpus queued-resources scp launch/examples/tpu-vm-multislice/setup.sh launch/examples/tpu-vm-multislice/run.sh launch/examples/tpu-vm-multislice/source.tar.gz ul2-20b:ul2-20b/ \
+  --node=all \
+  --worker=all \
+  --zone=us-west4-a
+# install there
+gcloud compute tpus queued-resources ssh ul2-20b \
+  --node=all \
+  --worker=all \
+  --zone=us-west4-a \
+  '--command=bash ul2-20b/setup.sh'
+# start on all workers
+gcloud compute tpus queued-resources ssh ul2-20b \
+  --node=all \
+  --worker=all \
+  --zone=us-west4-a \
+  '--command=bash -c '"'"'setsid --fork bash ul2-20b/run.sh >>ul2-20b/log.txt 2>&1 </dev/null'"'"''
+
+# ==== follow
+# the logs of all workers
+gcloud compute tpus queued-resources ssh ul2-20b \
+  --node=all \
+  --worker=all \
+  --zone=us-west4-a \
+  '--command=tail --lines=+1 --follow=name ul2-20b/log.txt'
+
+# ==== stop and clean up
+# save and leave, for good
+gcloud compute tpus queued-resources ssh ul2-20b \
+  --node=all \
+  --worker=all \
+  --zone=us-west4-a \
+  '--command=pkill --signal TERM --pidfile ul2-20b/pid'
+# give the machines back
+gcloud compute tpus queued-resources delete ul2-20b --zone=us-west4-a --force --quiet
