@@ -123,9 +123,10 @@ class _Job:
             wanted = self._lines_of(self.process)
             if lines.lines > wanted:
                 raise RefusedError(f"{own}: found {lines.lines:,} lines, expected {wanted:,} at most; remove it")
-            if wanted == 0:
-                pass  # More processes than chunks.
-            elif lines.lines == wanted and begun:
+            # Restoring is done by all processes together, so all of them do, or none.
+            parts = self._parts()
+            complete = all(journal.done_path(part).exists() for part in parts) if parts else lines.lines == wanted
+            if complete:
                 journal.claim(self.output, self._settings(step), begun=True)
             else:
                 code = self._write(lines, wanted, step, stop, begun=begun)
@@ -191,6 +192,7 @@ class _Job:
         while not self.output.exists():
             waiting = [part for part in parts if not journal.done_path(part).exists()]
             if self.process == 0 and not waiting:
+                self._require_whole(parts)
                 journal.join(self.output, parts, _chunk_size(self.settings) * self.settings.num_samples)
                 break
             if self.process != 0:
@@ -200,6 +202,13 @@ class _Job:
                 return EXIT_RESUMABLE
             time.sleep(_POLL_SECONDS)
         return self._finished()
+
+    def _require_whole(self, parts: Sequence[Path]) -> None:
+        for index, part in enumerate(parts):
+            found, wanted = journal.count_lines(part), self._lines_of(index)
+            if found != wanted:
+                journal.done_path(part).unlink()
+                raise RefusedError(f"{part}: found {found:,} lines, expected {wanted:,}; the same command makes them")
 
     def _finished(self) -> int:
         if self.process == 0:

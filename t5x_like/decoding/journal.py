@@ -134,6 +134,14 @@ def has_lines(path: Path) -> bool:
         return False
 
 
+def count_lines(path: Path) -> int:
+    """Whole lines of a file; 0 without one."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        return _whole_lines(file)[0]
+
+
 def part_path(path: Path, index: int, count: int) -> Path:
     """Where process `index` of `count` writes."""
     return path if count == 1 else path.with_name(f"{path.name}.part-{index}-of-{count}")

@@ -131,7 +131,7 @@ def open_model(directory: Path, devices: Sequence[Any]) -> PromptedModel:
             trained.checkpoints.latest,
         )
     model, _ = read_model(directory)
-    program = assemble(_never_trained(model, len(devices)), devices)
+    program = assemble(never_trained(model, len(devices)), devices)
     checkpoints = CheckpointManager(directory / run_directory.CHECKPOINTS, program.run.checkpoints, read_only=True)
 
     def load(step: int | None) -> tuple[int, Tree]:
@@ -148,7 +148,8 @@ def ends_in_eos(speller: Speller, form: PromptFormat) -> PromptFormat:
     return form
 
 
-def _never_trained(model: ModelConfig, devices: int) -> RunConfig:
+def never_trained(model: ModelConfig, devices: int) -> RunConfig:
+    """A run of an imported model, for what is not training."""
     single = model.encoder is None
     data = DataConfig(
         layout="causal_lm" if single else "encoder_decoder",

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 
+import jax
 import pytest
 
 from t5x_like import run_directory
@@ -18,6 +19,7 @@ from t5x_like.config import (
     CheckpointConfig,
     CorpusConfig,
     DataConfig,
+    DataError,
     EvaluationConfig,
     MaskedLM,
     ModelConfig,
@@ -31,6 +33,11 @@ from t5x_like.config import (
     TrainingConfig,
 )
 from t5x_like.data.prepare import prepare, store_paths
+from t5x_like.decoding.answers import Answering, Settings
+from t5x_like.decoding.beam import BeamSearch
+from t5x_like.decoding.models import formats_of, open_model
+from t5x_like.decoding.requests import Request
+from t5x_like.decoding.sampling import Sampling
 from t5x_like.trainer import train
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -147,6 +154,76 @@ def test_generate_answers_lines_of_json(trained, tmp_path, capsys):
     assert lines(capsys.readouterr().out) == answers
 
 
+@pytest.fixture(scope="module")
+def ask(trained):
+    """(prompts or rows, settings) -> answers of each, by a model that is opened once."""
+    model = open_model(trained, jax.devices()[:1])
+    _, params = model.load(None)
+
+    def answers(rows, **settings):
+        rows = [row if isinstance(row, Request) else Request(row, {}) for row in rows]
+        settings = Settings(**{"max_new_tokens": 12, **settings})
+        return Answering(model, params, formats_of(trained, settings.mode), settings)(rows, 0)
+
+    return answers
+
+
+START = "efghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.slow
+def test_a_stop_string_ends_an_answer_and_is_left_out(ask):
+    free, short = ask([START])[0][0], ask([START], stop=("fgh", "de"), scores=True)[0][0]
+    assert free.text == "abcdefghijkl" and short.text == "abc"
+    assert (short.ended_by, short.tokens) == ("stop", 5) and -0.5 < short.log_likelihood < 0
+    assert ask([START], stop=("xyz",))[0][0].text == free.text
+
+
+@pytest.mark.slow
+def test_answers_keep_to_choices_and_characters(ask):
+    rows = [START, Request(START, {}, choices=("abx", "abc", "zzz")), Request(START, {}, max_new_tokens=2)]
+    found = [row[0] for row in ask(rows, choices=("q", "bcd"))]
+    assert [answer.text for answer in found[1:]] == ["abc", found[0].text[:2]] and found[0].text in ("q", "bcd")
+    assert set(ask([START], allowed_characters="xyz")[0][0].text) <= set("xyz")
+    drawn = ask([START] * 8, choices=("ab", "ac", "b"), sampling=Sampling(temperature=9.0))
+    assert 1 < len({row[0].text for row in drawn}) <= 3
+
+
+@pytest.mark.slow
+def test_a_beam_finds_what_scores_best_and_ranks_choices_by_likelihood(ask):
+    """With as many beams as choices nothing is cut off: the order is that of their log-likelihoods."""
+    choices = ("abc", "abd", "b", "xyz")
+    beam = BeamSearch(4, 0.0)
+    found = ask([START], beam=beam, num_samples=4, choices=choices, scores=True)[0]
+    assert found[0].text == "abc" and {answer.text for answer in found} == set(choices)
+    assert [a.score for a in found] == sorted((a.score for a in found), reverse=True)
+    # The score counts EOS too, which is unlikely within the alphabet.
+    assert all(answer.score < answer.log_likelihood for answer in found)
+
+
+@pytest.mark.slow
+def test_gaps_are_filled_in_place(ask):
+    row = "abcdefghi<mask>mnopqrstuvwx"
+    (answer,) = ask([row], fill=True)[0]
+    assert answer.spans[0] in 2 * ALPHABET and answer.text == f"abcdefghi{answer.spans[0]}mnopqrstuvwx"
+    assert ask([row])[0][0].text.startswith(f"<extra_id_0>{answer.spans[0]}")
+    plain = ask(["ab<mask>"], literal=True)[0][0]
+    assert plain.spans is None
+    with pytest.raises(DataError, match="the model fills none under mode S"):
+        ask([row], mode="S")
+
+
+@pytest.mark.slow
+def test_a_row_with_its_own_seed_is_drawn_alike_anywhere(ask):
+    own = Request(START, {}, seed=11)
+    drawn = ask([own, START, START, own], sampling=Sampling(temperature=9.0, min_p=0.001), num_samples=2)
+    assert [a.text for a in drawn[0]] == [a.text for a in drawn[3]]
+    texts = {answer.text for row in drawn for answer in row}
+    assert len(texts) == 6
+    penalized = ask([START], sampling=Sampling(repetition_penalty=50.0), max_new_tokens=20)[0][0].text
+    assert len(set(penalized)) == len(penalized) > 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -154,6 +231,8 @@ def test_generate_answers_lines_of_json(trained, tmp_path, capsys):
         (["--prompt", "a", "--num-samples", "2"], "set a temperature"),
         (["--prompt", "a", "--top-p", "0"], "top_p: found 0.0"),
         (["--prompt", "<extra_id_99>", "--mode", "R"], "expected a sentinel below 16"),
+        (["--prompt", "a", "--beam-size", "2", "--temperature", "1"], "0 beside a beam search"),
+        (["--prompt", "a", "--output", "x.jsonl"], "give --input FILE"),
     ],
 )
 def test_wrong_requests_are_refused_with_one_message(trained, capsys, arguments, message):
