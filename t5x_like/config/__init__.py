@@ -38,7 +38,7 @@ from t5x_like.config.run import (
     MonitoringConfig,
     RunConfig,
 )
-from t5x_like.config.seqio import SeqioConfig
+from t5x_like.config.seqio import EvaluationTask, SeqioConfig
 from t5x_like.config.training import Adafactor, AdamW, Freeze, LoraConfig, Schedule, TrainingConfig
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "DcnConfig",
     "DataError",
     "EvaluationConfig",
+    "EvaluationTask",
     "FillInTheMiddle",
     "Freeze",
     "InitializeFrom",

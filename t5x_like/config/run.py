@@ -7,6 +7,7 @@ from t5x_like.config.base import configuration
 from t5x_like.config.data import DataConfig
 from t5x_like.config.model import ModelConfig
 from t5x_like.config.partitioning import PartitioningConfig
+from t5x_like.config.seqio import EvaluationTask
 from t5x_like.config.training import TrainingConfig
 
 
@@ -25,6 +26,8 @@ class EvaluationConfig:
     """Evaluate on held-out text during training, at multiples of this; None only after the last step."""
     num_batches: int = 8
     """Held-out batches per objective and for the prefix-LM bits per byte."""
+    tasks: tuple[EvaluationTask, ...] = ()
+    """seqio Tasks and Mixtures whose metric functions score the model too. They bring TensorFlow into the process."""
 
 
 @configuration

@@ -504,6 +504,13 @@ def checkpoints_problems(checkpoints: CheckpointConfig) -> Problems:
 def evaluation_problems(evaluation: EvaluationConfig) -> Problems:
     yield from at_least("evaluation.every_steps", evaluation.every_steps, 1)
     yield from at_least("evaluation.num_batches", evaluation.num_batches, 1)
+    for number, task in enumerate(evaluation.tasks):
+        where = f"evaluation.tasks.{number}"
+        for field in ("num_examples", "inputs_length", "targets_length"):
+            yield from at_least(f"{where}.{field}", getattr(task, field), 1)
+    names = [task.mixture_or_task for task in evaluation.tasks]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem("evaluation.tasks", f"{name!r} {names.count(name)} times", "each name once: results go by it")
 
 
 def monitoring_problems(monitoring: MonitoringConfig) -> Problems:

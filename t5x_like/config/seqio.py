@@ -26,3 +26,22 @@ class SeqioConfig:
     """Read what seqio's own caching has written."""
     mask_id: int | None = None
     """Layout encoder: the id of the mask token. seqio scores the positions where the inputs have it."""
+
+
+@configuration
+class EvaluationTask:
+    """A seqio Task or Mixture whose own metric functions score the model."""
+
+    mixture_or_task: str
+    """Name in seqio's registries. Of a Mixture each Task is scored by itself."""
+    module: str | None = None
+    """Module to import so that it is registered."""
+    split: str = "validation"
+    num_examples: int | None = None
+    """The first examples of each Task; None: all."""
+    inputs_length: int | None = None
+    """Tokens of the inputs; what is longer is cut. None: as in training."""
+    targets_length: int | None = None
+    """Tokens of the targets, and of what the model says, EOS included. None: as in training."""
+    use_cached: bool = False
+    """Read what seqio's own caching has written."""

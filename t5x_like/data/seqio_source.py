@@ -232,7 +232,7 @@ class _Taking:
         feature = self._task.output_features.get(name)
         if self._tokenizer is None or feature is None or not np.issubdtype(_numpy_dtype(feature), np.integer):
             return False
-        own = _tokenizer_of(feature.vocabulary)
+        own = tokenizer_of(feature.vocabulary)
         return own is not None and self._tokenizer.has_pieces_of(own)
 
     def document(self, example: Mapping[str, Any], split: str | None) -> Document:
@@ -316,7 +316,7 @@ def task_tokenizer(corpora: Sequence[CorpusConfig], config: TokenizerConfig) -> 
 
 
 def _required_tokenizer(name: str, vocabulary: Any, num_sentinels: int) -> Tokenizer:
-    tokenizer = _tokenizer_of(vocabulary, num_sentinels)
+    tokenizer = tokenizer_of(vocabulary, num_sentinels)
     if tokenizer is None:
         raise DataError(
             f"data.tokenizer.kind: found the Task {name!r} with {type(vocabulary).__name__} {vocabulary}, expected "
@@ -330,7 +330,7 @@ def _required_tokenizer(name: str, vocabulary: Any, num_sentinels: int) -> Token
     return tokenizer
 
 
-def _tokenizer_of(vocabulary: Any, num_sentinels: int = 0) -> Tokenizer | None:
+def tokenizer_of(vocabulary: Any, num_sentinels: int = 0) -> Tokenizer | None:
     """Ours that gives the vocabulary's ids; None if there is none. `num_sentinels`: if the vocabulary has none."""
     number = vocabulary.extra_ids or num_sentinels
     if isinstance(vocabulary, seqio.ByteVocabulary):

@@ -2,147 +2,191 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
-from t5x_like.config import EXIT_OK, DataError
+from t5x_like import run_directory
+from t5x_like.config import EXIT_OK, EXIT_UNEXPECTED, ConfigError, DataError, Problem, RunConfig
+from t5x_like.config.seqio import EvaluationTask
 from t5x_like.data.store import Store
-from t5x_like.decoding.trained import open_trained
-from t5x_like.evaluation.evaluator import evaluate
-from t5x_like.evaluation.samples import decode_samples
-from t5x_like.monitoring.records import dumps, read_records
+from t5x_like.evaluation import follow as following
+from t5x_like.evaluation import records, tables
+from t5x_like.evaluation.checkpoint import Wanted, score, score_and_record
+from t5x_like.evaluation.opened import RUN, Opened, Reference, fingerprint, kind_of, open_model
+from t5x_like.evaluation.records import Result, is_evaluated, write_json
 from t5x_like.monitoring.report import write_report
 from t5x_like.program import Program
-from t5x_like.run_directory import write_atomically
 
-EVALUATION = "evaluation.json"
-EVALUATIONS = "evaluations.jsonl"
-SAMPLES = "samples.json"
-
-Result = dict[str, Any]
+__all__ = ["evaluate_and_record", "evaluate_command", "follow_command", "is_evaluated"]
 
 
-def evaluate_run(
-    run_dir: Path, *, steps: Sequence[int] = (), num_batches: int | None = None, output: Path | None = None
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The options of the command; see `commands.evaluate`.
+
+    Attributes:
+      steps: Of every reference that names none itself.
+      tasks: Beside those of a run's own configuration; `own_tasks` leaves these out.
+      only_new: Steps that evaluations.jsonl has not yet.
+      all_steps: All that are there.
+    """
+
+    steps: tuple[int, ...] = ()
+    num_batches: int | None = None
+    tasks: tuple[EvaluationTask, ...] = ()
+    own_tasks: bool = True
+    held_out: bool = True
+    intervals: bool = True
+    only_new: bool = False
+    all_steps: bool = False
+
+    def wanted(self, opened: Opened) -> Wanted:
+        own = opened.run.evaluation.tasks if self.own_tasks and opened.kind == RUN else ()
+        named = {task.mixture_or_task for task in self.tasks}
+        tasks = (*(task for task in own if task.mixture_or_task not in named), *self.tasks)
+        has_text = opened.has_text and self.held_out
+        if not has_text and not tasks:
+            fix = "--data RECIPE names the data to score it on, --task a seqio Task"
+            raise ConfigError([Problem(str(opened.path), "nothing to evaluate", "held-out text or a Task", fix)])
+        return Wanted(has_text, self.num_batches, tasks, self.intervals)
+
+
+def evaluate_command(
+    references: Sequence[Reference], asked: Asked, *, like: RunConfig | None = None, output: Path | None = None
 ) -> int:
-    """Scores checkpoints of the run in `run_dir` on its held-out text, and prints a table for each.
+    """Scores checkpoints, prints a table for each and one that has them all.
 
     Args:
-      run_dir: Gets the scores and samples, and its report is made anew; unless `output` is given.
-      steps: Checkpoints; none: the newest.
-      num_batches: Per objective; None: as the run's configuration has it.
-      output: File to write the scores to instead: an object, or a list of objects for more than one step.
+      references: Runs, imported or Hugging Face models, with their steps.
+      like: A recipe whose data scores models that are no runs.
+      output: File to write the scores to (an object, or a list of objects for more than one) in place of the runs'
+        directories; the rows behind them lie beside it.
 
     Returns:
       The exit code.
 
     Raises:
-      UserError: the run, its data or a checkpoint cannot be used, or the result cannot be written.
+      UserError: a model, its data, a Task or a checkpoint cannot be used, or the result cannot be written.
     """
-    trained = open_trained(run_dir)
-    results = []
-    console = Console(quiet=jax.process_index() > 0)
-    for chosen in steps or (None,):
-        step, params = trained.params(chosen)
-        if output is None:
-            result = evaluate_and_record(
-                trained.program, params, trained.stores, run_dir, step, num_batches=num_batches
-            )
-        else:
-            batches = num_batches or trained.run.evaluation.num_batches
-            result = evaluate(trained.program, params, trained.stores, step=step, num_batches=batches)
-        results.append(result)
-        for table in tables(result):
-            console.print(table)
-    if jax.process_index() == 0:
+    console = Console()
+    results: list[tuple[str, Result]] = []
+    for reference in references:
+        opened = open_model(reference.path, like)
+        wanted = asked.wanted(opened)
+        for chosen in _chosen(opened, reference, asked, wanted):
+            result = _evaluate_one(opened, chosen, wanted, output)
+            results.append((str(reference.path), result))
+            for table in tables.tables(result):
+                console.print(table)
+        if jax.process_index() == 0 and opened.kind == RUN and output is None:
+            _write_report(opened.path)
+    if len(results) > 1:
+        console.print(tables.beside_each_other(results))
+    if not results:
+        console.print("every checkpoint is evaluated already")
+    if output is not None and jax.process_index() == 0:
+        documents = [result for _, result in results]
+        if len({name for name, _ in results}) > 1:
+            documents = [{"checkpoint": name, **result} for name, result in results]
         try:
-            if output is None:
-                write_report(run_dir)
-            else:
-                _write_json(output, results if len(steps) > 1 else results[0])
+            write_json(output, documents[0] if len(documents) == 1 else documents)
         except OSError as error:
-            raise DataError(f"{output or run_dir}: cannot be written ({error.strerror or error})") from None
+            raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
     return EXIT_OK
+
+
+def follow_command(run_dir: Path, asked: Asked, *, timeout: float | None = None) -> int:
+    """Evaluates the checkpoints of a run as they appear, each once, until the run has finished.
+
+    Args:
+      timeout: Leave when there was nothing to do for so many seconds.
+
+    Returns:
+      The exit code: EXIT_UNEXPECTED if a checkpoint that is there could not be evaluated.
+
+    Raises:
+      UserError: there is no such run, or another process follows it.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError([Problem("--follow", f"{jax.process_count()} processes", "one process, of any devices")])
+    console = Console()
+    following.wait_for((run_dir / run_directory.CONFIG).is_file, timeout, str(run_dir))
+    if kind_of(run_dir) != RUN:
+        raise ConfigError([Problem(str(run_dir), "a model that is no run", "a run, which gets new checkpoints")])
+    opened = open_model(run_dir)
+    wanted = asked.wanted(opened)
+
+    def evaluate(step: int) -> None:
+        result = _evaluate_one(opened, step, wanted, None)
+        for table in tables.tables(result):
+            console.print(table)
+        if jax.process_index() == 0:
+            _write_report(run_dir)
+
+    is_done = functools.partial(_is_done, run_dir, wanted)
+    count = following.follow(run_dir, steps=opened.steps, is_done=is_done, evaluate=evaluate, timeout=timeout)
+    left = [step for step in opened.steps() if not is_done(step)]
+    console.print(f"{run_dir}: {count} checkpoints evaluated" + (f", not steps {left}" if left else ""))
+    return EXIT_UNEXPECTED if left else EXIT_OK
 
 
 def evaluate_and_record(
     program: Program, params: Any, stores: Sequence[Store], run_dir: Path, step: int, *, num_batches: int | None = None
 ) -> Result:
-    """Scores parameters and writes evaluation.json, samples.json (both of the newest step that was evaluated) and the
-    step's line of evaluations.jsonl.
-
-    Returns:
-      What `evaluator.evaluate` returns.
-    """
+    """An evaluation during training: held-out scores and the configuration's Tasks, into the run's directory."""
     run = program.run
-    batches = num_batches or run.evaluation.num_batches
-    result = evaluate(program, params, stores, step=step, num_batches=batches)
-    samples = decode_samples(program, params, stores, count=run.monitoring.samples)
-    if jax.process_index() == 0:
-        newest = _record(run_dir / EVALUATIONS, result)
-        if newest == step:
-            _write_json(run_dir / EVALUATION, result)
-            _write_json(run_dir / SAMPLES, samples)
-    return result
+    wanted = Wanted(held_out=True, num_batches=num_batches, tasks=run.evaluation.tasks)
+    return score_and_record(program, params, stores, run_dir, step, wanted)
 
 
-def is_evaluated(run_dir: Path, step: int) -> bool:
-    """Whether evaluations.jsonl has the scores of this step."""
-    path = run_dir / EVALUATIONS
-    return path.exists() and any(record["step"] == step for record in read_records(path)[0])
+def _chosen(opened: Opened, reference: Reference, asked: Asked, wanted: Wanted) -> list[int | None]:
+    """Steps of one model; None: the newest."""
+    steps = list(reference.steps or asked.steps)
+    if asked.all_steps or (asked.only_new and not steps):
+        steps = opened.steps()
+    if asked.only_new and opened.kind == RUN:
+        steps = [step for step in steps if not _is_done(opened.path, wanted, step)]
+    return [*steps] if steps or asked.only_new or asked.all_steps else [None]
 
 
-def _record(path: Path, result: Result) -> int:
-    """Puts a result among those of other steps, in their order, in the place of an older one of its step. Returns the
-    last step."""
-    known = read_records(path)[0] if path.exists() else []
-    by_step = {record["step"]: record for record in known} | {result["step"]: result}
-    write_atomically(path, "".join(dumps(by_step[step]) + "\n" for step in sorted(by_step)))
-    return max(by_step)
+def _is_done(run_dir: Path, wanted: Wanted, step: int) -> bool:
+    found = records.read_evaluations(run_dir).get(step)
+    if found is None or (wanted.held_out and "objectives" not in found):
+        return False
+    return set(wanted.task_sets) <= set(found.get("task_sets", ()))
 
 
-def _write_json(path: Path, document: Any) -> None:
-    """With line breaks, for people; numbers that are not finite as in the records."""
-    write_atomically(path, json.dumps(json.loads(dumps(document)), indent=2, ensure_ascii=False) + "\n")
+def _evaluate_one(opened: Opened, chosen: int | None, wanted: Wanted, output: Path | None) -> Result:
+    step, params = opened.load(chosen)
+    belongs_to = {"checkpoint": fingerprint(opened.path, step), "step": step}
+    if opened.kind == RUN and output is None:
+        try:
+            return score_and_record(
+                opened.program, params, opened.stores, opened.path, step, wanted, belongs_to=belongs_to
+            )
+        except OSError as error:
+            raise DataError(f"{opened.path}: cannot be written ({error.strerror or error})") from None
+    folder = None if output is None else output.with_name(f"{output.name}.rows") / f"{opened.path.name}-{step}"
+    return score(
+        opened.program,
+        params,
+        opened.stores,
+        step,
+        wanted,
+        folder=folder,
+        belongs_to=belongs_to,
+        tokenizer=opened.tokenizer,
+    )
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def tables(result: Result) -> list[Table]:
-    """The scores for people."""
-    objectives = Table(title=f"held-out text, step {result['step']:,}")
-    objectives.add_column("objective")
-    for name in ("loss", "accuracy", "tokens"):
-        objectives.add_column(name, justify="right")
-    for name, scores in result["objectives"].items():
-        objectives.add_row(name, f"{scores['loss']:.4f}", _percent(scores.get("accuracy")), f"{scores['tokens']:,}")
-    own = Table(title="what the model reports of itself")
-    for name in ("objective", "metric", "mean"):
-        own.add_column(name, justify="right" if name == "mean" else "left")
-    for name, scores in result["objectives"].items():
-        for metric in [metric for metric in scores if metric not in ("loss", "accuracy", "tokens")]:
-            own.add_row(name, metric, f"{scores[metric]:.4f}")
-    found = [objectives, own] if own.row_count else [objectives]
-    if result["prefix_lm"] is None:
-        return found
-    bits = Table(title=f"bits per byte of the same {result['prefix_lm']['bytes']:,} bytes")
-    bits.add_column("code")
-    bits.add_column("bits", justify="right")
-    bits.add_row("this model, first half of each window given", f"{result['prefix_lm']['bits_per_byte']:.3f}")
-    names = {
-        "unigram_bits_per_byte": "token unigram",
-        "byte_entropy_bits_per_byte": "byte entropy",
-        "gzip_bits_per_byte": "gzip -9",
-        "lzma_bits_per_byte": "lzma",
-    }
-    for key, name in names.items():
-        bits.add_row(name, f"{result['baselines'][key]:.3f}")
-    return [*found, bits]
+def _write_report(run_dir: Path) -> None:
+    try:
+        write_report(run_dir)
+    except OSError as error:
+        raise DataError(f"{run_dir}: cannot be written ({error.strerror or error})") from None

@@ -15,11 +15,14 @@ from t5x_like.data import validation
 from t5x_like.data.store import Split, Store
 from t5x_like.evaluation import baselines
 from t5x_like.evaluation.heads import head_scores
+from t5x_like.evaluation.row_losses import row_losses
 from t5x_like.monitoring.metrics import Mean, add, value
 from t5x_like.partitioning.agreement import compile_together
 from t5x_like.partitioning.rows import on_host
 from t5x_like.program import Program
 from t5x_like.training.losses import is_of_logits
+
+PREFIX_LM = "prefix_lm"
 
 Tree = Any
 Features = Mapping[str, npt.NDArray[Any]]
@@ -37,7 +40,7 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
     Returns:
       step: The step.
       objectives: By name of the mixture's objectives, of several corpora by "corpus/objective", or of the seqio Task:
-        loss (nats per scored token), accuracy, tokens; of a head what
+        loss (nats per scored token), perplexity (its exponential), accuracy, tokens; of a head no perplexity but what
         `heads.head_scores` says, with examples for tokens; and what the model itself reports, under its names.
       prefix_lm: Of windows whose first half is given: loss_per_token (nats), bits_per_byte (the loss of all scored
         tokens over the bytes of their text; EOS between documents is scored and has no bytes), bytes. None for
@@ -60,6 +63,7 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
             name = f"{share.name}/{objective.name}" if len(stores) > 1 else objective.name
             objectives[name] = _scores(sums)
             if isinstance(objective, Labelled):
+                del objectives[name]["perplexity"]
                 batches = validation.objective_batches(store, data, share, rows, objective, num_batches)
                 objectives[name] |= head_scores(program, params, batches)
     scored = [batch for store in stores for batch in validation.prefix_lm_batches(store, data, rows, num_batches)]
@@ -87,15 +91,42 @@ def evaluate(program: Program, params: Tree, stores: Sequence[Store], *, step: i
 def _scores(sums: Mapping[str, Mean]) -> dict[str, float]:
     return {
         "loss": value(sums["loss"]),
+        "perplexity": perplexity(value(sums["loss"])),
         **({"accuracy": value(sums["accuracy"])} if sums["accuracy"].weight else {}),
         "tokens": round(sums["loss"].weight),
         **{of: value(mean) for of, mean in sums.items() if not is_of_logits(of)},
     }
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss); infinite beyond what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 def bits_per_byte(loss: Mean, num_bytes: int) -> float:
     """Bits per byte of text whose tokens have the summed cross-entropy `loss.sum`, in nats."""
     return float(loss.sum) / math.log(2) / num_bytes
+
+
+def held_out_rows(program: Program, params: Tree, stores: Sequence[Store], *, num_batches: int) -> list[dict[str, Any]]:
+    """The rows behind `evaluate`'s losses: objective, place, and what `row_losses` says of each. The windows whose
+    first half is given are under "prefix_lm". None of heads, which score no tokens, and of Tasks that are read live."""
+    data, rows = program.run.data, program.run.training.batch_size
+    found: list[dict[str, Any]] = []
+    for share, store in zip(data.sources, stores, strict=True):
+        batches = {
+            (f"{share.name}/{objective.name}" if len(stores) > 1 else objective.name): validation.objective_batches(
+                store, data, share, rows, objective, num_batches
+            )
+            for objective in data.objectives_of(share)
+            if not isinstance(objective, Labelled)
+        }
+        windows = validation.prefix_lm_batches(store, data, rows, num_batches)
+        batches[f"{share.name}/{PREFIX_LM}" if len(stores) > 1 else PREFIX_LM] = (one.batch for one in windows)
+        for name, some in batches.items():
+            losses = row_losses(program, params, some, store.tokenizer)
+            found += [{"objective": name, "row": number, **row} for number, row in enumerate(losses)]
+    return found
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Metrics of predictions that lie in a file, without a model: `t5x-like eval --predictions FILE --metrics squad,bleu`."""
+"""Metrics of predictions that lie in a file: `t5x-like eval --predictions FILE --metrics squad,bleu`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def score_file(
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
         drawn = bootstrap.of_metric(function, targets, predictions, count=draws)
         intervals |= {f"{name}/{key}": bootstrap.interval(drawn.get(key, [])) for key in found}
-    signatures = {name: found for name in names if (found := signature(name)) is not None}
+    signatures = {name: text for name in names if (text := signature(name)) is not None}
     return {
         "file": str(path),
         "num_examples": len(rows),
@@ -81,7 +81,7 @@ def _rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: unreadable ({error}), expected a file of JSON lines in UTF-8") from None
-    rows = []
+    rows: list[tuple[int, Mapping[str, Any]]] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -97,9 +97,7 @@ def _rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     return rows
 
 
-def _field(
-    rows: Sequence[tuple[int, Mapping[str, Any]]], named: str | None, usual: Sequence[str], path: Path
-) -> str:
+def _field(rows: Sequence[tuple[int, Mapping[str, Any]]], named: str | None, usual: Sequence[str], path: Path) -> str:
     candidates = [named] if named else usual
     for name in candidates:
         if name in rows[0][1]:
@@ -112,9 +110,7 @@ def _field(
     )
 
 
-def _value(
-    row: tuple[int, Mapping[str, Any]], field: str, metric: str, path: Path, *, is_target: bool
-) -> Any:
+def _value(row: tuple[int, Mapping[str, Any]], field: str, metric: str, path: Path, *, is_target: bool) -> Any:
     number, fields = row
     value = fields.get(field)
     if value is None or isinstance(value, dict):

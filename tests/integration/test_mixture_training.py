@@ -29,7 +29,8 @@ from t5x_like.config import (
 )
 from t5x_like.config.validate import validate
 from t5x_like.data.prepare import prepare
-from t5x_like.evaluation.command import evaluate_run
+from t5x_like.evaluation.command import Asked, evaluate_command
+from t5x_like.evaluation.opened import Reference
 from t5x_like.trainer import train
 
 pytestmark = pytest.mark.slow
@@ -125,4 +126,4 @@ def test_text_and_packed_pairs_in_one_step(tmp_path: Path, layout: str) -> None:
     assert 4 * 4 / 400 < last["epochs/sums"]
     scores = json.loads((workdir / "evaluation.json").read_text())["objectives"]
     assert set(scores) == {"docs/spans", "docs/prefix", "sums/sums"} and scores["sums/sums"]["tokens"] > 0
-    assert evaluate_run(workdir, num_batches=1, output=tmp_path / "scores.json") == 0
+    assert evaluate_command([Reference(workdir)], Asked(num_batches=1), output=tmp_path / "scores.json") == 0

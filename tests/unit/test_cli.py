@@ -163,10 +163,18 @@ def test_prepare_and_inspect(config: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_eval_and_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluated = fake(monkeypatch, "t5x_like.evaluation.command", "evaluate_run")
+    evaluated = fake(monkeypatch, "t5x_like.evaluation.command", "evaluate_command")
     generated = fake(monkeypatch, "t5x_like.decoding.command", "generate_command")
-    assert main(["eval", "runs/x", "--step", "3", "7", "--num-batches", "2"]) == 0
-    assert evaluated == [((Path("runs/x"),), {"steps": (3, 7), "num_batches": 2, "output": None})]
+    followed = fake(monkeypatch, "t5x_like.evaluation.command", "follow_command")
+    options = ["--step", "3", "7", "--num-batches", "2", "--task", "t", "--split", "s"]
+    assert main(["eval", "runs/x:5", "hf", *options]) == 0
+    ((references, asked), keywords) = evaluated[0]
+    assert keywords == {"like": None, "output": None}
+    assert [(one.path, one.steps) for one in references] == [(Path("runs/x"), (5,)), (Path("hf"), ())]
+    assert (asked.steps, asked.num_batches, asked.held_out, asked.only_new) == ((3, 7), 2, True, False)
+    assert [(task.mixture_or_task, task.split) for task in asked.tasks] == [("t", "s")]
+    assert main(["eval", "runs/x", "--follow", "--timeout", "3"]) == 0
+    assert followed[0][0][0] == Path("runs/x") and followed[0][1] == {"timeout": 3.0}
     assert main(["generate", "runs/x", "--prompt", "-- a b", "--mode", "S", "--top-p", "0.9"]) == 0
     ((positional, keywords),) = generated
     assert positional == (Path("runs/x"),)
@@ -181,7 +189,9 @@ def test_eval_and_generate(monkeypatch: pytest.MonkeyPatch) -> None:
         (["train"], "RECIPE"),
         (["eval", "runs/x", "--num-batch", "3"], "perhaps you meant --num-batches"),
         (["eval", "runs/x", "--num-batches", "0"], "found 0"),
-        (["eval", "runs/x", "runs/y"], "unrecognized arguments: runs/y"),
+        (["eval"], "found no CHECKPOINT"),
+        (["eval", "runs/x", "runs/y", "--follow"], "--follow takes one run"),
+        (["eval", "--predictions", "x.jsonl"], "--predictions takes --metrics"),
         (["generate", "runs/x", "--mode", "Q"], "'R', 'S', 'X'"),
         (["generate", "runs/x", "--prompt", "a", "--input", "b"], "not allowed with"),
     ],

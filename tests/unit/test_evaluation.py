@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import json
 import lzma
 import math
 import zlib
@@ -14,10 +15,10 @@ from data_examples import data_config, text_store
 
 from t5x_like.config import ModelConfig, PartitioningConfig, RunConfig, StackConfig, TrainingConfig
 from t5x_like.data import validation
-from t5x_like.evaluation import baselines
-from t5x_like.evaluation.command import _record, tables
+from t5x_like.evaluation import baselines, records
 from t5x_like.evaluation.evaluator import evaluate
 from t5x_like.evaluation.samples import decode_samples
+from t5x_like.evaluation.tables import tables
 from t5x_like.monitoring.records import read_records
 from t5x_like.program import Program, assemble
 
@@ -105,7 +106,7 @@ def test_what_the_model_reports_of_itself_is_among_the_scores(store):
     assert scores["discriminator/accuracy"] == pytest.approx(1 - scores["discriminator/replaced"], rel=1e-6)
     assert scores["discriminator/recall"] == 0 and math.isnan(scores["discriminator/precision"])
     columns = [column.header for table in tables(result) for column in table.columns]
-    assert columns == ["objective", "loss", "accuracy", "tokens", "objective", "metric", "mean"]
+    assert columns == ["objective", "loss", "perplexity", "accuracy", "tokens", "objective", "metric", "mean"]
 
 
 def test_scores_are_of_each_token_once(store):
@@ -209,14 +210,25 @@ def put_back(inputs: str, targets: str) -> str:
 
 
 def test_scores_of_a_step_are_kept_once_and_in_order(tmp_path):
-    path = tmp_path / "evaluations.jsonl"
     for step, loss in ((300, 3.0), (600, 2.0), (300, 2.5), (450, float("nan"))):
-        newest = _record(path, {"step": step, "objectives": {"a": {"loss": loss}}})
+        newest = records.record(tmp_path, {"step": step, "objectives": {"a": {"loss": loss}}})
     assert newest == 600
-    with path.open("a") as file:
+    with (tmp_path / "evaluations.jsonl").open("a") as file:
         file.write('{"step": 9')  # what a kill leaves
-    _record(path, {"step": 900, "objectives": {}})
-    records, unreadable = read_records(path)
+    records.record(tmp_path, {"step": 900, "objectives": {}})
+    found, unreadable = read_records(tmp_path / "evaluations.jsonl")
     assert unreadable == 0
-    assert [record["step"] for record in records] == [300, 450, 600, 900]
-    assert records[0]["objectives"] == {"a": {"loss": 2.5}}
+    assert [record["step"] for record in found] == [300, 450, 600, 900]
+    assert found[0]["objectives"] == {"a": {"loss": 2.5}}
+
+
+def test_scores_of_a_step_from_two_processes_are_merged(tmp_path):
+    """Training scores held-out text, a process that follows it a Task: the step has both."""
+    records.record(tmp_path, {"step": 3, "objectives": {"a": {"loss": 1.0}}, "prefix_lm": None})
+    assert records.is_evaluated(tmp_path, 3) and not records.is_evaluated(tmp_path, 3, ("squad",))
+    records.record(tmp_path, {"step": 3, "tasks": {"squad_v1": {"em": 2.0, "examples": 9}}, "task_sets": ["squad"]})
+    records.record(tmp_path, {"step": 3, "tasks": {"sst2": {"accuracy": 5.0}}, "task_sets": ["glue"]})
+    assert records.is_evaluated(tmp_path, 3, ("squad", "glue")) and not records.is_evaluated(tmp_path, 4)
+    only = records.read_evaluations(tmp_path)[3]
+    assert records.scalars(only) == {"loss/a": 1.0, "squad_v1/em": 2.0, "sst2/accuracy": 5.0}
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == only

@@ -31,8 +31,8 @@ def test_squad_by_hand():
 
 
 def test_bleu_and_chrf_by_hand():
-    """'the cat sat on' has no 4-gram of 'the cat sat down on': counts 4/4, 2/3, 1/2, 0/1; brevity exp(1 - 5/4). The zero
-    is smoothed to half of its denominator's inverse."""
+    """'the cat sat on' has no 4-gram of 'the cat sat down on': counts 4/4, 2/3, 1/2, 0/1; brevity exp(1 - 5/4). The
+    zero is smoothed to half of its denominator's inverse."""
     pytest.importorskip("sacrebleu", reason="the extra metrics is not installed")
     found = metrics.bleu(["the cat sat down on"], ["the cat sat on"])["bleu"]
     precisions = [4 / 4, 2 / 3, 1 / 2, 0.5 / 1]
@@ -79,7 +79,9 @@ def test_numbers_by_hand():
     assert metrics.number_of("3.5 ") == 3.5 and metrics.number_of("many") == -1.0
     true, said = [1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 9.0, 16.0]
     assert metrics.spearman_corrcoef(true, said)["spearman_corrcoef"] == pytest.approx(100)
-    assert metrics.pearson_corrcoef(true, said)["pearson_corrcoef"] == pytest.approx(100 * np.corrcoef(true, said)[0, 1])
+    assert metrics.pearson_corrcoef(true, said)["pearson_corrcoef"] == pytest.approx(
+        100 * np.corrcoef(true, said)[0, 1]
+    )
     assert math.isnan(metrics.pearson_corrcoef([1.0, 1.0], [0.0, 2.0])["pearson_corrcoef"])
 
 
@@ -128,7 +130,7 @@ def test_as_t5s_own_metrics():
     """On the same data: all but ROUGE to rounding; t5's ROUGE is the middle of a random bootstrap of 1000 draws."""
     theirs = pytest.importorskip("t5.evaluation.metrics", reason="t5 is not installed")
     rng = np.random.default_rng(0)
-    vocabulary = "the a cat dog sat ran on mat, quickly. London's (old) \"house\" an".split()
+    vocabulary = 'the a cat dog sat ran on mat, quickly. London\'s (old) "house" an'.split()
 
     def text():
         return " ".join(rng.choice(vocabulary, size=rng.integers(1, 12)))
@@ -172,7 +174,9 @@ def test_draws_of_two_models_belong_together():
 
 def test_predictions_from_a_file(tmp_path):
     path = tmp_path / "predictions.jsonl"
-    path.write_text('{"answers": ["The cat"], "output": "cat"}\n\n{"answers": ["dog", "hound"], "output": "a hound!"}\n')
+    path.write_text(
+        '{"answers": ["The cat"], "output": "cat"}\n\n{"answers": ["dog", "hound"], "output": "a hound!"}\n'
+    )
     found = score_file(path, ["squad", "accuracy"], draws=50)
     assert found["num_examples"] == 2
     assert found["metrics"] == {"squad/em": 100.0, "squad/f1": 100.0, "accuracy/accuracy": 0.0}
