@@ -12,12 +12,25 @@ import sys
 from collections.abc import Callable, Sequence
 
 import t5x_like
-from t5x_like.commands import convert, embed, evaluate, export, generate, inspect, launch, prepare, serve, train
+from t5x_like.commands import (
+    compare,
+    convert,
+    embed,
+    evaluate,
+    export,
+    generate,
+    harness,
+    inspect,
+    launch,
+    prepare,
+    serve,
+    train,
+)
 from t5x_like.commands.arguments import Parser
 from t5x_like.config import UserError
 from t5x_like.config.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
-COMMANDS = (train, prepare, inspect, evaluate, generate, embed, convert, export, serve, launch)
+COMMANDS = (train, prepare, inspect, evaluate, compare, harness, generate, embed, convert, export, serve, launch)
 """In the order of `--help`."""
 
 

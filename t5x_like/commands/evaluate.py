@@ -84,8 +84,7 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from t5x_like.config.recipes import load_recipe
     from t5x_like.config.seqio import EvaluationTask
-    from t5x_like.evaluation.command import Asked, evaluate_command, follow_command
-    from t5x_like.evaluation.opened import parse
+    from t5x_like.evaluation.asked import Asked, parse
 
     tasks = tuple(
         EvaluationTask(
@@ -108,7 +107,11 @@ def _evaluate(options: argparse.Namespace) -> int:
         all_steps=options.all,
     )
     if options.follow:
+        from t5x_like.evaluation.command import follow_command
+
         return follow_command(Path(options.checkpoints[0]), asked, timeout=options.timeout)
+    from t5x_like.evaluation.command import evaluate_command
+
     like = None if options.data is None else load_recipe(options.data)
     return evaluate_command([parse(text) for text in options.checkpoints], asked, like=like, output=options.output)
 

@@ -13,18 +13,17 @@ import jax
 from t5x_like.config.seqio import EvaluationTask
 from t5x_like.data.store import Store
 from t5x_like.data.tokenizers import Tokenizer
-from t5x_like.evaluation import bootstrap, records
-from t5x_like.evaluation.evaluator import PREFIX_LM, bits_per_byte, evaluate, held_out_rows
+from t5x_like.evaluation import records
+from t5x_like.evaluation.evaluator import evaluate, held_out_rows
+from t5x_like.evaluation.held_out import HELD_OUT, held_out_intervals
 from t5x_like.evaluation.records import DETAILS, SAMPLES, EvaluationEvents, Result
 from t5x_like.evaluation.samples import decode_samples
 from t5x_like.evaluation.tasks import evaluate_task
-from t5x_like.monitoring.metrics import Mean
 from t5x_like.monitoring.records import dumps
 from t5x_like.program import Program
 from t5x_like.run_directory import write_atomically
 
 Tree = Any
-HELD_OUT = "held_out.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,33 +94,6 @@ def score(
         result["notes"] = [*result.get("notes", ()), *found["notes"]]
         result["task_sets"] = sorted({*result.get("task_sets", ()), task.mixture_or_task})
     return result
-
-
-def held_out_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Bootstrap intervals over the rows, by the names of `records.scalars`."""
-    found: dict[str, Any] = {}
-    for name, values in held_out_draws(rows).items():
-        found[name] = bootstrap.interval(values)
-    return found
-
-
-def held_out_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, bootstrap.Floats]:
-    """The loss of each objective ("loss/NAME") and "bits_per_byte", on each draw of the rows [draws]."""
-    import numpy as np
-
-    by_name: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_name.setdefault(str(row["objective"]), []).append(row)
-    drawn = {}
-    for name, some in by_name.items():
-        sums, tokens, sizes = (np.array([float(row[key]) for row in some]) for key in ("loss", "tokens", "bytes"))
-        if name.rpartition("/")[2] == PREFIX_LM:
-            # A loss of 1 nat per byte has this many bits per byte.
-            bits = bits_per_byte(Mean(1.0, 1.0), 1)
-            drawn[name.replace(PREFIX_LM, "bits_per_byte")] = bits * bootstrap.of_ratio(sums, sizes)
-        else:
-            drawn[f"loss/{name}"] = bootstrap.of_ratio(sums, tokens)
-    return drawn
 
 
 def score_and_record(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,48 +12,17 @@ from rich.console import Console
 
 from t5x_like import run_directory
 from t5x_like.config import EXIT_OK, EXIT_UNEXPECTED, ConfigError, DataError, Problem, RunConfig
-from t5x_like.config.seqio import EvaluationTask
 from t5x_like.data.store import Store
 from t5x_like.evaluation import follow as following
 from t5x_like.evaluation import records, tables
+from t5x_like.evaluation.asked import Asked, Reference
 from t5x_like.evaluation.checkpoint import Wanted, score, score_and_record
-from t5x_like.evaluation.opened import RUN, Opened, Reference, fingerprint, kind_of, open_model
+from t5x_like.evaluation.opened import RUN, Opened, fingerprint, kind_of, open_model
 from t5x_like.evaluation.records import Result, is_evaluated, write_json
 from t5x_like.monitoring.report import write_report
 from t5x_like.program import Program
 
 __all__ = ["evaluate_and_record", "evaluate_command", "follow_command", "is_evaluated"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """The options of the command; see `commands.evaluate`.
-
-    Attributes:
-      steps: Of every reference that names none itself.
-      tasks: Beside those of a run's own configuration; `own_tasks` leaves these out.
-      only_new: Steps that evaluations.jsonl has not yet.
-      all_steps: All that are there.
-    """
-
-    steps: tuple[int, ...] = ()
-    num_batches: int | None = None
-    tasks: tuple[EvaluationTask, ...] = ()
-    own_tasks: bool = True
-    held_out: bool = True
-    intervals: bool = True
-    only_new: bool = False
-    all_steps: bool = False
-
-    def wanted(self, opened: Opened) -> Wanted:
-        own = opened.run.evaluation.tasks if self.own_tasks and opened.kind == RUN else ()
-        named = {task.mixture_or_task for task in self.tasks}
-        tasks = (*(task for task in own if task.mixture_or_task not in named), *self.tasks)
-        has_text = opened.has_text and self.held_out
-        if not has_text and not tasks:
-            fix = "--data RECIPE names the data to score it on, --task a seqio Task"
-            raise ConfigError([Problem(str(opened.path), "nothing to evaluate", "held-out text or a Task", fix)])
-        return Wanted(has_text, self.num_batches, tasks, self.intervals)
 
 
 def evaluate_command(
@@ -78,7 +46,7 @@ def evaluate_command(
     results: list[tuple[str, Result]] = []
     for reference in references:
         opened = open_model(reference.path, like)
-        wanted = asked.wanted(opened)
+        wanted = _wanted(asked, opened)
         for chosen in _chosen(opened, reference, asked, wanted):
             result = _evaluate_one(opened, chosen, wanted, output)
             results.append((str(reference.path), result))
@@ -120,7 +88,7 @@ def follow_command(run_dir: Path, asked: Asked, *, timeout: float | None = None)
     if kind_of(run_dir) != RUN:
         raise ConfigError([Problem(str(run_dir), "a model that is no run", "a run, which gets new checkpoints")])
     opened = open_model(run_dir)
-    wanted = asked.wanted(opened)
+    wanted = _wanted(asked, opened)
 
     def evaluate(step: int) -> None:
         result = _evaluate_one(opened, step, wanted, None)
@@ -143,6 +111,17 @@ def evaluate_and_record(
     run = program.run
     wanted = Wanted(held_out=True, num_batches=num_batches, tasks=run.evaluation.tasks)
     return score_and_record(program, params, stores, run_dir, step, wanted)
+
+
+def _wanted(asked: Asked, opened: Opened) -> Wanted:
+    own = opened.run.evaluation.tasks if asked.own_tasks and opened.kind == RUN else ()
+    named = {task.mixture_or_task for task in asked.tasks}
+    tasks = (*(task for task in own if task.mixture_or_task not in named), *asked.tasks)
+    has_text = opened.has_text and asked.held_out
+    if not has_text and not tasks:
+        fix = "--data RECIPE names the data to score it on, --task a seqio Task"
+        raise ConfigError([Problem(str(opened.path), "nothing to evaluate", "held-out text or a Task", fix)])
+    return Wanted(has_text, asked.num_batches, tasks, asked.intervals)
 
 
 def _chosen(opened: Opened, reference: Reference, asked: Asked, wanted: Wanted) -> list[int | None]:

@@ -15,14 +15,13 @@ from t5x_like.data import validation
 from t5x_like.data.store import Split, Store
 from t5x_like.evaluation import baselines
 from t5x_like.evaluation.heads import head_scores
+from t5x_like.evaluation.held_out import PREFIX_LM
 from t5x_like.evaluation.row_losses import row_losses
 from t5x_like.monitoring.metrics import Mean, add, value
 from t5x_like.partitioning.agreement import compile_together
 from t5x_like.partitioning.rows import on_host
 from t5x_like.program import Program
 from t5x_like.training.losses import is_of_logits
-
-PREFIX_LM = "prefix_lm"
 
 Tree = Any
 Features = Mapping[str, npt.NDArray[Any]]

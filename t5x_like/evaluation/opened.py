@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,24 +39,6 @@ from t5x_like.program import Program, assemble
 Tree = Any
 Kind = str
 RUN, IMPORTED, HUGGINGFACE = "run", "imported", "huggingface"
-
-_WITH_STEP = re.compile(r"(.+):(\d+(?:,\d+)*)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """A place, and the steps of it that were named; none: the newest."""
-
-    path: Path
-    steps: tuple[int, ...] = ()
-
-
-def parse(text: str) -> Reference:
-    """`DIR`, or `DIR:STEP` or `DIR:STEP,STEP`; a directory whose name has such an end is taken as it is."""
-    match = _WITH_STEP.fullmatch(text)
-    if match is None or Path(text).exists():
-        return Reference(Path(text))
-    return Reference(Path(match[1]), tuple(int(step) for step in match[2].split(",")))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -75,14 +75,21 @@ class Answers:
         self._rows |= new
 
     def complete(
-        self, keys: Sequence[str], answer: Callable[[Sequence[int]], Sequence[Any]], *, at_once: int = AT_ONCE
+        self,
+        keys: Sequence[str],
+        answer: Callable[[Sequence[int]], Sequence[Any]],
+        *,
+        at_once: int = AT_ONCE,
+        lengths: Sequence[int] | None = None,
     ) -> list[Any]:
         """The rows of all keys, in their order; `answer` is given the places of those that are missing, by portions.
 
-        Equal keys are asked for once.
+        Equal keys are asked for once. With `lengths` of the keys, the longest come first, beside others like them.
         """
         missing = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self}
         places = sorted(missing.values())
+        if lengths is not None:
+            places.sort(key=lambda place: -lengths[place])
         for start in range(0, len(places), at_once):
             some = places[start : start + at_once]
             found = answer(some)

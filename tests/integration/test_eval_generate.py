@@ -113,7 +113,14 @@ def test_eval_scores_older_steps_and_keeps_the_newest_as_the_result(trained, tmp
     assert main(["eval", str(trained), "--step", "150", "300", "--output", str(output)]) == EXIT_OK
     found = json.loads(output.read_text())
     assert [result["step"] for result in found] == [150, 300]
-    assert found[1] == before, "the same scores in another process's words"
+    intervals = found[1].pop("intervals")
+    assert found[1] == before, "the same scores as during training"
+    assert set(intervals) == {"loss/R", "loss/S", "bits_per_byte"}
+    for name, value in {
+        "loss/S": before["objectives"]["S"]["loss"],
+        "bits_per_byte": before["prefix_lm"]["bits_per_byte"],
+    }.items():
+        assert intervals[name][0] < value < intervals[name][1]
     assert main(["eval", str(trained), "--step", "7"]) == EXIT_REFUSED
 
 

@@ -29,8 +29,8 @@ from t5x_like.config import (
 )
 from t5x_like.config.validate import validate
 from t5x_like.data.prepare import prepare
-from t5x_like.evaluation.command import Asked, evaluate_command
-from t5x_like.evaluation.opened import Reference
+from t5x_like.evaluation.asked import Asked, Reference
+from t5x_like.evaluation.command import evaluate_command
 from t5x_like.trainer import train
 
 pytestmark = pytest.mark.slow

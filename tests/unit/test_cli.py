@@ -165,7 +165,6 @@ def test_prepare_and_inspect(config: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_eval_and_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated = fake(monkeypatch, "t5x_like.evaluation.command", "evaluate_command")
     generated = fake(monkeypatch, "t5x_like.decoding.command", "generate_command")
-    followed = fake(monkeypatch, "t5x_like.evaluation.command", "follow_command")
     options = ["--step", "3", "7", "--num-batches", "2", "--task", "t", "--split", "s"]
     assert main(["eval", "runs/x:5", "hf", *options]) == 0
     ((references, asked), keywords) = evaluated[0]
@@ -173,6 +172,7 @@ def test_eval_and_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(one.path, one.steps) for one in references] == [(Path("runs/x"), (5,)), (Path("hf"), ())]
     assert (asked.steps, asked.num_batches, asked.held_out, asked.only_new) == ((3, 7), 2, True, False)
     assert [(task.mixture_or_task, task.split) for task in asked.tasks] == [("t", "s")]
+    followed = fake(monkeypatch, "t5x_like.evaluation.command", "follow_command")
     assert main(["eval", "runs/x", "--follow", "--timeout", "3"]) == 0
     assert followed[0][0][0] == Path("runs/x") and followed[0][1] == {"timeout": 3.0}
     assert main(["generate", "runs/x", "--prompt", "-- a b", "--mode", "S", "--top-p", "0.9"]) == 0

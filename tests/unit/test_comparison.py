@@ -1,0 +1,105 @@
+"""The comparison page: intervals of paired and of unpaired examples, aligned samples, and text that attacks it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from t5x_like.config import ConfigError
+from t5x_like.evaluation import bootstrap, comparison
+from t5x_like.evaluation.asked import Reference
+from t5x_like.evaluation.comparison_page import write_comparison
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&\x1b\u202e{{ 7*7 }}"
+
+
+def write_run(folder, name, shift, *, text="text", rows=60, answers=("a", "b"), seed=0):
+    """An evaluated run as `eval` leaves it: losses that vary much from row to row, and lie `shift` higher."""
+    place = folder / "evaluations" / "7"
+    place.mkdir(parents=True)
+    noise = np.random.default_rng(seed).normal(3.0, 1.0, rows)
+    held_out = [
+        {"objective": "S", "row": i, "loss": 10 * (x + shift), "tokens": 10.0, "bytes": 40, "digest": f"{text}{i}"}
+        for i, x in enumerate(noise)
+    ]
+    loss = float(np.mean(noise) + shift)
+    metrics = {"em": 50.0 + 10 * shift, "examples": len(answers)}
+    result = {"step": 7, "objectives": {"S": {"loss": loss, "accuracy": 0.5, "tokens": 600}}, "prefix_lm": None}
+    (folder / "config.json").write_text(json.dumps({"name": name, "training": {"batch_size": 8, "seed": shift}}))
+    (folder / "evaluations.jsonl").write_text(json.dumps({**result, "tasks": {"quiz": metrics}}) + "\n")
+    (place / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    said = [{"index": i, "inputs": f"q{i}", "target": "t", "output": answer} for i, answer in enumerate(answers)]
+    (place / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    drawn = [50.0 + 10 * shift + x for x in np.random.default_rng(1).normal(0, 1, 100)]
+    (place / "quiz.metrics.json").write_text(json.dumps({"draws": {"em": drawn}}))
+    sample = {"denoiser": "S", "inputs": "[S]in", "targets": "out", "prediction": f"said by {name}"}
+    (folder / "samples.json").write_text(json.dumps([sample]))
+    return folder
+
+
+def subjects(*folders):
+    return [comparison.read_subject(Reference(folder)) for folder in folders]
+
+
+def test_paired_examples_tell_apart_what_unpaired_ones_do_not(tmp_path):
+    """A tenth of the rows' spread is nothing among other rows, and certain on the same ones."""
+    first, same, other = (
+        write_run(tmp_path / "a", "a", 0.0),
+        write_run(tmp_path / "b", "b", 0.1),
+        write_run(tmp_path / "c", "c", 0.1, text="other text", seed=5),
+    )
+    rows = {row.name: row for row in comparison.compare(subjects(first, same, other))}
+    base, paired, unpaired = rows["loss/S"].cells
+    assert base.difference is None and base.interval[0] < base.value < base.interval[1]
+    assert paired.paired and paired.difference == pytest.approx(0.1)
+    assert paired.difference_interval == pytest.approx((0.1, 0.1)) and paired.verdict == "worse"
+    assert not unpaired.paired and unpaired.verdict == ""
+    low, high = unpaired.difference_interval
+    assert high - low == pytest.approx(np.hypot(*(np.diff(cell.interval)[0] for cell in (base, unpaired))), rel=0.3)
+    assert rows["quiz/em"].cells[1].verdict == "better" and not rows["quiz/em"].lower_is_better
+    assert "perplexity/S" not in rows and comparison.lower_is_better("bits_per_byte")
+
+
+def test_draws_are_of_the_rows(tmp_path):
+    (subject,) = subjects(write_run(tmp_path / "a", "a", 0.5))
+    rows = [json.loads(line) for line in (tmp_path / "a/evaluations/7/held_out.jsonl").read_text().splitlines()]
+    places = next(iter(bootstrap.draws(len(rows))))
+    expected = sum(rows[i]["loss"] for i in places) / sum(rows[i]["tokens"] for i in places)
+    assert subject.draws["loss/S"][0] == pytest.approx(expected)
+
+
+def test_samples_and_answers_are_aligned(tmp_path):
+    both = subjects(
+        write_run(tmp_path / "a", "a", 0.0, answers=("x", "y", "z")),
+        write_run(tmp_path / "b", "b", 0.0, answers=("x", "other")),
+    )
+    (sample,) = comparison.aligned_samples(both)
+    assert sample["predictions"] == ["said by a", "said by b"]
+    answers = comparison.aligned_answers(both, 5)["quiz"]
+    assert [(row["index"], row["predictions"]) for row in answers] == [(1, ["y", "other"]), (0, ["x", "x"])]
+    assert comparison.configuration_differences(both) == []
+    changed = write_run(tmp_path / "c", "c", 1.0)
+    assert comparison.configuration_differences([both[0], *subjects(changed)]) == [("training.seed", ["0.0", "1.0"])]
+
+
+def test_the_page_runs_nothing_that_comes_from_a_run(tmp_path):
+    first = write_run(tmp_path / "a", HOSTILE, 0.0, answers=(HOSTILE, "b"))
+    second = write_run(tmp_path / "b", "b", 0.3)
+    page = write_comparison([Reference(first), Reference(second, (7,))], tmp_path / "out" / "page.html").read_text()
+    assert "<script" not in page and "<img" not in page and "http:" not in page and "https:" not in page
+    assert "&lt;/script&gt;" in page and "\x1b" not in page and "{{ 7*7 }}" in page
+    assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["data:,"]
+    assert "is better than the first in 1, worse in 1" in page
+
+
+def test_what_is_not_evaluated_is_refused(tmp_path):
+    run = write_run(tmp_path / "a", "a", 0.0)
+    with pytest.raises(ConfigError, match="found steps 7, expected an evaluated step"):
+        comparison.read_subject(Reference(run, (8,)))
+    with pytest.raises(ConfigError, match="found 1 checkpoints, expected 2 to 6"):
+        write_comparison([Reference(run)], tmp_path / "page.html")
+    with pytest.raises(ConfigError, match="found no evaluation"):
+        comparison.read_subject(Reference(tmp_path))

@@ -1,0 +1,73 @@
+"""How text is cut into what a model is given and what it is scored on: each token once, contexts keep their end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t5x_like.data.tokenizers import ByteTokenizer
+from t5x_like.decoding.prompts import PromptFormat
+from t5x_like.decoding.scoring import Score
+from t5x_like.evaluation.text_model import TextModel
+
+TOKENIZER = ByteTokenizer(8)
+STREAM = PromptFormat(mode=None, ends_in_eos=False, bidirectional=False, sentinels=False)
+CLOSED = PromptFormat(mode="S", ends_in_eos=True, bidirectional=True, sentinels=False)
+SPANS = PromptFormat(mode="R", ends_in_eos=True, bidirectional=False, sentinels=True)
+TEXT = st.text("ab c", max_size=60)
+
+
+def model(form: PromptFormat, inputs: int = 12, targets: int = 7) -> TextModel:
+    return TextModel(TOKENIZER, form, inputs, targets)
+
+
+def words(tokens: list[int]) -> str:
+    return TOKENIZER.decode(tokens)
+
+
+def test_a_pair_of_each_form():
+    inputs, targets = model(STREAM).pair("ab ", "c")
+    assert (words(inputs), words(targets)) == ("ab", " c"), "the space belongs to what follows"
+    inputs, targets = model(CLOSED).pair("ab", " c")
+    assert (words(inputs), words(targets)) == ("[S]ab", " c") and inputs[-1] == 1
+    inputs, targets = model(SPANS).pair("ab", " c")
+    assert (words(inputs), words(targets)) == ("[R]ab<extra_id_0>", "<extra_id_0> c")
+    assert model(SPANS).log_likelihood(Score(-7.0, (-4.0, -1.0, -2.0), True)) == (-3.0, True)
+    assert model(CLOSED).log_likelihood(Score(-7.0, (-4.0, -3.0), False)) == (-7.0, False)
+    assert model(SPANS).text(TOKENIZER.encode_marked("<extra_id_0> c d<extra_id_1>x")) == " c d"
+    assert model(SPANS).text(TOKENIZER.encode_marked("none")) == "none"
+
+
+@pytest.mark.parametrize("form", [STREAM, CLOSED, SPANS])
+@settings(max_examples=40, deadline=None)
+@given(text=TEXT, inputs=st.integers(6, 20), targets=st.integers(1, 9))
+def test_each_token_is_scored_once_after_what_is_before_it(form, text, inputs, targets):
+    whole = model(form, inputs, targets)
+    windows = whole.rolling(text)
+    scored = [token for _, wanted in windows for token in wanted if token < TOKENIZER.vocabulary.base_size]
+    assert words(scored) == text
+    done = 0
+    for given_ids, wanted in windows:
+        context = words([token for token in given_ids if 2 < token < TOKENIZER.vocabulary.base_size])
+        assert text[:done].endswith(context), "the context is what stands before"
+        if form is STREAM:
+            assert len(given_ids) + len(wanted) <= inputs
+            assert done == 0 or len(context) >= 1
+            assert done == 0 or len(given_ids) + len(wanted) == inputs, "as much context as fits"
+        else:
+            assert len(given_ids) <= inputs and len(wanted) <= targets + form.sentinels
+            assert len(context) == min(done, inputs - len(given_ids) + len(context))
+        done += len([token for token in wanted if token < TOKENIZER.vocabulary.base_size])
+
+
+@settings(max_examples=40, deadline=None)
+@given(context=TEXT, continuation=TEXT)
+def test_what_is_too_long_keeps_its_end(context, continuation):
+    given_ids, wanted = model(STREAM).pair(context, continuation)
+    assert (context + continuation).endswith(words(given_ids) + words(wanted))
+    assert len(given_ids) <= max(12 - len(wanted), 0)
+    given_ids, wanted = model(CLOSED).pair(context, continuation)
+    assert len(given_ids) <= 12 and given_ids[-1] == 1
+    prompt = model(STREAM).prompt(context, new_tokens=5)
+    assert len(prompt) <= 7 and context.rstrip(" ").endswith(words(prompt))
