@@ -182,6 +182,7 @@ def _charts(files: RunFiles) -> dict[str, list[Chart]]:
         "loss": _loss_charts(files, x),
         "denoisers": _denoiser_charts(files, x),
         "bits": _bits_charts(files, x),
+        "tasks": _task_charts(files, x),
         "optimization": _metric_charts(files, x),
     }
 
@@ -254,6 +255,26 @@ def _bits_charts(files: RunFiles, x: Scale) -> list[Chart]:
     return [chart("bits", "Bits per byte over training", lines, x, y, css="wide short", references=references)]
 
 
+def _task_charts(files: RunFiles, x: Scale) -> list[Chart]:
+    """What the seqio Tasks' own metrics say at each evaluation, a small chart for each of them."""
+    names = dict.fromkeys(
+        (str(task), str(metric))
+        for evaluation in files.evaluations
+        for task, metrics in mapping(evaluation.get("tasks")).items()
+        for metric in mapping(metrics)
+        if metric != "examples"
+    )
+    charts: list[Chart] = []
+    for task, metric in names:
+        curve = evaluated(files, "tasks", task, metric)
+        if not len(curve.finite):
+            continue
+        y = value_scale([curve])
+        line = draw_points(curve, metric, "held-out", x, y)
+        charts.append(chart(f"task-{len(charts)}", visible(metric), [line], x, y, note=visible(task), css="mode-none"))
+    return charts
+
+
 def _metric_charts(files: RunFiles, x: Scale) -> list[Chart]:
     """The known metrics in their order, then whatever else the records hold."""
     names = dict.fromkeys(name for record in files.records for name in record)
@@ -294,12 +315,14 @@ def _objective_rows(files: RunFiles) -> list[dict[str, str]]:
     for name in (*(name for name in files.objectives if name in evaluated), *(set(evaluated) - set(files.objectives))):
         found, objective = mapping(evaluated[name]), files.objectives.get(name, {})
         loss, accuracy, tokens = (number(found.get(key)) for key in ("loss", "accuracy", "tokens"))
+        perplexity = number(found.get("perplexity"))
         rows.append(
             {
                 "name": visible(name),
                 "description": describe_objective(objective),
                 "css": f"mode-{objective.get('mode')}" if objective.get("mode") in ("R", "S", "X") else "mode-none",
                 "loss": formats.number(loss),
+                "perplexity": formats.number(perplexity) if math.isfinite(perplexity) else "–",
                 "accuracy": formats.percent(accuracy),
                 "tokens": f"{tokens:,.0f}" if math.isfinite(tokens) else "–",
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -118,23 +119,30 @@ def local_tasks(folder, name):
     return rows
 
 
+WIDTH = 96
+
+
+@functools.cache
+def forward(program):
+    return jax.jit(lambda params, features: merge(program.spec.graphdef, params)(features))
+
+
 def direct(model, inputs, targets):
-    """(log-likelihood, is it greedy) by one forward pass of the model on one row, in double precision."""
+    """(log-likelihood, is it greedy) by the model's forward pass on one row, and double precision from there on."""
     program, config = model._opened.program, model._opened.run.model
     if config.encoder is not None:
-        batch = {"encoder_input_tokens": [inputs], "decoder_input_tokens": [[0, *targets[:-1]]]}
+        batch = {"encoder_input_tokens": inputs, "decoder_input_tokens": [0, *targets[:-1]]}
         first = 0
     else:
-        batch = {"decoder_input_tokens": [[0, *inputs, *targets[:-1]]]}
+        batch = {"decoder_input_tokens": [0, *inputs, *targets[:-1]]}
         first = len(inputs)
-        if model._text.form.bidirectional:
-            batch["decoder_causal_attention"] = [[1] * (first + 1) + [0] * (len(targets) - 1)]
-    ids = {key: [[1] * len(value[0])] for key, value in batch.items() if key != "decoder_causal_attention"}
-    batch |= {key.replace("input_tokens", "segment_ids"): value for key, value in ids.items()}
-    features = {key: np.asarray(value, np.int32) for key, value in batch.items()}
-    logits = np.asarray(merge(program.spec.graphdef, model._params)(features), np.float64)[0, first:]
-    log_p = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
-    log_p -= logits.max(-1, keepdims=True)
+    batch |= {name.replace("input_tokens", "segment_ids"): [1] * len(row) for name, row in batch.items()}
+    if model._text.form.bidirectional and config.encoder is None:
+        batch["decoder_causal_attention"] = [1] * (first + 1)
+    features = {name: np.array([[*row, *[0] * (WIDTH - len(row))]], np.int32) for name, row in batch.items()}
+    logits = np.asarray(forward(program)(model._params, features), np.float64)[0, first : first + len(targets)]
+    best = logits.max(-1, keepdims=True)
+    log_p = logits - best - np.log(np.exp(logits - best).sum(-1, keepdims=True))
     return sum(log_p[place, target] for place, target in enumerate(targets)), list(logits.argmax(-1)) == list(targets)
 
 

@@ -177,8 +177,9 @@ def test_eval_and_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert followed[0][0][0] == Path("runs/x") and followed[0][1] == {"timeout": 3.0}
     assert main(["generate", "runs/x", "--prompt", "-- a b", "--mode", "S", "--top-p", "0.9"]) == 0
     ((positional, keywords),) = generated
-    assert positional == (Path("runs/x"),)
-    assert (keywords["prompt"], keywords["mode"], keywords["top_p"], keywords["step"]) == ("-- a b", "S", 0.9, None)
+    run_dir, settings = positional
+    assert (run_dir, keywords["prompt"], keywords["step"]) == (Path("runs/x"), "-- a b", None)
+    assert (settings.mode, settings.sampling.top_p) == ("S", 0.9)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,130 @@
+"""`eval` and what follows a run are killed at random points and started again: each row and each step exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import evaluated_run
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS = (3, 5, 8)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return evaluated_run.make(tmp_path_factory.mktemp("evaluated"), STEPS)
+
+
+def started(*arguments: str) -> subprocess.Popen[bytes]:
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, str(Path(here).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen([sys.executable, "-m", "t5x_like", *arguments], env=environment, stdout=subprocess.DEVNULL)
+
+
+def killed_when(condition: Callable[[], bool], *arguments: str) -> bool:
+    """Runs a command and kills it as soon as the condition holds. Returns whether it was killed; it must succeed
+    otherwise."""
+    process = started(*arguments)
+    try:
+        while process.poll() is None:
+            if condition():
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return True
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
+    return False
+
+
+def lines(path: Path) -> list[dict]:
+    """Whole lines of a file that another process may be writing."""
+    text = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def test_each_row_of_a_task_and_each_step_once(run_dir):
+    """Killed within the predictions of one step, within the scores of another, and wherever chance has it."""
+    folder = run_dir / "evaluations"
+    chance = random.Random(0)
+
+    def answered() -> int:
+        return sum(len(lines(path)) for path in folder.glob("*/reverse.*.partial"))
+
+    def recorded() -> int:
+        return len(lines(run_dir / "evaluations.jsonl"))
+
+    command = ["eval", str(run_dir), "--follow", "--task", "reverse", "--module", "evaluated_run", "--no-intervals"]
+
+    def killed_after(rows: int, evaluated: int) -> bool:
+        late = time.monotonic() + chance.uniform(30, 120)
+        return killed_when(
+            lambda: answered() >= rows or recorded() > evaluated or time.monotonic() > late,
+            *command,
+        )
+
+    kills = rows_before = evaluated_before = 0
+    while kills < 3 and killed_after(rows_before + chance.randrange(1, 80), evaluated_before):
+        kills += 1
+        assert answered() >= rows_before or recorded() > evaluated_before, "no answer is lost by a kill"
+        rows_before, evaluated_before = answered(), recorded()
+    assert kills, "it was never killed"
+    assert not killed_when(lambda: False, *command)
+    found = lines(run_dir / "evaluations.jsonl")
+    assert [record["step"] for record in found] == list(STEPS)
+    for record in found:
+        rows = lines(folder / str(record["step"]) / "reverse.jsonl")
+        assert [row["index"] for row in rows] == list(range(evaluated_run.EXAMPLES))
+        assert record["tasks"]["reverse"]["examples"] == evaluated_run.EXAMPLES
+        assert record["tasks"]["reverse"]["said"] == len({row["prediction"] for row in rows})
+        assert record["tasks"]["reverse"]["score"] == pytest.approx(sum(row["score"] for row in rows) / len(rows))
+        same = {row["inputs"]: row["prediction"] for row in rows}
+        assert all(row["prediction"] == same[row["inputs"]] for row in rows), "the same example, the same answer"
+    assert not list(folder.glob("*/*.partial"))
+    assert len({record["tasks"]["reverse"]["score"] for record in found}) == len(STEPS), "each of its own parameters"
+
+    # Undisturbed, with the scores of a step that is recorded already, everything is the same.
+    output = run_dir.parent / "again.json"
+    again = ["eval", f"{run_dir}:5", "--task", "reverse", "--module", "evaluated_run", "--no-intervals"]
+    assert not killed_when(lambda: False, *again, "--output", str(output))
+    undisturbed = json.loads(output.read_text())
+    assert undisturbed == found[1]
+
+
+def test_the_harness_asks_each_request_once(run_dir):
+    pytest.importorskip("lm_eval", reason="the extra harness is not installed; `make test-harness` installs it")
+    command = ["harness", str(run_dir), "--docs-choice"]
+    chance = random.Random(1)
+
+    def answered() -> int:
+        return sum(len(lines(path)) for path in (run_dir / "harness").glob("8-*.jsonl"))
+
+    def killed_after(rows: int) -> bool:
+        return killed_when(lambda: answered() >= rows, *command)
+
+    before = 0
+    for _ in range(2):
+        if killed_after(before + chance.randrange(1, 60)):
+            assert answered() >= before
+            before = answered()
+    assert before, "it was never killed"
+    assert not killed_when(lambda: False, *command)
+    (path,) = (run_dir / "harness").glob("8-*.jsonl")
+    keys = [row["key"] for row in lines(path)[1:]]
+    assert len(keys) == len(set(keys)) >= before - 1
+    asked = path.read_bytes()
+    assert not killed_when(lambda: False, *command)
+    assert path.read_bytes() == asked, "nothing is asked again"
