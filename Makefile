@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke picture test test-slow test-hf test-aot golden-shardings test-launch test-wheel lint format install install-dev install-hf constraints clean
+.PHONY: smoke picture test test-slow test-hf test-harness test-aot golden-shardings test-wheel lint format install install-dev install-hf install-harness constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
@@ -51,10 +51,9 @@ compile-ahead: $(VENV)/.installed-tpu
 golden-shardings: install-dev
 	JAX_PLATFORMS=cpu $(BIN)/python tests/golden/sharding_tables.py
 
-# Holds what `launch` renders before the validators of those who read it, which have an environment of their own (700 MB);
-# and submits it to a SLURM of two nodes, where this machine can have one (root and Debian's packages).
-test-launch: install-dev $(VENV)-launch/.installed
-	LAUNCH_VALIDATORS=$(abspath $(VENV)-launch) $(BIN)/python -m pytest -m "launch or slurm" tests/launch
+# The tests that drive models by lm-evaluation-harness; `make test` skips them where it is not installed.
+test-harness: install-harness
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m harness
 
 # Builds the wheel, installs it alone in an empty environment, and uses it from an empty directory.
 test-wheel: $(VENV)/.created
@@ -78,6 +77,7 @@ format: install-dev
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 install-hf: $(VENV)/.installed-hf
+install-harness: $(VENV)/.installed-harness
 
 # --clear: an environment that was left half made is made anew.
 $(VENV)/.created:
@@ -104,10 +104,8 @@ $(VENV)/.installed-tpu: $(VENV)/.installed-dev
 	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,tpu]'
 	@touch $@
 
-$(VENV)-launch/.installed: tests/launch/requirements.txt
-	$(PYTHON) -m venv --clear $(VENV)-launch
-	$(VENV)-launch/bin/python -m pip --disable-pip-version-check install --quiet uv
-	$(VENV)-launch/bin/uv pip install --quiet --python $(VENV)-launch/bin/python --requirement $<
+$(VENV)/.installed-harness: $(VENV)/.installed-dev
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,harness]'
 	@touch $@
 
 # Resolves the newest versions anew, for Python 3.11 and for the newer ones in one file. torch's CUDA packages are left

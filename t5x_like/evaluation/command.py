@@ -42,7 +42,7 @@ def evaluate_command(
     Raises:
       UserError: a model, its data, a Task or a checkpoint cannot be used, or the result cannot be written.
     """
-    console = Console()
+    console = Console(quiet=jax.process_index() > 0)
     results: list[tuple[str, Result]] = []
     for reference in references:
         opened = open_model(reference.path, like)
@@ -83,7 +83,7 @@ def follow_command(run_dir: Path, asked: Asked, *, timeout: float | None = None)
     """
     if jax.process_count() > 1:
         raise ConfigError([Problem("--follow", f"{jax.process_count()} processes", "one process, of any devices")])
-    console = Console()
+    console = Console(quiet=jax.process_index() > 0)
     following.wait_for((run_dir / run_directory.CONFIG).is_file, timeout, str(run_dir))
     if kind_of(run_dir) != RUN:
         raise ConfigError([Problem(str(run_dir), "a model that is no run", "a run, which gets new checkpoints")])

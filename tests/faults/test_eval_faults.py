@@ -104,6 +104,7 @@ def test_each_row_of_a_task_and_each_step_once(run_dir):
     assert undisturbed == found[1]
 
 
+@pytest.mark.harness
 def test_the_harness_asks_each_request_once(run_dir):
     pytest.importorskip("lm_eval", reason="the extra harness is not installed; `make test-harness` installs it")
     command = ["harness", str(run_dir), "--docs-choice"]

@@ -59,7 +59,7 @@ def registered(name="labels", fns=(metrics.accuracy, score_metric, aux_metric), 
 
 
 def data(layout):
-    return DataConfig(layout=layout, mixture=(PrefixLM(),), inputs_length=16, targets_length=6)
+    return DataConfig(layout=layout, mixture=(PrefixLM(name="S"),), inputs_length=16, targets_length=6)
 
 
 @pytest.mark.parametrize("layout", ["encoder_decoder", "prefix_lm", "causal_lm"])
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(DataError, match="expected a decoder"):
         TaskEvaluator(
             EvaluationTask(mixture_or_task=name),
-            DataConfig(layout="encoder", mixture=(PrefixLM(),), inputs_length=8, targets_length=0),
+            DataConfig(layout="encoder", mixture=(PrefixLM(name="S"),), inputs_length=8, targets_length=0),
         )
     evaluator = TaskEvaluator(EvaluationTask(mixture_or_task=name), data("encoder_decoder"))
     assert evaluator.foreign_vocabularies(TOKENIZER) == [] and evaluator.vocab_size == 267
