@@ -22,6 +22,7 @@ from t5x_like.commands import (
     harness,
     inspect,
     launch,
+    plan,
     prepare,
     serve,
     train,
@@ -30,7 +31,7 @@ from t5x_like.commands.arguments import Parser
 from t5x_like.config import UserError
 from t5x_like.config.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
 
-COMMANDS = (train, prepare, inspect, evaluate, compare, harness, generate, embed, convert, export, serve, launch)
+COMMANDS = (train, prepare, inspect, plan, evaluate, compare, harness, generate, embed, convert, export, serve, launch)
 """In the order of `--help`."""
 
 

@@ -20,6 +20,7 @@ from t5x_like.monitoring.summary import Part, StartSummary, print_summary
 from t5x_like.monitoring.throughput import Peak, measured_peak
 from t5x_like.planning.flops import training_flops
 from t5x_like.planning.memory import estimate
+from t5x_like.planning.saved import PLAN, differences, read_plan
 from t5x_like.planning.tokens import tokens_per_step
 from t5x_like.planning.topologies import accelerator_of
 from t5x_like.program import Program
@@ -104,11 +105,21 @@ def show(
         )
         for line in base.differences:
             console.print(f"the model is not the base's: {line}")
+    _compare_with_plan(program, workdir / PLAN, console)
     last_row = first_row + (total - step) * run.training.batch_size
     if epochs := source.epochs(last_row):
         passes = ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items())
         console.print(f"passes over the data by step {total}: {passes}")
     console.print(*source.describe(first_row, _ROWS_SHOWN, _TOKENS_SHOWN))
+
+
+def _compare_with_plan(program: Program, path: Path, console: Console) -> None:
+    """Says where what the run finds is not as it was planned, if it was."""
+    if not path.exists():
+        return
+    found = differences(read_plan(path), program, list(program.mesh.devices.flat))
+    for line in found or ["devices, mesh, parameters, operations and memory are as planned"]:
+        console.print(f"{path.name}: {line}", markup=False, highlight=False)
 
 
 def _model(run: RunConfig) -> str:

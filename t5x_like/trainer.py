@@ -21,17 +21,19 @@ from t5x_like.monitoring.clock import Clock
 from t5x_like.monitoring.report import write_report
 from t5x_like.partitioning.agreement import EndedElsewhereError, StopRequest, by_first, common_stop, require_same
 from t5x_like.partitioning.distributed import exit_code_of, explained
+from t5x_like.planning.saved import PLAN, read_plan, save_plan
 from t5x_like.session import NO_STEP, Session, finished_step, open_session
 from t5x_like.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 
 
-def train(run: RunConfig, workdir: Path, allowed_changes: Sequence[str] = ()) -> int:
+def train(run: RunConfig, workdir: Path, allowed_changes: Sequence[str] = (), plan: Path | None = None) -> int:
     """Trains `run` in `workdir` up to its last step, from its newest checkpoint if there is one.
 
     Args:
       allowed_changes: Fields in which `run` may differ from what is in `workdir`.
+      plan: A saved plan, kept in `workdir`: at the start it is said where what the run finds is not as planned.
 
     Returns:
       The process's exit code: EXIT_OK when the last step is saved, EXIT_RESUMABLE when a signal stopped the run after a
@@ -46,6 +48,8 @@ def train(run: RunConfig, workdir: Path, allowed_changes: Sequence[str] = ()) ->
         require_same(to_json(run), "configuration")
         claimed = by_first(lambda: to_json(run_directory.claim_config(workdir, run, allowed_changes)))
         run = from_json(claimed, source=str(workdir / run_directory.CONFIG))
+        if plan is not None:
+            by_first(lambda: save_plan(workdir / PLAN, read_plan(plan)))
         finished = by_first(lambda: finished_step(run, workdir))
         if finished is None:
             return _train(run, workdir, stop)

@@ -28,6 +28,12 @@ def register(commands: Any) -> None:
         metavar="FIELD",
         help="go on although this training field differs from the run's, as in training.batch_size",
     )
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="of `plan --save`: say where what is found differs; kept in the run's directory for the next start",
+    )
     add_devices_option(parser)
     add_processes_options(parser)
 
@@ -45,4 +51,4 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     with started(process_flags(options), mesh_devices=mesh_devices(run.partitioning)):
         from t5x_like.trainer import train
 
-        return train(run, options.workdir or Path("runs") / run.name, options.allow_change)
+        return train(run, options.workdir or Path("runs") / run.name, options.allow_change, options.plan)

@@ -19,7 +19,7 @@ class Constrained(NamedTuple):
     """An activation that `constrain` was called with.
 
     Attributes:
-      place: Class and function in which it was called.
+      place: The method in which it was called.
     """
 
     place: str
@@ -85,6 +85,14 @@ def sequence_split(rows: int, lengths: Sequence[int], heads: int, kv_heads: int)
     return Split(mesh, axes["batch"], over[0], axes["heads"], axes["kv_heads"])
 
 
+def _caller() -> str:
+    """The method that has called `constrain`, by way of functions that it shares with others."""
+    frame = sys._getframe(2)
+    while "." not in frame.f_code.co_qualname and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_qualname.removesuffix(".<lambda>")
+
+
 def constrain(x: jax.Array, names: LogicalAxes) -> jax.Array:
     """`x`, split over the active mesh by the activation table; `x` itself outside a context or on one device.
 
@@ -99,6 +107,5 @@ def constrain(x: jax.Array, names: LogicalAxes) -> jax.Array:
     sharding = NamedSharding(mesh, spec(names, rules.activations, x.shape, mesh))
     record = _RECORD.get()
     if record is not None:
-        place = sys._getframe(1).f_code.co_qualname
-        record.append(Constrained(place, names, tuple(x.shape), x.dtype, sharding))
+        record.append(Constrained(_caller(), names, tuple(x.shape), x.dtype, sharding))
     return jax.lax.with_sharding_constraint(x, sharding)

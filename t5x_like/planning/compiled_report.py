@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from t5x_like.config import RunConfig, batch_spec
-from t5x_like.config.validate import validate
+from t5x_like.config import RunConfig
 from t5x_like.planning.compile import Compiled
+from t5x_like.planning.knobs import knobs
 from t5x_like.planning.roofline import Roofline, roofline
 
 _BUFFERS, _COLLECTIVES = 8, 12
@@ -103,40 +103,6 @@ def _print_roofline(found: Roofline, console: Console) -> None:
     table.add_column("without overlap", justify="right")
     table.add_row(*(f"{seconds:.3g}" for seconds in found.parts.values()), found.bound, f"{found.without_overlap:.3g}")
     console.print(table)
-
-
-def knobs(run: RunConfig) -> list[str]:
-    """Changes of the run that need less memory, those that cost least first; each is a sound configuration."""
-    training, model = run.training, run.model
-    found = []
-
-    def offer(option: str, why: str, **changes: Any) -> None:
-        if not validate(_changed(run, changes)):
-            found.append(f"{option}  ({why})")
-
-    if model.dtype == "float32":
-        offer("--model.dtype bfloat16", "activations of half the bytes", model={"dtype": "bfloat16"})
-    if model.remat != "full":
-        offer("--model.remat full", "layers are computed again in the backward pass", model={"remat": "full"})
-    parts = 2 * training.gradient_accumulation_steps
-    if all(next(iter(f.values())).shape[0] % parts == 0 for f in batch_spec(run).values()):
-        why = "the same batch in more parts, each of less memory"
-        option = f"--training.gradient-accumulation-steps {parts}"
-        offer(option, why, training={"gradient_accumulation_steps": parts})
-    if training.batch_size % 2 == 0:
-        option = f"--training.batch-size {training.batch_size // 2}"
-        offer(option, "another optimization, by fewer rows a step", training={"batch_size": training.batch_size // 2})
-    tensor = 2 * run.partitioning.tensor
-    if run.partitioning.tensor > 0 and all(stack.num_heads % tensor == 0 for stack in model.stacks.values()):
-        option = f"--partitioning.tensor {tensor}"
-        offer(option, "each layer over more devices, for more collectives", partitioning={"tensor": tensor})
-    found.append("a topology of more devices or of more memory each")
-    return found
-
-
-def _changed(run: RunConfig, changes: dict[str, dict[str, Any]]) -> RunConfig:
-    sections = {name: dataclasses.replace(getattr(run, name), **fields) for name, fields in changes.items()}
-    return dataclasses.replace(run, **sections)
 
 
 def readable(size: float) -> str:

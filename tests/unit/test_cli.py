@@ -140,9 +140,13 @@ def test_train(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["train", config, *overrides]) == 42
     assert main(["train", *overrides, "--workdir", "elsewhere", config]) == 2, "the recipe comes before the overrides"
     allowed = ["--allow-change", "training.batch_size"]
-    assert main(["train", "--workdir", "elsewhere", *allowed, config, *overrides]) == 42
+    options = ["--workdir", "elsewhere", *allowed, "--plan", "plan.json"]
+    assert main(["train", *options, config, *overrides]) == 42
     run = changed(example(), "training.batch_size", 16)
-    assert calls == [((run, Path("runs/example"), []), {}), ((run, Path("elsewhere"), ["training.batch_size"]), {})]
+    assert calls == [
+        ((run, Path("runs/example"), [], None), {}),
+        ((run, Path("elsewhere"), ["training.batch_size"], Path("plan.json")), {}),
+    ]
 
 
 def test_prepare_and_inspect(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from t5x_like.planning import compiler
 from t5x_like.planning.buffers import Buffer
 from t5x_like.planning.collectives import Collective
 from t5x_like.planning.compile import Compiled, _needed
-from t5x_like.planning.compiled_report import as_dict, knobs, print_compiled, readable
+from t5x_like.planning.compiled_report import as_dict, print_compiled, readable
+from t5x_like.planning.knobs import knobs
 from t5x_like.planning.roofline import roofline
 from t5x_like.planning.topologies import parse_topology
 
@@ -90,14 +91,14 @@ def test_every_knob_is_a_sound_override() -> None:
     offered = knobs(run)
     assert len(offered) >= 4
     for knob in offered[:-1]:
-        option, value = knob.partition("  (")[0].split()
+        option, value = knob.option.split()
         assert not validate(apply_overrides(run, [option, value]))
 
 
 def test_knobs_that_are_turned_already_are_not_offered() -> None:
     run = example()
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="full", dtype="bfloat16"))
-    assert not any("remat" in knob or "dtype" in knob for knob in knobs(run))
+    assert not any("remat" in knob.option or "dtype" in knob.option for knob in knobs(run))
 
 
 @pytest.mark.parametrize(
