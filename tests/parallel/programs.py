@@ -29,7 +29,9 @@ ROWS, VOCABULARY = 16, 512
 ARCHITECTURES = ("encoder_decoder", "prefix_lm", "decoder", "encoder")
 
 
-def run_for(architecture: str, partitioning: PartitioningConfig, **training: Any) -> RunConfig:
+def run_for(
+    architecture: str, partitioning: PartitioningConfig, *, packed: bool = False, length: int = 16, **training: Any
+) -> RunConfig:
     """Different in what shards differently: relative bias, rotary and learned positions, fewer key heads than the
     tensor degree, biases, tied and separate heads, dropout."""
     stack = StackConfig(num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128)
@@ -73,6 +75,16 @@ def run_for(architecture: str, partitioning: PartitioningConfig, **training: Any
         decoder=dataclasses.replace(rotary, num_kv_heads=2, experts=Experts(num_experts=4, capacity_factor=1.25)),
         vocab_size=VOCABULARY,
     )
+    models["all_experts"] = dataclasses.replace(
+        models["experts"],
+        decoder=dataclasses.replace(rotary, num_kv_heads=2, experts=Experts(num_experts=4, capacity_factor=None)),
+    )
+    models["distances"] = dataclasses.replace(
+        models["encoder"],
+        encoder=dataclasses.replace(
+            bert, positions="disentangled", relative_bias_buckets=8, relative_bias_max_distance=16
+        ),
+    )
     models["merged"] = ModelConfig(
         encoder=rotary,
         decoder=dataclasses.replace(rotary, cross_attention="merged", attention_softcap=20.0),
@@ -82,6 +94,8 @@ def run_for(architecture: str, partitioning: PartitioningConfig, **training: Any
     )
     layouts: dict[str, tuple[Layout, Objective]] = {
         "experts": ("causal_lm", CausalLM()),
+        "all_experts": ("causal_lm", CausalLM()),
+        "distances": ("encoder", MaskedLM()),
         "merged": ("encoder_decoder", PrefixLM(name="s")),
         "encoder_decoder": ("encoder_decoder", PrefixLM(name="s")),
         "prefix_lm": ("prefix_lm", PrefixLM(name="s")),
@@ -95,7 +109,11 @@ def run_for(architecture: str, partitioning: PartitioningConfig, **training: Any
         name=architecture,
         model=models[architecture],
         data=DataConfig(
-            layout=layout, mixture=(objective,), inputs_length=16, targets_length=0 if layout == "encoder" else 16
+            layout=layout,
+            mixture=(objective,),
+            inputs_length=length,
+            targets_length=0 if layout == "encoder" else length,
+            examples="documents" if packed else "windows",
         ),
         training=TrainingConfig(
             num_train_steps=10,
@@ -108,12 +126,15 @@ def run_for(architecture: str, partitioning: PartitioningConfig, **training: Any
 
 
 def batch_for(run: RunConfig, seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
-    """Random tokens in rows of random lengths, a prefix of up to half a row, loss on what is left."""
+    """Random tokens in rows of random lengths, a prefix of up to half a row, loss on what is left; packed, each row
+    has three examples of random lengths, each with its prefix, and padding."""
     rng = np.random.default_rng(seed)
     shapes = batch_spec(run)["main"]
     batch = {}
     for name, array in shapes.items():
         if name == "denoiser_ids":
+            batch[name] = np.zeros(array.shape, np.int32)
+        elif name.endswith(("_segment_ids", "_positions")):
             batch[name] = np.zeros(array.shape, np.int32)
         elif name.endswith("_tokens"):
             batch[name] = rng.integers(1, VOCABULARY, array.shape).astype(np.int32)
@@ -124,6 +145,13 @@ def batch_for(run: RunConfig, seed: int = 0) -> dict[str, dict[str, np.ndarray]]
         cells = np.arange(length)
         stop = rng.integers(length // 2 + 2, length + 1, (rows, 1))
         prefix = rng.integers(1, length // 2, (rows, 1))
+        if f"{stack}_segment_ids" in shapes:
+            ends = np.sort([rng.choice(np.arange(2, length), 3, replace=False) for _ in range(rows)], axis=1)
+            ids = 1 + (cells[None, :, None] >= ends[:, None, :]).sum(-1)
+            starts = np.concatenate([np.zeros((rows, 1), int), ends], axis=1)[np.arange(rows)[:, None], ids - 1]
+            batch[f"{stack}_segment_ids"] = np.where(ids > 3, 0, ids).astype(np.int32)
+            batch[f"{stack}_positions"] = np.where(ids > 3, 0, cells - starts).astype(np.int32)
+            stop, prefix = ends[:, 2:], starts + 1
         batch[f"{stack}_input_tokens"] *= cells < stop
         if f"{stack}_loss_weights" in shapes:
             batch[f"{stack}_loss_weights"] = ((cells < stop) & (cells >= prefix)).astype(np.int32)
