@@ -253,7 +253,7 @@ def test_a_defect_of_ours_is_a_traceback_and_1(tmp_path: Path) -> None:
     code = """
 import sys, types
 stand_in = types.ModuleType("t5x_like.trainer")
-def train(run, workdir, allowed_changes): raise ZeroDivisionError("a defect")
+def train(run, workdir, allowed_changes, plan): raise ZeroDivisionError("a defect")
 stand_in.train = train
 sys.modules["t5x_like.trainer"] = stand_in
 import t5x_like.cli
@@ -276,7 +276,7 @@ def test_simulated_devices(config: str) -> None:
     code = """
 import sys, types
 stand_in = types.ModuleType("t5x_like.trainer")
-def train(run, workdir, allowed_changes):
+def train(run, workdir, allowed_changes, plan):
     import jax
     print(len(jax.devices()), jax.devices()[0].platform)
     return 0
