@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_like.config import ConfigError, DataError, ModelConfig, Problem
 from t5x_like.decoding.rows import bucket, on_mesh, padded, row_shares
+from t5x_like.decoding.sampling import most_likely
 from t5x_like.program import Program
 
 Tree = Any
@@ -184,6 +185,6 @@ def _score_batch(program: Program, params: Tree, batch: Mapping[str, jax.Array])
         logits_RxTxV = model.head(states_RxTxd, model.token_embedder.embedding[...]).astype(jnp.float32)
         log_z_RxT = jax.nn.logsumexp(logits_RxTxV, axis=-1)
         at_target_RxT = jnp.take_along_axis(logits_RxTxV, targets_RxT[:, :, None], axis=-1)[:, :, 0]
-        greedy_RxT = jnp.argmax(logits_RxTxV, axis=-1) == targets_RxT
+        greedy_RxT = most_likely(logits_RxTxV) == targets_RxT
         everywhere = NamedSharding(program.mesh, PartitionSpec())
         return jax.lax.with_sharding_constraint((at_target_RxT - log_z_RxT, greedy_RxT), everywhere)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from t5x_like.config import ConfigError
-from t5x_like.decoding.sampling import RowSampling, Sampling, choose, draw_keys, penalize, restrict, warp
+from t5x_like.decoding.sampling import RowSampling, Sampling, choose, draw_keys, most_likely, penalize, restrict, warp
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.2, 0.25])
 LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None]
@@ -128,6 +128,18 @@ def test_the_repetition_penalty_makes_seen_tokens_less_likely_whatever_the_sign(
     logits = jnp.array([[2.0, -2.0, 0.0, 2.0, -2.0]])
     seen = jnp.array([[True, True, True, False, False]])
     assert penalize(logits, seen, jnp.array([2.0])).tolist() == [[1.0, -4.0, 0.0, 2.0, -2.0]]
+
+
+def test_the_most_likely_is_the_first_of_the_largest():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-3, 3, (50, 30)).astype(np.float32)
+    logits[logits == -3] = -np.inf
+    logits[7] = -np.inf
+    assert most_likely(jnp.asarray(logits)).tolist() == logits.argmax(axis=-1).tolist()
+    assert most_likely(jnp.full((1, 3), jnp.nan)).tolist() == [0]
+    keys = draw_keys(jnp.uint32(2), jnp.arange(50), jnp.zeros(50, jnp.int32))
+    drawn = choose(jnp.asarray(logits), keys, Sampling(temperature=1.0))
+    assert drawn.tolist() == jax.vmap(jax.random.categorical)(keys, jnp.asarray(logits)).tolist()
 
 
 def test_greedy_takes_the_most_likely_allowed_token():
