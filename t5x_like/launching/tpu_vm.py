@@ -152,8 +152,8 @@ def _create(spec: TpuVm) -> list[Step]:
 def _start(spec: TpuVm) -> list[Step]:
     name = spec.job.resource
     files = [str(spec.directory / file) for file in (SETUP, RUN, SOURCE)]
-    # What git does not track by name is no part of the source; the rest of .gitignore, tar reads itself.
-    left_out = ("--exclude-vcs", "--exclude-vcs-ignores", *(f"--exclude=./{x}" for x in (".venv", "runs", "build")))
+    # Environments, histories and caches are hidden; what runs and builds leave is not wanted there either.
+    left_out = [f"--exclude={pattern}" for pattern in ("./.[!.]*", "./runs", "./build", "./dist", "__pycache__")]
     pack = ("tar", "--create", "--gzip", f"--file={spec.directory / SOURCE}", *left_out, f"--directory={spec.source}")
     return [
         Step("pack the source", (*pack, ".")),

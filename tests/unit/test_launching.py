@@ -276,6 +276,24 @@ def test_names_that_differ_stay_apart() -> None:
     assert len({resource_name(name) for name in names}) == len(names)
 
 
+def test_the_source_is_packed_without_what_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["pyproject.toml", "t5x_like/cli.py", "configs/runs/mine.py", "t5x_like/data/runs/x", "t5x_like/build.py"]
+    for name in [*wanted, ".git/x", ".venv/x", ".venv-launch/x", "runs/x", "build/x", "t5x_like/__pycache__/x"]:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    Path("launch").mkdir()
+    spec = tpu_vm.TpuVm(JOB, V5E, zone="z", source="source")
+    (pack,) = (step.argv for step in tpu_vm.render(spec).steps if step.argv[0] == "tar")
+    subprocess.run(pack, check=True)
+    # As the worker's script unpacks it.
+    (unpack,) = (line for line in tpu_vm.setup_script(spec).splitlines() if line.startswith("tar "))
+    Path("launch/source").mkdir()
+    subprocess.run(["bash", "-c", unpack], cwd="launch", check=True)
+    unpacked = [str(path.relative_to("launch/source")) for path in Path("launch/source").rglob("*") if path.is_file()]
+    assert sorted(unpacked) == sorted(wanted)
+
+
 # Secrets.
 
 

@@ -16,11 +16,11 @@ tar \
   --create \
   --gzip \
   --file=launch/examples/tpu-vm-multislice/source.tar.gz \
-  --exclude-vcs \
-  --exclude-vcs-ignores \
-  --exclude=./.venv \
+  '--exclude=./.[!.]*' \
   --exclude=./runs \
   --exclude=./build \
+  --exclude=./dist \
+  --exclude=__pycache__ \
   --directory=. .
 # a folder on all workers
 gcloud compute tpus queued-resources ssh ul2-20b \

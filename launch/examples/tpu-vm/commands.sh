@@ -12,11 +12,11 @@ tar \
   --create \
   --gzip \
   --file=launch/examples/tpu-vm/source.tar.gz \
-  --exclude-vcs \
-  --exclude-vcs-ignores \
-  --exclude=./.venv \
+  '--exclude=./.[!.]*' \
   --exclude=./runs \
   --exclude=./build \
+  --exclude=./dist \
+  --exclude=__pycache__ \
   --directory=. .
 # a folder on all workers
 gcloud compute tpus tpu-vm ssh ul2-20b --worker=all --zone=us-east5-a '--command=mkdir -p ul2-20b'
