@@ -55,6 +55,7 @@ EXIT_CODES = (
     ExitCode(EXIT_REFUSED, "refused for safety", restart=False),
     ExitCode(EXIT_RESUMABLE, "stopped, or left by another process: the same command goes on", restart=True),
     ExitCode(EXIT_INTERRUPTED, "Ctrl-C where nothing is at stake", restart=False),
+    ExitCode(EXIT_BROKEN_PIPE, "the reader of the output has gone", restart=False),
     ExitCode(EXIT_ABORTED, "aborted: a peer or a device has gone", restart=True),
     ExitCode(EXIT_KILLED, "killed", restart=True),
     ExitCode(EXIT_TERMINATED, "terminated before there was anything to save", restart=True),
