@@ -30,7 +30,7 @@ def row_losses(
     found = []
     for batch in batches:
         features = batch["main"]
-        sums_R, weights_R = jax.device_get(_row_losses(program, params, program.put(_of_this_host(batch))["main"]))
+        sums_R, weights_R = jax.device_get(_row_losses(program, params, program.put_whole(batch)["main"]))
         targets, weights = targets_and_weights(features)  # type: ignore[arg-type]
         for row in np.flatnonzero(weights_R):
             scored = np.asarray(targets[row])[np.asarray(weights[row]) > 0]
@@ -44,15 +44,6 @@ def row_losses(
                 }
             )
     return found
-
-
-def _of_this_host(batch: Mapping[str, Features]) -> dict[str, dict[str, npt.NDArray[Any]]]:
-    host, hosts = jax.process_index(), jax.process_count()
-
-    def own(feature: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return feature[len(feature) * host // hosts : len(feature) * (host + 1) // hosts]
-
-    return {name: {key: own(feature) for key, feature in part.items()} for name, part in batch.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)

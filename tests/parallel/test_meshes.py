@@ -194,6 +194,8 @@ def test_fresh_parameters_and_evaluation_do_not_depend_on_the_mesh() -> None:
     program = assembled(run)
     state = program.init()
     jax.tree.map(np.testing.assert_array_equal, state, start("decoder"))
+    # As a step gives them back: else the second step would be compiled anew.
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
     assert shard_shape(query_kernel(state["params"])) == QUERY_SHARDS["data_fsdp_tensor"]
     metrics = program.eval_step(state["params"], program.put(batch_for(run)))
     assert value(metrics["loss"]) == pytest.approx(value(one_device("decoder")[1]["loss"]), rel=1e-5)
