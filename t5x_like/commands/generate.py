@@ -67,6 +67,11 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length-penalty", type=float, metavar="A", help="of a beam search (default: 0.6; like transformers 1)"
     )
+    parser.add_argument("--draft", metavar="DIR", help="a smaller model that proposes tokens; answers stay the model's")
+    parser.add_argument("--lookup", action="store_true", help="propose what followed the same tokens before")
+    parser.add_argument(
+        "--draft-tokens", type=positive, default=4, metavar="N", help="proposed for each pass of the model (default: 4)"
+    )
     parser.add_argument(
         "--beam-like", choices=("t5x", "transformers"), default="t5x", help="whose penalty and stopping (default: t5x)"
     )
@@ -107,6 +112,9 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
             fill=options.fill,
             scores=options.scores,
             cache_dtype=options.cache_dtype,
+            draft=options.draft,
+            lookup=options.lookup,
+            draft_tokens=options.draft_tokens,
             batch_size=options.batch_size,
         )
         return generate_command(

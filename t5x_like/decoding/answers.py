@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -15,13 +16,14 @@ from t5x_like.config import ConfigError, DataError, Problem
 from t5x_like.decoding import infilling
 from t5x_like.decoding.beam import BeamSearch
 from t5x_like.decoding.constraints import Constraints
-from t5x_like.decoding.generate import beam_tokens, generate_tokens
+from t5x_like.decoding.generate import Passes, beam_tokens, generate_tokens, speculative_tokens
 from t5x_like.decoding.infilling import Gapped
-from t5x_like.decoding.models import Formats, PromptedModel, ends_in_eos
+from t5x_like.decoding.models import Formats, PromptedModel, ends_in_eos, open_model
 from t5x_like.decoding.prompts import PromptFormat
 from t5x_like.decoding.requests import Request
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.scoring import score_tokens
+from t5x_like.decoding.speculative import Speculation
 from t5x_like.decoding.spelling import pieces, text_of
 from t5x_like.decoding.stops import Stops, make_stops
 
@@ -49,6 +51,9 @@ class Settings:
       fill: Of a prompt with gaps, the answer is the whole text with its gaps filled.
       scores: Answers come with their log-likelihood and how they ended.
       cache_dtype: See `generate_tokens`.
+      draft: Directory of a smaller model that proposes tokens (`speculative`).
+      lookup: What followed the same tokens before is proposed.
+      draft_tokens: Proposed at once.
       batch_size: Answers that are decoded at once.
     """
 
@@ -65,6 +70,9 @@ class Settings:
     fill: bool = False
     scores: bool = False
     cache_dtype: str | None = None
+    draft: str | None = None
+    lookup: bool = False
+    draft_tokens: int = 4
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -76,10 +84,18 @@ class Settings:
             problems.append(Problem("num_samples", str(self.num_samples), f"at most the {self.beam.size} beams"))
         if self.beam is not None and not self.sampling.greedy:
             problems.append(Problem("temperature", repr(self.sampling.temperature), "0 beside a beam search"))
+        if self.draft is not None and self.lookup:
+            problems.append(Problem("lookup", "a draft model beside it", "one of the two"))
+        if self.beam is not None and self.speculates:
+            problems.append(Problem("draft", "a beam search beside it", "no draft or lookup: beams have no use for it"))
         if self.choices is not None and self.allowed_characters is not None:
             problems.append(Problem("allowed_characters", repr(self.allowed_characters), "none beside choices"))
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def speculates(self) -> bool:
+        return self.draft is not None or self.lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +139,11 @@ class _Made:
 
 
 class Answering:
-    """Answers prompts with a model's parameters."""
+    """Answers prompts with a model's parameters.
+
+    Attributes:
+      passes: Of a speculation, so far.
+    """
 
     def __init__(self, model: PromptedModel, params: Tree, formats: Formats, settings: Settings):
         """Raises ConfigError where the settings do not fit the vocabulary."""
@@ -134,10 +154,25 @@ class Answering:
             gaps=None if formats.gaps is None else ends_in_eos(model.speller, formats.gaps),
         )
         config = model.program.run.model
+        self.passes = Passes(0, 0)
+        self._speculation = self._open_draft() if settings.speculates else None
         self._stops: Stops | None = None
         if settings.stop:
             table = pieces(model.speller, range(model.speller.vocabulary.vocab_size))[: config.vocab_size]
             self._stops = make_stops(settings.stop, table, config.vocab_size)
+
+    def _open_draft(self) -> Speculation:
+        settings = self.settings
+        if settings.draft is None:
+            return Speculation(settings.draft_tokens)
+        draft = open_model(Path(settings.draft), self.model.program.mesh.devices.flatten().tolist())
+        size = self.model.speller.vocabulary.vocab_size
+        if draft.speller.vocabulary != self.model.speller.vocabulary or pieces(draft.speller, range(size)) != pieces(
+            self.model.speller, range(size)
+        ):
+            fix = "a draft must have been trained with the model's tokenizer"
+            raise ConfigError([Problem("draft", f"another tokenizer in {settings.draft}", "the model's own", fix)])
+        return Speculation(settings.draft_tokens, (draft.program, draft.load(None)[1]))
 
     def check(self, request: Request) -> int:
         """The tokens of the longest prompt that the request makes.
@@ -235,15 +270,18 @@ class Answering:
                 self.model.program, self.params, prompts, search=settings.beam, batch_size=beams, **common
             )
             return [[self._made(h.tokens, h.score) for h in row[: settings.num_samples]] for row in found]
-        tokens = generate_tokens(
-            self.model.program,
-            self.params,
-            prompts,
-            seed=[row.seed for row in rows],
-            rows=[row.number for row in rows],
-            batch_size=settings.batch_size,
-            **common,
-        )
+        common |= {
+            "seed": [row.seed for row in rows],
+            "rows": [row.number for row in rows],
+            "batch_size": settings.batch_size,
+        }
+        if self._speculation is None:
+            tokens = generate_tokens(self.model.program, self.params, prompts, **common)
+        else:
+            tokens, passes = speculative_tokens(
+                self.model.program, self.params, prompts, speculation=self._speculation, **common
+            )
+            self.passes = Passes(self.passes.tokens + passes.tokens, self.passes.passes + passes.passes)
         return [[self._made(row, None)] for row in tokens]
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - as long as the process lives anyway

@@ -74,6 +74,7 @@ def generate_command(
         _note_length(model, formats, answering.check(request))
         for answer in _answered(answering, [request], 0)[0]:
             print(visible(answer.text) if sys.stdout.isatty() else answer.text)
+        _note_passes(answering)
         return EXIT_OK
     with open_requests(input_path) as requests:
         digest = requests.check()
@@ -95,6 +96,7 @@ def _to_screen(
                 print(line)
                 progress.advance(1)
             sys.stdout.flush()
+    _note_passes(answering)
     return EXIT_OK
 
 
@@ -159,6 +161,7 @@ class _Job:
                 answers = _lines(answering, chunk, number * size)
                 lines.append(answers[there:])
                 progress.advance(len(answers) - there)
+        _note_passes(answering)
         return EXIT_OK
 
     def _settings(self, step: int | None) -> dict[str, Any]:
@@ -235,6 +238,13 @@ def _note_length(model: PromptedModel, formats: Formats, longest: int) -> None:
     trained_on = model.longest_prompt(formats.plain)
     if trained_on is not None and longest > trained_on:
         print(f"note: a prompt of {longest} tokens, longer than the {trained_on} of training", file=sys.stderr)
+
+
+def _note_passes(answering: Answering) -> None:
+    tokens, passes = answering.passes
+    if passes:
+        line = f"speculation: {tokens:,} tokens in {passes:,} passes of the model, {tokens / passes:.2f} per pass"
+        print(line, file=sys.stderr)
 
 
 def _chunk_size(settings: Settings) -> int:

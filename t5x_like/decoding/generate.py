@@ -20,6 +20,7 @@ from t5x_like.decoding.constraints import Automaton
 from t5x_like.decoding.loop import decode_rows, read_prompts
 from t5x_like.decoding.rows import bucket, on_mesh, padded, row_shares
 from t5x_like.decoding.sampling import Sampling
+from t5x_like.decoding.speculative import Speculation, speculate_batch
 from t5x_like.decoding.stops import FOUND, Stops
 from t5x_like.program import Program
 
@@ -136,6 +137,66 @@ def beam_tokens(
                 if score > -np.inf
             ]
     return results
+
+
+class Passes(NamedTuple):
+    """What speculation saved: tokens that were made, beside those that came with the prompt, and the model's passes
+    over proposals that it took, summed over rows. Without a draft there would be a pass for each token."""
+
+    tokens: int
+    passes: int
+
+
+def speculative_tokens(
+    program: Program,
+    params: Tree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    speculation: Speculation,
+    allowed_V: Allowed,
+    max_new_tokens: int | Sequence[int],
+    bidirectional: bool = False,
+    sampling: Sampling | None = None,
+    seed: int | Sequence[int] = 0,
+    rows: Sequence[int] | None = None,
+    batch_size: int = 32,
+    cache_dtype: str | None = None,
+    stops: Stops | None = None,
+    automaton: Automaton | None = None,
+    start_states: Sequence[int] | None = None,
+) -> tuple[list[list[int]], Passes]:
+    """What `generate_tokens` makes, in fewer passes of the model: the same tokens where greedy, else other draws from
+    the same distribution. See there for the arguments, and `speculative` for how.
+
+    Raises:
+      ConfigError: the draft does not fit the model, or as `generate_tokens`.
+    """
+    speculation.require(program)
+    draft_program, draft_params = speculation.draft or (None, None)
+    asked = _Asked(prompts, max_new_tokens, seed, rows, allowed_V, automaton, start_states, stops, sampling)
+    results: list[list[int]] = [[] for _ in prompts]
+    total = Passes(0, 0)
+    for chosen, batch, rules, cells in _batches(program, asked, batch_size):
+        new_RxN, made_R, passes_R = jax.device_get(
+            speculate_batch(
+                program,
+                params,
+                draft_program,
+                draft_params,
+                batch,
+                rules,
+                count=speculation.tokens,
+                longest_match=speculation.longest_match,
+                cells=cells,
+                bidirectional=bidirectional,
+                cache_dtype=cache_dtype,
+            )
+        )
+        some = len(chosen)
+        total = Passes(total.tokens + int(made_R[:some].sum()) - some, total.passes + int(passes_R[:some].sum()))
+        for index, row in zip(chosen, new_RxN.tolist(), strict=False):
+            results[index] = _cut(row[: asked.limits[index]], program.run.model, stops)
+    return results, total
 
 
 class _Asked:

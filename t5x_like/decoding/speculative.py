@@ -11,49 +11,66 @@ Rows keep different numbers of tokens: each row's cache is rolled back to what i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
+from t5x_like.config import ConfigError, Problem
 from t5x_like.decoding import choosing
 from t5x_like.decoding.choosing import Rules, State
-from t5x_like.decoding.sampling import draw_keys
+from t5x_like.decoding.drafts import (
+    ACCEPTING,
+    REPLACING,
+    Decode,
+    Draft,
+    ModelDraft,
+    PromptLookup,
+    Proposal,
+    purpose_keys,
+)
+from t5x_like.decoding.loop import read_prompts
 from t5x_like.models.cache import Cache
+from t5x_like.models.model import Model
+from t5x_like.program import Program
 
 Tree = Any
-Decode = Callable[[Array, Cache, Array], tuple[Array, Cache]]
-"""(tokens [R, T], a cache, how many of the T are a row's [R]) -> (logits [R, T, V], the cache with them)."""
-
-# What a key is drawn for, so that no two draws at one position share their numbers.
-_PROPOSING, _ACCEPTING, _REPLACING = range(1, 4)
 
 
-class Proposal(NamedTuple):
-    """Attributes:
-    tokens_RxG: int32.
-    log_q_RxGxV: float32, log-probabilities that each token was drawn with; None where the draft draws nothing: all of
-      its probability is on its token.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Speculation:
+    """How tokens are proposed.
+
+    Attributes:
+      tokens: Proposed for each pass of the model.
+      draft: A smaller model of the same vocabulary and its parameters, on the same mesh; None: what followed the same
+        tokens before, in the prompt or the answer.
+      longest_match: Tokens that are compared for that, at most.
     """
 
-    tokens_RxG: Array
-    log_q_RxGxV: Array | None
+    tokens: int = 4
+    draft: tuple[Program, Tree] | None = None
+    longest_match: int = 3
 
-
-class Draft(Protocol):
-    """What proposes tokens. Its state is a pytree that the loop carries."""
-
-    def propose(self, state: Tree, last_R: Array, live_R: Array, rules: Rules, chooser: State) -> tuple[Proposal, Tree]:
-        """Args:
-        last_R: The token behind those that the state knows.
-        live_R: int32, 0 for rows that are done.
-        chooser: Of `choosing`, before the first proposed token.
-        """
-
-    def keep(self, state: Tree, tokens_RxT: Array, kept_R: Array) -> Tree:
-        """The state of rows that go on behind `kept_R` of the T = G + 1 tokens `last_R` and those proposed."""
+    def require(self, program: Program) -> None:
+        """Raises ConfigError where `draft` cannot propose for `program`."""
+        problems = []
+        if self.tokens < 1:
+            problems.append(Problem("draft tokens", str(self.tokens), "at least 1"))
+        if self.draft is not None:
+            own, other = program.run.model, self.draft[0].run.model
+            for name in ("architecture", "vocab_size", "start_id", "eos_ids", "pad_id"):
+                if getattr(own, name) != getattr(other, name):
+                    problems.append(Problem(f"the draft's {name}", str(getattr(other, name)), str(getattr(own, name))))
+            if self.draft[0].mesh != program.mesh:
+                problems.append(Problem("the draft's mesh", str(self.draft[0].mesh.shape), str(program.mesh.shape)))
+        if problems:
+            raise ConfigError(problems)
 
 
 class Speculated(NamedTuple):
@@ -172,14 +189,14 @@ def _verify(logits_RxTxV: Array, proposal: Proposal, rules: Rules, chooser: Stat
             if log_q_RxGxV is None
             else log_q_RxGxV[:, place]
         )
-        uniform_R = jax.vmap(jax.random.uniform)(_keys(rules, choosers[place], _ACCEPTING))
+        uniform_R = jax.vmap(jax.random.uniform)(purpose_keys(rules, choosers[place], ACCEPTING))
         ratio_R = (jnp.take_along_axis(log_p[place], token_Rx1, 1) - jnp.take_along_axis(log_q_RxV, token_Rx1, 1))[:, 0]
         kept_R &= uniform_R < jnp.exp(jnp.minimum(ratio_R, 0.0))
         accepted_R += kept_R
         behind.append(residual(log_p[place], log_q_RxV))
     behind.append(log_p[count])
     last_RxV = jnp.take_along_axis(jnp.stack(behind, axis=1), accepted_R[:, None, None], axis=1)[:, 0]
-    keys_R = _keys(rules, _select(choosers, accepted_R), _REPLACING)
+    keys_R = purpose_keys(rules, _select(choosers, accepted_R), REPLACING)
     return accepted_R, jax.vmap(jax.random.categorical)(keys_R, last_RxV).astype(jnp.int32), choosers
 
 
@@ -192,11 +209,6 @@ def residual(log_p: Array, log_q: Array) -> Array:
     return jnp.where(jnp.sum(more, axis=-1, keepdims=True) > 0, jnp.log(more), log_p)
 
 
-def _keys(rules: Rules, chooser: State, purpose: int) -> Array:
-    keys_R = draw_keys(rules.seeds_R, rules.rows_R, chooser.made_R)
-    return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys_R)
-
-
 def _select(states: list[State], index_R: Array) -> State:
     """Of each row the state with its index."""
 
@@ -207,84 +219,64 @@ def _select(states: list[State], index_R: Array) -> State:
     return jax.tree.map(select, *states)
 
 
-class ModelDraft:
-    """A smaller model with the same vocabulary. Its state is its cache, made for steps of G + 1 that are undone."""
+@functools.partial(
+    jax.jit, static_argnums=(0, 2), static_argnames=("count", "longest_match", "cells", "bidirectional", "cache_dtype")
+)
+def speculate_batch(
+    program: Program,
+    params: Tree,
+    draft_program: Program | None,
+    draft_params: Tree,
+    batch: Mapping[str, Array],
+    rules: Rules,
+    *,
+    count: int,
+    longest_match: int,
+    cells: int,
+    bidirectional: bool,
+    cache_dtype: str | None,
+) -> tuple[Array, Array, Array]:
+    """New tokens [R, N] with zeros behind a row's end, their numbers [R], and the model's passes over proposals [R]."""
+    config = program.run.model
+    tokens_RxP, lengths_R = batch["tokens"], batch["lengths"]
 
-    def __init__(self, decode: Decode, count: int):
-        self.decode, self.count = decode, count
+    def read(model: Model) -> tuple[Array, Cache]:
+        return read_prompts(
+            model,
+            tokens_RxP,
+            lengths_R,
+            cells,
+            bidirectional=bidirectional,
+            widest_step=count + 1,
+            cache_dtype=cache_dtype,
+        )
 
-    def propose(
-        self, state: Cache, last_R: Array, live_R: Array, rules: Rules, chooser: State
-    ) -> tuple[Proposal, Cache]:
-        def propose_one(carry: tuple[Cache, Array, State], _: None) -> tuple[tuple[Cache, Array, State], Proposal]:
-            cache, token_R, chooser = carry
-            logits_Rx1xV, cache = self.decode(token_R[:, None], cache, live_R)
-            log_q_RxV = jax.nn.log_softmax(choosing.distribution(logits_Rx1xV[:, 0], rules, chooser))
-            keys_R = _keys(rules, chooser, _PROPOSING)
-            token_R = jax.vmap(jax.random.categorical)(keys_R, log_q_RxV).astype(jnp.int32)
-            return (cache, token_R, choosing.advance(token_R, rules, chooser)), Proposal(token_R, log_q_RxV)
+    def step(model: Model) -> Decode:
+        return lambda tokens, cache, counts: model.decode(tokens, cache, counts_B=counts)
 
-        (cache, last_R, _), drawn = jax.lax.scan(propose_one, (state, last_R, chooser), length=self.count)
-        # The last token as well: if all are kept, the next proposals follow it.
-        _, cache = self.decode(last_R[:, None], cache, live_R)
-        assert drawn.log_q_RxGxV is not None
-        tokens_RxG, log_q_RxGxV = jnp.swapaxes(drawn.tokens_RxG, 0, 1), jnp.swapaxes(drawn.log_q_RxGxV, 0, 1)
-        return Proposal(tokens_RxG, log_q_RxGxV), cache
-
-    def keep(self, state: Cache, tokens_RxT: Array, kept_R: Array) -> Cache:
-        return state.rolled_back(state.lengths - jnp.where(kept_R > 0, tokens_RxT.shape[1] - kept_R, 0))
-
-
-class Stream(NamedTuple):
-    """The state of `PromptLookup`: what each row has read and said.
-
-    Attributes:
-      tokens_RxL: int32, L with room for all that will come.
-      lengths_R: int32, without the newest token.
-    """
-
-    tokens_RxL: Array
-    lengths_R: Array
-
-
-class PromptLookup:
-    """Proposes what followed the same tokens before, in the prompt or in what has been said: no second model, and much
-    gained where an answer repeats its prompt. The longest match of up to `longest` tokens counts, of equal ones the
-    last."""
-
-    def __init__(self, count: int, longest: int = 3):
-        self.count, self.longest = count, longest
-
-    def start(self, tokens_RxP: Array, lengths_R: Array, cells: int) -> Stream:
-        """Args:
-        tokens_RxP: The prompt, of an encoder's or of the decoder's stream.
-        cells: Tokens that a row will say, at most.
-        """
-        return Stream(jnp.pad(tokens_RxP, ((0, 0), (0, cells + self.count + 1))), lengths_R)
-
-    def propose(
-        self, state: Stream, last_R: Array, live_R: Array, rules: Rules, chooser: State
-    ) -> tuple[Proposal, Stream]:
-        tokens_RxL, lengths_R = state
-        rows, cells = tokens_RxL.shape
-        tokens_RxL = tokens_RxL.at[jnp.arange(rows), lengths_R].set(last_R)
-        matches_RxL = jnp.ones((rows, cells), bool)
-        matched_RxL = jnp.zeros((rows, cells), jnp.int32)
-        for back in range(self.longest):
-            # The token `back` cells before the newest, beside those as far before each place.
-            wanted_Rx1 = jnp.take_along_axis(tokens_RxL, jnp.maximum(lengths_R - back, 0)[:, None], axis=1)
-            there_RxL = jnp.pad(tokens_RxL, ((0, 0), (back, 0)), constant_values=-1)[:, :cells]
-            matches_RxL &= (there_RxL == wanted_Rx1) & (lengths_R >= back)[:, None]
-            matched_RxL += matches_RxL
-        places_L = jnp.arange(cells)
-        score_RxL = jnp.where(places_L < lengths_R[:, None], matched_RxL * cells + places_L, -1)
-        found_R = jnp.argmax(score_RxL, axis=1)
-        next_RxG = jnp.minimum(found_R[:, None] + 1 + jnp.arange(self.count), cells - 1)
-        return Proposal(jnp.take_along_axis(tokens_RxL, next_RxG, axis=1), None), state
-
-    def keep(self, state: Stream, tokens_RxT: Array, kept_R: Array) -> Stream:
-        rows, cells = state.tokens_RxL.shape
-        place_T = jnp.arange(tokens_RxT.shape[1])
-        cell_RxT = jnp.where(place_T < kept_R[:, None], state.lengths_R[:, None] + place_T, cells)
-        tokens_RxL = state.tokens_RxL.at[jnp.arange(rows)[:, None], cell_RxT].set(tokens_RxT, mode="drop")
-        return Stream(tokens_RxL, state.lengths_R + kept_R)
+    with program.activations():
+        model = program.model(params)
+        logits_RxV, cache = read(model)
+        if draft_program is None:
+            lookup = PromptLookup(count, longest_match)
+            draft: Draft = lookup
+            draft_state: Tree = lookup.start(tokens_RxP, lengths_R, cells)
+        else:
+            smaller = draft_program.model(draft_params)
+            draft, draft_state = ModelDraft(step(smaller), count), read(smaller)[1]
+        if config.encoder is not None:
+            tokens_RxP, lengths_R = jnp.full_like(tokens_RxP[:, :1], config.start_id), jnp.ones_like(lengths_R)
+        result = decode_speculatively(
+            step(model),
+            logits_RxV,
+            cache,
+            rules=rules,
+            chooser=choosing.start(rules, tokens_RxP, lengths_R, logits_RxV.shape[-1]),
+            ends=lambda tokens: jnp.isin(tokens, jnp.array(config.eos_ids, jnp.int32)),
+            draft=draft,
+            draft_state=draft_state,
+            limits_R=batch["limits"],
+            cells=cells,
+        )
+        whole = NamedSharding(program.mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint((result.tokens_RxN, result.made_R, result.passes_R), whole)

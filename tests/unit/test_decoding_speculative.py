@@ -1,5 +1,9 @@
-"""Speculative decoding: distributed as without a draft, token for token the same where greedy."""
+"""Speculative decoding: distributed as without a draft, token for token the same where greedy.
 
+The laws are held against small Markov chains, of which everything is known, and then against models with their caches.
+"""
+
+import dataclasses
 import functools
 import itertools
 
@@ -7,13 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from config_examples import example
+from model_examples import EXAMPLES, VOCABULARY, model, parameters
 from scipy import stats
 
+from t5x_like.config import ConfigError
 from t5x_like.decoding import choosing, speculative
 from t5x_like.decoding.choosing import Rules
-from t5x_like.decoding.sampling import RowSampling, Sampling
-from t5x_like.decoding.speculative import ModelDraft, PromptLookup, decode_speculatively, residual
+from t5x_like.decoding.constraints import trie
+from t5x_like.decoding.drafts import ModelDraft, PromptLookup
+from t5x_like.decoding.sampling import Sampling
+from t5x_like.decoding.speculative import Speculation, decode_speculatively, residual
 from t5x_like.models.cache import Cache
+from t5x_like.program import assemble
 
 STATES = 16
 ROWS = 60_000
@@ -113,7 +123,10 @@ def test_all_paths_together_have_the_targets_joint_probabilities(count):
                 drawn = way * draft[newest, token]
                 keep = min(1.0, target[newest, token] / draft[newest, token])
                 for other in range(size):
-                    yield (*kept, other), drawn * _rest(draft, proposal, kept, text) * (1 - keep) * behind[newest, other]
+                    yield (
+                        (*kept, other),
+                        drawn * _rest(draft, proposal, kept, text) * (1 - keep) * behind[newest, other],
+                    )
                 way, newest, kept = drawn * keep, token, (*kept, token)
             for other in range(size):
                 yield (*kept, other), way * target[newest, other]
@@ -177,7 +190,9 @@ def test_settings_hold_for_both():
     tokens = np.asarray(result.tokens_RxN)
     best = np.argsort(-np.asarray(target), axis=1)[:, :4]
     for place in range(3):
-        assert all(token in best[newest] for newest, token in set(zip(tokens[:, place], tokens[:, place + 1], strict=True)))
+        assert all(
+            token in best[newest] for newest, token in set(zip(tokens[:, place], tokens[:, place + 1], strict=True))
+        )
     cut = np.where(np.isin(np.arange(STATES), best[0]), np.asarray(target)[0], 0)
     counts = np.bincount(tokens[:, 0], minlength=STATES)[best[0]]
     assert stats.chisquare(counts, len(tokens) * cut[best[0]] / cut.sum()).pvalue > 1e-4
@@ -207,7 +222,9 @@ def test_greedy_rows_end_where_they_should(as_draft):
     chain = jnp.asarray(count_up)
     greedy = Sampling()
     for limit, expected in [(1, [1]), (3, [1, 2, 3]), (6, [1, 2, 3, 4, 5]), (16, [1, 2, 3, 4, 5])]:
-        result = run(chain, chain, 0, rows=2, cells=16, count=4, sampling=greedy, limits=limit, end=5, as_draft=as_draft)
+        result = run(
+            chain, chain, 0, rows=2, cells=16, count=4, sampling=greedy, limits=limit, end=5, as_draft=as_draft
+        )
         for row in np.asarray(result.tokens_RxN):
             assert row[: len(expected)].tolist() == expected and not row[len(expected) :].any()
         np.testing.assert_array_equal(result.made_R, len(expected))
@@ -215,7 +232,9 @@ def test_greedy_rows_end_where_they_should(as_draft):
 
 def test_lookup_proposes_what_followed_the_longest_match():
     lookup = PromptLookup(3, longest=2)
-    prompts = jnp.array([[7, 1, 5, 9, 8, 1, 6, 4, 2, 7], [3, 3, 3, 3, 0, 0, 0, 0, 0, 0], [1, 2, 4, 1, 2, 5, 6, 8, 1, 0]])
+    prompts = jnp.array(
+        [[7, 1, 5, 9, 8, 1, 6, 4, 2, 7], [3, 3, 3, 3, 0, 0, 0, 0, 0, 0], [1, 2, 4, 1, 2, 5, 6, 8, 1, 0]]
+    )
     state = lookup.start(prompts, jnp.array([10, 4, 9]), cells=4)
     proposal, state = lookup.propose(state, jnp.array([1, 3, 2]), jnp.ones(3, jnp.int32), None, None)
     # "7 1" beats the later "1"; of two "1 2" the later counts.
@@ -224,3 +243,82 @@ def test_lookup_proposes_what_followed_the_longest_match():
     state = lookup.keep(state, jnp.array([[1, 5, 9, 8], [3, 3, 3, 3], [2, 5, 0, 0]]), jnp.array([3, 0, 2]))
     assert state.lengths_R.tolist() == [13, 4, 11]
     assert state.tokens_RxL[0, 9:13].tolist() == [7, 1, 5, 9] and state.tokens_RxL[2, 8:11].tolist() == [1, 2, 5]
+
+
+def program_of(name, config, layout):
+    run = dataclasses.replace(example(layout), model=config)
+    program = assemble(run, jax.devices()[:1])
+    return program, parameters(config, seed=3)
+
+
+MODELS = {
+    "decoder": (model("decoder", "rope"), "causal_lm"),
+    "prefix_lm": (model("prefix_lm"), "prefix_lm"),
+    "encoder_decoder": (model("encoder_decoder"), "encoder_decoder"),
+    "windows": (EXAMPLES["local"], "causal_lm"),
+    "merged": (EXAMPLES["merged"], "encoder_decoder"),
+    "learned": (model("decoder", "learned"), "causal_lm"),
+}
+ALLOWED = np.arange(VOCABULARY) > 0
+PROMPTS = [[5, 9, 33, 7, 9, 33], [8], [12, 40, 41, 42, 3, 3, 3, 17, 12, 40, 41], [60, 2]]
+
+
+@functools.cache
+def opened(name):
+    return program_of(name, *MODELS[name])
+
+
+def draft_of(name, noise):
+    """The model itself with noise on its parameters: right now and then."""
+    program, params = opened(name)
+    random = np.random.default_rng(1)
+    return program, jax.tree.map(lambda leaf: leaf + noise * random.normal(size=leaf.shape).astype(np.float32), params)
+
+
+WAYS = {
+    "greedy": {},
+    "penalty and limits": {"sampling": Sampling(repetition_penalty=1.5), "max_new_tokens": [3, 11, 1, 7]},
+    "int8": {"cache_dtype": "int8"},
+    "choices": {
+        "automaton": trie([[7, 8, 9, 10, 11], [7, 8, 12], [30]], 1),
+        "start_states": [1, 1, 1, 1],
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_answers_are_those_without_a_draft(name, way):
+    """Rows keep different numbers of tokens, so that each cache is rolled back by itself."""
+    if way != "greedy" and name not in ("decoder", "encoder_decoder"):
+        pytest.skip("this way is tried with two models")
+    program, params = opened(name)
+    common = {"allowed_V": ALLOWED, "max_new_tokens": 13, "bidirectional": name == "prefix_lm"} | WAYS[way]
+    expected = generate_tokens(program, params, PROMPTS, **common)
+    assert any(expected)
+    for draft in (None, draft_of(name, 0.02)):
+        found, passes = speculative_tokens(program, params, PROMPTS, speculation=Speculation(3, draft), **common)
+        assert found == expected
+        assert 0 < passes.passes <= passes.tokens or passes.tokens == 0
+
+
+@pytest.mark.slow
+def test_the_model_as_its_own_draft_is_always_right():
+    program, params = opened("encoder_decoder")
+    common = {"allowed_V": ALLOWED, "max_new_tokens": 13, "speculation": Speculation(3, (program, params))}
+    found, passes = speculative_tokens(program, params, PROMPTS, **common)
+    longest = sum(-(-(len(answer) - 1) // 4) for answer in found if len(answer) == 13)
+    assert passes.passes <= longest + sum(len(answer) // 4 + 1 for answer in found if len(answer) < 13)
+    sampled, drawn = speculative_tokens(program, params, PROMPTS, sampling=Sampling(temperature=1.0), seed=4, **common)
+    assert drawn.passes <= sum(len(answer) // 4 + 1 for answer in sampled)
+
+
+def test_a_draft_of_another_vocabulary_is_refused():
+    program, params = opened("decoder")
+    other = dataclasses.replace(MODELS["decoder"][0], vocab_size=64)
+    wrong = program_of("other", other, "causal_lm")
+    with pytest.raises(ConfigError, match="the draft's vocab_size"):
+        speculative_tokens(
+            program, params, PROMPTS, speculation=Speculation(3, wrong), allowed_V=ALLOWED, max_new_tokens=3
+        )
