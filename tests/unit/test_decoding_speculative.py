@@ -18,8 +18,9 @@ from scipy import stats
 from t5x_like.config import ConfigError
 from t5x_like.decoding import choosing, speculative
 from t5x_like.decoding.choosing import Rules
-from t5x_like.decoding.constraints import trie
+from t5x_like.decoding.constraints import Constraints
 from t5x_like.decoding.drafts import ModelDraft, PromptLookup
+from t5x_like.decoding.generate import generate_tokens, speculative_tokens
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.speculative import Speculation, decode_speculatively, residual
 from t5x_like.models.cache import Cache
@@ -275,14 +276,13 @@ def draft_of(name, noise):
     return program, jax.tree.map(lambda leaf: leaf + noise * random.normal(size=leaf.shape).astype(np.float32), params)
 
 
+CONSTRAINTS = Constraints(1)
+CHOSEN = CONSTRAINTS.choices([[7, 8, 9, 10, 11], [7, 8, 12], [30]])
 WAYS = {
     "greedy": {},
     "penalty and limits": {"sampling": Sampling(repetition_penalty=1.5), "max_new_tokens": [3, 11, 1, 7]},
     "int8": {"cache_dtype": "int8"},
-    "choices": {
-        "automaton": trie([[7, 8, 9, 10, 11], [7, 8, 12], [30]], 1),
-        "start_states": [1, 1, 1, 1],
-    },
+    "choices": {"automaton": CONSTRAINTS.automaton(), "start_states": [CHOSEN] * 4},
 }
 
 
@@ -319,6 +319,5 @@ def test_a_draft_of_another_vocabulary_is_refused():
     other = dataclasses.replace(MODELS["decoder"][0], vocab_size=64)
     wrong = program_of("other", other, "causal_lm")
     with pytest.raises(ConfigError, match="the draft's vocab_size"):
-        speculative_tokens(
-            program, params, PROMPTS, speculation=Speculation(3, wrong), allowed_V=ALLOWED, max_new_tokens=3
-        )
+        common = {"allowed_V": ALLOWED, "max_new_tokens": 3}
+        speculative_tokens(program, params, PROMPTS, speculation=Speculation(3, wrong), **common)
