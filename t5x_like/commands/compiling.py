@@ -32,11 +32,12 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
 
 
 def compile_ahead(
-    run: RunConfig, topology: Topology, options: argparse.Namespace, console: Console, estimated_bytes: int = 0
+    run: RunConfig, topology: Topology | None, options: argparse.Namespace, console: Console, estimated_bytes: int = 0
 ) -> dict[str, Any]:
     """Compiles what the options ask for, prints what XLA says of it, and returns that for a saved plan.
 
     Args:
+      topology: None: the devices of this machine, for which training compiles by itself.
       estimated_bytes: The peak as it was estimated without a compiler, to be set beside XLA's; 0: none was.
 
     Returns:
@@ -44,7 +45,7 @@ def compile_ahead(
     """
     from t5x_like.planning import compiler
 
-    if options.no_compile:
+    if options.no_compile or topology is None:
         return {}
     if topology.accelerator.platform != "tpu":
         console.print(f"Not compiled: ahead of time XLA compiles for TPUs only, and {topology} is none.")
