@@ -258,11 +258,14 @@ class Activations:
         shape = (config.vocab_size, config.table_width)
         whole = Held("table", ("vocab", "embed"), shape, 4)
         lookups = len(config.stacks) + (config.generator is not None)
+        tables = [whole.times(1 + lookups)]
+        if config.separate_encoder_embeddings and config.encoder is not None:
+            # The encoder's own is the last to be reduced, with the zeros that its lookup is added to.
+            width = (config.vocab_size, config.encoder.d_model)
+            tables = [whole, Held("table", ("vocab", "embed"), width, 4).times(2)]
         own_head = config.task_head is None and not config.tie_embeddings
         return {
-            "gradients of the token table": self.bytes_of([whole.times(1 + lookups)])
-            if self._trains("token_embedder")
-            else 0,
+            "gradients of the token table": self.bytes_of(tables) if self._trains("token_embedder") else 0,
             "gradient of the head": self.bytes_of([whole]) if own_head and self._trains("head") else 0,
         }
 
