@@ -76,13 +76,13 @@ def chrf(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]
     return {"chrf": float(_library("sacrebleu").corpus_chrf(list(predictions), _streams(targets)).score)}
 
 
-def signature(name: str) -> str | None:
-    """sacreBLEU's own account of the settings of `bleu` or `chrf`; None for other metrics."""
+def signature(name: str, targets: Sequence[Any], predictions: Sequence[str]) -> str | None:
+    """sacreBLEU's own account of how `bleu` or `chrf` scores these; None for other metrics."""
     if name not in ("bleu", "chrf"):
         return None
     library = _library("sacrebleu.metrics")
     metric = library.BLEU(tokenize="intl", smooth_method="exp") if name == "bleu" else library.CHRF()
-    metric.corpus_score(["a"], [["a"]])
+    metric.corpus_score(list(predictions), _streams(targets))
     return str(metric.get_signature())
 
 
@@ -99,7 +99,7 @@ def _streams(targets: Sequence[Any]) -> list[list[str | None]]:
 
 
 def rouge(
-    targets: Sequence[str],
+    targets: Sequence[Any],
     predictions: Sequence[str],
     *,
     score_keys: Sequence[str] = ("rouge1", "rouge2", "rougeL", "rougeLsum"),
@@ -107,12 +107,13 @@ def rouge(
 ) -> dict[str, float]:
     """Mean F-measure of rouge_score's ROUGE-N, -L and -Lsum.
 
-    ROUGE-Lsum takes lines for sentences. As in T5, " . " ends one: summaries of CNN/DailyMail are tokenised like that.
+    Of several references of an example the best counts, for each key by itself. ROUGE-Lsum takes lines for sentences.
+    As in T5, " . " ends one: summaries of CNN/DailyMail are tokenised like that.
     """
     _require_pairs(targets, predictions)
     scorer = _library("rouge_score.rouge_scorer").RougeScorer(list(score_keys), use_stemmer=use_stemmer)
     found = [
-        scorer.score(target=_sentences_on_lines(target), prediction=_sentences_on_lines(prediction))
+        scorer.score_multi([_sentences_on_lines(one) for one in references(target)], _sentences_on_lines(prediction))
         for target, prediction in zip(targets, predictions, strict=True)
     ]
     return {key: 100 * float(np.mean([scores[key].fmeasure for scores in found])) for key in score_keys}

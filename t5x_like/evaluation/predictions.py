@@ -56,17 +56,19 @@ def score_file(
     predictions_of = _field(rows, prediction_field, PREDICTION_FIELDS, path)
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
+    signatures: dict[str, str] = {}
     for name, function in functions.items():
         targets = [_value(row, targets_of, name, path, is_target=True) for row in rows]
         predictions = [_value(row, predictions_of, name, path, is_target=False) for row in rows]
         try:
             found = function(targets, predictions)
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise DataError(f"{path}: {name} cannot score these values: {error}") from None
+        if (text := signature(name, targets, predictions)) is not None:
+            signatures[name] = text
         metrics |= {f"{name}/{key}": value for key, value in found.items()}
         drawn = bootstrap.of_metric(function, targets, predictions, count=draws)
         intervals |= {f"{name}/{key}": bootstrap.interval(drawn.get(key, [])) for key in found}
-    signatures = {name: text for name in names if (text := signature(name)) is not None}
     return {
         "file": str(path),
         "num_examples": len(rows),

@@ -80,7 +80,7 @@ def evaluate_task(
       tokenizer: Of the model, by which the Task's vocabulary is checked; None: only its size is.
       folder: Gets the rows, TASK.jsonl, and while the model works TASK.KIND.partial: one that was killed goes on from
         there. None: nothing is written.
-      belongs_to: Which parameters the rows are of.
+      belongs_to: Which parameters the rows are of; None: no partial files are kept.
       intervals: Bootstrap the metrics over the examples.
 
     Returns:
@@ -98,8 +98,10 @@ def evaluate_task(
     def answer(task: str, asked: str, examples: Sequence[Example]) -> list[Said]:
         from t5x_like.data.seqio_evaluation import Said
 
-        # Several processes work on the same rows: what one of them finds on its disk must not let it skip a step.
-        path = None if folder is None or jax.process_count() > 1 else folder / f"{task}.{asked}.partial"
+        # Several processes work on the same rows: what one of them finds on its disk must not let it skip a step. And
+        # parameters that are not known again, as those of a step in training, have no answers to go on with.
+        keep = folder is not None and belongs_to is not None and jax.process_count() == 1
+        path = folder / f"{task}.{asked}.partial" if keep and folder is not None else None
         if path is not None:
             partials.append(path)
         account = {**(belongs_to or {}), "task": dataclasses.asdict(config), "asked": asked, "of": _digest(examples)}

@@ -184,3 +184,16 @@ def test_picture_of_the_curves(tmp_path, complete):
     pixels = imread(write_curves_png(run_dir, tmp_path / "curves.png"))
     assert pixels.shape[:2] == (576, 1920)
     assert (pixels[..., :3].min(axis=2) < 0.8).mean() > 0.005
+
+
+def test_metrics_of_tasks_are_drawn_over_the_steps(tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    path = run_dir / "evaluations.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["tasks"] = {"squad_v010": {"em": record["step"] / 50, "f1": "NaN", "examples": 90}, HOSTILE: {"x": 1.0}}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = write_report(run_dir).read_text()
+    assert "squad_v010" in page and "<b>em</b>" in page
+    assert "<b>f1</b>" not in page, "there is nothing to draw"
+    assert "<img" not in page and "&lt;img" in page

@@ -1,9 +1,13 @@
 """The report in a real browser: headless Chromium, where it is installed (Debian: `apt-get install chromium`)."""
 
+import json
+
 import chromium
 import pytest
 from report_run import DENOISERS, hostile_run, write_run
 
+from t5x_like.evaluation.asked import Reference
+from t5x_like.evaluation.comparison_page import write_comparison
 from t5x_like.monitoring.report import write_report
 
 pytestmark = pytest.mark.skipif(chromium.EXECUTABLE is None, reason="no Chromium is installed")
@@ -87,3 +91,34 @@ def test_policy_stops_a_script_that_got_in(page, report):
     page.open(report)
     assert page.evaluate("document.title") == "smoke"
     assert any("Content Security Policy" in error for error in page.errors)
+
+
+def test_a_comparison_opens_without_an_error_and_is_readable(page, tmp_path):
+    """Nothing wider than the window, in both colour schemes; a value's dot lies within its interval."""
+    runs = [write_run(tmp_path / name, name=name) for name in ("first", "second")]
+    steps = {}
+    for number, run in enumerate(runs):
+        path = run / "evaluations.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        steps[run] = step = records[-1]["step"]
+        folder = run / "evaluations" / str(step)
+        folder.mkdir(parents=True)
+        rows = [
+            {"objective": name, "loss": 30.0 + number + row % 7, "tokens": 10.0, "bytes": 40, "digest": row}
+            for name in (*records[-1]["objectives"], "prefix_lm")
+            for row in range(24)
+        ]
+        (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    target = write_comparison([Reference(run, (steps[run],)) for run in runs], tmp_path / "comparison.html")
+    page.errors.clear()
+    page.requests.clear()
+    for width in (1200, 400):
+        for dark in (False, True):
+            page.show(width, dark=dark)
+            page.open(target)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.show(1200)
+    page.open(target)
+    assert page.evaluate("document.querySelectorAll('.metrics circle').length") >= 2 * (1 + len(DENOISERS))
+    assert page.errors == []
+    assert {address.split(":")[0] for address in page.requests} <= {"file", "data"}

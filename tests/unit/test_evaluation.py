@@ -16,7 +16,7 @@ from data_examples import data_config, text_store
 from t5x_like.config import ModelConfig, PartitioningConfig, RunConfig, StackConfig, TrainingConfig
 from t5x_like.data import validation
 from t5x_like.evaluation import baselines, records
-from t5x_like.evaluation.evaluator import evaluate
+from t5x_like.evaluation.evaluator import evaluate, held_out_rows
 from t5x_like.evaluation.samples import decode_samples
 from t5x_like.evaluation.tables import tables
 from t5x_like.monitoring.records import read_records
@@ -124,8 +124,19 @@ def test_scores_are_of_each_token_once(store):
             loss += np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[target]
             right += scores.argmax() == target
             tokens += 1
-    found = evaluate(program, placed(program, params), [store], step=0, num_batches=2)["objectives"]["R_3_0.15"]
+    result = evaluate(program, placed(program, params), [store], step=0, num_batches=2)
+    found = result["objectives"]["R_3_0.15"]
     assert found["tokens"] == tokens
+    assert found["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    # The rows behind these numbers add up to them.
+    rows = held_out_rows(program, placed(program, params), [store], num_batches=2)
+    assert {row["objective"] for row in rows} == {*result["objectives"], "prefix_lm"}
+    for name in ("R_3_0.15", "prefix_lm"):
+        own = [row for row in rows if row["objective"] == name]
+        mean = sum(row["loss"] for row in own) / sum(row["tokens"] for row in own)
+        wanted = found["loss"] if name != "prefix_lm" else result["prefix_lm"]["loss_per_token"]
+        assert mean == pytest.approx(wanted, rel=1e-5)
+    assert sum(row["bytes"] for row in rows if row["objective"] == "prefix_lm") == result["prefix_lm"]["bytes"]
     assert found["loss"] == pytest.approx(loss / tokens, rel=1e-5)
     assert found["accuracy"] == pytest.approx(right / tokens, rel=1e-6)
 

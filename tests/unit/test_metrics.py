@@ -42,7 +42,7 @@ def test_bleu_and_chrf_by_hand():
     assert metrics.bleu(uneven, ["the cat sat on it", "a dog ran home today"])["bleu"] == pytest.approx(100)
     # One character in common of "ab" and "ac": only 1- and 2-grams exist, with precision and recall 1/2 and 0.
     assert metrics.chrf(["ab"], ["ac"])["chrf"] == pytest.approx(25.0)
-    assert metrics.signature("bleu").startswith("nrefs:1|case:mixed|eff:no|tok:intl|smooth:exp")
+    assert metrics.signature("bleu", ["a b"], ["a c"]).startswith("nrefs:1|case:mixed|eff:no|tok:intl|smooth:exp")
 
 
 def test_rouge_by_hand():
@@ -52,6 +52,8 @@ def test_rouge_by_hand():
     assert found["rouge1"] == pytest.approx(100) and found["rougeL"] == pytest.approx(50)
     assert found["rougeLsum"] == pytest.approx(100), "' . ' ends a sentence, as in T5"
     assert found["rouge2"] == pytest.approx(100 * 2 / 3)
+    several = metrics.rouge([["nothing", "one two"], "three"], ["one two", "three"], score_keys=("rouge1",))
+    assert several == {"rouge1": pytest.approx(100)}
 
 
 def test_classes_by_hand():
