@@ -33,6 +33,7 @@ from t5x_like.config import ConfigError, ModelConfig, Problem
 from t5x_like.decoding import choosing
 from t5x_like.decoding.choosing import Rules, State
 from t5x_like.decoding.loop import read_prompts
+from t5x_like.decoding.ready import ReadyParams, decoding_model
 from t5x_like.decoding.stops import FOUND
 from t5x_like.models.cache import Cache
 from t5x_like.program import Program
@@ -107,7 +108,7 @@ class Beams(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("cells", "search", "bidirectional", "cache_dtype"))
 def search_batch(
     program: Program,
-    params: Tree,
+    params: Tree | ReadyParams,
     batch: Mapping[str, Array],
     rules: Rules,
     *,
@@ -125,7 +126,7 @@ def search_batch(
     """
     config = program.run.model
     with program.activations():
-        model = program.model(params)
+        model = decoding_model(program, params)
         logits_RxV, cache = read_prompts(
             model, batch["tokens"], batch["lengths"], cells, bidirectional=bidirectional, cache_dtype=cache_dtype
         )

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from t5x_like.decoding import choosing
 from t5x_like.decoding.choosing import Rules, State
 from t5x_like.decoding.loop import read_prompts
+from t5x_like.decoding.ready import decoding_model, ready_params
 from t5x_like.decoding.rows import bucket, padded, row_shares
 from t5x_like.decoding.sampling import RowSampling, Sampling
 from t5x_like.models.cache import Cache
@@ -122,7 +123,7 @@ class Batcher:
             slots=-(-self.sizes.slots // shares) * shares,
             admitted=-(-min(self.sizes.admitted, self.sizes.slots) // shares) * shares,
         )
-        self.program, self.params = program, params
+        self.program, self.params = program, ready_params(program, params)
         self._how = _How(program, self.sizes, bidirectional, cache_dtype)
         self._allowed = jnp.asarray(allowed_V)
         self._waiting: collections.deque[Request] = collections.deque()
@@ -391,7 +392,7 @@ def _read(
 ) -> tuple[_Slots, jax.Array, jax.Array, jax.Array]:
     """Slots with prompts read into some of them, and of each prompt the first token, and whether it is the last."""
     with how.program.activations():
-        rows, said = _begin(how, how.program.model(params), allowed_V, fields)
+        rows, said = _begin(how, decoding_model(how.program, params), allowed_V, fields)
         where = fields["slots"]
         return (jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), slots, rows), *said)
 
@@ -402,7 +403,7 @@ def _step(
 ) -> tuple[_Slots, jax.Array, jax.Array, jax.Array]:
     """Some tokens more for each slot: [steps, S] tokens, whether they are new, and whether they end their answer."""
     with how.program.activations():
-        model = how.program.model(params)
+        model = decoding_model(how.program, params)
         rules = _rules(slots, allowed_V)
         eos_ids = jnp.array(model.config.eos_ids, jnp.int32)
 

@@ -18,6 +18,7 @@ from t5x_like.decoding.beam import BeamSearch, search_batch
 from t5x_like.decoding.choosing import Rules
 from t5x_like.decoding.constraints import Automaton
 from t5x_like.decoding.loop import decode_rows, read_prompts
+from t5x_like.decoding.ready import ReadyParams, decoding_model, ready_params
 from t5x_like.decoding.rows import bucket, on_mesh, padded, row_shares
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.speculative import Speculation, speculate_batch
@@ -30,7 +31,7 @@ Allowed = npt.NDArray[np.bool_]
 
 def generate_tokens(
     program: Program,
-    params: Tree,
+    params: Tree | ReadyParams,
     prompts: Sequence[Sequence[int]],
     *,
     allowed_V: Allowed,
@@ -52,7 +53,7 @@ def generate_tokens(
 
     Args:
       program: With a decoder.
-      params: The program's parameters.
+      params: The program's parameters, or what `ready_params` made of them, which is worth it for many calls.
       prompts: Token ids as in training (`PromptFormat.ids`): what the encoder reads, or the beginning of the decoder's
         stream without BOS. Lengths may differ.
       allowed_V: [vocabulary] of the tokens that may be chosen, or [prompts, vocabulary].
@@ -71,6 +72,7 @@ def generate_tokens(
       ConfigError: the prompt and its continuation are longer than the model's table of learned positions.
     """
     asked = _Asked(prompts, max_new_tokens, seed, rows, allowed_V, automaton, start_states, stops, sampling)
+    params = ready_params(program, params)
     results: list[list[int]] = [[] for _ in prompts]
     for chosen, batch, rules, cells in _batches(program, asked, batch_size):
         new_RxN = _decode_batch(
@@ -90,7 +92,7 @@ class Hypothesis(NamedTuple):
 
 def beam_tokens(
     program: Program,
-    params: Tree,
+    params: Tree | ReadyParams,
     prompts: Sequence[Sequence[int]],
     *,
     search: BeamSearch,
@@ -114,6 +116,7 @@ def beam_tokens(
       ConfigError: the prompt and its continuation are longer than the model's table of learned positions.
     """
     asked = _Asked(prompts, max_new_tokens, 0, None, allowed_V, automaton, start_states, stops, sampling)
+    params = ready_params(program, params)
     results: list[list[Hypothesis]] = [[] for _ in prompts]
     for chosen, batch, rules, cells in _batches(program, asked, batch_size):
         tokens, lengths, scores = jax.device_get(
@@ -332,7 +335,7 @@ def _decode_batch(
         return token_R, stopped_R | jnp.isin(token_R, jnp.array(config.eos_ids, jnp.int32)), state
 
     with program.activations():
-        model = program.model(params)
+        model = decoding_model(program, params)
         logits_RxV, cache = read_prompts(
             model, tokens_RxP, lengths_R, cells, bidirectional=bidirectional, cache_dtype=cache_dtype
         )

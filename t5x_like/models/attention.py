@@ -15,7 +15,7 @@ from t5x_like.kernels.attention import attention
 from t5x_like.kernels.masks import Mask, Prepared
 from t5x_like.kernels.slots import Part, attend
 from t5x_like.models.cache import KeysValues, Slots
-from t5x_like.models.layers import Dense, Norm, attention_scale, attention_stddevs, rotate
+from t5x_like.models.layers import Dense, Joined, Norm, attention_scale, attention_stddevs, rotate
 from t5x_like.partitioning.constrain import constrain
 
 SeveralKeysValues = tuple[tuple[Array, ...], tuple[Array, ...]]
@@ -53,19 +53,35 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, head_dim), Norm(config, head_dim)
 
-    def keys_values(self, x_BxKxd: Array, cos_sin: CosSin | None = None) -> KeysValues:
-        """Keys (rotated, with cos_sin) and values of a sequence, [B, K, G, h] each."""
+    def project(self, x_BxLxd: Array) -> tuple[Array, KeysValues]:
+        """Queries [B, L, H, h] and keys and values [B, L, G, h] of the same sequence, as `placed` takes them."""
+        if hasattr(self, "joined"):
+            query, key, value = self.joined(x_BxLxd)
+            return query, (key, value)
+        return self.query(x_BxLxd), (self.key(x_BxLxd), self.value(x_BxLxd))
+
+    def join(self) -> None:
+        """Makes one product of the three of `project`, where nothing else reads them alone."""
+        self.joined = Joined([self.query, self.key, self.value])
+        del self.query, self.key, self.value
+
+    def placed(self, keys_values: KeysValues, cos_sin: CosSin | None = None) -> KeysValues:
+        """Keys normalised and rotated, as far as they are."""
         names = ("batch", "length", "kv_heads", "head_dim")
-        key, value = self.key(x_BxKxd), self.value(x_BxKxd)
+        key, value = keys_values
         if self.config.qk_norm:
             key = self.key_norm(key)
         if cos_sin is not None:
             key = rotate(key, cos_sin)
         return constrain(key, names), constrain(value, names)
 
+    def keys_values(self, x_BxKxd: Array) -> KeysValues:
+        """Keys and values of a sequence without positions, [B, K, G, h] each."""
+        return self.placed((self.key(x_BxKxd), self.value(x_BxKxd)))
+
     def __call__(
         self,
-        x_BxQxd: Array,
+        query_BxQxHxh: Array,
         keys_values: KeysValues | SeveralKeysValues,
         mask: Mask,
         *,
@@ -73,12 +89,13 @@ class Attention(nnx.Module):
         distances: Distances | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
+        """What queries, as they come from the projection, read of placed keys and values, [B, Q, d]."""
         keys, values = keys_values
         if isinstance(mask, Prepared):
             # Each device has the scores of its queries with all keys.
             whole = ("batch", None, "kv_heads", "head_dim")
             keys, values = jax.tree.map(lambda x: constrain(x, whole), (keys, values))
-        query, bias = self._query(x_BxQxd, cos_sin, distances, None if isinstance(keys, tuple) else keys)
+        query, bias = self._placed_query(query_BxQxHxh, cos_sin, distances, None if isinstance(keys, tuple) else keys)
         if bias is not None:
             assert isinstance(mask, Prepared)
             mask = Prepared(bias, mask.mask)
@@ -98,24 +115,24 @@ class Attention(nnx.Module):
 
     def over_slots(
         self,
-        x_BxTxd: Array,
+        query_BxTxHxh: Array,
         slots: Sequence[tuple[Slots, Prepared]],
         *,
         cos_sin: CosSin | None = None,
         distances: Distances | None = None,
     ) -> Array:
         """The same over keys and values in slots; of several, all under one softmax. `distances` are of the first."""
-        keys = None if distances is None else slots[0][0].floats(x_BxTxd.dtype)[0]
-        query, bias = self._query(x_BxTxd, cos_sin, distances, keys)
+        keys = None if distances is None else slots[0][0].floats(query_BxTxHxh.dtype)[0]
+        query, bias = self._placed_query(query_BxTxHxh, cos_sin, distances, keys)
         parts = [Part(*one, prepared if bias is None else Prepared(bias, prepared.mask)) for one, prepared in slots]
         config = self.config
         return self.out(attend(query, parts, scale=attention_scale(config), softcap=config.attention_softcap))
 
-    def _query(
-        self, x_BxQxd: Array, cos_sin: CosSin | None, distances: Distances | None, keys: Array | None
+    def _placed_query(
+        self, query: Array, cos_sin: CosSin | None, distances: Distances | None, keys: Array | None
     ) -> tuple[Array, Array | None]:
         """Queries [B, Q, H, h], and the bias of disentangled positions over these keys, if there are any."""
-        query, bias = self.query(x_BxQxd), None
+        bias = None
         if self.config.qk_norm:
             query = self.query_norm(query)
         if distances is not None:

@@ -97,7 +97,8 @@ class Block(nnx.Module):
             cross_keys_values = self.encoder_keys_values(shared.encoded)
 
         inner = self._self_attention_input(x_BxLxd, shared)
-        new = seen = self.self_attention.keys_values(inner, shared.cos_sin)
+        query, keys_values = self.self_attention.project(inner)
+        new = seen = self.self_attention.placed(keys_values, shared.cos_sin)
         mask = self._with_own_bias(shared, inner.shape[1], inner.shape[1])
         attended: KeysValues | SeveralKeysValues = seen
         if self.is_merged:
@@ -106,7 +107,7 @@ class Block(nnx.Module):
                 (own, other.astype(own.dtype)) for own, other in zip(seen, cross_keys_values, strict=True)
             )
         branch = self.self_attention(
-            inner,
+            query,
             attended,
             mask,
             cos_sin=shared.cos_sin,
@@ -118,7 +119,8 @@ class Block(nnx.Module):
         if self.has_cross_attention:
             assert shared.cross_mask is not None and cross_keys_values is not None
             inner = self._before(x_BxLxd, self.cross_attention_norm)
-            branch = self.cross_attention(inner, cross_keys_values, shared.cross_mask, dropout_rng=rngs[2])
+            query = self.cross_attention.query(inner)
+            branch = self.cross_attention(query, cross_keys_values, shared.cross_mask, dropout_rng=rngs[2])
             x_BxLxd = self._after(x_BxLxd, branch, "cross_attention", rngs[3])
 
         x_BxLxd, routing = self._mlp(x_BxLxd, shared, rngs[4], rngs[5])
@@ -137,20 +139,22 @@ class Block(nnx.Module):
         assert shared.lengths is not None
         inner = self._self_attention_input(x_BxTxd, shared)
         # Written before they are read: XLA then writes in place, where it would otherwise copy all slots.
-        slots = slots.written(self.self_attention.keys_values(inner, shared.cos_sin), shared.lengths)
+        query, keys_values = self.self_attention.project(inner)
+        slots = slots.written(self.self_attention.placed(keys_values, shared.cos_sin), shared.lengths)
         mask = self._with_own_bias(shared, inner.shape[1], slots.size)
         assert isinstance(mask, Prepared)
         parts = [(slots, mask)]
         if self.is_merged:
             assert cross is not None and isinstance(shared.cross_mask, Prepared)
             parts.append((cross, shared.cross_mask))
-        branch = self.self_attention.over_slots(inner, parts, cos_sin=shared.cos_sin, distances=shared.distances)
+        branch = self.self_attention.over_slots(query, parts, cos_sin=shared.cos_sin, distances=shared.distances)
         x_BxTxd = self._after(x_BxTxd, branch, "self_attention", None)
 
         if self.has_cross_attention:
             assert cross is not None and isinstance(shared.cross_mask, Prepared)
             inner = self._before(x_BxTxd, self.cross_attention_norm)
-            branch = self.cross_attention.over_slots(inner, [(cross, shared.cross_mask)])
+            query = self.cross_attention.query(inner)
+            branch = self.cross_attention.over_slots(query, [(cross, shared.cross_mask)])
             x_BxTxd = self._after(x_BxTxd, branch, "cross_attention", None)
         return self._mlp(x_BxTxd, shared, None, None)[0], slots
 
@@ -167,6 +171,13 @@ class Block(nnx.Module):
         else:
             branch = self.mlp(inner, dropout_rng=inner_rng)
         return self._after(x, branch, "mlp", branch_rng), routing
+
+    def join(self) -> None:
+        """Makes one product of those on the same input, for decoding."""
+        if not self.is_merged and self.config.positions != "disentangled":
+            self.self_attention.join()
+        if isinstance(self.mlp, Mlp):
+            self.mlp.join()
 
     def encoder_keys_values(self, encoded_BxSxd: Array) -> KeysValues:
         """Keys and values of the encoder's states."""

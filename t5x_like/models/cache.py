@@ -75,7 +75,8 @@ class Slots(NamedTuple):
         tokens = stored(new, self.dtype)
         start_B = lengths_B % self.size
         wraps = tokens.size > 1
-        return _constrained(jax.tree.map(lambda old, new: _written(old, new, start_B, wraps), self, tokens))
+        slots = jax.tree.map(lambda old, new: _written(old, new, start_B, wraps), self, tokens)
+        return _constrained(slots)
 
 
 class Cache(NamedTuple):
@@ -175,7 +176,10 @@ def _written(old: Array, new: Array, start_B: Array, wraps: bool) -> Array:
             start = [row, zero, (start_B[row] + token) % old.shape[2], zero]
             return jax.lax.dynamic_update_slice(old, one, start[: old.ndim])
 
-        return jax.lax.fori_loop(0, new.shape[0] * new.shape[2], write, old)
+        # A loop of one round, if XLA knew it, would be unrolled, and the write become part of all that reads it: for a
+        # single row two copies of the cache, at each step.
+        count = jnp.sum(start_B >= 0) * new.shape[2]
+        return jax.lax.fori_loop(0, count, write, old)
 
     scattered = jax.vmap(one)
     if is_split():

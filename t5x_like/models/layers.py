@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from t5x_like.kernels.matmul import matmul
 from t5x_like.kernels.random import keep_mask
 from t5x_like.partitioning.constrain import constrain
 
-LogicalAxes = tuple[str, ...]
+LogicalAxes = tuple[str | None, ...]
 
 
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -54,6 +55,30 @@ class Dense(nnx.Module):
         """`dtype` is that of the result; by default that of x."""
         y = matmul(x, self.kernel[...], self.contracted, dtype or x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Joined(nnx.Module):
+    """Several Dense layers on the same input as one product: fewer and larger ones, for decoding."""
+
+    def __init__(self, parts: Sequence[Dense]):
+        kernels = [part.kernel[...] for part in parts]
+        contracted = parts[0].contracted
+        self.contracted = contracted
+        self.outputs = tuple(kernel.shape[contracted:] for kernel in kernels)
+        axes = (*parts[0].kernel.get_metadata("logical")[:contracted], None)
+        flat = [kernel.reshape(*kernel.shape[:contracted], -1) for kernel in kernels]
+        self.kernel = param(jnp.concatenate(flat, axis=-1), axes)
+        biases = [part.bias[...].reshape(-1) for part in parts if part.bias is not None]
+        self.bias = param(jnp.concatenate(biases), (None,)) if biases else None
+
+    def __call__(self, x: Array) -> list[Array]:
+        """The result of each layer."""
+        y = matmul(x, self.kernel[...], self.contracted, x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(y.dtype)
+        ends = itertools.accumulate(math.prod(shape) for shape in self.outputs[:-1])
+        parts = jnp.split(y, list(ends), axis=-1)
+        return [part.reshape(*y.shape[:-1], *shape) for part, shape in zip(parts, self.outputs, strict=True)]
 
 
 class Embedding(nnx.Module):
@@ -119,12 +144,20 @@ class Mlp(nnx.Module):
             y = activate(x, self.config.mlp_activation)
             return y if gate is None else y * gate
 
-        if self.config.mlp_gated:
+        if hasattr(self, "joined"):
+            hidden = activated(*self.joined(x_BxLxd))
+        elif self.config.mlp_gated:
             hidden = activated(self.wi_0(x_BxLxd), self.wi_1(x_BxLxd))
         else:
             hidden = activated(self.wi(x_BxLxd))
         hidden = dropout(hidden, self.config, dropout_rng)
         return self.wo(constrain(hidden, ("batch", "length", "mlp")))
+
+    def join(self) -> None:
+        """Makes one product of the two of a gated MLP."""
+        if self.config.mlp_gated:
+            self.joined = Joined([self.wi_0, self.wi_1])
+            del self.wi_0, self.wi_1
 
 
 def activate(x: Array, activation: Activation) -> Array:

@@ -69,7 +69,9 @@ class Stack(nnx.Module):
                 [("embed", width)], [("mlp", d)], stddev=width**-0.5, use_bias=config.use_bias, rngs=rngs
             )
         self._is_merged = encoder_width is not None and config.cross_attention == "merged"
-        self.layers = stacked_blocks(config, model.attention, encoder_width=encoder_width, rngs=rngs)
+        self.layers: Block | nnx.List[Block] = stacked_blocks(
+            config, model.attention, encoder_width=encoder_width, rngs=rngs
+        )
         if config.norm_placement != "post":
             self.final_norm = Norm(config)
 
@@ -180,7 +182,12 @@ class Stack(nnx.Module):
 
     def blocks(self) -> Sequence[Block]:
         """The layers one by one."""
-        return single_blocks(self.layers)
+        return single_blocks(self.layers) if isinstance(self.layers, Block) else self.layers
+
+    def take_apart(self) -> None:
+        """Makes separate layers of the stacked ones. A loop that reads them would otherwise copy each out of the stack
+        at each step."""
+        self.layers = nnx.List(self.blocks())
 
     def _step_shared(
         self, kind: LayerKind, lengths_B: Array, positions_BxT: Array, slots: int, valid: Array, seen: Mask | None
@@ -273,10 +280,10 @@ class Stack(nnx.Module):
         if by_kind is not None:
             names = list(dict.fromkeys(self.config.layer_kinds))
             kinds = jnp.array([names.index(kind) for kind in self.config.layer_kinds])
-        layers = (layers_alike(self.layers), jnp.arange(self.config.num_layers), kinds, cross)
+        per_layer = (jnp.arange(self.config.num_layers), kinds, cross)
 
         def run(x: Array, layer: Any) -> tuple[Array, tuple[KeysValues, Routing | None]]:
-            block, number, kind, layer_cross = layer
+            block, (number, kind, layer_cross) = layer
             own = shared
             if by_kind is not None:
                 mask, cos_sin = jax.tree.map(lambda each: each[kind], (by_kind.masks, by_kind.cos_sin))
@@ -294,12 +301,12 @@ class Stack(nnx.Module):
                 run = jax.checkpoint(run, prevent_cse=not self.scan_layers, policy=policy)
             case "full":
                 run = jax.checkpoint(run, prevent_cse=not self.scan_layers)
-        if self.scan_layers:
-            x, (new_keys_values, routing) = jax.lax.scan(run, x, layers)
+        if self.scan_layers and isinstance(self.layers, Block):
+            x, (new_keys_values, routing) = jax.lax.scan(run, x, (layers_alike(self.layers), per_layer))
             return x, new_keys_values, routing
         collected = []
-        for number in range(self.config.num_layers):
-            x, of_layer = run(x, jax.tree.map(lambda leaf, n=number: leaf[n], layers))
+        for number, block in enumerate(self.blocks()):
+            x, of_layer = run(x, (block, jax.tree.map(lambda leaf, n=number: leaf[n], per_layer)))
             collected.append(of_layer)
         new_keys_values, routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
         return x, new_keys_values, routing

@@ -1,0 +1,229 @@
+"""New tokens per second of greedy and beam decoding, ours against PyTorch's transformers, in the same run.
+
+    pip install -e '.[hf]'
+    python benchmarks/decode_vs_transformers.py
+
+Both sides have the same weights, float32: transformers makes and saves a model, and ours is imported from its files.
+The cases:
+
+  llama      8 layers of d_model 256, d_ff 1024, 4 heads of 64, vocabulary 32128 with a separate head; greedy, a batch
+             of 8 prompts of 64 tokens, 64 new tokens each.
+  t5         T5 1.1 of 8 + 8 such layers; greedy, 8 inputs of 256 tokens, 64 new ones each.
+  beam       The same decoder as `llama`, 8 prompts of 64, 4 beams, 64 new tokens each.
+  step       A step of `llama` for one row (65 to 128 tokens before it), against reading once, by a plain sum, the
+             numbers that the step must read: all but the token table, of which it reads a row.
+
+The end token cannot be chosen, so that all tokens are made. The two sides take turns in one process, and wait before
+each turn until the other's threads have stopped spinning; a case's result is the ratio of the smallest wall times,
+which other work on the machine disturbs least. The tokens of both sides are compared. Each side runs as its users run
+it: transformers its `generate` with its default attention and cache, ours `generate_tokens` on parameters that
+`ready_params` has laid out, compiled before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_like.config import CausalLM, DataConfig, RunConfig, SpanCorruption, TrainingConfig
+from t5x_like.decoding.beam import BeamSearch
+from t5x_like.decoding.generate import beam_tokens, generate_tokens
+from t5x_like.decoding.loop import decode_rows, read_prompts
+from t5x_like.decoding.ready import ReadyParams, decoding_model, ready_params
+from t5x_like.interop.huggingface.directories import open_directory
+from t5x_like.program import Program, assemble
+
+VOCABULARY, D_MODEL, D_FF, LAYERS, HEADS, HEAD_DIM = 32_128, 256, 1024, 8, 4, 64
+ROWS, NEW, EOS = 8, 64, 1
+PROMPT = {"llama": 64, "t5": 256}
+CASES = ("llama", "t5", "beam", "step")
+
+
+def theirs(kind: str) -> Any:
+    """A transformers model with random numbers so large that its tokens depend on what it has read."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=D_MODEL,
+            intermediate_size=D_FF,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=512,
+            initializer_range=0.08,
+            bos_token_id=0,
+            eos_token_id=EOS,
+        )
+        model = transformers.LlamaForCausalLM(config)
+    else:
+        config = transformers.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=D_MODEL,
+            d_kv=HEAD_DIM,
+            d_ff=D_FF,
+            num_layers=LAYERS,
+            num_heads=HEADS,
+            feed_forward_proj="gated-gelu",
+            scale_decoder_outputs=False,
+            decoder_start_token_id=0,
+            initializer_factor=1.0,
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+        model.lm_head = torch.nn.Linear(D_MODEL, VOCABULARY, bias=False)
+        torch.nn.init.normal_(model.lm_head.weight, std=D_MODEL**-0.5)
+    return model.eval()
+
+
+def ours(kind: str, model: Any) -> tuple[Program, ReadyParams]:
+    """The same model, imported from its files."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        source = open_directory(Path(folder), scale_logits=False if kind == "t5" else None)
+        one_stream = kind == "llama"
+        run = RunConfig(
+            name="benchmark",
+            model=source.model,
+            data=DataConfig(
+                layout="causal_lm" if one_stream else "encoder_decoder",
+                mixture=(CausalLM() if one_stream else SpanCorruption(name="span_corruption"),),
+                inputs_length=PROMPT[kind],
+                targets_length=NEW,
+            ),
+            training=TrainingConfig(num_train_steps=1, batch_size=ROWS),
+        )
+        program = assemble(run, jax.devices()[:1])
+        params = jax.block_until_ready(source.params(program.abstract_params))
+    return program, jax.block_until_ready(ready_params(program, params))
+
+
+def sides(kind: str, beams: int) -> dict[str, Callable[[], np.ndarray]]:
+    """Functions that decode the whole batch and return the new tokens [ROWS, NEW]."""
+    import torch
+
+    model = theirs(kind)
+    program, params = ours(kind, model)
+    prompts = np.random.default_rng(0).integers(2, 32_000, (ROWS, PROMPT[kind]))
+    allowed_V = np.arange(VOCABULARY) != EOS
+    # Ours puts the start token in front; theirs is given it.
+    given = prompts if kind == "t5" else np.pad(prompts[:, 1:], ((0, 0), (1, 0)), constant_values=0)
+    ids = torch.tensor(given)
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": beams, "max_new_tokens": NEW, "min_new_tokens": NEW}
+
+    def run_theirs() -> np.ndarray:
+        with torch.inference_mode():
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
+        return out[:, -NEW:].numpy()
+
+    rows = [row.tolist() for row in (prompts if kind == "t5" else given[:, 1:])]
+
+    def run_ours() -> np.ndarray:
+        if beams > 1:
+            found = beam_tokens(
+                program, params, rows, search=BeamSearch(size=beams), allowed_V=allowed_V, max_new_tokens=NEW
+            )
+            return np.array([hypotheses[0].tokens for hypotheses in found])
+        return np.array(generate_tokens(program, params, rows, allowed_V=allowed_V, max_new_tokens=NEW))
+
+    return {"ours": run_ours, "transformers": run_theirs}
+
+
+def in_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+    """The smallest wall time of each function in seconds."""
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(turns):
+        for name, function in functions.items():
+            time.sleep(0.3)
+            start = time.perf_counter()
+            function()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def compare(kind: str, beams: int, turns: int) -> dict[str, Any]:
+    functions = sides(kind, beams)
+    tokens = {name: function() for name, function in functions.items()}
+    best = in_turns(functions, turns)
+    speed = {name: ROWS * NEW / seconds for name, seconds in best.items()}
+    return {
+        "new_tokens_per_second": {name: round(value) for name, value in speed.items()},
+        "times_transformers": round(speed["ours"] / speed["transformers"], 2),
+        "same_tokens": round(float(np.mean(tokens["ours"] == tokens["transformers"])), 4),
+    }
+
+
+def one_step(turns: int) -> dict[str, Any]:
+    """Seconds of a step for one row, and of reading its numbers."""
+    program, params = ours("llama", theirs("llama"))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(2, 32_000, (1, PROMPT["llama"])), jnp.int32)
+
+    @jax.jit
+    def decode(params: ReadyParams, limits: jax.Array) -> jax.Array:
+        with program.activations():
+            model = decoding_model(program, params)
+            logits, cache = read_prompts(model, tokens, jnp.array([tokens.shape[1]]), NEW)
+
+            def choose(logits: jax.Array, state: None) -> tuple[jax.Array, jax.Array, None]:
+                return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(1, bool), None
+
+            return decode_rows(model, logits, cache, choose=choose, chooser=None, limits_R=limits, cells=NEW).tokens_RxN
+
+    read = dict(params.params)
+    del read["token_embedder"]
+
+    @jax.jit
+    def total(leaves: Any) -> jax.Array:
+        return sum(jnp.sum(jnp.max(leaf.reshape(-1, leaf.shape[-1]), axis=-1)) for leaf in jax.tree.leaves(leaves))
+
+    few, many = (jnp.array([count], jnp.int32) for count in (8, NEW))
+    functions = {
+        "few": lambda: jax.block_until_ready(decode(params, few)),
+        "many": lambda: jax.block_until_ready(decode(params, many)),
+        "read": lambda: jax.block_until_ready(total(read)),
+    }
+    for function in functions.values():
+        function()
+    best = in_turns(functions, turns)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+    step = (best["many"] - best["few"]) / (NEW - 8)
+    return {
+        "step_ms": round(1e3 * step, 3),
+        "read_ms": round(1e3 * best["read"], 3),
+        "bytes": size,
+        "read_gb_per_second": round(size / best["read"] / 1e9, 1),
+        "times_reading": round(step / best["read"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    report: dict[str, Any] = {"turns": options.turns, "cpus": len(os.sched_getaffinity(0))}
+    for case in options.cases:
+        load = os.getloadavg()[0]
+        if case == "step":
+            report[case] = one_step(3 * options.turns)
+        else:
+            report[case] = compare("t5" if case == "t5" else "llama", 4 if case == "beam" else 1, options.turns)
+        report[case]["load_before"] = round(load, 1)
+        print(json.dumps({case: report[case]}), flush=True)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
