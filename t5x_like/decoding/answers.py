@@ -20,6 +20,7 @@ from t5x_like.decoding.generate import Passes, beam_tokens, generate_tokens, spe
 from t5x_like.decoding.infilling import Gapped
 from t5x_like.decoding.models import Formats, PromptedModel, ends_in_eos, open_model
 from t5x_like.decoding.prompts import PromptFormat
+from t5x_like.decoding.ready import ready_params
 from t5x_like.decoding.requests import Request
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.scoring import score_tokens
@@ -147,7 +148,8 @@ class Answering:
 
     def __init__(self, model: PromptedModel, params: Tree, formats: Formats, settings: Settings):
         """Raises ConfigError where the settings do not fit the vocabulary."""
-        self.model, self.params, self.settings = model, params, settings
+        self.model, self.settings = model, settings
+        self.params = ready_params(model.program, params)
         self.formats = dataclasses.replace(
             formats,
             plain=ends_in_eos(model.speller, formats.plain),

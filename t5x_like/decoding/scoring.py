@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_like.config import ConfigError, DataError, ModelConfig, Problem
+from t5x_like.decoding.ready import ReadyParams, decoding_model
 from t5x_like.decoding.rows import bucket, on_mesh, padded, row_shares
 from t5x_like.decoding.sampling import most_likely
 from t5x_like.program import Program
@@ -41,7 +42,7 @@ class Score(NamedTuple):
 
 def score_tokens(
     program: Program,
-    params: Tree,
+    params: Tree | ReadyParams,
     pairs: Sequence[Pair],
     *,
     bidirectional: bool = False,
@@ -57,7 +58,7 @@ def score_tokens(
 
     Args:
       program: With a decoder.
-      params: The program's parameters.
+      params: The program's parameters, or what `ready_params` made of them.
       pairs: Token ids; inputs may be empty in a single stream, targets may be empty anywhere.
       bidirectional: In a single stream, the inputs see each other in both directions (prefix-LM).
       advance: Called with the number of pairs that have been scored since the last call.
@@ -179,7 +180,7 @@ def _score_batch(program: Program, params: Tree, batch: Mapping[str, jax.Array])
     features = dict(batch)
     targets_RxT, cells_RxT = features.pop("target_tokens"), features.pop("target_cells")
     with program.activations():
-        model = program.model(params)
+        model = decoding_model(program, params)
         states_RxLxd, _ = model.states(features)
         states_RxTxd = jnp.take_along_axis(states_RxLxd, cells_RxT[:, :, None], axis=1)
         logits_RxTxV = model.head(states_RxTxd, model.token_embedder.embedding[...]).astype(jnp.float32)
