@@ -201,7 +201,8 @@ class Batcher:
         width = bucket(1)
         while True:
             prompt = [self.program.run.model.vocab_size - 1] * min(width - 1, longest)
-            for count in {1, min(2, self.sizes.admitted)}:
+            # The first twice: free slots as they are at the beginning lie otherwise on the devices than later.
+            for count in (1, 1, min(2, self.sizes.admitted)):
                 for _ in range(count):
                     self.submit(Request(prompt, min(2, self.sizes.new_tokens), Sampling(), lambda tokens, finish: None))
                 while self.waiting or self.taken:
