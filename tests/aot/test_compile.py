@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from t5x_like.config import RunConfig
+from t5x_like.config import ConfigError, RunConfig
 from t5x_like.config.recipes import apply_overrides, load_recipe
-from t5x_like.planning.compile import Compiled, compile_lowered, compile_train_step
+from t5x_like.planning.cache import cache_bytes
+from t5x_like.planning.compile import Compiled, compile_decode_step, compile_lowered, compile_train_step
 from t5x_like.planning.compiled_report import print_compiled
 from t5x_like.planning.compiler import compiler_devices
 from t5x_like.planning.roofline import roofline
@@ -77,6 +79,21 @@ def test_two_slices_sum_gradients_over_the_network() -> None:
     share = sum(x.size * 4 for x in jax.tree.leaves(program.abstract_params)) / 4
     assert share <= sum(each.sent_between_slices for each in between) < 3 * share
     assert roofline(compiled).network > 0
+
+
+def test_the_decode_step_holds_parameters_and_caches() -> None:
+    run = recipe("smoke", "--partitioning.tensor", "2")
+    topology = parse_topology("v5e:2x2")
+    compiled = compile_decode_step(run, topology, rows=64, length=512)
+    assert_sound(compiled)
+    program = assemble(run, compiler_devices(topology))
+    # Rows are split over fsdp and heads over tensor; tiles come on top.
+    params = sum(math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(program.abstract_params))
+    caches = cache_bytes(run.model, rows=64, length=512, encoder_length=run.data.inputs_length) // 4
+    assert params + caches <= compiled.argument_bytes <= 1.6 * (params + caches)
+    assert roofline(compiled).compute > 0
+    with pytest.raises(ConfigError, match="decoder"):
+        compile_decode_step(recipe("smoke:encoder"), topology)
 
 
 def test_an_oversized_run_is_refused_in_the_compilers_words(capsys: pytest.CaptureFixture[str]) -> None:
