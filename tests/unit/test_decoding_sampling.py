@@ -12,8 +12,11 @@ PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.2, 0.25])
 LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None]
 
 
+WARP, CHOOSE, KEYS = jax.jit(warp), jax.jit(choose), jax.jit(draw_keys)
+
+
 def support(logits_BxV, sampling):
-    return set(np.flatnonzero(np.isfinite(warp(logits_BxV, sampling.rows(1)))).tolist())
+    return set(np.flatnonzero(np.isfinite(WARP(logits_BxV, sampling.rows(1)))).tolist())
 
 
 @pytest.mark.parametrize("k", range(1, 8))
@@ -61,8 +64,8 @@ def test_top_k_is_exact_where_logits_are_equal():
 def test_draws_follow_the_distribution(sampling, expected):
     """Pearson's statistic of 20,000 draws stays below the 1 - 1e-4 quantile of chi-square; the seed is fixed."""
     draws = 20_000
-    keys = draw_keys(jnp.uint32(3), jnp.arange(draws), jnp.zeros(draws, jnp.int32))
-    drawn = np.bincount(np.asarray(choose(jnp.tile(LOGITS, (draws, 1)), keys, sampling)), minlength=5)
+    keys = KEYS(jnp.uint32(3), jnp.arange(draws), jnp.zeros(draws, jnp.int32))
+    drawn = np.bincount(np.asarray(CHOOSE(jnp.tile(LOGITS, (draws, 1)), keys, sampling.rows(draws))), minlength=5)
     expected = draws * expected / expected.sum()
     assert (drawn[expected == 0] == 0).all()
     inside = expected > 0
@@ -105,7 +108,7 @@ def test_the_support_is_that_of_sorting_also_with_settings_of_each_row():
         jnp.array([p or 1.0 for p in top_p]),
         jnp.array([p or 0.0 for p in min_p]),
     )
-    found = np.asarray(jax.jit(warp)(jnp.asarray(logits), rows))
+    found = np.asarray(WARP(jnp.asarray(logits), rows))
     for row, settings in enumerate(SETTINGS):
         assert set(np.flatnonzero(np.isfinite(found[row])).tolist()) == sorted_support(logits[row], *settings), settings
 
@@ -113,8 +116,8 @@ def test_the_support_is_that_of_sorting_also_with_settings_of_each_row():
 def test_a_greedy_row_stands_beside_a_drawn_one():
     logits = jnp.tile(LOGITS, (200, 1))
     rows = RowSampling(jnp.arange(200) % 2 * 1.0)
-    keys = draw_keys(jnp.uint32(1), jnp.arange(200), jnp.zeros(200, jnp.int32))
-    drawn = np.asarray(choose(logits, keys, rows))
+    keys = KEYS(jnp.uint32(1), jnp.arange(200), jnp.zeros(200, jnp.int32))
+    drawn = np.asarray(CHOOSE(logits, keys, rows))
     assert (drawn[::2] == 1).all() and len(set(drawn[1::2].tolist())) == 5
 
 
@@ -137,22 +140,24 @@ def test_the_most_likely_is_the_first_of_the_largest():
     logits[7] = -np.inf
     assert most_likely(jnp.asarray(logits)).tolist() == logits.argmax(axis=-1).tolist()
     assert most_likely(jnp.full((1, 3), jnp.nan)).tolist() == [0]
-    keys = draw_keys(jnp.uint32(2), jnp.arange(50), jnp.zeros(50, jnp.int32))
-    drawn = choose(jnp.asarray(logits), keys, Sampling(temperature=1.0))
+    keys = KEYS(jnp.uint32(2), jnp.arange(50), jnp.zeros(50, jnp.int32))
+    drawn = CHOOSE(jnp.asarray(logits), keys, Sampling(temperature=1.0).rows(50))
     assert drawn.tolist() == jax.vmap(jax.random.categorical)(keys, jnp.asarray(logits)).tolist()
 
 
 def test_greedy_takes_the_most_likely_allowed_token():
     allowed = jnp.array([True, False, True, True, True])
-    keys = draw_keys(jnp.uint32(0), jnp.arange(1), jnp.arange(1))
+    keys = KEYS(jnp.uint32(0), jnp.arange(1), jnp.arange(1))
     assert choose(restrict(LOGITS, allowed), keys, Sampling()).tolist() == [4]
-    drawn = {int(choose(restrict(LOGITS, allowed), keys, Sampling(temperature=9.0, top_k=k))[0]) for k in range(1, 6)}
+    drawn = {
+        int(CHOOSE(restrict(LOGITS, allowed), keys, Sampling(temperature=9.0, top_k=k).rows(1))[0]) for k in range(1, 6)
+    }
     assert 1 not in drawn
 
 
 def test_keys_depend_on_seed_row_and_position():
     data = [
-        jax.random.key_data(draw_keys(jnp.uint32(seed), jnp.array([row]), jnp.array([position])))
+        jax.random.key_data(KEYS(jnp.uint32(seed), jnp.array([row]), jnp.array([position])))
         for seed in range(3)
         for row in range(3)
         for position in range(3)
