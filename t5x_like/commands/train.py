@@ -46,9 +46,9 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
         print(to_json(run), end="")
         return EXIT_OK
     simulate_devices(options.devices)
-    from t5x_like.partitioning.distributed import mesh_devices, started
+    from t5x_like.partitioning.distributed import started
 
-    with started(process_flags(options), mesh_devices=mesh_devices(run.partitioning)):
+    with started(process_flags(options), partitioning=run.partitioning):
         from t5x_like.trainer import train
 
         return train(run, options.workdir or Path("runs") / run.name, options.allow_change, options.plan)

@@ -26,6 +26,7 @@ from t5x_like.config.errors import EXIT_INTERRUPTED
 from t5x_like.config.processes import ProcessFlags
 from t5x_like.partitioning.agreement import EndedElsewhereError, Endings
 from t5x_like.partitioning.launchers import Resolved, count_problems, is_loopback, resolve
+from t5x_like.partitioning.mesh import known_slices
 from t5x_like.partitioning.roll_call import RollCallError, roll_call
 
 _SAID_BY_ANOTHER_SECONDS = 2.0
@@ -62,7 +63,7 @@ class LostProcessError(UserError):
 def started(
     flags: ProcessFlags,
     *,
-    mesh_devices: int | None = None,
+    partitioning: PartitioningConfig | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Iterator[Launch]:
     """Within: all processes of the command have met. To be entered before anything else asks jax for devices.
@@ -70,20 +71,20 @@ def started(
     With several processes an error within does not come out: it is printed here, and the process ends.
 
     Args:
-      mesh_devices: Devices that the recipe's mesh needs, if its degrees say it.
+      partitioning: Of the recipe: its degrees may say how many devices its mesh needs.
 
     Raises:
       ConfigError: the flags and the environment are not right, or not the expected processes and devices have met.
     """
     launch, resolved = _initialize(flags, environment)
     if launch.process_count == 1:
-        _require_counts(resolved, flags, mesh_devices, environment)
+        _require_counts(resolved, flags, partitioning, environment)
         yield launch
         return
     global _endings
     endings = _endings = Endings(_leave)
     try:
-        _require_counts(resolved, flags, mesh_devices, environment)
+        _require_counts(resolved, flags, partitioning, environment)
         yield launch
     except BaseException as error:
         _end_after(error, endings)
@@ -95,10 +96,13 @@ def started(
         print(f"t5x-like: process {launch.process_index}: at the end, {_first_line(error)}", file=sys.stderr)
 
 
-def mesh_devices(partitioning: PartitioningConfig) -> int | None:
+def _mesh_devices(partitioning: PartitioningConfig) -> int | None:
     """The devices that a recipe's mesh needs; None where a degree of -1 takes what is there."""
-    degrees = [*partitioning.degrees.values(), *partitioning.dcn.degrees.values()]
-    return None if min(degrees) < 1 else math.prod(degrees)
+    within, between = partitioning.degrees.values(), partitioning.dcn.degrees.values()
+    if min(within) < 1:
+        return None
+    slices = known_slices(jax.devices()) or 1
+    return math.prod(within) * (math.prod(between) if min(between) > 0 else slices)
 
 
 def _initialize(flags: ProcessFlags, environment: Mapping[str, str]) -> tuple[Launch, Resolved]:
@@ -155,9 +159,11 @@ def _on_tpu_vm() -> bool:
 
 
 def _require_counts(
-    resolved: Resolved, flags: ProcessFlags, mesh_devices: int | None, environment: Mapping[str, str]
+    resolved: Resolved, flags: ProcessFlags, partitioning: PartitioningConfig | None, environment: Mapping[str, str]
 ) -> None:
-    expect_devices = flags.expect_devices if flags.expect_devices is not None else mesh_devices
+    expect_devices = flags.expect_devices
+    if expect_devices is None and partitioning is not None:
+        expect_devices = _mesh_devices(partitioning)
     if flags.expect_processes is None and expect_devices is None:
         return
     problems = count_problems(
