@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 from t5x_like.config.recipes import load_recipe
 from t5x_like.planning.compile import compile_train_step
@@ -28,12 +29,13 @@ RECIPES = (
     "decoders:mixtral_8x7b",
     "bert",
 )
-HEAD = """| recipe | machine | mesh | step | peak | of | estimate | bound by | seconds to compile |
+HEAD = """| recipe | machine | mesh | step | peak | of | estimate | bound by | CPU seconds |
 |---|---|---|---|---|---|---|---|---|"""
 
 
 def row(name: str, effort: str) -> tuple[str, bool]:
     """A row of the table, and whether the recipe fits without a complaint of XLA."""
+    start = time.process_time()
     run = load_recipe(name)
     assert run.partitioning.topology is not None, f"{name} names no machine"
     topology = parse_topology(run.partitioning.topology)
@@ -50,7 +52,7 @@ def row(name: str, effort: str) -> tuple[str, bool]:
         f"{compiled.limit_bytes / GIB:.2f}",
         f"{estimated / GIB:.2f} ({estimated / compiled.peak_bytes:.0%})",
         bound + (" (XLA complains)" if compiled.complaints else ""),
-        f"{compiled.seconds:.0f}",
+        f"{time.process_time() - start:.0f}",
     )
     return f"| {' | '.join(cells)} |", compiled.fits and not compiled.complaints
 

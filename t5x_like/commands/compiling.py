@@ -55,7 +55,8 @@ def compile_ahead(
             f"Not compiled: XLA's compiler for TPUs is not installed. To have it: {compiler.INSTALL}", markup=False
         )
         return {}
-    from t5x_like.planning.compile import compile_decode_step, compile_train_step
+    from t5x_like.planning.compile import compile_train_step
+    from t5x_like.planning.compile_decode import compile_decode_step
     from t5x_like.planning.compiled_report import as_dict, print_compiled, readable
 
     train = compile_train_step(run, topology, effort=options.effort)

@@ -16,12 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
-from t5x_like.config import ConfigError, Problem, RunConfig
-from t5x_like.models.parameters import count_parameters
-from t5x_like.partitioning.rules import spec
+from t5x_like.config import RunConfig
 from t5x_like.planning.buffers import Buffer, allocated_bytes, live_at_peak
 from t5x_like.planning.collectives import Collective, collectives
 from t5x_like.planning.compiler import captured_stderr, compiler_devices
@@ -38,12 +34,6 @@ Tree = Any
 
 REMATERIALIZATION = "Involuntary full rematerialization"
 """XLA's complaint of a sharding that it cannot reach but by gathering the whole array."""
-_CACHE_AXES: dict[str, tuple[str | None, ...]] = {
-    "lengths": ("batch",),
-    "layers": ("batch", "kv_heads", None, "head_dim"),
-    "cross": ("batch", "kv_heads", None, "head_dim"),
-    "encoder_segment_ids": ("batch", None),
-}
 _NEEDED = re.compile(r"\(?(\d+(?:\.\d+)?)([KMGT])\)?(?: of (?:\d|\.)+[KMGT] hbm|\)? exceeds available)", re.IGNORECASE)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -108,58 +98,6 @@ def compile_train_step(run: RunConfig, topology: Topology, *, effort: Effort = "
     )
     found = compile_lowered("train", lowered, program, topology, effort=effort)
     return dataclasses.replace(found, work=work, executed_flops=executed_flops(run))
-
-
-def compile_decode_step(
-    run: RunConfig, topology: Topology, *, rows: int | None = None, length: int | None = None, effort: Effort = "low"
-) -> Compiled:
-    """Compiles the step of generation: a token for each row, with the cache of what came before.
-
-    Args:
-      rows: At once; by default as many as a training batch has.
-      length: Tokens of a row that the cache has room for; by default those of a training row.
-
-    Raises:
-      UserError, ConfigError: as `compile_train_step`, and for a model without a decoder.
-    """
-    decoder = run.model.decoder
-    if decoder is None:
-        raise ConfigError([Problem("model.decoder", "None", "a decoder: nothing else is decoded")])
-    program = assemble(run, compiler_devices(topology))
-    rows = rows or run.training.batch_size
-    encoder_length = 0 if run.model.encoder is None else run.data.inputs_length
-    length = length or (run.data.targets_length if encoder_length else run.data.row_length)
-    params = program.abstract_params if program.abstract_base is None else program.abstract_base
-
-    def empty(params: Tree) -> Tree:
-        return program.model(params).init_cache(rows, length, encoder_length=encoder_length)
-
-    def place(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        return _placed(x, _CACHE_AXES[path[0].name], program)
-
-    cache = jax.tree_util.tree_map_with_path(place, jax.eval_shape(empty, params))
-    tokens = _placed(jax.ShapeDtypeStruct((rows,), jnp.int32), ("batch",), program)
-
-    def step(params: Tree, tokens_R: jax.Array, cache: Tree) -> tuple[jax.Array, Tree]:
-        with program.activations():
-            logits_Rx1xV, cache = program.model(params).decode(tokens_R[:, None], cache)
-        return jnp.argmax(logits_Rx1xV[:, 0], axis=-1), cache
-
-    lowered = jax.jit(step, donate_argnums=2).lower(params, tokens, cache)
-    counts = count_parameters(run.model)
-    head = counts["token_embedder"] if run.model.tie_embeddings else counts["head"]
-    seen = length + (encoder_length if decoder.cross_attention == "separate" else 0)
-    attention = 4 * decoder.num_layers * decoder.num_heads * decoder.head_dim * seen
-    found = compile_lowered("decode", lowered, program, topology, effort=effort)
-    work = f"a token for each of {rows} rows, caches of {length} tokens"
-    return dataclasses.replace(
-        found, work=work, executed_flops=float(rows * (2 * (counts["decoder"] + head) + attention))
-    )
-
-
-def _placed(x: Any, names: tuple[str | None, ...], program: Program) -> jax.ShapeDtypeStruct:
-    split = spec(names[: x.ndim], program.rules.activations, x.shape, program.mesh)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(program.mesh, split))
 
 
 def carried_state(program: Program) -> Tree:

@@ -15,7 +15,8 @@ from rich.console import Console
 from t5x_like.config import ConfigError, RunConfig
 from t5x_like.config.recipes import apply_overrides, load_recipe
 from t5x_like.planning.cache import cache_bytes
-from t5x_like.planning.compile import Compiled, compile_decode_step, compile_lowered, compile_train_step
+from t5x_like.planning.compile import Compiled, compile_lowered, compile_train_step
+from t5x_like.planning.compile_decode import compile_decode_step
 from t5x_like.planning.compiled_report import print_compiled
 from t5x_like.planning.compiler import compiler_devices
 from t5x_like.planning.roofline import roofline
