@@ -28,6 +28,7 @@ class Bar:
     text: str
     around: str
     difference: str
+    difference_around: str
     verdict: str
     paired: bool
     value: float | None
@@ -46,9 +47,9 @@ def write_comparison(references: Sequence[Reference], output: Path, *, samples: 
       ConfigError: fewer than two, too many to tell apart, or one that is not evaluated.
       DataError: a file of an evaluation is malformed, or the page cannot be written.
     """
-    each = [Reference(one.path, (step,)) for one in references for step in one.steps or ()]
-    each += [one for one in references if not one.steps]
-    each.sort(key=lambda one: [known.path for known in references].index(one.path))
+    each: list[Reference] = []
+    for one in references:
+        each += [Reference(one.path, (step,)) for step in one.steps] or [one]
     if not 2 <= len(each) <= comparison.MOST:
         raise ConfigError([Problem("RUN", f"{len(each)} checkpoints", f"2 to {comparison.MOST} to compare")])
     page = render([comparison.read_subject(reference) for reference in each], samples=samples)
@@ -76,7 +77,7 @@ def render(subjects: Sequence[Subject], *, samples: int = 6) -> str:
             subjects=subjects,
             style=Markup(style),
             style_hash=content_hash(style),
-            level=formats.percent(LEVEL),
+            level=f"{100 * LEVEL:.0f} %",
             groups=_groups(rows),
             verdicts=_verdicts(subjects, rows),
             held_out=held_out,
@@ -109,6 +110,7 @@ def _bars(cells: Sequence[Cell]) -> list[Bar]:
             text="–" if cell.value is None else formats.number(cell.value),
             around=_interval(cell.interval),
             difference="" if cell.difference is None else f"{cell.difference:+.4g}",
+            difference_around=_interval(cell.difference_interval, sign="+"),
             verdict=cell.verdict,
             paired=cell.paired,
             value=place(cell.value),
@@ -130,8 +132,8 @@ def _verdicts(subjects: Sequence[Subject], rows: Sequence[MetricRow]) -> list[tu
     return found
 
 
-def _interval(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f"{formats.number(ends[0])} to {formats.number(ends[1])}"
+def _interval(ends: tuple[float, float] | None, sign: str = "") -> str:
+    return "" if ends is None else f"{ends[0]:{sign}.4g} to {ends[1]:{sign}.4g}"
 
 
 def _is_number(value: float | None) -> bool:

@@ -93,6 +93,7 @@ def test_the_page_runs_nothing_that_comes_from_a_run(tmp_path):
     assert "&lt;/script&gt;" in page and "\x1b" not in page and "{{ 7*7 }}" in page
     assert re.findall(r'(?:src|href)="([^"]*)"', page) == ["data:,"]
     assert "is better than the first in 1, worse in 1" in page
+    assert "+0.3* worse <small>+0.3 to +0.3</small>" in re.sub(r"<span[^>]*>(.)</span>", r"\1", page)
 
 
 def test_what_is_not_evaluated_is_refused(tmp_path):
