@@ -7,7 +7,7 @@ can be highest, and the highest of them is the estimate:
   head         the logits in float32, their cotangents and the gathered head, with all kept activations and no gradients
   layers       the backward pass of a layer: all gradients, the activations kept for it and the layers before, and what
                it needs now: what is computed again, attention scores or the cotangents of the MLP, and the layer's
-               parameters gathered over fsdp
+               parameters gathered over fsdp; with a tied table also the logits, of which its gradient is made last
   embeddings   all gradients, and those of the token table and of a head of its own, in float32 and whole over fsdp
                before they are reduced: of the table one for each stack that reads it, and the zeros they are added to
   update       gradients and the updates made of them
@@ -99,7 +99,7 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
     batch = {"batches": counted.batch_bytes()}
     moments = {
         "head": {**sums, "kept activations": sum(counted.kept()), **counted.head(), **batch},
-        "layers": {"gradients": gradients, **sums, **counted.layers(), **batch},
+        "layers": {"gradients": gradients, **sums, **counted.layers(), **counted.tied_logits(), **batch},
         "embeddings": {"gradients": gradients, **sums, **counted.tables(), **batch},
         "update": {"gradients": gradients, "updates": _largest(trained), **batch},
     }
@@ -207,6 +207,13 @@ class Activations:
             "gathered head": self.bytes_of([Held("head", axes, shape, self.size)]),
         }
 
+    def tied_logits(self) -> dict[str, int]:
+        """A tied table's gradient is made last of all, when that of the lookups is there to be added to: until then the
+        logits stay."""
+        if self.config.task_head is not None or not self.config.tie_embeddings:
+            return {}
+        return {"logits": self.bytes_of(self._logits(features, 4) for features in self.sub_batches)}
+
     def _logits(self, features: Mapping[str, ArraySpec], size: int) -> Held:
         stack = "encoder" if self.config.decoder is None else "decoder"
         rows, length = features[f"{stack}_input_tokens"].shape
@@ -253,21 +260,26 @@ class Activations:
         return total
 
     def tables(self) -> dict[str, int]:
-        """Gradients of the token table and of the head, before they are reduced."""
+        """Gradients of the token table and of the head, before they are reduced. A tied table has both."""
         config = self.config
-        shape = (config.vocab_size, config.table_width)
-        whole = Held("table", ("vocab", "embed"), shape, 4)
-        lookups = len(config.stacks) + (config.generator is not None)
-        tables = [whole.times(1 + lookups)]
+        width = config.table_width
+        lookups = [width] * (len(config.stacks) + (config.generator is not None))
         if config.separate_encoder_embeddings and config.encoder is not None:
-            # The encoder's own is the last to be reduced, with the zeros that its lookup is added to.
-            width = (config.vocab_size, config.encoder.d_model)
-            tables = [whole, Held("table", ("vocab", "embed"), width, 4).times(2)]
-        own_head = config.task_head is None and not config.tie_embeddings
+            # The decoder's table has done with when the encoder's turn comes.
+            lookups = [config.encoder.d_model]
+        own = "head" if not config.tie_embeddings else "token_embedder"
+        has_head = config.task_head is None and self._trains(own)
         return {
-            "gradients of the token table": self.bytes_of(tables) if self._trains("token_embedder") else 0,
-            "gradient of the head": self.bytes_of([whole]) if own_head and self._trains("head") else 0,
+            # The last of them is added to zeros that are an array of their own.
+            "gradients of the token table": sum(map(self._whole_table, [*lookups, lookups[-1]]))
+            if self._trains("token_embedder")
+            else 0,
+            "gradient of the head": self._whole_table(width) if has_head else 0,
         }
+
+    def _whole_table(self, width: int) -> int:
+        """A table or head in float32, whole over fsdp."""
+        return self.bytes_of([Held("table", ("vocab", "embed"), (self.config.vocab_size, width), 4)])
 
     def _trains(self, name: str) -> bool:
         return name in trained_params(self.program)
