@@ -106,7 +106,7 @@ def _topology(options: argparse.Namespace, run: RunConfig) -> Topology | None:
 
 
 def _refusal(plan: Plan, topology: Topology | None) -> str:
-    """What three knobs would make of a step that does not fit."""
+    """What three knobs would make of a step that does not fit: of those, that is, that make it smaller here."""
     from t5x_like.planning.knobs import knobs
     from t5x_like.planning.plan import plan_run
     from t5x_like.planning.report import refusal
@@ -118,5 +118,6 @@ def _refusal(plan: Plan, topology: Topology | None) -> str:
         except ConfigError:
             # It does not fit these devices: rows that they cannot share, say.
             continue
-        turned.append((knob, memory))
+        if memory is None or memory.peak_bytes < plan.memory.peak_bytes:
+            turned.append((knob, memory))
     return refusal(plan, turned)
