@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).parents[2]
 ROWS, SAMPLES = 41, 2
 OPTIONS = ("--max-new-tokens", "12", "--temperature", "1.5", "--num-samples", str(SAMPLES), "--batch-size", "4")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def start(place: Path, output: str, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], code: int = EXIT_OK) -> str:
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == code, output
     return output
 
