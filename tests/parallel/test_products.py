@@ -16,6 +16,7 @@ import pytest
 from programs import ARCHITECTURES, batch_for, run_for
 
 from t5x_like.config import ConfigError, DcnConfig, PartitioningConfig, RunConfig
+from t5x_like.decoding.generate import generate_tokens
 from t5x_like.monitoring.metrics import value
 from t5x_like.program import Program, assemble
 
@@ -151,3 +152,23 @@ def test_what_a_split_sequence_cannot_be_is_said_before_compilation() -> None:
     assert "length of encoder_input_tokens: found 12, expected a multiple of 8 (context=8)" in odd
     twice = problems(run_for("decoder", mesh_of(fsdp=2, tensor=4, activation_rules=(("length", "tensor"),))))
     assert "activation decoder/query, axes batch, length, heads, head_dim: found mesh axis 'tensor' twice" in twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["encoder_decoder", "prefix_lm"])
+def test_greedy_tokens_do_not_depend_on_the_mesh(architecture: str) -> None:
+    """Prompts whose first pass goes round a ring, then steps, which do not."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(1, 512, length).tolist() for length in (16, 11, 9, 13, 5, 16, 7, 2)]
+    state = one_device(architecture)[0]
+    found = []
+    for mesh, devices in ((ONE_DEVICE, 1), (PRODUCT, 8)):
+        program = assemble(run_for(architecture, mesh, packed=True), jax.devices()[:devices])
+        # Larger than they start, so that one token is clearly the most likely.
+        params = jax.tree.map(lambda x: 3 * x, placed(program, state)["params"])
+        allowed = np.ones(program.run.model.vocab_size, bool)
+        bidirectional = architecture == "prefix_lm"
+        found.append(
+            generate_tokens(program, params, prompts, allowed_V=allowed, max_new_tokens=6, bidirectional=bidirectional)
+        )
+    assert found[0] == found[1] and len({tuple(row) for row in found[0]}) > 1
