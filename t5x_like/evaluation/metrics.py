@@ -10,6 +10,7 @@ around it; several references of BLEU are given per example, as for SQuAD; nothi
 from __future__ import annotations
 
 import collections
+import functools
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -111,12 +112,26 @@ def rouge(
     As in T5, " . " ends one: summaries of CNN/DailyMail are tokenised like that.
     """
     _require_pairs(targets, predictions)
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(list(score_keys), use_stemmer=use_stemmer)
+    keys = tuple(score_keys)
     found = [
-        scorer.score_multi([_sentences_on_lines(one) for one in references(target)], _sentences_on_lines(prediction))
+        _rouge_of(tuple(references(target)), prediction, keys, use_stemmer)
         for target, prediction in zip(targets, predictions, strict=True)
     ]
-    return {key: 100 * float(np.mean([scores[key].fmeasure for scores in found])) for key in score_keys}
+    return {key: 100 * float(np.mean([scores[place] for scores in found])) for place, key in enumerate(keys)}
+
+
+@functools.lru_cache(maxsize=2**15)
+def _rouge_of(targets: tuple[str, ...], prediction: str, keys: tuple[str, ...], use_stemmer: bool) -> tuple[float, ...]:
+    """Of one example, which a bootstrap asks for again and again."""
+    scores = _rouge_scorer(keys, use_stemmer).score_multi(
+        [_sentences_on_lines(one) for one in targets], _sentences_on_lines(prediction)
+    )
+    return tuple(float(scores[key].fmeasure) for key in keys)
+
+
+@functools.lru_cache(maxsize=8)
+def _rouge_scorer(keys: tuple[str, ...], use_stemmer: bool) -> Any:
+    return _library("rouge_score.rouge_scorer").RougeScorer(list(keys), use_stemmer=use_stemmer)
 
 
 def _sentences_on_lines(summary: str) -> str:
