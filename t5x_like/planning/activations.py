@@ -234,11 +234,14 @@ def cotangents(config: ModelConfig, stack: StackConfig, cells: Cells) -> list[He
 def _of_stack(config: ModelConfig, stack: StackConfig, cells: Cells) -> Iterator[Held]:
     """Once per stack: around the layers, and what all of them share."""
     size = itemsize(config)
+    # Before and after the layers; around a norm of the embeddings; and inside BERT's head.
     around = 2
     if config.embedding_norm:
+        around += 2
+    elif stack.positions in ("learned", "disentangled"):
         around += 1
-    if stack.positions in ("learned", "disentangled"):
-        around += 1
+    if config.head_transform and stack is (config.generator or next(reversed(config.stacks.values()))):
+        around += 3
     yield _kept(cells, "states around the layers", ("embed", stack.d_model), size).times(around)
     width = cells.length + (cells.source if stack.cross_attention == "merged" else 0)
     if stack.positions == "relative_bias" and not stack.relative_bias_per_layer:

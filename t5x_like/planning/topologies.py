@@ -74,7 +74,8 @@ def _gpu(name: str, kinds: tuple[str, ...], gib: float, tflops: float, tb_per_s:
 # directions (400, 1200, 800, 1200 GB/s) or in Gbit/s for one (1600, 4800, 3200); here for one. v4: six links of 50 GB/s
 # (Jouppi et al. 2023, arXiv 2304.01433). DCN: 6.4 Tbit/s per pod of 256 for v5e, 50 or 100 Gbit/s per chip for v5p,
 # v6e, tpu7x; for v4 6.25 GB/s (Austin et al. 2025, How to Scale Your Model). What is usable is XLA:TPU's own limit, as
-# its out-of-memory error states it; per chip, so twice that of a device of tpu7x.
+# its out-of-memory error states it (libtpu 0.0.42.1); per chip, so twice that of a device of tpu7x. Of v5p that is more
+# than the 95 GB of its page, which are rounded down from 96.
 # GPUs: NVIDIA's data sheets, without sparsity, NVLink halved to one direction.
 # The first whose name a device's kind contains counts, so longer names come first.
 ACCELERATORS: tuple[Accelerator, ...] = (
@@ -108,9 +109,9 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     ),
     _tpu(
         "v5p",
-        ("TPU v5p", "TPU v5"),
-        95,
-        95,
+        ("TPU v5", "TPU v5p"),
+        96,
+        95.74,
         flops_per_second=459e12,
         hbm_bytes_per_second=2765e9,
         link_bytes_per_second=600e9,

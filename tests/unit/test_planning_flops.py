@@ -33,10 +33,13 @@ def counted_by_xla(run: RunConfig) -> float:
 def wide_run(family: str, remat: str) -> RunConfig:
     """Unscanned, since XLA counts the body of a scan once, and so wide that what is no product hardly counts."""
     run = small_run(
-        family, width=512, rows=16, length=128, scan_layers=False, remat=remat, dtype="float32", vocab_size=4096
+        family, width=1024, rows=16, length=128, scan_layers=False, remat=remat, dtype="float32", vocab_size=4096
     )
     undropped = {
-        name: dataclasses.replace(stack, dropout_rate=0.0, d_ff=2048) for name, stack in run.model.stacks.items()
+        name: dataclasses.replace(
+            stack, dropout_rate=0.0, num_heads=16, num_kv_heads=16 * stack.num_kv_heads // stack.num_heads, head_dim=64
+        )
+        for name, stack in run.model.stacks.items()
     }
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **undropped))
 
