@@ -15,9 +15,10 @@ The cases:
 
 The end token cannot be chosen, so that all tokens are made. The two sides take turns in one process, and wait before
 each turn until the other's threads have stopped spinning; a case's result is the ratio of the smallest wall times,
-which other work on the machine disturbs least. The tokens of both sides are compared. Each side runs as its users run
-it: transformers its `generate` with its default attention and cache, ours `generate_tokens` on parameters that
-`ready_params` has laid out, compiled before.
+which other work on the machine disturbs least, and beside it that of CPU times. On a busy machine PyTorch's threads
+wait for each other in turns that the machine does not give them: there, `--cpus 1` compares one thread with one thread.
+The tokens of both sides are compared. Each side runs as its users run it: transformers its `generate` with its default
+attention and cache, ours `generate_tokens` on parameters that `ready_params` has laid out, compiled before.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,15 +142,21 @@ def sides(kind: str, beams: int) -> dict[str, Callable[[], np.ndarray]]:
     return {"ours": run_ours, "transformers": run_theirs}
 
 
-def in_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
-    """The smallest wall time of each function in seconds."""
-    best = dict.fromkeys(functions, float("inf"))
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float
+
+
+def in_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, Seconds]:
+    """The smallest times of each function."""
+    best = dict.fromkeys(functions, Seconds(float("inf"), float("inf")))
     for _ in range(turns):
         for name, function in functions.items():
             time.sleep(0.3)
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             function()
-            best[name] = min(best[name], time.perf_counter() - start)
+            taken = Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+            best[name] = Seconds(*map(min, best[name], taken))
     return best
 
 
@@ -157,10 +164,11 @@ def compare(kind: str, beams: int, turns: int) -> dict[str, Any]:
     functions = sides(kind, beams)
     tokens = {name: function() for name, function in functions.items()}
     best = in_turns(functions, turns)
-    speed = {name: ROWS * NEW / seconds for name, seconds in best.items()}
     return {
-        "new_tokens_per_second": {name: round(value) for name, value in speed.items()},
-        "times_transformers": round(speed["ours"] / speed["transformers"], 2),
+        "new_tokens_per_second": {name: round(ROWS * NEW / seconds.wall) for name, seconds in best.items()},
+        "cpu_seconds": {name: round(seconds.cpu, 3) for name, seconds in best.items()},
+        "times_transformers": round(best["transformers"].wall / best["ours"].wall, 2),
+        "times_transformers_in_cpu": round(best["transformers"].cpu / best["ours"].cpu, 2),
         "same_tokens": round(float(np.mean(tokens["ours"] == tokens["transformers"])), 4),
     }
 
@@ -185,8 +193,8 @@ def one_step(turns: int) -> dict[str, Any]:
     del read["token_embedder"]
 
     @jax.jit
-    def total(leaves: Any) -> jax.Array:
-        return sum(jnp.sum(jnp.max(leaf.reshape(-1, leaf.shape[-1]), axis=-1)) for leaf in jax.tree.leaves(leaves))
+    def total(leaves: Any) -> list[jax.Array]:
+        return [jnp.sum(leaf) for leaf in jax.tree.leaves(leaves)]
 
     few, many = (jnp.array([count], jnp.int32) for count in (8, NEW))
     functions = {
@@ -198,13 +206,16 @@ def one_step(turns: int) -> dict[str, Any]:
         function()
     best = in_turns(functions, turns)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
-    step = (best["many"] - best["few"]) / (NEW - 8)
+    step = Seconds(*((many - few) / (NEW - 8) for many, few in zip(best["many"], best["few"], strict=True)))
     return {
-        "step_ms": round(1e3 * step, 3),
-        "read_ms": round(1e3 * best["read"], 3),
+        "step_ms": round(1e3 * step.wall, 3),
+        "read_ms": round(1e3 * best["read"].wall, 3),
+        "step_cpu_ms": round(1e3 * step.cpu, 3),
+        "read_cpu_ms": round(1e3 * best["read"].cpu, 3),
         "bytes": size,
-        "read_gb_per_second": round(size / best["read"] / 1e9, 1),
-        "times_reading": round(step / best["read"], 2),
+        "read_gb_per_second": round(size / best["read"].wall / 1e9, 1),
+        "times_reading": round(step.wall / best["read"].wall, 2),
+        "times_reading_in_cpu": round(step.cpu / best["read"].cpu, 2),
     }
 
 
@@ -212,7 +223,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--cpus", type=int, help="processor cores that each side may use; all by default")
     options = parser.parse_args()
+    if options.cpus:
+        import torch
+
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cpus])
+        torch.set_num_threads(options.cpus)
     report: dict[str, Any] = {"turns": options.turns, "cpus": len(os.sched_getaffinity(0))}
     for case in options.cases:
         load = os.getloadavg()[0]
