@@ -152,7 +152,7 @@ class Passes(NamedTuple):
 
 def speculative_tokens(
     program: Program,
-    params: Tree,
+    params: Tree | ReadyParams,
     prompts: Sequence[Sequence[int]],
     *,
     speculation: Speculation,
@@ -175,7 +175,10 @@ def speculative_tokens(
       ConfigError: the draft does not fit the model, or as `generate_tokens`.
     """
     speculation.require(program)
+    params = ready_params(program, params)
     draft_program, draft_params = speculation.draft or (None, None)
+    if draft_program is not None:
+        draft_params = ready_params(draft_program, draft_params)
     asked = _Asked(prompts, max_new_tokens, seed, rows, allowed_V, automaton, start_states, stops, sampling)
     results: list[list[int]] = [[] for _ in prompts]
     total = Passes(0, 0)

@@ -35,6 +35,7 @@ from t5x_like.decoding.drafts import (
     purpose_keys,
 )
 from t5x_like.decoding.loop import read_prompts
+from t5x_like.decoding.ready import decoding_model
 from t5x_like.models.cache import Cache
 from t5x_like.models.model import Model
 from t5x_like.program import Program
@@ -255,14 +256,14 @@ def speculate_batch(
         return lambda tokens, cache, counts: model.decode(tokens, cache, counts_B=counts)
 
     with program.activations():
-        model = program.model(params)
+        model = decoding_model(program, params)
         logits_RxV, cache = read(model)
         if draft_program is None:
             lookup = PromptLookup(count, longest_match)
             draft: Draft = lookup
             draft_state: Tree = lookup.start(tokens_RxP, lengths_R, cells)
         else:
-            smaller = draft_program.model(draft_params)
+            smaller = decoding_model(draft_program, draft_params)
             draft, draft_state = ModelDraft(step(smaller), count), read(smaller)[1]
         if config.encoder is not None:
             tokens_RxP, lengths_R = jnp.full_like(tokens_RxP[:, :1], config.start_id), jnp.ones_like(lengths_R)
