@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke picture test test-slow test-hf test-harness test-aot golden-shardings test-wheel lint format install install-dev install-hf install-harness constraints clean
+.PHONY: smoke picture test test-slow test-hf test-harness test-aot golden-shardings test-launch test-wheel lint format install install-dev install-hf install-harness constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
@@ -54,6 +54,11 @@ golden-shardings: install-dev
 # The tests that drive models by lm-evaluation-harness; `make test` skips them where it is not installed.
 test-harness: install-harness
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m harness
+
+# Holds what `launch` renders before the validators of those who read it, which have an environment of their own (700 MB);
+# and submits it to a SLURM of two nodes, where this machine can have one (root and Debian's packages).
+test-launch: install-dev $(VENV)-launch/.installed
+	LAUNCH_VALIDATORS=$(abspath $(VENV)-launch) $(BIN)/python -m pytest -m "launch or slurm" tests/launch
 
 # Builds the wheel, installs it alone in an empty environment, and uses it from an empty directory.
 test-wheel: $(VENV)/.created
@@ -106,6 +111,12 @@ $(VENV)/.installed-tpu: $(VENV)/.installed-dev
 
 $(VENV)/.installed-harness: $(VENV)/.installed-dev
 	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,harness]'
+	@touch $@
+
+$(VENV)-launch/.installed: tests/launch/requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)-launch
+	$(VENV)-launch/bin/python -m pip --disable-pip-version-check install --quiet uv
+	$(VENV)-launch/bin/uv pip install --quiet --python $(VENV)-launch/bin/python --requirement $<
 	@touch $@
 
 # Resolves the newest versions anew, for Python 3.11 and for the newer ones in one file. torch's CUDA packages are left
