@@ -45,7 +45,11 @@ def compile_ahead(
     """
     from t5x_like.planning import compiler
 
-    if options.no_compile or topology is None:
+    if options.no_compile:
+        return {}
+    if topology is None:
+        if options.decode or options.search:
+            console.print("Not compiled: --decode and --search are for a --topology of TPUs, as in v5e:16x16.")
         return {}
     if topology.accelerator.platform != "tpu":
         console.print(f"Not compiled: ahead of time XLA compiles for TPUs only, and {topology} is none.")

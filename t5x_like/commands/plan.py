@@ -66,9 +66,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
             "parameters": [row._asdict() for row in parameters],
             "activations": [row._asdict() for row in activations],
         }
-    compiled = {}
+    compiled = compile_ahead(run, topology, options, console, plan.memory.peak_bytes)
     if topology is not None:
-        compiled = compile_ahead(run, topology, options, console, plan.memory.peak_bytes)
         document["compiled"] = compiled
     if options.save is not None:
         save_plan(options.save, document)
@@ -94,10 +93,8 @@ def _topology(options: argparse.Namespace, run: RunConfig) -> Topology | None:
         raise ConfigError(
             [Problem("--devices", f"beside --topology {options.topology}", "one of them", "drop --devices")]
         )
-    if options.devices is not None:
-        return None
     name = options.topology or run.partitioning.topology
-    if name is None:
+    if name is None or options.devices is not None:
         if options.num_slices is not None:
             found = f"{options.num_slices} without a topology"
             raise ConfigError([Problem("--num-slices", found, "--topology, as in v5e:16x16")])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5x_like.config import ConfigError, Problem
+from t5x_like.config import ConfigError, Problem, UserError
 from t5x_like.monitoring import formats
 from t5x_like.planning.flops import training_flops
 from t5x_like.planning.parameters import total
@@ -23,11 +23,18 @@ _CLOSE = 0.01
 
 
 def save_plan(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes a plan, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a plan, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written there.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: the plan cannot be written: {error.strerror or error}") from None
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -171,6 +171,8 @@ CPU = Accelerator("cpu", "cpu", ("cpu",), 0, 0, 0.0, 0.0, 0.0, 0.0, chips_per_ho
 _SMALL = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Shapes of a slice of less than a cube of 4 x 4 x 4."""
 _FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+_MOST_CHIPS = 2**20
+"""Over all slices: more than any machine has, and few enough to be counted out one by one."""
 _FORMS = "KIND:SHAPE such as v5e:16x16 or v5p:4x4x8, KIND-COUNT such as v5e-256, or KIND:COUNT such as h100:8 or cpu:8"
 
 
@@ -268,13 +270,17 @@ def parse_topology(text: str, num_slices: int = 1) -> Topology:
       ConfigError: no such kind, a shape that a slice of the kind cannot have, or several slices of what has none.
     """
     text = text.strip().lower()
-    if num_slices == 1 and (several := re.fullmatch(r"(\d+) ?x ?([a-z].*)", text)):
+    if several := re.fullmatch(r"(\d{1,9}) ?x ?([a-z].*)", text):
+        if num_slices not in (1, int(several[1])):
+            raise _wrong(f"{text}, and {num_slices} slices beside it", "the number of slices once")
         num_slices, text = int(several[1]), several[2]
-    match = re.fullmatch(r"(?P<kind>[a-z0-9-]*?[a-z0-9])(?P<mark>[:-])(?P<size>\d+(x\d+)*)", text)
+    match = re.fullmatch(r"(?P<kind>[a-z0-9-]*?[a-z0-9])(?P<mark>[:-])(?P<size>\d{1,9}(x\d{1,9})*)", text)
     if match is None:
-        raise _wrong(text, _FORMS)
+        raise _wrong(text or "nothing", _FORMS)
     accelerator = _of_name(match["kind"], text)
     sizes = tuple(map(int, match["size"].split("x")))
+    if math.prod(sizes) * num_slices > _MOST_CHIPS:
+        raise _wrong(f"{num_slices} x {text}", f"{_MOST_CHIPS:,} chips at most in all")
     if accelerator.platform != "tpu":
         if num_slices != 1:
             raise _wrong(f"{num_slices} slices of {text}", "one: slices are of TPUs", "give the number of all devices")
@@ -316,7 +322,7 @@ def _shape_of_count(accelerator: Accelerator, count: int, text: str) -> tuple[in
     small = {math.prod(shape): shape for shape in _SMALL}
     if not rest and chips in small:
         return small[chips]
-    if not rest and chips % 64 == 0:
+    if not rest and chips and chips % 64 == 0:
         return _nearest_cube(chips // 64)
     raise _wrong(text, f"TensorCores of whole slices, {accelerator.cores_per_chip} to a chip", _FORMS)
 

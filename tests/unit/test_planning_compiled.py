@@ -134,5 +134,7 @@ def test_other_machines_and_no_compile_compile_nothing() -> None:
     console = Console(file=io.StringIO(), width=160)
     assert compile_ahead(example(), parse_topology("v5e:2x2"), options("--no-compile"), console) == {}
     assert compile_ahead(example(), parse_topology("h100:8"), options(), console) == {}
+    assert compile_ahead(example(), None, options("--search"), console) == {}
+    assert "--topology of TPUs" in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="TPUs"):
         compiler.compiler_devices(parse_topology("h100:8"))

@@ -14,7 +14,7 @@ from planning_runs import small_run
 from rich.console import Console
 
 from t5x_like.cli import main
-from t5x_like.config import ConfigError, PartitioningConfig, RunConfig
+from t5x_like.config import ConfigError, PartitioningConfig, RunConfig, UserError
 from t5x_like.config.serialization import to_json
 from t5x_like.config.validate import validate
 from t5x_like.planning.knobs import knobs
@@ -100,6 +100,13 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
         read_plan(tmp_path / "nothing.json")
 
 
+def test_a_plan_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "plan.json"):
+        with pytest.raises(UserError, match="the plan cannot be written"):
+            save_plan(path, {})
+
+
 def test_the_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe(tmp_path, small_run("t5_1_1", rows=16))
     options = ["--topology", "v5e:4x4", "--no-compile", "--save", str(tmp_path / "p.json")]
@@ -140,6 +147,7 @@ def test_knobs_are_sound_runs_that_need_less() -> None:
     [
         (["--topology", "v5e:3x3"], "one of v5e:1x1"),
         (["--num-slices", "2"], "expected --topology"),
+        (["--devices", "4", "--num-slices", "2"], "expected --topology"),
         (["--topology", "v5e:2x2", "--devices", "4"], "drop --devices"),
         (["--topology", "v5e:4x4", "--training.batch-size", "8"], "a multiple of 16"),
     ],

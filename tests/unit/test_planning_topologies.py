@@ -63,6 +63,11 @@ def test_slices_multiply_all_but_what_a_device_has() -> None:
         ("h100:12", 1, "whole hosts of 8"),
         ("h100:8", 2, "slices are of TPUs"),
         ("v5e:2x2", 0, "1 or more"),
+        ("v5p-0", 1, "TensorCores of whole slices"),
+        ("2 x v5e:2x2", 3, "the number of slices once"),
+        ("cpu:100000000", 1, "chips at most in all"),
+        ("v5p-999999936", 1, "chips at most in all"),
+        ("", 1, "found nothing, expected KIND:SHAPE"),
     ],
 )
 def test_what_is_no_topology_is_refused_with_what_would_be(text: str, slices: int, said: str) -> None:
