@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from t5x_like.config import EXIT_OK, EXIT_RESUMABLE
+from t5x_like.config import EXIT_OK, EXIT_RESUMABLE, UserError
 
 FAREWELL_SECONDS = 10.0
 """For which the others may go on when one has failed, to end by themselves with what they know of it."""
@@ -56,7 +56,12 @@ def launch_local(
     Returns:
       0 if all have ended well; otherwise the exit code of the first that has not, 128 + the signal's number for one
       that a signal has ended.
+
+    Raises:
+      UserError: the logs cannot be written there; nothing was started.
     """
+    if log_dir is not None:
+        _make(log_dir)
     port = _free_port()
     crew = _Crew(log_dir)
     with _signals_to(crew.signal):
@@ -127,7 +132,6 @@ class _Crew:
         self._processes.append(process)
         log = None
         if self._log_dir is not None:
-            self._log_dir.mkdir(parents=True, exist_ok=True)
             log = (self._log_dir / f"process.{index}.txt").open("ab")
         for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
             self._thread(self._copy, index, source, target, log)
@@ -197,6 +201,13 @@ class _Crew:
     def _say(self, text: str) -> None:
         with self._print_lock, contextlib.suppress(OSError, ValueError):
             print(f"t5x-like launch: {text}", file=sys.stderr, flush=True)
+
+
+def _make(log_dir: Path) -> None:
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--log-dir {log_dir}: cannot be made: {error.strerror or error}") from None
 
 
 def _processes(indices: set[int]) -> str:

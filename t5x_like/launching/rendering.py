@@ -72,21 +72,24 @@ def commands_text(rendering: Rendering) -> str:
 
 def _page(rendering: Rendering) -> Iterator[str]:
     for name, text in rendering.files.items():
-        # On one line, as a comment is.
-        path = str(rendering.directory / name).replace("\n", "?")
-        yield f"# ==== {path}\n{text}\n"
+        yield f"# ==== {_one_line(str(rendering.directory / name))}\n{text}\n"
     yield from _commands(rendering)
 
 
 def _commands(rendering: Rendering) -> Iterator[str]:
     for note in rendering.notes:
-        yield f"# Note: {note}\n"
+        yield f"# Note: {_one_line(note)}\n"
     for stage, heading in _HEADINGS.items():
         steps = [step for step in rendering.steps if step.stage == stage]
         if steps:
             yield f"\n# ==== {heading}\n"
         for step in steps:
             yield f"# {step.purpose}\n{_line(step)}\n"
+
+
+def _one_line(text: str) -> str:
+    """For a comment, behind whose line a shell would run what follows."""
+    return text.replace("\n", "?")
 
 
 def _line(step: Step) -> str:

@@ -42,7 +42,7 @@ def render(spec: SkyPilot) -> Rendering:
     """The task and the commands around it.
 
     Raises:
-      ConfigError: several TPU slices, which SkyPilot does not join.
+      ConfigError: several TPU slices, which SkyPilot does not join, or a CPU topology.
     """
     name = spec.job.resource
     given = [word for secret in spec.job.secrets for word in ("--secret", secret)]
@@ -96,6 +96,8 @@ def _resources(spec: SkyPilot) -> dict[str, Any]:
             resources["accelerator_args"] = {"runtime_version": version}
     elif topology.accelerator.platform == "gpu":
         resources["accelerators"] = f"{cloud_names(topology).skypilot}:{chips_per_host(topology)}"
+    else:
+        raise ConfigError([Problem("--topology", str(topology), "TPUs or GPUs", "the target local simulates devices")])
     if spec.spot:
         resources["use_spot"] = True
     # Exits that can be resumed are recovered however often they come; any other ends the job.
@@ -107,7 +109,7 @@ def _resources(spec: SkyPilot) -> dict[str, Any]:
 
 
 def _setup(topology: Topology) -> str:
-    extra = {"tpu": "[tpu]", "gpu": "[cuda]"}.get(topology.accelerator.platform, "")
+    extra = "[tpu]" if topology.accelerator.platform == "tpu" else "[cuda]"
     install = ("uv", "pip", "install", "--python", _PYTHON, "--constraint", "constraints.txt", f".{extra}")
     return "\n".join(
         [

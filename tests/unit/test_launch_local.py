@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from t5x_like.config import UserError
 from t5x_like.launching.local import describe, launch_local, process_environment
 
 # Without site packages a process starts in some milliseconds.
@@ -46,6 +47,13 @@ def test_output_has_the_process_in_front_and_goes_to_its_log(tmp_path: Path, cap
     assert sorted(captured.out.splitlines()) == ["[0] out 0", "[1] out 1"]
     assert sorted(captured.err.splitlines()) == ["[0] err 0", "[1] err 1"]
     assert sorted((tmp_path / "process.1.txt").read_text().splitlines()) == ["err 1", "out 1"]
+
+
+def test_logs_that_cannot_be_written_are_said_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--log-dir"):
+        launch_local([*PYTHON, writes_pid(tmp_path)], processes=1, log_dir=tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("ending, code", [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])

@@ -350,6 +350,7 @@ def test_printing_is_all_that_launch_does(tmp_path: Path, monkeypatch: pytest.Mo
         (["slurm", "smoke"], "--gpus-per-node"),
         (["gke", "smoke", "--image", "i"], "--topology"),
         (["gke", "smoke", "--image", "i", "--topology", "cpu:4"], "TPUs or GPUs"),
+        (["skypilot", "smoke", "--topology", "cpu:4"], "TPUs or GPUs"),
         (["slurm", "smoke", "--topology", "v5e:4x4"], "h100:16"),
         (["slurm", "smoke", "--gpus-per-node", "8", "--sbatch", "qos=a b"], "without spaces"),
     ],

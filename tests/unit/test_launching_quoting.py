@@ -153,7 +153,7 @@ def test_commands_survive(folder: str, place: str) -> None:
     root = Path(tempfile.mkdtemp())
     rendered = [
         tpu_vm.render(tpu_vm.TpuVm(job, TPU, zone=place, nfs=place, source=place, directory=directory)),
-        gke.render(gke.Gke(job, GPU, image=place, namespace=place, directory=directory)),
+        gke.render(gke.Gke(job, GPU, image=place, namespace=place, secret=f"s\n{place}", directory=directory)),
         slurm.render(slurm.Slurm(job, directory=directory)),
         skypilot.render(skypilot.SkyPilot(job, GPU, source=place, directory=directory)),
     ]
