@@ -107,12 +107,12 @@ def _detected_by_jax(wanted: str, environment: Environment, on_tpu_vm: bool) -> 
         count, index, local = (
             _number(environment, f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK", "LOCAL_RANK")
         )
-        on_host = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", count))
+        on_host = _number_or(environment, "OMPI_COMM_WORLD_LOCAL_SIZE", count)
         ids = _own_devices(_visible_gpus(environment), on_host, local, "Open MPI")
         return Resolved("ompi", None, count, index, ids, "ompi")
     if all(name in environment for name in _SLURM) and wanted in ("auto", "slurm"):
         return _slurm(environment)
-    if wanted in ("auto", "slurm") and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    if wanted in ("auto", "slurm") and _number_or(environment, "SLURM_NTASKS", 1) > 1:
         missing = ", ".join(name for name in _SLURM if name not in environment)
         raise ConfigError(
             [
@@ -156,7 +156,7 @@ def _torchrun(environment: Environment) -> Resolved:
     port = _number(environment, "MASTER_PORT") + ("TORCHELASTIC_RUN_ID" in environment)
     ids = None
     if "LOCAL_RANK" in environment:
-        local, on_host = _number(environment, "LOCAL_RANK"), int(environment.get("LOCAL_WORLD_SIZE", count))
+        local, on_host = _number(environment, "LOCAL_RANK"), _number_or(environment, "LOCAL_WORLD_SIZE", count)
         gpus = _visible_gpus(environment)
         # Where nothing says how many GPUs there are: several processes on a host have one each.
         ids = _own_devices(gpus, on_host, local, "torchrun") if gpus else (local,) if on_host > 1 else None
@@ -176,7 +176,7 @@ def _slurm(environment: Environment) -> Resolved:
 def _tasks_on_node(environment: Environment, count: int) -> int:
     """Tasks of the step on this node, as SLURM writes them: "2(x3),1" is three nodes with two tasks, and one."""
     if "SLURM_STEP_TASKS_PER_NODE" not in environment:
-        return int(environment.get("SLURM_NTASKS_PER_NODE", count))
+        return _number_or(environment, "SLURM_NTASKS_PER_NODE", count)
     tasks: list[int] = []
     for number, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"]):
         tasks += [int(number)] * int(repeats or 1)
@@ -202,7 +202,7 @@ def _own_devices(gpus: int | None, on_host: int, local: int, launcher: str) -> t
     if gpus == 1:
         # The launcher has hidden those of the others.
         return (0,)
-    if gpus % on_host:
+    if on_host < 1 or gpus % on_host:
         raise ConfigError(
             [
                 Problem(
@@ -327,8 +327,12 @@ def _number(environment: Environment, name: str) -> int:
     return int(text)
 
 
+def _number_or(environment: Environment, name: str, default: int) -> int:
+    return _number(environment, name) if name in environment else default
+
+
 def _port(environment: Environment, default: int = DEFAULT_PORT) -> int:
-    return _number(environment, "JAX_COORDINATOR_PORT") if "JAX_COORDINATOR_PORT" in environment else default
+    return _number_or(environment, "JAX_COORDINATOR_PORT", default)
 
 
 def _with_port(host: str, port: int) -> str:
@@ -352,7 +356,8 @@ def _require_sensible(found: Resolved) -> None:
     address = found.coordinator
     if address is None or found.is_single:
         return
-    if not re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):\d{1,5}", address):
+    matched = re.fullmatch(r"(\[[^\]]+\]|[^:\s]+):(\d{1,5})", address)
+    if matched is None or not 0 < int(matched[2]) < 2**16:
         raise ConfigError([Problem("coordinator", repr(address), "HOST:PORT, as in 10.0.0.1:8476")])
     if (found.hosts or 1) > 1 and is_loopback(address):
         fix = "name process 0's host as the others reach it"

@@ -94,8 +94,9 @@ def _answer(host: str, port: int, index: int, count: int, seconds: float) -> Non
             if verdict is not None:
                 return _judge(verdict, index, count, seconds)
             reason = "it left without a word"
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, UnicodeError) as error:
+            # The second: no name of a host at all.
+            reason = getattr(error, "strerror", None) or str(error)
         time.sleep(_RETRY_SECONDS)
     raise RollCallError(
         f"process {index} of {count} did not reach process 0 at {host}:{port} within {seconds:g} seconds ({reason}): "

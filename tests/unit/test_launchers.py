@@ -127,6 +127,10 @@ def test_every_half_of_the_flags_is_refused() -> None:
         ({**JAX, "JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID"),
         ({**JAX, "JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES"),
         ({**JAX, "JAX_COORDINATOR_ADDRESS": "10.0.0.2"}, "HOST:PORT"),
+        ({**JAX, "JAX_COORDINATOR_ADDRESS": "10.0.0.2:70000"}, "HOST:PORT"),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "many"}, "SLURM_NTASKS"),
+        ({**TORCHRUN, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "two"}, "LOCAL_WORLD_SIZE"),
+        ({**TORCHRUN, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0", "CUDA_VISIBLE_DEVICES": "0,1"}, "0 processes"),
         ({**SKYPILOT, "SKYPILOT_NUM_NODES": "3"}, "2 addresses for SKYPILOT_NUM_NODES=3"),
         ({**JAX, "JAX_LOCAL_DEVICE_IDS": "0;1"}, "JAX_LOCAL_DEVICE_IDS"),
         # An allocation of many tasks, and a process that was started in it by hand.
