@@ -122,7 +122,7 @@ def _score_predictions(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from t5x_like.evaluation.predictions import score_file
-    from t5x_like.evaluation.records import write_json
+    from t5x_like.evaluation.records import write_output
     from t5x_like.evaluation.tables import of_predictions
 
     found = score_file(
@@ -133,5 +133,5 @@ def _score_predictions(options: argparse.Namespace) -> int:
     )
     Console().print(of_predictions(found))
     if options.output is not None:
-        write_json(options.output, found)
+        write_output(options.output, found)
     return EXIT_OK

@@ -21,7 +21,7 @@ from t5x_like.decoding.infilling import Gapped
 from t5x_like.decoding.models import Formats, PromptedModel, ends_in_eos, open_model
 from t5x_like.decoding.prompts import PromptFormat
 from t5x_like.decoding.ready import ready_params
-from t5x_like.decoding.requests import Request
+from t5x_like.decoding.requests import MOST_NEW_TOKENS, Request, is_text
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.scoring import score_tokens
 from t5x_like.decoding.speculative import Speculation
@@ -89,6 +89,12 @@ class Settings:
             problems.append(Problem("lookup", "a draft model beside it", "one of the two"))
         if self.beam is not None and self.speculates:
             problems.append(Problem("draft", "a beam search beside it", "no draft or lookup: beams have no use for it"))
+        if not 0 < self.max_new_tokens <= MOST_NEW_TOKENS:
+            problems.append(Problem("max_new_tokens", str(self.max_new_tokens), f"from 1 to {MOST_NEW_TOKENS:,}"))
+        given = {"stop": self.stop, "choice": self.choices or (), "allowed_characters": self.allowed_characters or ""}
+        for name, texts in given.items():
+            if not all(map(is_text, texts)):
+                problems.append(Problem(name, "bytes that are no UTF-8", "text that UTF-8 can hold"))
         if self.choices is not None and self.allowed_characters is not None:
             problems.append(Problem("allowed_characters", repr(self.allowed_characters), "none beside choices"))
         if problems:

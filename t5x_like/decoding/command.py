@@ -21,7 +21,7 @@ from t5x_like.decoding.answers import Answer, Answering, Settings, explain_memor
 from t5x_like.decoding.journal import Journal
 from t5x_like.decoding.models import Formats, PromptedModel, checkpoint_digest, formats_of, open_model
 from t5x_like.decoding.progress import RowProgress
-from t5x_like.decoding.requests import Digest, Request, Requests, checked, open_requests
+from t5x_like.decoding.requests import Digest, Request, Requests, of_argument, open_requests
 from t5x_like.interruption import Interruption, interruption
 from t5x_like.monitoring.text import visible
 
@@ -70,7 +70,7 @@ def generate_command(
         if output is not None:
             raise ConfigError([Problem("--output", str(output), "none with --prompt", "give --input FILE")])
         model, answering, _ = _opened(directory, formats, settings, step)
-        request = checked(Request(prompt, {}, where="--prompt"))
+        request = of_argument(prompt)
         _note_length(model, formats, answering.check(request))
         for answer in _answered(answering, [request], 0)[0]:
             print(visible(answer.text) if sys.stdout.isatty() else answer.text)
@@ -116,8 +116,10 @@ class _Job:
     def run(self, step: int | None, stop: Interruption) -> int:
         own = journal.part_path(self.output, self.process, self.processes)
         begun = journal.has_lines(self.output) or any(map(journal.has_lines, self._parts()))
-        if step is None and begun:
-            step = (journal.read_settings(self.output) or {}).get("step")
+        # Before anything is opened for writing: a file that is not ours stays as it is.
+        kept = journal.settings_of_lines(self.output) if begun else {}
+        if step is None:
+            step = kept.get("step")
         if self.processes > 1 and self.output.exists():
             journal.claim(self.output, self._settings(step), begun=True)
             return self._finished()

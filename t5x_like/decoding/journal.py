@@ -42,6 +42,21 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def settings_of_lines(path: Path) -> dict[str, Any]:
+    """The settings of an output file that has lines.
+
+    Raises:
+      RefusedError: they cannot be read, or there are none: then the file is another's, and must not be touched.
+    """
+    found = read_settings(path)
+    if found is None:
+        raise RefusedError(
+            f"{path} is there already and was not written by this command, or has lost {settings_path(path).name}; "
+            "name another --output"
+        )
+    return found
+
+
 def claim(path: Path, settings: Settings, *, begun: bool) -> None:
     """Writes the settings, or checks that those that are there are the same.
 
@@ -51,13 +66,7 @@ def claim(path: Path, settings: Settings, *, begun: bool) -> None:
     Raises:
       RefusedError: lines of other settings, of which the differences are listed, or of unknown ones.
     """
-    kept = read_settings(path)
-    if begun and kept is None:
-        raise RefusedError(
-            f"{path} is there already and was not written by this command, or has lost {settings_path(path).name}; "
-            "name another --output"
-        )
-    if begun and kept is not None and (different := _differences(kept, json.loads(json.dumps(settings)))):
+    if begun and (different := _differences(settings_of_lines(path), json.loads(json.dumps(settings)))):
         lines = "\n".join(f"  {line}" for line in different)
         raise RefusedError(
             f"{path} has lines that were made with other settings:\n{lines}\nName another --output, or take those."
@@ -86,7 +95,8 @@ class Journal:
     """One process's lines. Attributes: `lines`, how many are whole and there."""
 
     def __init__(self, path: Path):
-        """Opens the file, makes it if needed, and cuts off a line that was not finished.
+        """Opens the file, makes it if needed, and cuts off a line that was not finished: of a file that is known to be
+        of this command (`settings_of_lines`).
 
         Raises:
           RefusedError: it cannot be written, or another process writes it.
@@ -102,8 +112,12 @@ class Journal:
         except BlockingIOError:
             self._file.close()
             raise RefusedError(f"{path}: another process writes it; wait for it or name another --output") from None
-        self.lines, end = _whole_lines(self._file)
-        self._file.truncate(end)
+        try:
+            self.lines, end = _whole_lines(self._file)
+            self._file.truncate(end)
+        except OSError:
+            self._file.close()
+            raise RefusedError(f"{path}: found no file that can be cut, expected one; name another --output") from None
 
     def append(self, lines: Iterable[str]) -> None:
         """Writes lines, which must not hold a newline, and waits until they are on the disk.

@@ -7,14 +7,18 @@ import dataclasses
 import hashlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from t5x_like.config import DataError
 
+MOST_NEW_TOKENS = 2**30
+"""What an int32 holds, with room for the prompt; memory ends long before."""
+_HALF = "found half of a surrogate pair, expected text that UTF-8 can hold"
 _EXPECTED = 'expected a JSON object with a text "prompt"'
 
 
@@ -99,12 +103,12 @@ class Requests:
 
     def _request(self, number: int, line: str) -> Request:
         where = f"{self._name}, line {number}"
-        return _parsed(line, where) if self._is_json else checked(Request(line, {}, where=where))
+        return _parsed(line, where) if self._is_json else Request(line, {}, where=where)
 
 
 @contextlib.contextmanager
 def open_requests(path: Path | None) -> Iterator[Requests]:
-    """The prompts of a file, or of standard input for None, which is kept in a temporary file.
+    """The prompts of a file, or of standard input for None; what can be read only once is kept in a temporary file.
 
     Raises:
       DataError: unreadable, or a first line that is no UTF-8.
@@ -112,9 +116,8 @@ def open_requests(path: Path | None) -> Iterator[Requests]:
     if path is None:
         if sys.stdin.isatty():
             print("reading prompts from the terminal, one per line; Ctrl-D ends them", file=sys.stderr)
-        with tempfile.TemporaryFile() as kept:
-            for block in _standard_input():
-                kept.write(block)
+        source = getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode())
+        with _kept(source) as kept:
             yield Requests(kept, "standard input")
         return
     try:
@@ -122,14 +125,15 @@ def open_requests(path: Path | None) -> Iterator[Requests]:
         file.peek(1)
     except OSError as error:
         raise DataError(f"{path}: unreadable ({error.strerror}), expected a file of prompts") from None
-    with file:
-        yield Requests(file, str(path))
+    # A pipe has a name too: `--input <(command)`.
+    with file, file if file.seekable() else _kept(file) as lines:
+        yield Requests(lines, str(path))
 
 
-def _standard_input() -> Iterator[bytes]:
-    source = getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode())
-    while block := source.read(2**20):
-        yield block
+def _kept(source: BinaryIO) -> BinaryIO:
+    kept: Any = tempfile.TemporaryFile()
+    shutil.copyfileobj(source, kept, 2**20)
+    return cast(BinaryIO, kept)
 
 
 def _parsed(line: str, where: str) -> Request:
@@ -142,39 +146,47 @@ def _parsed(line: str, where: str) -> Request:
             f"fields {', '.join(map(repr, fields)) or 'none'}" if isinstance(fields, dict) else type(fields).__name__
         )
         raise DataError(f"{where}: found {found}, {_EXPECTED}")
+    # Of all fields, since they come back in the answer's line.
+    if "\\ud" in line.lower() and not is_text(json.dumps(fields, ensure_ascii=False)):
+        raise DataError(f"{where}: {_HALF}")
     choices = fields.get("choices")
     if choices is not None and not (
         isinstance(choices, list) and choices and all(isinstance(one, str) and one for one in choices)
     ):
         raise DataError(f"{where}: found choices {choices!r}, expected a list of texts")
-    return checked(
-        Request(
-            fields["prompt"],
-            fields,
-            seed=_whole_number(fields, "seed", 0, where),
-            max_new_tokens=_whole_number(fields, "max_new_tokens", 1, where),
-            choices=None if choices is None else tuple(choices),
-            where=where,
-        )
+    return Request(
+        fields["prompt"],
+        fields,
+        seed=_whole_number(fields, "seed", 0, where),
+        max_new_tokens=_whole_number(fields, "max_new_tokens", 1, where, MOST_NEW_TOKENS),
+        choices=None if choices is None else tuple(choices),
+        where=where,
     )
 
 
-def _whole_number(fields: dict[str, Any], name: str, least: int, where: str) -> int | None:
+def _whole_number(fields: dict[str, Any], name: str, least: int, where: str, most: int | None = None) -> int | None:
     value = fields.get(name)
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise DataError(f"{where}: found {name} {value!r}, expected a whole number of at least {least}")
+    if most is not None and value > most:
+        raise DataError(f"{where}: found {name} {value!r}, expected at most {most:,}")
     return value
 
 
-def checked(request: Request) -> Request:
-    """The request. Lone surrogates can be spelled by JSON, and stand for bytes of an argument that are no UTF-8.
+def of_argument(prompt: str) -> Request:
+    """The request of a prompt on the command line.
 
     Raises:
-      DataError: there is one.
+      DataError: bytes that are no UTF-8.
     """
-    for text in (request.prompt, *(request.choices or ())):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(f"{request.where}: found half of a surrogate pair, expected text that UTF-8 can hold")
-    return request
+    if not is_text(prompt):
+        raise DataError(f"--prompt: {_HALF}")
+    return Request(prompt, {}, where="--prompt")
+
+
+def is_text(string: str) -> bool:
+    """Whether UTF-8 can hold it. Lone surrogates, which it cannot, can be spelled by JSON, and stand for bytes of an
+    argument that are no UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in string)

@@ -18,7 +18,7 @@ from t5x_like.evaluation import records, tables
 from t5x_like.evaluation.asked import Asked, Reference
 from t5x_like.evaluation.checkpoint import Wanted, score, score_and_record
 from t5x_like.evaluation.opened import RUN, Opened, fingerprint, kind_of, open_model
-from t5x_like.evaluation.records import Result, is_evaluated, write_json
+from t5x_like.evaluation.records import Result, is_evaluated, write_output
 from t5x_like.monitoring.report import write_report
 from t5x_like.program import Program
 
@@ -62,10 +62,7 @@ def evaluate_command(
         documents = [result for _, result in results]
         if len({name for name, _ in results}) > 1:
             documents = [{"checkpoint": name, **result} for name, result in results]
-        try:
-            write_json(output, documents[0] if len(documents) == 1 else documents)
-        except OSError as error:
-            raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
+        write_output(output, documents[0] if len(documents) == 1 else documents)
     return EXIT_OK
 
 

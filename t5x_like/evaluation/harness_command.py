@@ -14,7 +14,7 @@ from t5x_like import run_directory
 from t5x_like.config import EXIT_OK, ConfigError, DataError, Problem, RefusedError
 from t5x_like.data.prepare import open_stores
 from t5x_like.evaluation.docs_choice import write_docs_choice
-from t5x_like.evaluation.records import write_json
+from t5x_like.evaluation.records import write_output
 
 
 def harness_command(
@@ -46,6 +46,10 @@ def harness_command(
     Raises:
       UserError: the model or a task cannot be used, or lm-eval is not installed.
     """
+    if not tasks and not docs_choice:
+        raise ConfigError([Problem("--tasks", "none", "names of lm-eval tasks, separated by commas, or --docs-choice")])
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError([Problem("--include-path", str(include_path), "a directory of task files")])
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -60,8 +64,6 @@ def harness_command(
         stores = open_stores(run_directory.read_config(Path(model.path)).data)
         named.append(write_docs_choice(stores[0], folder))
         folders.append(folder)
-    if not named:
-        raise ConfigError([Problem("--tasks", "none", "names of lm-eval tasks, separated by commas, or --docs-choice")])
     manager = TaskManager(include_path=[str(path) for path in folders] or None)
     unknown = [name for name in named if name not in manager.all_tasks]
     if unknown:
@@ -79,10 +81,7 @@ def harness_command(
         console.print(_verdict(results["results"]["docs_choice"]), highlight=False)
     if output is not None:
         kept = {key: results[key] for key in ("results", "n-samples", "versions", "config") if key in results}
-        try:
-            write_json(output, json.loads(json.dumps(kept, default=str)))
-        except OSError as error:
-            raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
+        write_output(output, json.loads(json.dumps(kept, default=str)))
     return EXIT_OK
 
 

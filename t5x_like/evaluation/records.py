@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from t5x_like.config.errors import DataError
 from t5x_like.monitoring.records import dumps, read_records
 from t5x_like.monitoring.writers import TensorBoardWriter
 from t5x_like.run_directory import TENSORBOARD, write_atomically
@@ -68,6 +69,19 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> Result:
 def write_json(path: Path, document: Any) -> None:
     """With line breaks, for people; numbers that are not finite as in the records."""
     write_atomically(path, json.dumps(json.loads(dumps(document)), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_output(path: Path, document: Any) -> None:
+    """Writes results where the user asked for them; folders are made.
+
+    Raises:
+      DataError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, document)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def scalars(result: Mapping[str, Any]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any
 from t5x_like.config.errors import RefusedError
 from t5x_like.monitoring.records import dumps
 
+_BEGINNING = b'{"belongs_to"'
 AT_ONCE = 64
 """Rows between two writes."""
 
@@ -27,7 +28,7 @@ class Answers:
     def __init__(self, path: Path | None, belongs_to: Mapping[str, Any]):
         """
         Raises:
-          RefusedError: another process writes the file, or it cannot be written.
+          RefusedError: another process writes the file, it cannot be written, or is something else.
         """
         self._rows: dict[str, Any] = {}
         self._file = None
@@ -45,7 +46,12 @@ class Answers:
             file.close()
             raise RefusedError(f"{path}: another process writes it, expected one at a time; wait for it") from None
         file.seek(0)
-        end, self._rows = _read(file.read(), header)
+        data = file.read()
+        # A header can be torn, but what begins otherwise is another's file.
+        if not data.startswith(_BEGINNING[: len(data)]):
+            file.close()
+            raise RefusedError(f"{path}: found a file that is not of this command, expected its answers or no file")
+        end, self._rows = _read(data, header)
         file.truncate(end)
         if not end:
             file.write(dumps({"belongs_to": header}).encode() + b"\n")

@@ -221,6 +221,7 @@ async def _streamed(
 ) -> AsyncIterator[bytes]:
     """Server-sent events: pieces of all answers as they come, usage if asked for, and the word [DONE]."""
     merged: asyncio.Queue[tuple[int, str, str | None]] = asyncio.Queue()
+    deadline = asyncio.get_running_loop().time() + service.timeout
 
     async def forward(answer: _Answer) -> None:
         finish = None
@@ -231,12 +232,13 @@ async def _streamed(
     tasks = [asyncio.create_task(forward(answer)) for answer in answers]
     try:
         left = len(answers)
-        async with asyncio.timeout(service.timeout):
-            while left:
+        while left:
+            # Not around `yield`: a slow client's task would be cancelled where nobody here can answer it.
+            async with asyncio.timeout_at(deadline):
                 index, text, finish = await merged.get()
-                left -= finish is not None
-                choices = [protocol.choice(index, text, finish)]
-                yield _event(protocol.answer_body(identity, service.model, choices))
+            left -= finish is not None
+            choices = [protocol.choice(index, text, finish)]
+            yield _event(protocol.answer_body(identity, service.model, choices))
         if wanted.with_usage:
             yield _event(protocol.answer_body(identity, service.model, [], _usage(wanted, answers)))
         yield b"data: [DONE]\n\n"

@@ -62,8 +62,10 @@ def serve_command(
     problems = [
         Problem(name, str(value), "a number above 0")
         for name, value in (("--slots", slots), ("--max-waiting", max_waiting), ("--timeout", timeout))
-        if value <= 0
+        if not value > 0
     ]
+    if not 0 <= port < 2**16:
+        problems.append(Problem("--port", str(port), "0 to 65535"))
     if problems:
         raise ConfigError(problems)
     formats = formats_of(directory, mode)
@@ -91,25 +93,29 @@ def serve_command(
         most_waiting=max_waiting,
         timeout=timeout,
     )
-    batcher.warm_up()
     # Requests must not outlive the wish to leave: a stream may be long.
     config = uvicorn.Config(make_app(service), host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)
+    socket = _bound(config)  # Before minutes of compiling; until it is listened to, clients are refused.
+    batcher.warm_up()
     sizes = batcher.sizes
     print(
         f"{directory}, step {step:,}: prompts of up to {sizes.prompt_length:,} tokens, answers of up to "
         f"{sizes.new_tokens:,}, {sizes.slots} at once",
         file=sys.stderr,
     )
-    return _run(uvicorn.Server(config), config, batcher)
+    return _run(uvicorn.Server(config), socket, batcher)
 
 
-def _run(server: Any, config: Any, batcher: Batcher) -> int:
-    """Serves in this thread and decodes in another; when one ends, so does the other."""
+def _bound(config: Any) -> Any:
     try:
-        socket = config.bind_socket()
+        return config.bind_socket()
     except SystemExit:
         found = f"{config.host}:{config.port}"
         raise ConfigError([Problem("--port", found, "an address of this machine that is free")]) from None
+
+
+def _run(server: Any, socket: Any, batcher: Batcher) -> int:
+    """Serves in this thread and decodes in another; when one ends, so does the other."""
     host, port = socket.getsockname()[:2]
     print(f"http://{host}:{port}/v1/completions", flush=True)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from t5x_like.config import ConfigError
+from t5x_like.decoding.requests import is_text
 from t5x_like.decoding.sampling import Sampling
 
 MOST_STOPS = 16
@@ -100,12 +101,14 @@ def parse(
     fields = _object(body)
     unknown = sorted(fields.keys() - _KNOWN)
     if unknown:
-        raise BadRequest(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(_KNOWN))}", unknown[0])
+        # What the answer repeats of the request must be text that it can hold, and no longer than one likes to read.
+        message = f"unknown field {unknown[0][:100]!r}; known are {', '.join(sorted(_KNOWN))}"
+        raise BadRequest(message, unknown[0][:100] if is_text(unknown[0]) else None)
     for name, accepted in _FIXED.items():
         if name in fields and fields[name] not in accepted:
             raise BadRequest(f"{name} is not supported: leave it out", name)
     if fields.get("model", model) != model:
-        raise BadRequest(f"no model {fields['model']!r} here; this is {model!r}", "model", 404)
+        raise BadRequest(f"no model {str(fields['model'])[:100]!r} here; this is {model!r}", "model", 404)
 
     prompts = tuple(tuple(ids) for ids in _prompts(fields, encode, vocab_size))
     for ids in prompts:
@@ -174,7 +177,7 @@ def _prompts(fields: Mapping[str, Any], encode: Callable[[str], Sequence[int]], 
 
 
 def _encoded(text: str, encode: Callable[[str], Sequence[int]]) -> Sequence[int]:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_text(text):
         raise BadRequest("half of a surrogate pair, expected text that UTF-8 can hold", "prompt")
     return encode(text)
 
@@ -193,7 +196,7 @@ def _integer(fields: Mapping[str, Any], name: str, default: int, least: int, mos
     if value is None:
         return default
     if type(value) is not int or not least <= value <= most:
-        raise BadRequest(f"{name}: found {str(value)[:100]}, expected a whole number from {least} to {most}", name)
+        raise BadRequest(f"{name}: found {str(value)[:100]!r}, expected a whole number from {least} to {most}", name)
     return value
 
 

@@ -248,6 +248,16 @@ def test_wrong_requests_are_refused_with_one_message(trained, capsys, arguments,
     assert message in captured.err and captured.out == ""
 
 
+def test_an_output_that_is_another_file_stays_as_it_is(trained, tmp_path, capsys):
+    """Also its last line, which has no end."""
+    for name in ("in.txt", "notes.txt"):
+        (tmp_path / name).write_text("my only copy")
+        command = ["generate", str(trained), "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / name)]
+        assert main(command) == EXIT_REFUSED
+        assert "was not written by this command" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "my only copy"
+
+
 def test_a_changed_store_is_refused(trained, tmp_path, capsys):
     """With other sentinels the ids would mean something else."""
     run = run_directory.read_config(trained)

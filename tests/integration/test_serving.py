@@ -168,6 +168,8 @@ REFUSED = [
     ({"prompt": "a", "stop": [""]}, 400, "stop"),
     ({"prompt": "a", "logprobs": 5}, 400, "not supported"),
     ({"prompt": "a", "max_token": 5}, 400, "unknown field 'max_token'"),
+    ({"prompt": "a", "\ud800": 5}, 400, "unknown field"),
+    ({"prompt": "a", "n": "\ud800"}, 400, "whole number"),
     ({"prompt": "a", "model": "gpt"}, 404, "no model 'gpt'"),
 ]
 

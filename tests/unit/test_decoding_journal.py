@@ -1,5 +1,7 @@
 """The output file after a kill at any byte: what is whole stays, other settings and other writers are refused."""
 
+from pathlib import Path
+
 import pytest
 
 from t5x_like.config import RefusedError
@@ -40,6 +42,12 @@ def test_lines_of_other_settings_are_refused_with_the_difference(tmp_path):
     claim(path, {"step": 3, "settings": {"temperature": 0.5, "stop": ("\n",)}}, begun=True)
     with pytest.raises(RefusedError, match="was not written by this command"):
         claim(tmp_path / "other.jsonl", SETTINGS, begun=True)
+
+
+def test_what_is_no_file_of_lines_is_refused(tmp_path):
+    for path in ("/dev/null", tmp_path):
+        with pytest.raises(RefusedError, match="cannot be written|can be cut"):
+            Journal(Path(path))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 13])

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import threading
 
 import pytest
 
@@ -42,6 +44,16 @@ def test_standard_input_is_read_without_a_path(monkeypatch):
         assert list(requests) == list(requests) == [Request("hello", {})]
 
 
+def test_a_pipe_has_a_name(tmp_path):
+    """As of `--input <(command)`: it can be read once only."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("hello\n",))
+    writer.start()
+    with open_requests(tmp_path / "pipe") as requests:
+        assert list(requests) == list(requests) == [Request("hello", {})]
+    writer.join()
+
+
 def test_the_digest_is_of_the_rows(tmp_path):
     digests = set()
     for text in ("a\nb\n", "a\n\nb", "b\na\n"):
@@ -59,6 +71,8 @@ def test_the_digest_is_of_the_rows(tmp_path):
         ('{"prompt": 3}\n', "p.txt", "line 1: found"),
         ('{"prompt": "\\ud800"}\n', "p.txt", "line 1: found half of a surrogate pair"),
         ('{"prompt": "a", "choices": ["\\ud800"]}\n', "p.txt", "line 1: found half of a surrogate pair"),
+        ('{"prompt": "a", "note": ["\\uDC00"]}\n', "p.txt", "line 1: found half of a surrogate pair"),
+        ('{"prompt": "a", "max_new_tokens": 1000000000000}\n', "p.txt", "found max_new_tokens 10+, expected at most"),
         ('{"prompt": "a", "choices": []}\n', "p.txt", "line 1: found choices"),
         ('{"prompt": "a", "seed": true}\n', "p.txt", "line 1: found seed True"),
         ('{"prompt": "a", "max_new_tokens": 0}\n', "p.txt", "found max_new_tokens 0, expected .* at least 1"),

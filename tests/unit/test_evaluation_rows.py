@@ -50,6 +50,14 @@ def test_a_key_is_answered_once_wherever_it_is_killed(tmp_path_factory, cuts, at
     assert sorted(line["key"] for line in lines[1:]) == sorted(KEYS)
 
 
+def test_a_file_of_something_else_is_left_alone(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("my only copy")
+    with pytest.raises(RefusedError, match="not of this command"):
+        Answers(path, {"step": 3})
+    assert path.read_text() == "my only copy"
+
+
 def test_answers_of_other_parameters_are_not_taken(tmp_path):
     path = tmp_path / "answers"
     with Answers(path, {"checkpoint": "a"}) as answers:
