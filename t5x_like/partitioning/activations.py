@@ -1,4 +1,4 @@
-"""The large activations of a run by name, for checks and reports: what the models constrain, with shapes."""
+"""The large activations of a run by name, for checks and the choice of a mesh: what models constrain, with shapes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from jax.sharding import Mesh, NamedSharding
-
 from t5x_like.config import RunConfig, StackConfig, batch_spec
-from t5x_like.partitioning.rules import LogicalAxes, Rules, spec
-from t5x_like.partitioning.shardings import Row
+from t5x_like.partitioning.rules import LogicalAxes
 
 
 class Activation(NamedTuple):
@@ -64,17 +61,3 @@ def _of_stack(path: str, stack: StackConfig, rows: int, length: int, itemsize: i
     room = min(length, math.ceil(stack.experts.capacity_factor * length * stack.experts.experts_per_token / count))
     axes = ("expert_batch", "experts", "capacity", "mlp")
     yield Activation(f"{path}/experts", axes, (rows, count, room, stack.d_ff), itemsize)
-
-
-def report_activations(run: RunConfig, mesh: Mesh, rules: Rules) -> list[Row]:
-    """How each of them is split, and its bytes on each device.
-
-    Raises:
-      ConfigError: an axis without a rule, or a mesh axis twice in one array.
-    """
-    rows = []
-    for activation in activations(run):
-        found = spec(activation.axes, rules.activations, activation.shape, mesh)
-        here = NamedSharding(mesh, found).shard_shape(activation.shape)
-        rows.append(Row(activation.path, activation.shape, found, math.prod(here) * activation.itemsize))
-    return rows
