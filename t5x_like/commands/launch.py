@@ -273,6 +273,11 @@ def _slurm(options: argparse.Namespace, run: RunConfig, job: Job, directory: Pat
         if topology.accelerator.platform != "gpu":
             fix = "give --nodes and --gpus-per-node, or a topology of GPUs"
             raise ConfigError([Problem("--topology", str(topology), "GPUs, as in h100:16", fix)])
+        machine = (("--nodes", nodes, topology.num_hosts), ("--gpus-per-node", gpus, topology.devices_per_host))
+        for flag, given, its_own in machine if options.topology else ():
+            if given not in (None, its_own):
+                found = f"{given} beside --topology {topology}"
+                raise ConfigError([Problem(flag, found, f"{its_own}, or one of both")])
         nodes, gpus = nodes or topology.num_hosts, topology.devices_per_host if gpus is None else gpus
     if gpus is None:
         raise ConfigError([Problem("--gpus-per-node", "none", "a number, or a --topology of GPUs")])

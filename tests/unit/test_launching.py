@@ -348,6 +348,7 @@ def test_printing_is_all_that_launch_does(tmp_path: Path, monkeypatch: pytest.Mo
         (["slurm", "smoke", "--gpus-per-node", "8", "--", "--training.batch-sise", "1"], "--training.batch-size"),
         (["slurm", "smoke", "--gpus-per-nod", "8"], "--gpus-per-node"),
         (["slurm", "smoke"], "--gpus-per-node"),
+        (["slurm", "smoke", "--topology", "h100:16", "--nodes", "3"], "expected 2, or one of both"),
         (["gke", "smoke", "--image", "i"], "--topology"),
         (["gke", "smoke", "--image", "i", "--topology", "cpu:4"], "TPUs or GPUs"),
         (["skypilot", "smoke", "--topology", "cpu:4"], "TPUs or GPUs"),
