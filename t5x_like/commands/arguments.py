@@ -167,14 +167,18 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found {value}, expected a number above 0")
-    return value
+    return _at_least(1, text, "a number above 0")
 
 
 def not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"found {value}, expected 0 or more")
+    return _at_least(0, text, "a number of 0 or more")
+
+
+def _at_least(least: int, text: str, expected: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
     return value

@@ -77,10 +77,11 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
         json.dump(document, sys.stdout, indent=1)
         print()
-    if "train" in compiled:
-        if not compiled["train"]["fits"]:
-            raise UserError(f"the step does not fit {topology}, as XLA says above; there are three knobs to turn")
-    elif plan.memory.fits is False:
+    for step in ("train", "decode"):
+        if step in compiled and not compiled[step]["fits"]:
+            name = "step" if step == "train" else "step of generation"
+            raise UserError(f"the {name} does not fit {topology}, as XLA says above; there are three knobs to turn")
+    if "train" not in compiled and plan.memory.fits is False:
         raise UserError(_refusal(plan, topology))
     return EXIT_OK
 

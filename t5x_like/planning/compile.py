@@ -28,7 +28,7 @@ from t5x_like.planning.traffic import memory_traffic
 from t5x_like.program import Program, assemble
 
 Effort = Literal["low", "default"]
-"""low: XLA's optimization level O0, some times faster, whose peaks can be well below. default: what a run gets."""
+"""low: XLA's optimization level O0, several times faster, whose peaks can be well below. default: what a run gets."""
 Tree = Any
 
 REMATERIALIZATION = "Involuntary full rematerialization"

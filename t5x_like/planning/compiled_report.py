@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from t5x_like.config import RunConfig
@@ -47,7 +48,7 @@ def print_compiled(run: RunConfig, compiled: Compiled, console: Console) -> None
         )
         console.print(f"  {compiled.words.splitlines()[0]}", markup=False, highlight=False)
     for complaint in compiled.complaints:
-        console.print(f"[bold yellow]XLA complains[/]: {complaint}", highlight=False)
+        console.print(f"[bold yellow]XLA complains[/]: {escape(complaint)}", highlight=False)
     _print_buffers(compiled, console)
     if not compiled.fits:
         console.print("Three knobs to turn:")

@@ -265,7 +265,7 @@ class Activations:
         width = config.table_width
         lookups = [width] * (len(config.stacks) + (config.generator is not None))
         if config.separate_encoder_embeddings and config.encoder is not None:
-            # The decoder's table has done with when the encoder's turn comes.
+            # The decoder's table is done with when the encoder's turn comes.
             lookups = [config.encoder.d_model]
         own = "head" if not config.tie_embeddings else "token_embedder"
         has_head = config.task_head is None and self._trains(own)

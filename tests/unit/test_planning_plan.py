@@ -105,6 +105,7 @@ def test_a_plan_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "file" / "plan.json"):
         with pytest.raises(UserError, match="the plan cannot be written"):
             save_plan(path, {})
+    assert not list(tmp_path.parent.glob(".*.partial"))
 
 
 def test_the_command_prints_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
