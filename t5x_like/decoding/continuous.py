@@ -23,7 +23,7 @@ from t5x_like.decoding import choosing
 from t5x_like.decoding.choosing import Rules, State
 from t5x_like.decoding.loop import read_prompts
 from t5x_like.decoding.ready import decoding_model, ready_params
-from t5x_like.decoding.rows import bucket, padded, row_shares
+from t5x_like.decoding.rows import bucket, padded, require_positions, row_shares
 from t5x_like.decoding.sampling import RowSampling, Sampling
 from t5x_like.models.cache import Cache
 from t5x_like.models.model import Model
@@ -115,8 +115,13 @@ class Batcher:
         """Args:
         program: With a decoder; its mesh splits the slots, whose number it must divide.
         allowed_V, bidirectional, cache_dtype: As of `generate_tokens`.
+
+        Raises:
+          ConfigError: the longest prompt and answer do not fit a table of learned positions.
         """
         self.sizes = sizes or Sizes()
+        config = program.run.model
+        require_positions(config, self.sizes.prompt_length + (config.encoder is None), self.sizes.new_tokens)
         shares = row_shares(program)
         self.sizes = dataclasses.replace(
             self.sizes,

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_like.config import ConfigError, ModelConfig, Problem
+from t5x_like.config import ModelConfig
 from t5x_like.decoding import choosing
 from t5x_like.decoding.beam import BeamSearch, search_batch
 from t5x_like.decoding.choosing import Rules
 from t5x_like.decoding.constraints import Automaton
 from t5x_like.decoding.loop import decode_rows, read_prompts
 from t5x_like.decoding.ready import ReadyParams, decoding_model, ready_params
-from t5x_like.decoding.rows import bucket, on_mesh, padded, row_shares
+from t5x_like.decoding.rows import bucket, on_mesh, padded, require_positions, row_shares
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.speculative import Speculation, speculate_batch
 from t5x_like.decoding.stops import FOUND, Stops
@@ -243,7 +243,7 @@ def _batches(
     config = program.run.model
     by_length = sorted(range(len(asked.prompts)), key=lambda index: len(asked.prompts[index]))
     for index in by_length:
-        _check_positions(config, len(asked.prompts[index]), asked.limits[index])
+        require_positions(config, len(asked.prompts[index]) + (config.encoder is None), asked.limits[index])
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
         batch = _make_batch(program, [asked.prompts[i] for i in chosen], [asked.limits[i] for i in chosen])
@@ -270,24 +270,6 @@ def _batches(
 def _host(array: npt.NDArray[Any]) -> jax.Array:
     """An argument of a compiled function that lies on the host."""
     return cast(jax.Array, array)
-
-
-def _check_positions(config: ModelConfig, prompt_length: int, max_new_tokens: int) -> None:
-    if config.encoder is None:
-        needed = {"decoder": 1 + prompt_length + max_new_tokens}
-    else:
-        needed = {"encoder": prompt_length, "decoder": max_new_tokens}
-    problems = [
-        Problem(
-            f"prompt and max_new_tokens, {name}",
-            f"{needed[name]} positions",
-            f"at most {stack.max_positions}, the rows of the model's table of positions",
-        )
-        for name, stack in config.stacks.items()
-        if stack.positions == "learned" and needed[name] > stack.max_positions
-    ]
-    if problems:
-        raise ConfigError(problems)
 
 
 def _make_batch(program: Program, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from t5x_like.config import ConfigError, ModelConfig, Problem
 from t5x_like.partitioning.shardings import batch_shardings
 from t5x_like.program import Program
 
@@ -18,6 +19,29 @@ SMALLEST_BUCKET = 16
 def bucket(length: int, smallest: int = SMALLEST_BUCKET) -> int:
     """The least power of two that is at least `length` and `smallest`."""
     return max(smallest, 1 << max(length - 1, 0).bit_length())
+
+
+def require_positions(config: ModelConfig, prompt: int, new: int) -> None:
+    """
+    Args:
+      prompt: Tokens that are read, a stream's start token among them.
+      new: Tokens that are made.
+
+    Raises:
+      ConfigError: they are more than a table of learned positions has rows.
+    """
+    needed = {"encoder": prompt, "decoder": new + (prompt if config.encoder is None else 0)}
+    problems = [
+        Problem(
+            f"prompt and new tokens, {name}",
+            f"{needed[name]} positions",
+            f"at most {stack.max_positions}, the rows of the model's table of positions",
+        )
+        for name, stack in config.stacks.items()
+        if stack.positions == "learned" and needed[name] > stack.max_positions
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def row_shares(program: Program) -> int:

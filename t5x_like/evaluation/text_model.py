@@ -29,12 +29,21 @@ class TextModel:
       form: How a context is laid out.
       inputs_length: Tokens of a closed context with all that is around it; of a stream, of context and targets.
       targets_length: Tokens that are scored at once, in closed forms.
+
+    Raises:
+      ConfigError: lengths without room for text.
     """
 
     tokenizer: Tokenizer
     form: PromptFormat
     inputs_length: int
     targets_length: int
+
+    def __post_init__(self) -> None:
+        # A window of a stream moves by all tokens but one.
+        least = self._around + 2
+        if self.inputs_length < least:
+            raise ConfigError([Problem("max_length", str(self.inputs_length), f"at least {least}")])
 
     def pair(self, context: str, continuation: str) -> Pair:
         """Inputs and targets that say how likely the continuation is after the context. Spaces between the two belong
@@ -112,7 +121,8 @@ def text_model(opened: Opened, *, mode: str | None = None, max_length: int | Non
         learned): of a closed context, or of context and continuation in a stream.
 
     Raises:
-      ConfigError: an encoder, a mode that was not trained, or a model whose tokenizer is not known here.
+      ConfigError: an encoder, a mode that was not trained, lengths without room for text, or a model whose tokenizer is
+        not known here.
     """
     model, data = opened.run.model, opened.run.data
     if model.decoder is None:

@@ -80,7 +80,10 @@ def export_command(
     Raises:
       UserError: the source cannot be used, `out` is there already or cannot be written.
     """
+    imported.require_free(out)  # Before minutes of work.
     if (source_dir / imported.MODEL).is_file():
+        if mode is not None:
+            raise ConfigError([Problem("mode", mode, "none: the model was imported, and its modes are not known")])
         source = _of_import(source_dir, step)
     else:
         source = _of_run(source_dir, step, mode, num_batches)

@@ -13,6 +13,7 @@ from jax import Array, export
 from t5x_like.config.errors import ConfigError, Problem
 from t5x_like.config.model import ModelConfig
 from t5x_like.decoding.loop import read_prompts
+from t5x_like.decoding.rows import require_positions
 from t5x_like.export.int8 import unpacked
 from t5x_like.models.build import abstract, merge
 from t5x_like.models.model import Model
@@ -58,7 +59,10 @@ def exported_functions(
     Raises:
       ConfigError: the lengths do not fit the model's table of positions, or it attends by a kernel of one platform.
     """
-    _check(config, lengths)
+    require_positions(config, lengths.prompt, lengths.new)
+    if config.attention not in ("reference", "xla"):
+        expected = "reference or xla, which every platform has"
+        raise ConfigError([Problem("model.attention", config.attention, expected)])
     graphdef = abstract(config).graphdef
 
     def model(weights: Weights) -> Model:
@@ -108,22 +112,3 @@ def _predict(model: Model, tokens_BxP: Array, lengths_B: Array) -> Array:
 
 def _valid(tokens_BxP: Array, lengths_B: Array) -> Array:
     return (jnp.arange(tokens_BxP.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
-
-
-def _check(config: ModelConfig, lengths: Lengths) -> None:
-    needed = {"encoder": lengths.prompt}
-    needed["decoder"] = lengths.new + (lengths.prompt if config.encoder is None else 0)
-    problems = [
-        Problem(
-            f"prompt length and new tokens, {name}",
-            f"{needed[name]} positions",
-            f"at most {stack.max_positions}, the rows of the model's table of positions",
-        )
-        for name, stack in config.stacks.items()
-        if stack.positions == "learned" and needed[name] > stack.max_positions
-    ]
-    if config.attention not in ("reference", "xla"):
-        expected = "reference or xla, which every platform has"
-        problems.append(Problem("model.attention", config.attention, expected))
-    if problems:
-        raise ConfigError(problems)

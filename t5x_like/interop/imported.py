@@ -74,11 +74,16 @@ def read_model(directory: Path) -> tuple[ModelConfig, str | None]:
     return model, kind if isinstance(kind, str) else None
 
 
+def require_free(out: Path) -> None:
+    """Raises RefusedError where there is something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RefusedError(f"{out} is there already; name another place")
+
+
 @contextlib.contextmanager
 def made_whole(out: Path) -> Iterator[Path]:
     """A directory beside `out` that becomes `out` if all goes well, and else is removed."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RefusedError(f"{out} is there already; name another place")
+    require_free(out)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -9,6 +9,7 @@ import pytest
 
 from t5x_like.config import CausalLM, ConfigError, DataConfig, ModelConfig, RunConfig, StackConfig, TrainingConfig, ul2
 from t5x_like.decoding import generate
+from t5x_like.decoding.continuous import Batcher, Sizes
 from t5x_like.decoding.generate import generate_tokens
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.program import Program, assemble
@@ -154,5 +155,7 @@ def test_calls_of_many_lengths_compile_once():
 def test_learned_positions_limit_the_prompt():
     program, params = untrained("causal_lm", "learned", max_positions=24)
     assert len(generate_tokens(program, params, [[5] * 17], allowed_V=ALLOWED, max_new_tokens=6)[0]) == 6
+    with pytest.raises(ConfigError, match="26 positions, expected at most 24"):
+        Batcher(program, params, allowed_V=ALLOWED, sizes=Sizes(prompt_length=16, new_tokens=9))
     with pytest.raises(ConfigError, match="25 positions, expected at most 24"):
         generate_tokens(program, params, [[5] * 17], allowed_V=ALLOWED, max_new_tokens=7)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from t5x_like.config import ConfigError
 from t5x_like.data.tokenizers import ByteTokenizer
 from t5x_like.decoding.prompts import PromptFormat
 from t5x_like.decoding.scoring import Score
@@ -37,6 +38,13 @@ def test_a_pair_of_each_form():
     assert model(CLOSED).log_likelihood(Score(-7.0, (-4.0, -3.0), False)) == (-7.0, False)
     assert model(SPANS).text(TOKENIZER.encode_marked("<extra_id_0> c d<extra_id_1>x")) == " c d"
     assert model(SPANS).text(TOKENIZER.encode_marked("none")) == "none"
+
+
+def test_lengths_without_room_for_text_are_refused():
+    for form, least in ((STREAM, 2), (CLOSED, 4), (SPANS, 5)):
+        model(form, least)
+        with pytest.raises(ConfigError, match=f"found {least - 1}, expected at least {least}"):
+            model(form, least - 1)
 
 
 @pytest.mark.parametrize("form", [STREAM, CLOSED, SPANS])
