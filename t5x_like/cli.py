@@ -29,7 +29,7 @@ from t5x_like.commands import (
 )
 from t5x_like.commands.arguments import Parser
 from t5x_like.config import UserError
-from t5x_like.config.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED
+from t5x_like.config.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, reader_has_gone
 
 COMMANDS = (train, prepare, inspect, plan, evaluate, compare, harness, generate, embed, convert, export, serve, launch)
 """In the order of `--help`."""
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("t5x-like: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        if not reader_has_gone(error):
+            raise
         # Whoever read stdout (`| head`) has left. What Python would still write at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("t5x-like: the reader of the output has gone", file=sys.stderr)

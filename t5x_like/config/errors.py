@@ -102,6 +102,12 @@ class ConfigError(UserError):
         super().__init__(f"the configuration has {count}:\n{lines}")
 
 
+def reader_has_gone(error: BaseException) -> bool:
+    """Whether a closed pipe has ended a command; rich makes an exit with 1 of it."""
+    found = error.__context__ if isinstance(error, SystemExit) else error
+    return isinstance(found, BrokenPipeError)
+
+
 class DataError(UserError):
     """Input data that cannot be used: unreadable, empty, of another shape than stated."""
 

@@ -22,7 +22,7 @@ from typing import NoReturn
 import jax
 
 from t5x_like.config import EXIT_RESUMABLE, EXIT_UNEXPECTED, ConfigError, PartitioningConfig, Problem, UserError
-from t5x_like.config.errors import EXIT_INTERRUPTED
+from t5x_like.config.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, reader_has_gone
 from t5x_like.config.processes import ProcessFlags
 from t5x_like.partitioning.agreement import EndedElsewhereError, Endings
 from t5x_like.partitioning.launchers import Resolved, count_problems, is_loopback, resolve
@@ -233,6 +233,8 @@ def exit_code_of(error: BaseException) -> int:
     """The exit code of a process that ends by `error`."""
     if isinstance(error, UserError):
         return error.exit_code
+    if reader_has_gone(error):
+        return EXIT_BROKEN_PIPE
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_UNEXPECTED

@@ -263,8 +263,20 @@ sys.exit(t5x_like.cli.main())
     assert result.returncode == 1 and "Traceback" in result.stderr and "a defect" in result.stderr
 
 
-def test_a_closed_pipe_is_no_defect() -> None:
-    program = [sys.executable, "-m", "t5x_like", "train", "configs/runs/smoke.py", "--help"]
+# A command that prints by rich, which makes an exit of its own of a closed pipe.
+PRINTS_BY_RICH = """
+import sys
+from rich.console import Console
+from t5x_like import cli
+cli.train._run = lambda *_: Console().print("x") or 0
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("program", [["-m", "t5x_like"], ["-c", PRINTS_BY_RICH]], ids=["print", "rich"])
+def test_a_closed_pipe_is_no_defect(program: list[str]) -> None:
+    arguments = ["train", "configs/runs/smoke.py"] + (["--help"] if program[0] == "-m" else [])
+    program = [sys.executable, *program, *arguments]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
