@@ -25,7 +25,7 @@ from t5x_like.data.vocabulary import EOS_ID, NUM_SPECIAL, PAD_ID, UNK_ID, TokenT
 
 Ids = npt.NDArray[np.integer[Any]]
 
-_EXTRA_ID = re.compile(r"▁?<extra_id_(\d+)>")
+_EXTRA_ID = re.compile(r"▁?<extra_id_(\d{1,6})>")
 _UNKNOWN = "⁇".encode()
 _STOPS = (".", "!", "?", "。", "！", "？")
 _STRETCH = 2**20
@@ -90,7 +90,7 @@ class Tokenizer(abc.ABC):
           DataError: a sentinel beyond those of the vocabulary.
         """
         ids: list[int] = []
-        for part in re.split(r"(<extra_id_\d+>|\[[RSX]\])", text):
+        for part in re.split(r"(<extra_id_\d{1,6}>|\[[RSX]\])", text):
             if part.startswith("<extra_id_") and (match := _EXTRA_ID.fullmatch(part)):
                 if int(match[1]) >= self.vocabulary.num_sentinels:
                     count = self.vocabulary.num_sentinels

@@ -14,7 +14,7 @@ from t5x_like.decoding.prompts import PromptFormat
 from t5x_like.decoding.spelling import Speller, is_lossless
 
 MASK = "<mask>"
-_GAP = re.compile(r"<mask>|<extra_id_(\d+)>")
+_GAP = re.compile(r"<mask>|<extra_id_(\d{1,6})>")
 
 
 @dataclasses.dataclass(frozen=True)

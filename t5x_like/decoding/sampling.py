@@ -56,8 +56,9 @@ class Sampling:
         problems = []
         if not 0.0 <= self.temperature < float("inf"):
             problems.append(Problem("temperature", repr(self.temperature), "0 (greedy) or more"))
-        if self.top_k is not None and self.top_k < 1:
-            problems.append(Problem("top_k", repr(self.top_k), "at least 1", "leave it out for all tokens"))
+        if self.top_k is not None and not 1 <= self.top_k < 2**31:
+            expected = "at least 1 and below 2**31"
+            problems.append(Problem("top_k", repr(self.top_k), expected, "leave it out for all tokens"))
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             problems.append(Problem("top_p", repr(self.top_p), "above 0 and at most 1"))
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:

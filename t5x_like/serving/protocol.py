@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from t5x_like.config import ConfigError
+from t5x_like.config import ConfigError, DataError
 from t5x_like.decoding.requests import is_text
 from t5x_like.decoding.sampling import Sampling
 
@@ -179,7 +179,10 @@ def _prompts(fields: Mapping[str, Any], encode: Callable[[str], Sequence[int]], 
 def _encoded(text: str, encode: Callable[[str], Sequence[int]]) -> Sequence[int]:
     if not is_text(text):
         raise BadRequest("half of a surrogate pair, expected text that UTF-8 can hold", "prompt")
-    return encode(text)
+    try:
+        return encode(text)
+    except DataError as error:  # A sentinel that the vocabulary does not have.
+        raise BadRequest(str(error), "prompt") from None
 
 
 def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
