@@ -95,16 +95,17 @@ def show(
     )
     print_summary(summary, console)
     if program.mesh_reason is not None:
-        console.print(f"mesh chosen: {program.mesh_reason}", highlight=False)
+        console.print(f"mesh chosen: {program.mesh_reason}", highlight=False, markup=False)
     if base is not None and program.adaptation is not None:
         adapters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_params))
         console.print(
             f"adapters of rank {program.adaptation.rank} on {len(program.adaptation.kernels)} kernels: {adapters:,} "
             f"parameters are trained, those above are frozen. Base: {base.record['path']}, step {base.record['step']}, "
-            f"fingerprint {base.record['fingerprint']}"
+            f"fingerprint {base.record['fingerprint']}",
+            markup=False,
         )
         for line in base.differences:
-            console.print(f"the model is not the base's: {line}")
+            console.print(f"the model is not the base's: {line}", markup=False)
     _compare_with_plan(program, workdir / PLAN, console)
     last_row = first_row + (total - step) * run.training.batch_size
     if epochs := source.epochs(last_row):
