@@ -60,9 +60,12 @@ def compile_ahead(
         )
         return {}
     from t5x_like.planning.compile import compile_train_step
-    from t5x_like.planning.compile_decode import compile_decode_step
+    from t5x_like.planning.compile_decode import compile_decode_step, require_decoder
     from t5x_like.planning.compiled_report import as_dict, print_compiled, readable
 
+    if options.decode:
+        # Before the minutes that the training step takes.
+        require_decoder(run)
     train = compile_train_step(run, topology, effort=options.effort)
     print_compiled(run, train, console)
     if estimated_bytes and train.fits:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from t5x_like.config import ConfigError, Problem, RunConfig
+from t5x_like.config import ConfigError, Problem, RunConfig, StackConfig
 from t5x_like.models import ready
 from t5x_like.models.build import merge
 from t5x_like.models.parameters import count_parameters
@@ -46,9 +46,7 @@ def compile_decode_step(
       ConfigError: a model without a decoder, a run that does not fit the topology's number of devices, or a topology
         that is none of TPUs.
     """
-    decoder = run.model.decoder
-    if decoder is None:
-        raise ConfigError([Problem("model.decoder", "None", "a decoder: nothing else is decoded")])
+    decoder = require_decoder(run)
     program = assemble(run, compiler_devices(topology))
     rows = rows or run.training.batch_size
     encoder_length = 0 if run.model.encoder is None else run.data.inputs_length
@@ -80,6 +78,13 @@ def compile_decode_step(
         work=f"a token for each of {rows} rows, caches of {length} tokens",
         executed_flops=float(rows * (2 * (counts["decoder"] + head) + attention)),
     )
+
+
+def require_decoder(run: RunConfig) -> StackConfig:
+    """Raises ConfigError if there is none."""
+    if run.model.decoder is None:
+        raise ConfigError([Problem("model.decoder", "None", "a decoder: nothing else is decoded")])
+    return run.model.decoder
 
 
 def _ready(program: Program) -> tuple[Any, Tree]:

@@ -12,7 +12,7 @@ from config_examples import example
 from rich.console import Console
 
 from t5x_like.commands.compiling import add_compile_options, compile_ahead
-from t5x_like.config import RunConfig, UserError
+from t5x_like.config import ConfigError, RunConfig, UserError
 from t5x_like.config.recipes import apply_overrides
 from t5x_like.config.validate import validate
 from t5x_like.planning import compiler
@@ -128,6 +128,14 @@ def test_without_the_compiler_a_plan_says_how_to_have_it(monkeypatch: pytest.Mon
     assert "pip install 't5x-like[tpu]'" in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="libtpu"):
         compiler.compiler_devices(parse_topology("v5e:2x2"))
+
+
+def test_what_cannot_be_decoded_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "compiler_is_installed", lambda: True)
+    monkeypatch.setattr("t5x_like.planning.compile.compile_train_step", lambda *_, **__: pytest.fail("compiled"))
+    console = Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match=r"model\.decoder"):
+        compile_ahead(example("encoder"), parse_topology("v5e:2x2"), options("--decode"), console)
 
 
 def test_other_machines_and_no_compile_compile_nothing() -> None:
