@@ -37,6 +37,7 @@ DEPENDENCIES = (
     "matplotlib",
     "jinja2",
     "msgpack",
+    "pyyaml",
 )
 """What this package requires, named here so that a checkout and an installed wheel read the same corpus; what these
 require is read too, what extras bring is not."""

@@ -171,7 +171,7 @@ def newest(workdir: Path) -> int:
     return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-@pytest.mark.parametrize("recipe", ["recipe", "prefix_lm"])
+@pytest.mark.parametrize("recipe", ["recipe", pytest.param("prefix_lm", marks=pytest.mark.slow)])
 def test_killed_run_ends_like_the_undisturbed(place: Place, undisturbed: Callable[[str], Path], recipe: str):
     """Two kills; the last process compiles its own program."""
     workdir = place.directory / f"twice_killed_{recipe}"

@@ -234,6 +234,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "users_tasks"
 
 
+@pytest.mark.slow
 def test_seqio_tasks_mixtures_and_tfds(data: DataConfig, module: str) -> None:
     """One process reads them all: importing TensorFlow takes longer than the rest."""
 

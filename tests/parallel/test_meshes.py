@@ -155,7 +155,7 @@ def test_accumulated_parts_are_split_evenly_and_give_the_result_of_the_whole_bat
     assert "2,8,128" in carried and "2,64,128" not in carried, "gradients are accumulated in shards"
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sub_batches_are_one_padded_batch(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the rows in a sub-batch of half the length, on a mesh, against all of them in one on one device."""
     half, rows = 16, ROWS // 2
@@ -175,7 +175,7 @@ def test_sub_batches_are_one_padded_batch(parts: int, monkeypatch: pytest.Monkey
     assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp", "data_fsdp_tensor"])
+@pytest.mark.parametrize("mesh", [pytest.param("fsdp", marks=pytest.mark.slow), "data_fsdp_tensor"])
 def test_generator_and_discriminator_do_not_depend_on_the_mesh(mesh: str) -> None:
     """The same samples, losses and gradients; the discriminator's are fifty times as large, so that one sample that
     were another would be seen."""
@@ -217,7 +217,7 @@ def moved(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), tree)
 
 
-@pytest.mark.parametrize("architecture", ["decoder", "experts"])
+@pytest.mark.parametrize("architecture", ["decoder", pytest.param("experts", marks=pytest.mark.slow)])
 def test_adapters_are_split_as_their_kernels_and_learn_the_same_on_every_mesh(architecture: str) -> None:
     lora = LoraConfig(base="base", rank=3, paths=(".*/layers/.*kernel",))
     mesh = PartitioningConfig(fsdp=4, expert=2) if architecture == "experts" else PartitioningConfig(fsdp=4, tensor=2)

@@ -89,7 +89,7 @@ def some_slow(names, quick):
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("name", some_slow([name for name in ALL if name != "encoder"], ["t5"]))
+@pytest.mark.parametrize("name", some_slow([name for name in ALL if name != "encoder"], []))
 def test_the_loader_alone_continues_as_the_model_does(tmp_path, name):
     config = ALL[name]
     folder = exported(tmp_path / "out", config, flat(parameters(config)))
