@@ -193,7 +193,7 @@ def test_eval_and_generate(monkeypatch: pytest.MonkeyPatch) -> None:
         (["tran"], "invalid choice: 'tran'"),
         (["train"], "RECIPE"),
         (["eval", "runs/x", "--num-batch", "3"], "perhaps you meant --num-batches"),
-        (["eval", "runs/x", "--num-batches", "0"], "found 0"),
+        (["eval", "runs/x", "--num-batches", "0"], "found '0'"),
         (["eval"], "found no CHECKPOINT"),
         (["eval", "runs/x", "runs/y", "--follow"], "--follow takes one run"),
         (["eval", "--predictions", "x.jsonl"], "--predictions takes --metrics"),
