@@ -72,6 +72,10 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         options.parser.error("found no CHECKPOINT, expected at least one, or --predictions FILE")
     if options.follow and (len(options.checkpoints) > 1 or options.step or options.output):
         options.parser.error("--follow takes one run, all of whose steps it evaluates, and writes into its directory")
+    if options.metrics or options.target_field or options.prediction_field:
+        options.parser.error("--metrics and the fields are of --predictions FILE")
+    if options.timeout is not None and not options.follow:
+        options.parser.error("--timeout is of --follow")
     simulate_devices(options.devices)
     # TensorFlow, which a Task brings, announces itself on stderr.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

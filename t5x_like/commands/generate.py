@@ -78,6 +78,8 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
+    if options.beam_size is None and (options.length_penalty is not None or options.beam_like != "t5x"):
+        options.parser.error("--length-penalty and --beam-like are of a beam search: give --beam-size")
     simulate_devices(options.devices)
     from t5x_like.partitioning.distributed import started
 

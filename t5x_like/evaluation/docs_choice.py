@@ -22,6 +22,8 @@ TASK = "docs_choice"
 CHOICES = 4
 _BEGINNING, _CONTINUATION = 40, 14
 """Words. A continuation begins with the space in front of its first word."""
+_TRIES = 1000
+"""For the wrong answers of a question; where all text is alike there are none, and it is left out."""
 _WORD = re.compile(r"\s*\S+")
 
 _YAML = """\
@@ -74,13 +76,19 @@ def write_docs_choice(store: Store, folder: Path, *, questions: int = 400, seed:
     for place in rng.permutation(len(pieces))[:questions]:
         document, beginning, right = pieces[place]
         wrong: list[str] = []
-        while len(wrong) < CHOICES - 1:
+        for _ in range(_TRIES):
             other, _, text = pieces[rng.integers(len(pieces))]
             if other != document and text != right and text not in wrong:
                 wrong.append(text)
+            if len(wrong) == CHOICES - 1:
+                break
+        else:
+            continue
         label = int(rng.integers(CHOICES))
         choices = [*wrong[:label], right, *wrong[label:]]
         lines.append(json.dumps({"beginning": beginning, "choices": choices, "label": label}) + "\n")
+    if not lines:
+        raise DataError(f"{store.path}: found held-out documents that are all alike, expected different ones")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{TASK}.jsonl"
     write_atomically(path, "".join(lines))
