@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from t5x_like import run_directory
 from t5x_like.checkpoints.integrity import SUMS
-from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import (
     CausalLM,
     ConfigError,
@@ -44,7 +43,6 @@ class PromptedModel:
     speller: Text to ids.
     data: What a run was trained on; None of an imported model.
     load: Step -> (step, parameters); None: the newest.
-    latest: The newest step, before anything is read.
     """
 
     directory: Path
@@ -52,7 +50,6 @@ class PromptedModel:
     speller: Speller
     data: DataConfig | None
     load: Callable[[int | None], tuple[int, Tree]]
-    latest: Callable[[], int | None]
 
     def allowed(self, form: PromptFormat) -> npt.NDArray[np.bool_]:
         """[V]: the ids that may come out."""
@@ -128,17 +125,15 @@ def open_model(directory: Path, devices: Sequence[Any]) -> PromptedModel:
             trained.store.tokenizer,
             trained.run.data,
             trained.params,
-            trained.checkpoints.latest,
         )
     model, _ = read_model(directory)
     program = assemble(never_trained(model, len(devices)), devices)
-    checkpoints = CheckpointManager(directory / run_directory.CHECKPOINTS, program.run.checkpoints, read_only=True)
 
     def load(step: int | None) -> tuple[int, Tree]:
         return restore_whole(directory, model, step, program.abstract_params)[:2]
 
     speller = of_directory(directory / KEPT, model)
-    return PromptedModel(directory, program, speller, None, load, checkpoints.latest)
+    return PromptedModel(directory, program, speller, None, load)
 
 
 def ends_in_eos(speller: Speller, form: PromptFormat) -> PromptFormat:
