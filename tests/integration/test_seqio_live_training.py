@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("seqio")
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 from seqio_examples import live_config  # noqa: E402
 
