@@ -41,7 +41,7 @@ def program_of() -> Program:
     stack = StackConfig(num_layers=8, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=688, positions="rope")
     run = RunConfig(
         name="served",
-        model=ModelConfig(decoder=stack, vocab_size=VOCABULARY),
+        model=ModelConfig(encoder=None, decoder=stack, vocab_size=VOCABULARY),
         data=DataConfig(layout="causal_lm", mixture=(CausalLM(),), inputs_length=64, targets_length=64),
         training=TrainingConfig(num_train_steps=1, batch_size=1),
     )
