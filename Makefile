@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := $(BIN)/t5x-like
 
-.PHONY: smoke picture test test-slow test-hf test-harness test-aot golden-shardings test-launch test-wheel lint format install install-dev install-hf install-harness constraints clean
+.PHONY: smoke picture test test-fast test-slow test-extended test-hf test-harness test-beam test-buckets test-external test-aot golden-shardings test-launch test-wheel lint format install install-dev install-hf install-harness constraints clean
 
 smoke: install
 	$(RUN) prepare $(RECIPE)
@@ -25,14 +25,22 @@ smoke: install
 
 # The curves in the README, from the records of the run.
 picture: install
-	$(BIN)/python -c 'import pathlib, sys; from t5x_like.monitoring.pictures import write_curves_png; \
+	$(BIN)/python -c 'import pathlib, sys; from t5x_like.reports.plots import write_curves_png; \
 	  write_curves_png(*map(pathlib.Path, sys.argv[1:]))' $(WORKDIR) docs/smoke.png
+
+test-fast: install-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow" tests/unit/test_layers.py tests/unit/test_run_directory.py \
+	  $(addprefix tests/unit/,cli config data checkpoints distributed hardware launching monitoring reports utils)
 
 test: install-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not aot and not launch and not slurm"
 
 test-slow: install-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS) -m slow
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow and not extended"
+
+# Further cases of slow tests, for a release: CI leaves them out, since they take as long as `make test-slow`.
+test-extended: install-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m extended
 
 # The tests that compare with torch and transformers; `make test` skips them where these are not installed.
 test-hf: install-hf
@@ -47,13 +55,41 @@ test-aot:
 compile-ahead: $(VENV)/.installed-tpu
 	$(BIN)/python -m pytest -m aot tests/aot
 
+# Reads every kind of file that may come from others after INPUTS random changes each; `make test` does so with 25.
+.PHONY: fuzz
+INPUTS ?= 2000
+fuzz: install-dev
+	FUZZ_INPUTS=$(INPUTS) $(BIN)/python -m pytest --timeout 0 -n 0 tests/unit/test_foreign_files.py
+
+# Random faults over one run of two processes, which must end as the undisturbed run; needs root for its file systems.
+.PHONY: soak
+MINUTES ?= 30
+FAULTS ?= 60
+soak: install-dev
+	$(BIN)/python tests/soak/soak.py --minutes $(MINUTES) --faults $(FAULTS)
+
 # How the shipped recipes are split over the machines that they name, written anew: look at the difference.
 golden-shardings: install-dev
-	JAX_PLATFORMS=cpu $(BIN)/python tests/golden/sharding_tables.py
+	JAX_PLATFORMS=cpu $(BIN)/python tests/helpers/sharding_tables.py
 
 # The tests that drive models by lm-evaluation-harness; `make test` skips them where it is not installed.
 test-harness: install-harness
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m harness
+
+# The tests that prepare stores with Apache Beam, whose dependencies need an environment of their own (see the extra
+# `beam` in pyproject.toml) without constraints.txt. Other environments skip them.
+test-beam: $(VENV)-beam/.installed
+	$(VENV)-beam/bin/python -m pytest -m beam tests/integration/test_prepare_beam.py
+
+# Storage, checkpoints and whole runs against servers of S3's and Google Cloud Storage's protocols, which the tests start
+# from an environment of its own. BUCKET_KILLS is the number of processes that are killed while they save.
+test-buckets: install-dev $(VENV)-buckets/.installed
+	BUCKET_SERVERS=$(abspath $(VENV)-buckets) $(BIN)/python -m pytest -m buckets tests/buckets
+
+# The tests beside programs and libraries that only tests use, in an environment of their own: W&B, MLflow, xprof, T5's
+# metrics, seqeval, datasets and OpenAI's client. Other environments skip these tests.
+test-external: $(VENV)-external/.installed
+	$(VENV)-external/bin/python -m pytest -m external $$(grep -rl "mark.external" tests)
 
 # Holds what `launch` renders before the validators of those who read it, which have an environment of their own (700 MB);
 # and submits it to a SLURM of two nodes, where this machine can have one (root and Debian's packages).
@@ -68,7 +104,7 @@ test-wheel: $(VENV)/.created
 	build/wheel/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
 	  --constraint constraints.txt build/wheel/*.whl
 	cd build/wheel/elsewhere && ../venv/bin/t5x-like --version && ../venv/bin/t5x-like train smoke --print-config >config.json \
-	  && ../venv/bin/t5x-like train config.json --print-config >/dev/null && ../venv/bin/python -c 'import t5x_like.trainer'
+	  && ../venv/bin/t5x-like train config.json --print-config >/dev/null && ../venv/bin/python -c 'import t5x_like.trainer.train'
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -113,6 +149,27 @@ $(VENV)/.installed-harness: $(VENV)/.installed-dev
 	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,harness]'
 	@touch $@
 
+$(VENV)-beam/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-beam
+	$(VENV)-beam/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --editable '.[beam]' \
+	  'pytest>=9,<10' 'pytest-timeout>=2.4,<3'
+	@touch $@
+
+$(VENV)-buckets/.installed: tests/buckets/requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)-buckets
+	$(VENV)-buckets/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --requirement $<
+	@touch $@
+
+# Of t5 only the metrics are used, which need little of what it requires: gin, editdistance and babel.
+$(VENV)-external/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)-external
+	$(VENV)-external/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
+	  --constraint constraints.txt --editable '.[wandb,mlflow,metrics,serve]' 'pytest>=9,<10' 'pytest-timeout>=2.4,<3' \
+	  'hypothesis>=6.140,<7' 'httpx>=0.28,<1' 'openai>=2,<4' 'seqeval==1.2.2' 'xprof>=2.20,<3' 'datasets>=4,<6' \
+	  'gin-config>=0.5,<1' 'editdistance>=0.8,<1' 'babel>=2.14,<3'
+	$(VENV)-external/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps t5==0.9.4
+	@touch $@
+
 $(VENV)-launch/.installed: tests/launch/requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)-launch
 	$(VENV)-launch/bin/python -m pip --disable-pip-version-check install --quiet uv
@@ -128,6 +185,26 @@ constraints: install-dev
 	  --extra dev --extra hf --extra tpu --override - --no-emit-package triton --upgrade --output-file build/pins.txt pyproject.toml
 	{ sed -n '/^#/p' constraints.txt; grep -v -E '^(nvidia|cuda)-' build/pins.txt; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
+	{ sed -n '/^#/p' requirements.lock; $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header \
+	  --no-annotate --generate-hashes --constraint constraints.txt pyproject.toml; } > build/requirements.lock
+	mv build/requirements.lock requirements.lock
+
+# What this environment is made of: a CycloneDX bill of materials, and the licences. The tools have their own environment.
+.PHONY: sbom audit
+sbom: install $(VENV)-audit/.installed
+	mkdir -p build
+	$(VENV)-audit/bin/cyclonedx-py environment $(BIN)/python --output-format JSON --output-file build/sbom.json
+	$(VENV)-audit/bin/pip-licenses --python $(BIN)/python --with-urls --format csv --output-file build/licences.csv
+
+# Known vulnerabilities of the pinned versions; needs the network.
+audit: $(VENV)-audit/.installed
+	$(VENV)-audit/bin/pip-audit --requirement requirements.lock --disable-pip --vulnerability-service osv
+
+$(VENV)-audit/.installed:
+	$(PYTHON) -m venv --clear $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip --disable-pip-version-check install --quiet \
+	  'cyclonedx-bom>=7,<8' 'pip-licenses>=5,<6' 'pip-audit>=2.9,<3'
+	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu build dist
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-beam $(VENV)-buckets $(VENV)-external $(VENV)-audit build dist

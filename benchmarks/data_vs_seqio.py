@@ -1,23 +1,25 @@
-"""Raw tokens per CPU second, ours against seqio with T5's preprocessors, in the same run.
+"""Raw tokens per CPU second of t5x_like and of seqio with T5's preprocessors, measured in one run.
 
     pip install -e . && pip install --no-deps --target build/t5 t5==0.9.4 gin-config babel
     export TF_CPP_MIN_LOG_LEVEL=3
     python benchmarks/data_vs_seqio.py
 
-Both sides make batches of the seven-denoiser mixture of UL2, one seventh of the examples each, from the same tokens
+Both pipelines make batches of UL2's mixture of seven denoisers, one seventh of the examples each, from the same tokens
 (the embedded corpus, 32,000 SentencePiece pieces, 128 sentinels), as shuffled encoder-decoder rows of 512/512.
 
 seqio: a Mixture of seven Tasks over TFRecords of tokens, with `span_corruption` and `prefix_lm` of t5 0.9.4, a mode
-token in front and EOS behind, through `EncDecFeatureConverter(pack=True)`. T5's file is executed as it is, without the
-rest of its package, which asks for nightly builds of others. Ours: `Stream` behind its prefetch thread, as in training.
+token before the inputs and EOS after them, through `EncDecFeatureConverter(pack=True)`. T5's file is executed unchanged
+but without the rest of its package, which requires nightly builds of other packages. t5x_like: `TrainingStream` with
+its prefetch thread, as in training.
 
-Each side lives in a process of its own that may use the cores it is told (`--cores 1`, then 2). After warm-up the two
-take turns. A side's cost is the CPU time of its process since its last answer, so that nothing made in the background
-is free; counting tokens is not counted. Raw tokens are what is neither padding, EOS, sentinel nor mode token. Reported
-are medians over the turns. Padding is told too: seqio's cells are about half empty, which the ratio does not count.
+Each pipeline runs in its own process with a fixed number of cores (`--cores 1`, then 2). After warm-up they take turns.
+The cost of a pipeline is the CPU time of its process since its last answer, so that background work counts; the time
+for counting tokens does not. Raw tokens are all tokens except padding, EOS, sentinels and mode tokens. The reported
+numbers are medians over the turns. Padding is reported as well: about half of seqio's token positions are empty, which
+the ratio does not take into account.
 
-Also: the time of a fresh process to its first batch from the prepared store, with its memory; and the time to open a
-stream of 10^12 tokens and make the batch at row 10^9, against the one at row 0.
+Also measured: the time of a new process to its first batch from the prepared store, with its memory; and the time to
+open a stream of 10^12 tokens and make the batch at row 10^9, compared with the batch at row 0.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ import numpy as np
 
 PIECES, SENTINELS, LENGTH, ROWS = 32_000, 128, 512, 128
 SPECIAL = PIECES
-"""The first id that is not text."""
+"""First id that is not a text token."""
 
 
 def data_config(store: str) -> Any:
@@ -54,19 +56,19 @@ def data_config(store: str) -> Any:
         mixture=ul2(),
         inputs_length=LENGTH,
         targets_length=LENGTH,
-        store=store,
+        store_dir=store,
     )
 
 
 def stores_of(data: Any) -> Any:
-    from t5x_like.data.prepare import open_stores
+    from t5x_like.data.store.prepare import open_stores
 
     return open_stores(data)
 
 
 def prepare(work: Path) -> None:
-    """The store, and its documents as TFRecords."""
-    from t5x_like.data.prepare import prepare as prepare_store
+    """Prepare the store, and write its documents as TFRecords."""
+    from t5x_like.data.store.prepare import prepare as prepare_store
 
     (store,) = prepare_store(data_config(str(work)))
     done = work / "tfrecords" / "done"
@@ -88,33 +90,33 @@ def prepare(work: Path) -> None:
     done.touch()
 
 
-def ours(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
-    from t5x_like.data.prefetch import Prefetcher
-    from t5x_like.data.stream import Stream
+def t5x_like_batches(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
+    from t5x_like.data.stream.prefetch import Prefetcher
+    from t5x_like.data.stream.row_stream import TrainingStream
 
     data = data_config(str(options.work))
-    for batch in Prefetcher(Stream(stores_of(data), data, ROWS), 0):
+    for batch in Prefetcher(TrainingStream(stores_of(data), data, ROWS), 0):
         assert set(batch) == {"main"}
         yield batch["main"]
 
 
 def t5_preprocessors(folder: Path) -> Any:
-    """T5's own module, without the package around it."""
+    """Return T5's own module, loaded without its package."""
     import importlib.util
 
     sys.path.append(str(folder))
     path = folder / "t5" / "data" / "preprocessors.py"
     if not path.exists():
-        raise SystemExit(f"{path} is missing: see the docstring of this file, or name the folder by --t5")
+        raise SystemExit(f"{path} is missing: see the docstring of this file, or give the directory with --t5")
     spec = importlib.util.spec_from_file_location("t5_preprocessors", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Where AutoGraph looks for the functions' names.
+    sys.modules[spec.name] = module  # AutoGraph looks up the functions' names there.
     spec.loader.exec_module(module)
     return module
 
 
-def theirs(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
+def seqio_batches(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
     import seqio
     import tensorflow as tf
 
@@ -180,42 +182,45 @@ def theirs(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
     yield from dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
 
 
-SIDES: dict[str, Callable[[argparse.Namespace], Iterator[Mapping[str, Any]]]] = {"ours": ours, "seqio": theirs}
-BATCHES = {"ours": 60, "seqio": 6}
-"""Of a turn."""
-KEEP = {"ours": 10, "seqio": 1}
-"""One in so many batches is counted."""
+PIPELINES: dict[str, Callable[[argparse.Namespace], Iterator[Mapping[str, Any]]]] = {
+    "t5x_like": t5x_like_batches,
+    "seqio": seqio_batches,
+}
+BATCHES = {"t5x_like": 60, "seqio": 6}
+"""Batches per turn."""
+COUNT_EVERY = {"t5x_like": 10, "seqio": 1}
+"""Interval of the batches whose tokens are counted."""
 
 
 def counts(batch: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Raw tokens, cells that are not padding, and cells of a batch."""
-    raw = filled = cells = 0
+    """Return the raw tokens, the positions without padding, and all token positions of a batch."""
+    raw = filled = positions = 0
     for name in ("encoder_input_tokens", "decoder_target_tokens"):
         ids = batch[name]
         raw += int(((ids > 1) & (ids < SPECIAL)).sum())
         filled += int((ids > 0).sum())
-        cells += ids.size
-    return raw, filled, cells
+        positions += ids.size
+    return raw, filled, positions
 
 
 def serve(name: str, options: argparse.Namespace, cores: int, pipe: Connection) -> None:
-    """For each message makes some batches, and answers with CPU and wall seconds and what was in them."""
+    """Make a turn of batches for each message; answer with CPU seconds, wall seconds and the counts."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    batches = SIDES[name](options)
+    batches = PIPELINES[name](options)
     for _ in range(3 * BATCHES[name]):
         next(batches)
     pipe.send(None)
     cpu = time.process_time()
     while pipe.recv():
         wall = time.perf_counter()
-        kept = []
+        counted = []
         for number in range(BATCHES[name]):
-            batch = next(batches)  # A trainer lets go of a batch before the next, so that its memory is used again.
-            if number % KEEP[name] == 0:
-                kept.append(batch)
+            batch = next(batches)  # As in training, a batch is released before the next, so that its memory is reused.
+            if number % COUNT_EVERY[name] == 0:
+                counted.append(batch)
         wall = time.perf_counter() - wall
         counting = time.thread_time()
-        total = KEEP[name] * np.sum([counts(batch) for batch in kept], axis=0)
+        total = COUNT_EVERY[name] * np.sum([counts(batch) for batch in counted], axis=0)
         counting = time.thread_time() - counting
         now = time.process_time()
         pipe.send((now - cpu - counting, wall, *map(int, total)))
@@ -225,13 +230,13 @@ def serve(name: str, options: argparse.Namespace, cores: int, pipe: Connection) 
 def compare(options: argparse.Namespace, cores: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
-    for name in SIDES:
+    for name in PIPELINES:
         pipes[name], other_end = context.Pipe()
         process = context.Process(target=serve, args=(name, options, cores, other_end), daemon=True)
         process.start()
         processes.append(process)
-        pipes[name].recv()  # One side at a time, so that nobody warms up while another is measured.
-    turns: dict[str, list[tuple[float, float, int, int, int]]] = {name: [] for name in SIDES}
+        pipes[name].recv()  # One pipeline at a time, so that no warm-up overlaps with a measurement.
+    turns: dict[str, list[tuple[float, float, int, int, int]]] = {name: [] for name in PIPELINES}
     for _ in range(options.turns):
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -244,15 +249,15 @@ def compare(options: argparse.Namespace, cores: int) -> dict[str, Any]:
     report: dict[str, Any] = {"cores": cores}
     speeds = {}
     for name, rows in turns.items():
-        cpu, wall, raw, filled, cells = (np.array(column, np.float64) for column in zip(*rows, strict=True))
+        cpu, wall, raw, filled, positions = (np.array(column, np.float64) for column in zip(*rows, strict=True))
         speeds[name] = raw / cpu / 1e6
         report[name] = {
             "million_raw_tokens_per_cpu_second": round(float(np.median(speeds[name])), 3),
             "slowest_and_fastest_turn": [round(float(f(speeds[name])), 3) for f in (np.min, np.max)],
             "million_raw_tokens_per_wall_second": round(float(np.median(raw / wall / 1e6)), 3),
-            "cells_filled": round(float(filled.sum() / cells.sum()), 4),
+            "filled_fraction": round(float(filled.sum() / positions.sum()), 4),
         }
-    report["ratio_of_raw_tokens_per_cpu_second"] = round(float(np.median(speeds["ours"] / speeds["seqio"])), 1)
+    report["ratio_of_raw_tokens_per_cpu_second"] = round(float(np.median(speeds["t5x_like"] / speeds["seqio"])), 1)
     return report
 
 
@@ -261,9 +266,9 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 import data_vs_seqio
-from t5x_like.data.stream import Stream
+from t5x_like.data.stream.row_stream import TrainingStream
 data = data_vs_seqio.data_config({work!r})
-Stream(data_vs_seqio.stores_of(data), data, data_vs_seqio.ROWS).batch(0)
+TrainingStream(data_vs_seqio.stores_of(data), data, data_vs_seqio.ROWS).batch(0)
 import json, resource
 usage = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({{"cpu": usage.ru_utime + usage.ru_stime, "mib": usage.ru_maxrss / 1024,
@@ -272,25 +277,25 @@ print(json.dumps({{"cpu": usage.ru_utime + usage.ru_stime, "mib": usage.ru_maxrs
 
 
 def first_batch(work: Path, repetitions: int = 5) -> dict[str, Any]:
-    """A fresh process from its start to its first batch."""
+    """Measure a new process from its start to its first batch."""
     program = _FIRST_BATCH.format(folder=str(Path(__file__).parent), work=str(work))
-    walls, found = [], []
+    walls, usages = [], []
     for _ in range(repetitions):
         start = time.perf_counter()
         answer = subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True).stdout
         walls.append(time.perf_counter() - start)
-        found.append(json.loads(answer))
+        usages.append(json.loads(answer))
     return {
         "wall_seconds": round(statistics.median(walls), 3),
-        "cpu_seconds": round(statistics.median(each["cpu"] for each in found), 3),
-        "peak_mib": round(statistics.median(each["mib"] for each in found)),
-        "tensorflow_imported": any(each["tensorflow"] for each in found),
-        "jax_imported": any(each["jax"] for each in found),
+        "cpu_seconds": round(statistics.median(each["cpu"] for each in usages), 3),
+        "peak_mib": round(statistics.median(each["mib"] for each in usages)),
+        "tensorflow_imported": any(each["tensorflow"] for each in usages),
+        "jax_imported": any(each["jax"] for each in usages),
     }
 
 
 class CountedTokens:
-    """A split of 10^12 tokens that are computed from their place."""
+    """Split of 10^12 tokens that are computed from their position."""
 
     name = "train"
     num_tokens = 10**12
@@ -306,21 +311,21 @@ class CountedTokens:
 
 
 def far_rows(work: Path, repetitions: int = 41) -> dict[str, Any]:
-    """CPU seconds to open a stream and make a batch, at row 0 and at row 10^9, in turns."""
-    from t5x_like.data.stream import Stream
+    """Measure the CPU seconds to open a stream and make a batch, at row 0 and at row 10^9, in turns."""
+    from t5x_like.data.stream.row_stream import TrainingStream
 
     data = data_config(str(work))
     store: Any = copy.copy(stores_of(data)[0])
     store.split = lambda name: CountedTokens()
     seconds: dict[int, list[float]] = {0: [], 10**9: []}
     for _ in range(repetitions):
-        for row, found in seconds.items():
+        for row, measured in seconds.items():
             start = time.thread_time()
-            Stream([store], data, ROWS).batch(row // ROWS)
-            found.append(time.thread_time() - start)
-    near, far = (statistics.median(found) for found in seconds.values())
+            TrainingStream([store], data, ROWS).batch(row // ROWS)
+            measured.append(time.thread_time() - start)
+    near, far = (statistics.median(measured) for measured in seconds.values())
     return {
-        "rows_per_epoch": sum(Stream([store], data, ROWS).rows_per_epoch.values()),
+        "rows_per_epoch": sum(TrainingStream([store], data, ROWS).rows_per_epoch.values()),
         "row_0_ms": round(near * 1e3, 2),
         "row_1e9_ms": round(far * 1e3, 2),
         "ratio": round(far / near, 3),
@@ -329,13 +334,15 @@ def far_rows(work: Path, repetitions: int = 41) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/data_benchmark"), help="keeps the prepared text")
-    parser.add_argument("--t5", type=Path, default=Path("build/t5"), help="where t5 was installed")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/data_benchmark"), help="directory of the prepared text"
+    )
+    parser.add_argument("--t5", type=Path, default=Path("build/t5"), help="directory in which t5 is installed")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--cores", type=int, nargs="*", default=[1, 2])
     options = parser.parse_args()
     if not (options.t5 / "t5" / "data" / "preprocessors.py").is_file():
-        parser.error(f"{options.t5} has no t5: see above how to install it, or name the folder by --t5")
+        parser.error(f"{options.t5} has no t5: see above how to install it, or give the directory with --t5")
     process = multiprocessing.get_context("spawn").Process(target=prepare, args=(options.work,))
     process.start()
     process.join()

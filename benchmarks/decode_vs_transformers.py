@@ -1,24 +1,26 @@
-"""New tokens per second of greedy and beam decoding, ours against PyTorch's transformers, in the same run.
+"""New tokens per second of greedy and beam decoding of t5x_like and of PyTorch's transformers, measured in one run.
 
     pip install -e '.[hf]'
     python benchmarks/decode_vs_transformers.py
 
-Both sides have the same weights, float32: transformers makes and saves a model, and ours is imported from its files.
-The cases:
+Both have the same weights in float32: transformers creates and saves a model, and t5x_like imports its files. The
+cases:
 
-  llama      8 layers of d_model 256, d_ff 1024, 4 heads of 64, vocabulary 32128 with a separate head; greedy, a batch
+  llama      8 layers of d_model 256, d_ff 1024, 4 heads of 64, vocabulary 32128 with an untied head; greedy, a batch
              of 8 prompts of 64 tokens, 64 new tokens each.
-  t5         T5 1.1 of 8 + 8 such layers; greedy, 8 inputs of 256 tokens, 64 new ones each.
-  beam       The same decoder as `llama`, 8 prompts of 64, 4 beams, 64 new tokens each.
-  step       A step of `llama` for one row (65 to 128 tokens before it), against reading once, by a plain sum, the
-             numbers that the step must read: all but the token table, of which it reads a row.
+  t5         T5 1.1 with 8 + 8 such layers; greedy, 8 inputs of 256 tokens, 64 new tokens each.
+  beam       The decoder of `llama`, 8 prompts of 64, 4 beams, 64 new tokens each.
+  step       A decoding step of `llama` for one row (after 65 to 128 tokens), compared with reading the parameters that
+  the
+             step must read once, by a plain sum: all except the token table, of which it reads one row.
 
-The end token cannot be chosen, so that all tokens are made. The two sides take turns in one process, and wait before
-each turn until the other's threads have stopped spinning; a case's result is the ratio of the smallest wall times,
-which other work on the machine disturbs least, and beside it that of CPU times. On a busy machine PyTorch's threads
-wait for each other in turns that the machine does not give them: there, `--cpus 1` compares one thread with one thread.
-The tokens of both sides are compared. Each side runs as its users run it: transformers its `generate` with its default
-attention and cache, ours `generate_tokens` on parameters that `ready_params` has laid out, compiled before.
+The end token is excluded, so that all tokens are generated. The two libraries take turns in one process, and wait
+before each turn until the threads of the other have stopped spinning. The result of a case is the ratio of the smallest
+wall times, which other work on the machine disturbs least, and in addition the ratio of CPU times. On a busy machine
+PyTorch's threads wait for each other in time slices that the machine does not give them: there, `--cpus 1` compares one
+thread with one thread. The generated tokens are compared. Each library runs as its users run it: transformers its
+`generate` with its default attention and cache, t5x_like `generate_tokens` on parameters in the layout of
+`inference_params`, compiled before.
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5x_like.config import CausalLM, DataConfig, RunConfig, SpanCorruption, TrainingConfig
-from t5x_like.decoding.beam import BeamSearch
-from t5x_like.decoding.generate import beam_tokens, generate_tokens
-from t5x_like.decoding.loop import decode_rows, read_prompts
-from t5x_like.decoding.ready import ReadyParams, decoding_model, ready_params
-from t5x_like.interop.huggingface.directories import open_directory
-from t5x_like.program import Program, assemble
+from t5x_like.decoding.beam_search import BeamSearch
+from t5x_like.decoding.decode_loop import decode_rows, read_prompts
+from t5x_like.decoding.engine import beam_tokens, generate_tokens
+from t5x_like.decoding.inference_params import InferenceParams, decoding_model, inference_params
+from t5x_like.interop.huggingface.checkpoint import open_directory
+from t5x_like.program import Program, build_program
 
 VOCABULARY, D_MODEL, D_FF, LAYERS, HEADS, HEAD_DIM = 32_128, 256, 1024, 8, 4, 64
 ROWS, NEW, EOS = 8, 64, 1
@@ -50,8 +52,8 @@ PROMPT = {"llama": 64, "t5": 256}
 CASES = ("llama", "t5", "beam", "step")
 
 
-def theirs(kind: str) -> Any:
-    """A transformers model with random numbers so large that its tokens depend on what it has read."""
+def transformers_model(kind: str) -> Any:
+    """Return a transformers model with random weights so large that its tokens depend on the prompt."""
     import torch
     import transformers
 
@@ -89,8 +91,8 @@ def theirs(kind: str) -> Any:
     return model.eval()
 
 
-def ours(kind: str, model: Any) -> tuple[Program, ReadyParams]:
-    """The same model, imported from its files."""
+def imported_model(kind: str, model: Any) -> tuple[Program, InferenceParams]:
+    """Return the same model, imported from its files."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         source = open_directory(Path(folder), scale_logits=False if kind == "t5" else None)
@@ -104,42 +106,42 @@ def ours(kind: str, model: Any) -> tuple[Program, ReadyParams]:
                 inputs_length=PROMPT[kind],
                 targets_length=NEW,
             ),
-            training=TrainingConfig(num_train_steps=1, batch_size=ROWS),
+            training=TrainingConfig(num_train_steps=1, global_batch_size=ROWS),
         )
-        program = assemble(run, jax.devices()[:1])
+        program = build_program(run, jax.devices()[:1])
         params = jax.block_until_ready(source.params(program.abstract_params))
-    return program, jax.block_until_ready(ready_params(program, params))
+    return program, jax.block_until_ready(inference_params(program, params))
 
 
-def sides(kind: str, beams: int) -> dict[str, Callable[[], np.ndarray]]:
-    """Functions that decode the whole batch and return the new tokens [ROWS, NEW]."""
+def decoders(kind: str, beams: int) -> dict[str, Callable[[], np.ndarray]]:
+    """Return functions that decode the whole batch and return the new tokens [ROWS, NEW], by library."""
     import torch
 
-    model = theirs(kind)
-    program, params = ours(kind, model)
+    model = transformers_model(kind)
+    program, params = imported_model(kind, model)
     prompts = np.random.default_rng(0).integers(2, 32_000, (ROWS, PROMPT[kind]))
     allowed_V = np.arange(VOCABULARY) != EOS
-    # Ours puts the start token in front; theirs is given it.
-    given = prompts if kind == "t5" else np.pad(prompts[:, 1:], ((0, 0), (1, 0)), constant_values=0)
-    ids = torch.tensor(given)
+    # t5x_like adds the start token itself; transformers expects it in the prompt.
+    inputs = prompts if kind == "t5" else np.pad(prompts[:, 1:], ((0, 0), (1, 0)), constant_values=0)
+    ids = torch.tensor(inputs)
     settings: dict[str, Any] = {"do_sample": False, "num_beams": beams, "max_new_tokens": NEW, "min_new_tokens": NEW}
 
-    def run_theirs() -> np.ndarray:
+    def run_transformers() -> np.ndarray:
         with torch.inference_mode():
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
         return out[:, -NEW:].numpy()
 
-    rows = [row.tolist() for row in (prompts if kind == "t5" else given[:, 1:])]
+    rows = [row.tolist() for row in (prompts if kind == "t5" else inputs[:, 1:])]
 
-    def run_ours() -> np.ndarray:
+    def run_t5x_like() -> np.ndarray:
         if beams > 1:
-            found = beam_tokens(
+            beams_by_row = beam_tokens(
                 program, params, rows, search=BeamSearch(size=beams), allowed_V=allowed_V, max_new_tokens=NEW
             )
-            return np.array([hypotheses[0].tokens for hypotheses in found])
+            return np.array([hypotheses[0].tokens for hypotheses in beams_by_row])
         return np.array(generate_tokens(program, params, rows, allowed_V=allowed_V, max_new_tokens=NEW))
 
-    return {"ours": run_ours, "transformers": run_theirs}
+    return {"t5x_like": run_t5x_like, "transformers": run_transformers}
 
 
 class Seconds(NamedTuple):
@@ -148,7 +150,7 @@ class Seconds(NamedTuple):
 
 
 def in_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, Seconds]:
-    """The smallest times of each function."""
+    """Run the functions in turns and return the smallest times of each."""
     best = dict.fromkeys(functions, Seconds(float("inf"), float("inf")))
     for _ in range(turns):
         for name, function in functions.items():
@@ -161,33 +163,35 @@ def in_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, S
 
 
 def compare(kind: str, beams: int, turns: int) -> dict[str, Any]:
-    functions = sides(kind, beams)
+    functions = decoders(kind, beams)
     tokens = {name: function() for name, function in functions.items()}
     best = in_turns(functions, turns)
     return {
         "new_tokens_per_second": {name: round(ROWS * NEW / seconds.wall) for name, seconds in best.items()},
         "cpu_seconds": {name: round(seconds.cpu, 3) for name, seconds in best.items()},
-        "times_transformers": round(best["transformers"].wall / best["ours"].wall, 2),
-        "times_transformers_in_cpu": round(best["transformers"].cpu / best["ours"].cpu, 2),
-        "same_tokens": round(float(np.mean(tokens["ours"] == tokens["transformers"])), 4),
+        "times_transformers": round(best["transformers"].wall / best["t5x_like"].wall, 2),
+        "times_transformers_in_cpu": round(best["transformers"].cpu / best["t5x_like"].cpu, 2),
+        "same_tokens": round(float(np.mean(tokens["t5x_like"] == tokens["transformers"])), 4),
     }
 
 
 def one_step(turns: int) -> dict[str, Any]:
-    """Seconds of a step for one row, and of reading its numbers."""
-    program, params = ours("llama", theirs("llama"))
+    """Measure the seconds of a decoding step for one row, and of reading its parameters."""
+    program, params = imported_model("llama", transformers_model("llama"))
     tokens = jnp.asarray(np.random.default_rng(0).integers(2, 32_000, (1, PROMPT["llama"])), jnp.int32)
 
     @jax.jit
-    def decode(params: ReadyParams, limits: jax.Array) -> jax.Array:
-        with program.activations():
+    def decode(params: InferenceParams, limits: jax.Array) -> jax.Array:
+        with program.mesh_context():
             model = decoding_model(program, params)
             logits, cache = read_prompts(model, tokens, jnp.array([tokens.shape[1]]), NEW)
 
             def choose(logits: jax.Array, state: None) -> tuple[jax.Array, jax.Array, None]:
                 return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(1, bool), None
 
-            return decode_rows(model, logits, cache, choose=choose, chooser=None, limits_R=limits, cells=NEW).tokens_RxN
+            return decode_rows(
+                model, logits, cache, choose=choose, selection_state=None, limits_R=limits, buffer_length=NEW
+            ).tokens_RxN
 
     read = dict(params.params)
     del read["token_embedder"]
@@ -221,9 +225,9 @@ def one_step(turns: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"cases of {', '.join(CASES)} (default: all)")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--cpus", type=int, help="processor cores that each side may use; all by default")
+    parser.add_argument("--cpus", type=int, help="number of cores to use (default: all)")
     options = parser.parse_args()
     if options.cpus:
         import torch

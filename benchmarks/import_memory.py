@@ -1,10 +1,10 @@
-"""Peak memory of importing a Hugging Face model, against the size of its parameters.
+"""Peak memory of importing a Hugging Face model, relative to the size of its parameters.
 
     python benchmarks/import_memory.py --layers 24 --directory /tmp/t5_1b
 
-Writes a random T5 1.1 of 1.0 billion parameters (float32, in files of 500 MB) and imports it in a fresh process each:
-once into memory (`Source.params`), once as `t5x-like convert --from hf` does it, to a checkpoint. What the process had
-before (jax, the model's structure) is not counted.
+The benchmark writes a random T5 1.1 with 1.0 billion parameters (float32, in files of 500 MB) and imports it twice,
+each time in a new process: into memory (`Source.params`), and to a checkpoint as `t5x-like convert --from hf` does.
+Memory that the process had before the import (jax, the model's structure) is not counted.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
-from t5x_like.interop.huggingface import convert, families
-from t5x_like.interop.huggingface.directories import import_directory, open_directory
-from t5x_like.interop.huggingface.names import tensors
-from t5x_like.interop.safetensors import Pending, write_sharded
+from t5x_like.interop.huggingface import state_dict
+from t5x_like.interop.huggingface.checkpoint import import_directory, open_directory
+from t5x_like.interop.huggingface.families import get_family
+from t5x_like.interop.huggingface.weight_map import tensors
+from t5x_like.interop.safetensors_file import Pending, write_sharded
 from t5x_like.models import presets
-from t5x_like.models.build import abstract
+from t5x_like.models.factory import abstract_model
 
 
 def make(directory: Path, layers: int) -> None:
@@ -39,23 +40,25 @@ def make(directory: Path, layers: int) -> None:
     def pending(name: str, shape: tuple[int, ...]) -> Pending:
         return Pending(name, np.dtype(np.float32), shape, lambda: random.random(shape, np.float32))
 
-    family = families.FAMILIES["t5"]
-    found = [pending(t.name, t.shape) for t in tensors(family.rules, convert.shapes_of(abstract(model).params))]
+    family = get_family("t5")
+    pending_tensors = [
+        pending(t.name, t.shape) for t in tensors(family.rules, state_dict.shapes_of(abstract_model(model).params))
+    ]
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps({"model_type": "t5", **family.write(model, "t5")}))
-    write_sharded(directory, found, max_bytes=500_000_000)
+    (directory / "config.json").write_text(json.dumps({"model_type": "t5", **family.write(model)}))
+    write_sharded(directory, pending_tensors, max_bytes=500_000_000)
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now and are its own: mapped files, which can be dropped, left out."""
+    """Return the resident anonymous bytes of this process: mapped files, whose pages can be dropped, are left out."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
 def measure(directory: Path, *, to_checkpoint: bool) -> dict[str, float]:
     source = open_directory(directory)
-    spec = abstract(source.model)
-    size = 4 * sum(int(np.prod(shape)) for shape in convert.shapes_of(spec.params).values())
+    spec = abstract_model(source.model)
+    size = 4 * sum(int(np.prod(shape)) for shape in state_dict.shapes_of(spec.params).values())
     before, peak, done = resident(), 0, threading.Event()
 
     def watch() -> None:
@@ -67,7 +70,7 @@ def measure(directory: Path, *, to_checkpoint: bool) -> dict[str, float]:
     thread = threading.Thread(target=watch)
     thread.start()
     if to_checkpoint:
-        import_directory(directory, directory.with_name(directory.name + ".ours"))
+        import_directory(directory, directory.with_name(directory.name + ".imported"))
     else:
         source.params(spec.params)
     done.set()

@@ -1,21 +1,21 @@
-"""CPU seconds of a T5 1.1 training step, ours against PyTorch's transformers, in the same run.
+"""CPU seconds of a T5 1.1 training step of t5x_like and of PyTorch's transformers, measured in one run.
 
     pip install -e '.[hf]'
     python benchmarks/train_step_vs_transformers.py
 
-The model: d_model 256, d_ff 512 gated GELU, 4 + 4 layers, 4 heads of 64, vocabulary 32128 with a separate head (22.7M
+The model: d_model 256, d_ff 512 gated GELU, 4 + 4 layers, 4 heads of 64, vocabulary 32128 with an untied head (22.7M
 parameters), float32, dropout 0.1, Adafactor; a batch of 16 rows of 256 encoder and 64 decoder tokens, random and full.
 
-Each side lives in a process of its own. After warm-up the two take turns, one step each, while the other waits, and a
-step's cost is the CPU time of its process, which other work on the machine disturbs less than the wall clock. Reported
-are the medians, and the median of the ratios of neighbouring steps. Threads of OpenMP sleep while they wait, so that
-PyTorch's CPU time is work; on a busy machine `--cpus 1` is the steadiest comparison.
+Each library runs in its own process. After warm-up they take turns, one step each, while the other waits. The cost of a
+step is the CPU time of its process, which other work on the machine disturbs less than the wall clock. The reported
+numbers are the medians, and the median of the ratios of neighboring steps. OpenMP threads sleep while they wait, so
+that PyTorch's CPU time is work; on a busy machine `--cpus 1` is the steadiest comparison.
 
-Each side runs as its users run it. transformers: eager PyTorch, its default attention, its Adafactor, mean
-cross-entropy, and `lm_head` replaced because version 5 cannot configure a separate head. Ours: the step that `t5x-like
-train` runs, with z-loss and the metrics of each step. Dropout masks are drawn as T5X draws them, one for all positions
-of a row (`dropout_broadcast_length`), where transformers draws one number per element; `--full-dropout` makes ours draw
-them too.
+Each library runs as its users run it. transformers: eager PyTorch, its default attention, its Adafactor, mean
+cross-entropy, and `lm_head` replaced because version 5 cannot configure an untied head. t5x_like: the step of `t5x-like
+train`, with z-loss and the metrics of each step. Dropout masks are drawn as in T5X, one for all positions of a row
+(`dropout_broadcast_length`), where transformers draws one number per element; `--full-dropout` makes t5x_like draw one
+per element too.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ def random_batch() -> dict[str, np.ndarray]:
     }
 
 
-def ours(options: argparse.Namespace) -> Callable[[], float]:
-    """A function that takes one step and returns the loss per token."""
+def t5x_like_step(options: argparse.Namespace) -> Callable[[], float]:
+    """Return a function that takes one step of t5x_like and returns the loss per token."""
     import dataclasses
 
     import jax
 
     from t5x_like.config import (
-        Adafactor,
+        AdafactorConfig,
         DataConfig,
-        PartitioningConfig,
         RunConfig,
-        Schedule,
+        ScheduleConfig,
+        ShardingConfig,
         SpanCorruption,
         TrainingConfig,
     )
     from t5x_like.models import presets
-    from t5x_like.program import assemble
+    from t5x_like.program import build_program
 
     model = presets.t5_1_1("small", dropout_rate=DROPOUT)
     size = {"num_layers": LAYERS, "d_model": D_MODEL, "d_ff": D_FF, "num_heads": HEADS, "num_kv_heads": HEADS}
@@ -81,16 +81,16 @@ def ours(options: argparse.Namespace) -> Callable[[], float]:
         ),
         training=TrainingConfig(
             num_train_steps=1000,
-            batch_size=ROWS,
-            optimizer=Adafactor(),
-            schedule=Schedule(kind="constant", learning_rate=LEARNING_RATE, warmup_steps=0),
+            global_batch_size=ROWS,
+            optimizer=AdafactorConfig(),
+            schedule=ScheduleConfig(kind="constant", learning_rate=LEARNING_RATE, warmup_steps=0),
             max_gradient_norm=None,
         ),
-        partitioning=PartitioningConfig(fsdp=1),
+        sharding=ShardingConfig(fsdp=1),
     )
-    program = assemble(run, jax.devices()[:1])
+    program = build_program(run, jax.devices()[:1])
     state = program.init()
-    batch = program.put({"main": {**random_batch(), "denoiser_ids": np.zeros(ROWS, np.int32)}})
+    batch = program.shard_batch({"main": {**random_batch(), "denoiser_ids": np.zeros(ROWS, np.int32)}})
 
     def step() -> float:
         nonlocal state
@@ -102,8 +102,8 @@ def ours(options: argparse.Namespace) -> Callable[[], float]:
     return step
 
 
-def theirs(options: argparse.Namespace) -> Callable[[], float]:
-    """The same for transformers."""
+def transformers_step(options: argparse.Namespace) -> Callable[[], float]:
+    """Return a function that takes one step of transformers and returns the loss per token."""
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     import torch
     import transformers
@@ -145,14 +145,14 @@ def theirs(options: argparse.Namespace) -> Callable[[], float]:
     return step
 
 
-SIDES = {"ours": ours, "transformers": theirs}
+LIBRARIES = {"t5x_like": t5x_like_step, "transformers": transformers_step}
 
 
 def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
-    """Takes a step for each message, and answers with its CPU seconds, its wall seconds and its loss."""
+    """Take a step for each message and answer with its CPU seconds, its wall seconds and its loss."""
     if options.cpus:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cpus])
-    step = SIDES[name](options)
+    step = LIBRARIES[name](options)
     for _ in range(options.warm_up):
         loss = step()
     pipe.send((0.0, 0.0, loss))
@@ -164,14 +164,14 @@ def serve(name: str, options: argparse.Namespace, pipe: Connection) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
-    names = [options.only] if options.only else list(SIDES)
+    names = [options.only] if options.only else list(LIBRARIES)
     pipes, processes = {}, []
     for name in names:
         pipes[name], other_end = context.Pipe()
         process = context.Process(target=serve, args=(name, options, other_end), daemon=True)
         process.start()
         processes.append(process)
-        pipes[name].recv()  # Warm: one side at a time, so that nobody compiles while another is measured.
+        pipes[name].recv()  # One library at a time, so that no compilation overlaps with a measurement.
     steps: dict[str, list[tuple[float, float, float]]] = {name: [] for name in names}
     for _ in range(options.steps):
         for name, pipe in pipes.items():
@@ -192,7 +192,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "loss_last": round(losses[-1], 3),
         }
     if len(names) == 2:
-        ratios = [a[0] / b[0] for a, b in zip(steps["ours"], steps["transformers"], strict=True)]
+        ratios = [a[0] / b[0] for a, b in zip(steps["t5x_like"], steps["transformers"], strict=True)]
         report["ratio_of_cpu_seconds_median"] = round(statistics.median(ratios), 3)
     return report
 
@@ -201,10 +201,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--cpus", type=int, help="processor cores that each side may use; all by default")
-    parser.add_argument("--only", choices=list(SIDES))
-    parser.add_argument("--full-dropout", action="store_true", help="one random number per element in ours, too")
-    parser.add_argument("--unrolled", action="store_true", help="ours without lax.scan over the layers")
+    parser.add_argument("--cpus", type=int, help="number of cores that each library may use (default: all)")
+    parser.add_argument("--only", choices=list(LIBRARIES))
+    parser.add_argument("--full-dropout", action="store_true", help="one random number per element in t5x_like as well")
+    parser.add_argument("--unrolled", action="store_true", help="t5x_like without lax.scan over the layers")
     print(json.dumps(measure(parser.parse_args()), indent=2))
 
 

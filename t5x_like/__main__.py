@@ -1,8 +1,6 @@
 """`python -m t5x_like` is the same as `t5x-like`."""
 
-import sys
-
-from t5x_like.cli import main
+from t5x_like.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

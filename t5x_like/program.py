@@ -1,4 +1,4 @@
-"""The one place where the rooms are wired together: a run and some devices make a program."""
+"""Assembly of a run: the one module that wires model, data, optimizer and sharding into compiled steps."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from t5x_like.config import BatchSpec, ConfigError, RunConfig, batch_spec, evaluation_spec
-from t5x_like.data.share import Share
-from t5x_like.models.build import ModelSpec, abstract, build, merge
-from t5x_like.models.lora import Adaptation, adapt
+from t5x_like.adapters.lora import LoraSpec, lora_spec
+from t5x_like.config import BatchSpec, RunConfig, batch_spec, evaluation_spec
+from t5x_like.data.stream.host_shard import HostShard
+from t5x_like.errors import ConfigError
+from t5x_like.model_output import ModelOutput
+from t5x_like.models.factory import ModelSpec, abstract_model, bind_params, init_params
 from t5x_like.models.model import Model
-from t5x_like.monitoring.metrics import Mean
-from t5x_like.outputs import Output
-from t5x_like.partitioning.check import check_partitioning
-from t5x_like.partitioning.choose import choose_partitioning
-from t5x_like.partitioning.constrain import activation_context
-from t5x_like.partitioning.mesh import make_mesh
-from t5x_like.partitioning.rows import own_rows, put_own, put_whole, row_groups
-from t5x_like.partitioning.rules import Rules, standard
-from t5x_like.partitioning.shardings import batch_shardings, tree_shardings
-from t5x_like.training.optimizers import make_optimizer, state_logical_axes
+from t5x_like.monitoring.metrics import WeightedMean
+from t5x_like.sharding.auto_mesh import choose_sharding
+from t5x_like.sharding.batch_placement import local_rows, row_groups, shard_batch, shard_global_batch
+from t5x_like.sharding.constrain import activation_context
+from t5x_like.sharding.mesh import make_mesh
+from t5x_like.sharding.rules import Rules, default_rules
+from t5x_like.sharding.shardings import batch_shardings, tree_shardings
+from t5x_like.sharding.validation import validate_sharding
+from t5x_like.training.optimizers.make_optimizer import make_optimizer, state_logical_axes
 from t5x_like.training.schedules import make_schedule
-from t5x_like.training.state import init_state
-from t5x_like.training.step import make_eval_step, make_train_step
+from t5x_like.training.train_step import init_state, make_eval_step, make_train_step
+from t5x_like.utils.type_aliases import PyTree
 
-Tree = Any
 Batch = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """Everything that a run computes, compiled for a mesh or ready to be. Equal to itself only, so that it can be a
-    static argument of a function that is compiled for it.
+    """Everything that a run computes, compiled for a mesh or ready to be compiled.
+
+    A program is equal to itself only, so that it can be a static argument of a function that is compiled for it.
 
     Attributes:
-      mesh_reason: Why this mesh, where it was chosen (`partitioning.auto`); None where the run names its degrees.
-      abstract_state: The training state {params, opt_state, step, rng} as `jax.ShapeDtypeStruct`s with shardings:
-        what a checkpoint is restored into.
-      adaptation: Of a run that trains adapters, else None. Its "params" are the adapters, and the state that it trains
-        has the frozen parameters beside them, under "base".
-      abstract_base: The frozen parameters, as `jax.ShapeDtypeStruct`s with shardings; None without adapters.
+      mesh_reason: Reason for the mesh if it was chosen (`sharding.auto`); None if the run gives its degrees.
+      abstract_state: Training state {params, opt_state, step, rng} as `jax.ShapeDtypeStruct`s with shardings;
+        checkpoints are restored into it.
+      lora: Specification of the adapters of a LoRA run, else None. In a LoRA run "params" are the adapters, and the
+        training state holds the frozen parameters beside them, as "base".
+      abstract_base_params: Frozen parameters as `jax.ShapeDtypeStruct`s with shardings; None without adapters.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch) -> metrics, jitted, for batches of the shape of `evaluation_spec`.
     """
@@ -57,129 +59,147 @@ class Program:
     spec: ModelSpec
     optimizer: optax.GradientTransformation
     batch_spec: BatchSpec
-    abstract_state: Tree
-    logical_axes: Tree
-    adaptation: Adaptation | None
-    abstract_base: Tree | None
-    train_step: Callable[[Tree, Batch], tuple[Tree, dict[str, Mean]]]
-    eval_step: Callable[[Tree, Batch], dict[str, Mean]]
+    abstract_state: PyTree
+    logical_axes: PyTree
+    lora: LoraSpec | None
+    abstract_base_params: PyTree | None
+    train_step: Callable[[PyTree, Batch], tuple[PyTree, dict[str, WeightedMean]]]
+    eval_step: Callable[[PyTree, Batch], dict[str, WeightedMean]]
 
     @property
-    def abstract_params(self) -> Tree:
+    def abstract_params(self) -> PyTree:
         return self.abstract_state["params"]
 
-    def init(self) -> Tree:
-        """A fresh training state, but for a base, made where it will live: no host holds the whole of it."""
+    def init(self) -> PyTree:
+        """Return a new training state, without base parameters, created on its devices: no host holds all of it."""
         return init_program_state(self)
 
-    def model_params(self, state: Tree) -> Tree:
-        """What `model` and `eval_step` take, out of a state that is trained."""
-        if self.adaptation is None:
-            return state["params"]
-        return self.adaptation.joined(state["base"], state["params"])
+    def full_params(self, state: PyTree) -> PyTree:
+        """Return the parameters that `model` and `eval_step` take from a training state: the average if there is one,
+        and adapters joined."""
+        params = state.get("ema", state["params"])
+        return params if self.lora is None else self.lora.joined(state["base"], params)
 
-    def saved(self, state: Tree) -> Tree:
-        """What of a state that is trained belongs into a checkpoint: all but the base."""
-        return {name: part for name, part in state.items() if name != "base"}
+    def checkpointable_state(self, state: PyTree) -> PyTree:
+        """Return the training state as a checkpoint has it.
 
-    def model(self, params: Tree) -> Model:
-        """The model with these parameters; call it within `activations()`."""
-        return merge(self.spec.graphdef, params)
+        It is without frozen LoRA base parameters. If there is an average of the parameters, that is "params", which
+        other commands read, and the parameters themselves are "raw_params".
+        """
+        saved = {name: part for name, part in state.items() if name not in ("base", "ema")}
+        return saved | {"params": state["ema"], "raw_params": state["params"]} if "ema" in state else saved
+
+    def training_state(self, saved: PyTree) -> PyTree:
+        """Return the training state without base parameters: the inverse of `checkpointable_state`."""
+        state = {name: part for name, part in saved.items() if name != "raw_params"}
+        return state | {"params": saved["raw_params"], "ema": saved["params"]} if "raw_params" in saved else state
+
+    def with_new_average(self, state: PyTree) -> PyTree:
+        """Return a state whose average, if it has one, begins at its parameters."""
+        return state | {"ema": jax.tree.map(jnp.copy, state["params"])} if "ema" in state else state
+
+    def model(self, params: PyTree) -> Model:
+        """Return the model with these parameters; call it within `mesh_context()`."""
+        return bind_params(self.spec.graphdef, params)
 
     @contextlib.contextmanager
-    def activations(self) -> Iterator[None]:
-        """While tracing in here, the model's activations are constrained to this program's mesh."""
+    def mesh_context(self) -> Iterator[None]:
+        """Constrain the activations of models that are traced within to this program's mesh."""
         with activation_context(self.mesh, self.rules):
             yield
 
-    def share(self) -> Share:
-        """The rows of global batches that this process is to load, because its devices hold them."""
+    def host_shard(self) -> HostShard:
+        """Return the rows of global batches that this process must load, because its devices hold them."""
         groups = row_groups(self.mesh, self.rules)
         group = next(index for index, processes in enumerate(groups) if jax.process_index() in processes)
         keeps_state = groups[group][0] == jax.process_index()
-        return Share(group, len(groups), functools.partial(own_rows, self.mesh, self.rules), keeps_state)
+        return HostShard(group, len(groups), functools.partial(local_rows, self.mesh, self.rules), keeps_state)
 
-    def put(self, batch: Batch) -> Batch:
-        """This process's `share` of a global batch, placed on the mesh without waiting for it."""
-        return put_own(self.mesh, self.rules, batch)
+    def shard_batch(self, batch: Batch) -> Batch:
+        """Place this process's `host_shard` of a global batch on the mesh, asynchronously."""
+        return shard_batch(self.mesh, self.rules, batch)
 
-    def put_whole(self, batch: Batch) -> Batch:
-        """A global batch that every process has the whole of, placed on the mesh without waiting for it."""
-        return put_whole(self.mesh, self.rules, batch)
+    def shard_global_batch(self, batch: Batch) -> Batch:
+        """Place a global batch that every process holds as a whole on the mesh, asynchronously."""
+        return shard_global_batch(self.mesh, self.rules, batch)
 
 
-def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
-    """Wires a run for `devices`, which may be described only (a topology to compile for).
+def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
+    """Build the program of a run for `devices`, which may be described only (a topology to compile for).
 
     Raises:
-      ConfigError: the run does not fit the devices; all problems are listed.
+      ConfigError: The run does not fit the devices; all problems are listed.
     """
-    rules = standard(run.partitioning)
-    spec = abstract(run.model)
-    shape = batch_spec(run)
+    rules = default_rules(run.sharding)
+    spec = abstract_model(run.model)
+    batch_shapes = batch_spec(run)
     schedule = make_schedule(run.training)
-    adaptation = None if run.training.lora is None else adapt(run.training.lora, run.model)
-    trained, trained_axes = (
-        (spec.params, spec.logical_axes) if adaptation is None else (adaptation.shapes, adaptation.logical_axes)
-    )
+    lora = None if run.training.lora is None else lora_spec(run.training.lora, run.model)
+    trained, trained_axes = (spec.params, spec.logical_axes) if lora is None else (lora.shapes, lora.logical_axes)
     optimizer = make_optimizer(run.training, trained_axes)
 
-    state = jax.eval_shape(lambda params: init_state(params, optimizer, run.training.seed), trained)
+    averaged = run.training.ema_decay is not None
+    state = jax.eval_shape(functools.partial(_new_state, run, optimizer), trained)
     axes = {
         "params": trained_axes,
         "opt_state": state_logical_axes(state["opt_state"], trained, trained_axes),
         "step": (),
         "rng": (None,),
-    }
-    partitioning, mesh_reason = run.partitioning, None
-    if partitioning.auto:
-        trees = {"state": state, "gradients": trained} | ({} if adaptation is None else {"base": spec.params})
-        names = {"state": axes, "gradients": trained_axes} | ({} if adaptation is None else {"base": spec.logical_axes})
-        partitioning, mesh_reason = choose_partitioning(
-            run, rules, devices, (spec.logical_axes, spec.params), (names, trees)
-        )
-    mesh = make_mesh(partitioning, devices)
-    problems = check_partitioning(run, mesh, rules, spec.logical_axes, spec.params)
+    } | ({"ema": trained_axes} if averaged else {})
+    if "guard" in state:
+        axes["guard"] = {name: (None,) * leaf.ndim for name, leaf in state["guard"].items()}
+    sharding, mesh_reason = run.sharding, None
+    if sharding.auto:
+        # The choice counts everything that stays on the devices during a step, frozen base parameters among it.
+        trees = {"state": state, "gradients": trained} | ({} if lora is None else {"base": spec.params})
+        names = {"state": axes, "gradients": trained_axes} | ({} if lora is None else {"base": spec.logical_axes})
+        params = (spec.logical_axes, spec.params)
+        sharding, mesh_reason = choose_sharding(run, rules, devices, params, (names, trees))
+    mesh = make_mesh(sharding, devices)
+    problems = validate_sharding(run, mesh, rules, spec.logical_axes, spec.params)
     if problems:
         raise ConfigError(problems)
     shardings = tree_shardings(mesh, rules, axes, state)
-    abstract_state = _placed(state, shardings)
+    abstract_state = _with_shardings(state, shardings)
     abstract_base = None
     carried = shardings
-    if adaptation is not None:
+    if lora is not None:
         carried = shardings | {"base": tree_shardings(mesh, rules, spec.logical_axes, spec.params)}
-        abstract_base = _placed(spec.params, carried["base"])
+        abstract_base = _with_shardings(spec.params, carried["base"])
 
-    def apply(params: Tree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> Output:
-        return merge(spec.graphdef, params).output(batch, dropout_rng=dropout_rng)
+    def apply(params: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> ModelOutput:
+        return bind_params(spec.graphdef, params).output(batch, dropout_rng=dropout_rng)
 
-    def train(state: Tree, batch: Batch) -> tuple[Tree, dict[str, Mean]]:
-        if adaptation is None:
+    def train(state: PyTree, batch: Batch) -> tuple[PyTree, dict[str, WeightedMean]]:
+        if lora is None:
             return make_train_step(run, apply, optimizer, schedule)(state, batch)
 
-        def adapted(adapters: Tree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> Output:
-            return apply(adaptation.joined(base, adapters), batch, dropout_rng)
+        def apply_adapters(
+            adapters: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
+        ) -> ModelOutput:
+            return apply(lora.joined(base, adapters), batch, dropout_rng)
 
-        rest = dict(state)
-        base = rest.pop("base")
-        rest, metrics = make_train_step(run, adapted, optimizer, schedule)(rest, batch)
-        return rest | {"base": base}, metrics
+        # The base enters by closure: it is neither differentiated nor updated.
+        trainable = dict(state)
+        base = trainable.pop("base")
+        trainable, metrics = make_train_step(run, apply_adapters, optimizer, schedule)(trainable, batch)
+        return trainable | {"base": base}, metrics
 
     def constrained(step: Callable[..., Any]) -> Callable[..., Any]:
-        """The step, traced with its activations constrained to the mesh."""
+        """Return the step, traced with its activations constrained to the mesh."""
         return activation_context(mesh, rules)(step)
 
-    inputs = batch_shardings(mesh, rules, shape)
+    inputs = batch_shardings(mesh, rules, batch_shapes)
     train_step = jax.jit(
         constrained(train),
         in_shardings=(carried, inputs),
         out_shardings=(carried, None),
         donate_argnums=0,
     )
-    held_out = batch_shardings(mesh, rules, evaluation_spec(run))
-    # With adapters, parameters may come merged or not: they are taken as they lie.
-    of_params = shardings["params"] if adaptation is None else None
-    eval_step = jax.jit(constrained(make_eval_step(run, apply)), in_shardings=(of_params, held_out))
+    evaluation_inputs = batch_shardings(mesh, rules, evaluation_spec(run))
+    # With adapters, parameters may arrive merged or not: jit takes the sharding that they have.
+    params_shardings = shardings["params"] if lora is None else None
+    eval_step = jax.jit(constrained(make_eval_step(run, apply)), in_shardings=(params_shardings, evaluation_inputs))
     return Program(
         run=run,
         mesh=mesh,
@@ -187,29 +207,35 @@ def assemble(run: RunConfig, devices: Sequence[Any]) -> Program:
         rules=rules,
         spec=spec,
         optimizer=optimizer,
-        batch_spec=shape,
+        batch_spec=batch_shapes,
         abstract_state=abstract_state,
         logical_axes=axes,
-        adaptation=adaptation,
-        abstract_base=abstract_base,
+        lora=lora,
+        abstract_base_params=abstract_base,
         train_step=train_step,
         eval_step=eval_step,
     )
 
 
-def _placed(tree: Tree, shardings: Tree) -> Tree:
+def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
-def init_program_state(program: Program) -> Tree:
+def _new_state(run: RunConfig, optimizer: optax.GradientTransformationExtraArgs, params: PyTree) -> PyTree:
+    training = run.training
+    return init_state(params, optimizer, training.seed, averaged=training.ema_decay is not None, guard=training.guard)
+
+
+def init_program_state(program: Program) -> PyTree:
+    """Return a new training state on the program's devices."""
     run = program.run
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
 
-    def make() -> Tree:
+    def make() -> PyTree:
         key = jax.random.key(run.training.seed)
-        params = build(run.model, key) if program.adaptation is None else program.adaptation.init(key)
-        state = init_state(params, program.optimizer, run.training.seed)
-        # The zeros of an optimizer can be weakly typed, those of a step are not: it would be compiled twice.
+        params = init_params(run.model, key) if program.lora is None else program.lora.init(key)
+        state = _new_state(run, program.optimizer, params)
+        # Zeros of an optimizer can be weakly typed, those that a step returns are not: the step would compile twice.
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
     return jax.jit(make, out_shardings=shardings)()

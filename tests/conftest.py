@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+
+import pytest
 
 # Tests compile much and compute little, here and in the processes that they start: fast machine code costs more than it
 # brings. To be set before jax is imported.
@@ -12,3 +15,27 @@ import jax  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+EXTENDED = re.compile(
+    r"multiprocess/test_processes.*(two_processes_have.*\[(prefix_lm|decoder|encoder)\]|four_processes_have.*\[(prefix_lm|decoder)\]"
+    r"|fault_at_every_start|local_launcher_restarts)"
+    r"|faults/test_run_faults.*killed_run_ends.*\[prefix_lm\]"
+    r"|faults/test_process_faults.*(\[save\]|\[15\]|\[abort\]|\[skip\]|killed_after_its_last_save|becomes_read_only)"
+    r"|faults/test_generate_faults.*two_killed_processes"
+    r"|decoding/test_speculative.*\[(prefix_lm|learned|windows|decoder)-"
+    r"|decoding/test_continuous_batching.*\[(encoder_decoder|prefix_lm)\]"
+    r"|decoding/test_engine.*\[(learned|multi-query|causal t5|prefix|unequal|first layer|five local to one)\]"
+    r"|decoding/test_beam_search.*exhaustive\[(t5x long|no penalty)"
+    r"|export/test_export_model.*\[(unequal|local|local prefix|first layer|disentangled|learned|per-layer bias)\]"
+    r"|parallel/test_products.*(slices|gathered|expert2xcontext2xtensor2|expert4)\]"
+    r"|parallel/test_meshes.*(-data_tensor|-fsdp|\[fsdp|mesh1|\[experts)\]"
+    r"|integration/test_mixture_training.*\[prefix_lm\]"
+)
+"""Slow tests of a case that another case of the same test, in the slow tier, makes unlikely to fail alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests that only `make test-extended` runs."""
+    for item in items:
+        if item.get_closest_marker("slow") and EXTENDED.search(item.nodeid):
+            item.add_marker(pytest.mark.extended)

@@ -1,18 +1,18 @@
-"""BERT-large as it was pre-trained, but for the sentence pairs: masked tokens in rows of 512, for a v5e of 256 chips.
+"""BERT-large pre-training without sentence pairs: masked tokens in rows of 512, for a v5e slice of 256 chips.
 
-Batches are large (RoBERTa's 8192 rows), so that 256 chips have work. Bring the text and BERT's vocabulary, or let
-`prepare` train one.
+Batches are large (RoBERTa's 8192 rows), so that 256 chips are used well. Provide the text and BERT's vocabulary, or let
+`prepare` train a vocabulary.
 """
 
 import dataclasses
 
 from t5x_like.config import (
-    AdamW,
+    AdamWConfig,
     DataConfig,
     MaskedLM,
-    PartitioningConfig,
     RunConfig,
-    Schedule,
+    ScheduleConfig,
+    ShardingConfig,
     TokenizerConfig,
     TrainingConfig,
 )
@@ -20,7 +20,7 @@ from t5x_like.models import presets
 
 
 def recipe() -> RunConfig:
-    """BERT-large, 500,000 steps of 8192 rows."""
+    """Return BERT-large, 500,000 steps of 8192 rows."""
     return RunConfig(
         name="bert_large",
         model=dataclasses.replace(presets.bert("large"), dtype="bfloat16", remat="full"),
@@ -33,9 +33,9 @@ def recipe() -> RunConfig:
         ),
         training=TrainingConfig(
             num_train_steps=500_000,
-            batch_size=8192,
-            optimizer=AdamW(b2=0.98, eps=1e-6, weight_decay=0.01),
-            schedule=Schedule(kind="cosine", learning_rate=4e-4, warmup_steps=30_000),
+            global_batch_size=8192,
+            optimizer=AdamWConfig(b2=0.98, eps=1e-6, weight_decay=0.01),
+            schedule=ScheduleConfig(kind="cosine", learning_rate=4e-4, warmup_steps=30_000),
         ),
-        partitioning=PartitioningConfig(topology="v5e:16x16"),
+        sharding=ShardingConfig(topology="v5e:16x16"),
     )

@@ -1,21 +1,21 @@
-"""UL2 in minutes on two CPU cores: one small model in four architectures on the embedded corpus.
+"""UL2 training in minutes on two CPU cores: a small model in four architectures on the embedded corpus.
 
-`configs/runs/smoke.py` is the encoder-decoder; `configs/runs/smoke.py:decoder`, `:prefix_lm` and `:encoder` are the
-same size as a causal decoder, a prefix-LM under the same denoisers, and a masked-LM encoder; `:electra` is the encoder
-trained to find replaced tokens.
+`configs/runs/smoke.py` is the encoder-decoder; `configs/runs/smoke.py:decoder`, `:prefix_lm` and `:encoder` are a
+causal decoder, a prefix-LM with the same denoisers, and a masked-LM encoder of the same size; `:electra` is the encoder
+trained with replaced token detection.
 """
 
 import dataclasses
 
 from t5x_like.config import (
-    AdamW,
+    AdamWConfig,
     CausalLM,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     MaskedLM,
     RunConfig,
-    Schedule,
+    ScheduleConfig,
     TokenizerConfig,
     TrainingConfig,
     ul2,
@@ -24,7 +24,7 @@ from t5x_like.models import presets
 
 
 def recipe() -> RunConfig:
-    """The encoder-decoder under UL2's seven denoisers."""
+    """Return the encoder-decoder with UL2's seven denoisers."""
     return RunConfig(
         name="smoke",
         model=presets.smoke("encoder_decoder"),
@@ -37,9 +37,9 @@ def recipe() -> RunConfig:
         ),
         training=TrainingConfig(
             num_train_steps=1500,
-            batch_size=8,
-            optimizer=AdamW(rms_scaled=True, weight_decay=0.0),
-            schedule=Schedule(kind="cosine", learning_rate=2e-2, warmup_steps=100, final_fraction=0.01),
+            global_batch_size=8,
+            optimizer=AdamWConfig(rms_scaled=True, weight_decay=0.0),
+            schedule=ScheduleConfig(kind="cosine", learning_rate=2e-2, warmup_steps=100, final_fraction=0.01),
         ),
         checkpoints=CheckpointConfig(save_every_steps=500),
         evaluation=EvaluationConfig(every_steps=300, num_batches=16),
@@ -47,7 +47,7 @@ def recipe() -> RunConfig:
 
 
 def prefix_lm() -> RunConfig:
-    """One stack with a bidirectional prefix, under the same denoisers."""
+    """Return the prefix-LM with the same denoisers."""
     run = recipe()
     return dataclasses.replace(
         run,
@@ -58,7 +58,7 @@ def prefix_lm() -> RunConfig:
 
 
 def decoder() -> RunConfig:
-    """A causal language model."""
+    """Return the causal language model."""
     run = recipe()
     return dataclasses.replace(
         run,
@@ -69,7 +69,7 @@ def decoder() -> RunConfig:
 
 
 def encoder() -> RunConfig:
-    """A masked language model, as BERT."""
+    """Return the masked language model, like BERT."""
     run = recipe()
     return dataclasses.replace(
         run,
@@ -82,7 +82,7 @@ def encoder() -> RunConfig:
 
 
 def electra() -> RunConfig:
-    """A generator's masked language model, and an encoder that finds its samples."""
+    """Return ELECTRA: a masked language model as generator, and an encoder that detects its samples."""
     run = encoder()
     return dataclasses.replace(
         run,

@@ -1,18 +1,18 @@
-"""T5Gemma 9B-2B: an encoder as large as Gemma 2 9B beside a decoder as large as Gemma 2 2B, for a v6e of 256 chips.
+"""T5Gemma 9B-2B: an encoder as large as Gemma 2 9B and a decoder as large as Gemma 2 2B, for a v6e slice of 256 chips.
 
-Prefix-LM at 1024/1024, the objective that T5Gemma was adapted with; the published rows are longer. Begin with converted
-weights (`initialize_from`), or with random ones.
+The objective is prefix-LM at 1024/1024, with which T5Gemma was adapted; the published rows are longer. Start from
+converted weights (`initialize_from`) or from random ones.
 """
 
 import dataclasses
 
 from t5x_like.config import (
-    AdamW,
+    AdamWConfig,
     DataConfig,
-    PartitioningConfig,
     PrefixLM,
     RunConfig,
-    Schedule,
+    ScheduleConfig,
+    ShardingConfig,
     TokenizerConfig,
     TrainingConfig,
 )
@@ -20,7 +20,7 @@ from t5x_like.models import presets
 
 
 def recipe() -> RunConfig:
-    """100,000 steps of 512 rows, 1M tokens."""
+    """Return T5Gemma 9B-2B, 100,000 steps of 512 rows, 1M tokens."""
     return RunConfig(
         name="t5gemma_9b_2b",
         model=dataclasses.replace(presets.t5gemma("9b-2b"), remat="full"),
@@ -33,9 +33,9 @@ def recipe() -> RunConfig:
         ),
         training=TrainingConfig(
             num_train_steps=100_000,
-            batch_size=512,
-            optimizer=AdamW(),
-            schedule=Schedule(kind="cosine", learning_rate=1e-4, warmup_steps=2000, final_fraction=0.1),
+            global_batch_size=512,
+            optimizer=AdamWConfig(),
+            schedule=ScheduleConfig(kind="cosine", learning_rate=1e-4, warmup_steps=2000, final_fraction=0.1),
         ),
-        partitioning=PartitioningConfig(topology="v6e:16x16"),
+        sharding=ShardingConfig(topology="v6e:16x16"),
     )

@@ -1,1 +1,1 @@
-"""Checkpoints: saving in the background, verified and strict restoring, and the room they need on the disk."""
+"""Checkpoints: saving in the background, verified and strict restoring, and the disk space that they need."""

@@ -1,120 +1,142 @@
-"""The data of a run: corpora, a tokenizer, objectives, and the shape of the rows."""
+"""Data of a run: corpora, tokenizer, objectives, and the shape of the rows."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from t5x_like.config.base import configuration
-from t5x_like.config.corpora import CorpusConfig, TokenizerConfig
-from t5x_like.config.objectives import Labelled, Layout, Objective
-from t5x_like.config.seqio import SeqioConfig
+from t5x_like.config.bounds import NonEmptyStr, NonNegativeFloat, PositiveFloat, PositiveInt, Seed
+from t5x_like.config.corpus import CorpusConfig
+from t5x_like.config.dataclass import config_dataclass
+from t5x_like.config.layouts import Layout, StackName, row_positions
+from t5x_like.config.objectives import LabeledExamples, Objective
+from t5x_like.config.seqio_task import SeqioConfig
+from t5x_like.config.tokenizer import TokenizerConfig
 
 
-@configuration
-class CorpusShare:
-    """A corpus of a mixture."""
+@config_dataclass
+class CorpusShareConfig:
+    """One corpus of a mixture of corpora."""
 
     name: str
     corpus: CorpusConfig
-    rate: float = 1.0
-    """Share of the rows, relative to the other corpora; a factor where `SamplingConfig` goes by size."""
+    rate: NonNegativeFloat = 1.0
+    """Share of the rows, relative to the other corpora; a factor on the share that `CorpusMixingConfig` computes from
+    the size of the corpus."""
     mixture: tuple[Objective, ...] = ()
-    """Objectives of this corpus; none: those of the run."""
-    examples: Literal["windows", "documents"] | None = None
-    """How it is cut into examples; None: as the run's `data.examples`."""
+    """Objectives of this corpus; empty: the objectives of the run."""
+    example_mode: Literal["windows", "documents"] | None = None
+    """Unit of the examples of this corpus; None: `data.example_mode`."""
 
 
-@configuration
-class SamplingConfig:
-    """The law by which corpora share the rows."""
+@config_dataclass
+class CorpusMixingConfig:
+    """Rule that decides the share of each corpus in the rows."""
 
-    law: Literal["rates", "proportional", "unimax"] = "rates"
-    """rates: as `CorpusShare.rate` says. proportional: by tokens, T5's law with `maximum_tokens` and `temperature`.
-    unimax: as evenly as `max_epochs` allows (Chung et al. 2023)."""
-    temperature: float = 1.0
-    """proportional: shares are raised to 1 / temperature. mT5's alpha of 0.3 is a temperature of 1 / 0.3."""
-    maximum_tokens: int | None = None
-    """proportional: a corpus counts for no more tokens than this."""
-    max_epochs: float = 1.0
-    """unimax: passes over a corpus at most."""
-    budget_tokens: int | None = None
+    strategy: Literal["rates", "proportional", "unimax"] = "rates"
+    """rates: the shares are `CorpusShareConfig.rate`. proportional: shares in proportion to the tokens of the corpora,
+    by T5's formula with `maximum_tokens` and `temperature`. unimax: as uniform as `max_epochs` allows (Chung et al.
+    2023)."""
+    temperature: PositiveFloat = 1.0
+    """proportional: shares are raised to the power 1 / temperature. mT5's alpha of 0.3 is a temperature of 1 / 0.3."""
+    maximum_tokens: PositiveInt | None = None
+    """proportional: upper bound on the number of tokens that a corpus counts for."""
+    max_epochs: PositiveFloat = 1.0
+    """unimax: maximum number of passes over a corpus."""
+    budget_tokens: PositiveInt | None = None
     """unimax: raw tokens of the whole run."""
 
 
-@configuration
-class RatePhase:
-    """From a step on, other rates: (name, rate) pairs. What is not named keeps its rate."""
+@config_dataclass
+class RatePhaseConfig:
+    """Change of rates at a step, as (name, rate) pairs. Objectives and corpora that are not named keep their rate."""
 
     start_step: int
-    objectives: tuple[tuple[str, float], ...] = ()
-    corpora: tuple[tuple[str, float], ...] = ()
+    objectives: tuple[tuple[str, NonNegativeFloat], ...] = ()
+    corpora: tuple[tuple[str, NonNegativeFloat], ...] = ()
 
 
-@configuration
+@config_dataclass
 class DataConfig:
-    """The data of a run: rows are a function of this configuration and a row's index, and of nothing else."""
+    """Data of a run. The content of a row is a function of this configuration and of the row's index only."""
 
     corpus: CorpusConfig = CorpusConfig()
-    corpora: tuple[CorpusShare, ...] = ()
+    corpora: tuple[CorpusShareConfig, ...] = ()
     """A mixture of corpora, in place of `corpus`."""
-    sampling: SamplingConfig = SamplingConfig()
+    corpus_mixing: CorpusMixingConfig = CorpusMixingConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     seqio: SeqioConfig | None = None
-    """A registered seqio Task or Mixture read live, in place of corpora, tokenizer and mixture (which is then ())."""
+    """A registered seqio Task or Mixture that is read live, in place of corpora, tokenizer and mixture (which must be
+    empty)."""
     layout: Layout
-    """How inputs and targets become model features: seqio's EncDec, PrefixLM, LM and Encoder feature converters."""
+    """Conversion of inputs and targets to model features, as in seqio's EncDec, PrefixLM, LM and Encoder converters."""
     mixture: tuple[Objective, ...]
-    """The objectives and their rates. A window of text is seen once per epoch, under one of them."""
-    rates_by: Literal["example", "token", "loss_token"] = "example"
-    """What the objectives' rates are shares of: examples, raw tokens, or tokens of the loss."""
-    schedule: tuple[RatePhase, ...] = ()
+    """Objectives with their rates. A window of text is used once per epoch, by one of them."""
+    rate_unit: Literal["example", "token", "loss_token"] = "example"
+    """Unit of the objectives' rates: shares of the examples, of the raw tokens, or of the tokens of the loss."""
+    rate_schedule: tuple[RatePhaseConfig, ...] = ()
     """Changes of the rates, by step."""
-    examples: Literal["windows", "documents"] = "windows"
-    """windows: documents are one text, which is cut into windows that fill their rows. documents: each document (or
-    supervised pair) is an example, cut only where it is longer than a row; several are packed into one."""
+    example_mode: Literal["windows", "documents"] = "windows"
+    """windows: documents are concatenated and cut into windows that fill their rows. documents: each document (or
+    supervised pair) is an example, cut only if it is longer than a row; several are packed into one row."""
+    mask_document_borders: bool = False
+    """windows: tokens attend to tokens of their own document only, and positions restart in each document, as if each
+    part of a document were an example of a packed row. For causal LM and masked LM in an encoder."""
     inputs_length: int
-    """Cells for inputs: the encoder's row, or the prefix's share of a single stream."""
+    """Token positions for inputs: the length of encoder rows, or the prefix's part of decoder-only rows."""
     targets_length: int
-    """Cells for targets; 0 for encoders. Single-stream rows have inputs_length + targets_length cells."""
-    short_targets_lengths: tuple[int, ...] = ()
-    """Encoder-decoders: further sub-batches of the same step, with fewer cells for targets. An objective's rows are in
-    the smallest that its longest targets fit."""
-    seed: int = 0
-    store: str = "runs/stores"
+    """Token positions for targets; 0 for encoders. Decoder-only rows have inputs_length + targets_length positions."""
+    targets_length_buckets: tuple[int, ...] = ()
+    """Encoder-decoders: target lengths of further sub-batches of the same step. Rows of an objective are in the
+    sub-batch with the smallest length that its longest targets fit."""
+    seed: Seed = 0
+    store_dir: NonEmptyStr = "runs/stores"
     """Folder of the prepared token stores; each store is named by the digest of its corpus and tokenizer."""
-    prefetch: int = 2
-    """Batches made ahead of the step by one thread."""
+    prefetch_batches: PositiveInt = 2
+    """Number of batches that a background thread prepares ahead of the training step."""
 
     @property
     def row_length(self) -> int:
-        """Cells of a single-stream row."""
+        """Token positions of a decoder-only row."""
         return self.inputs_length + self.targets_length
 
     @property
-    def sources(self) -> tuple[CorpusShare, ...]:
-        """The corpora: those of the mixture, or the one; none where seqio is read live."""
-        if self.seqio is not None:
-            return ()
-        return self.corpora or (CorpusShare(name=self.corpus.name, corpus=self.corpus),)
-
-    def examples_of(self, share: CorpusShare) -> Literal["windows", "documents", "labelled"]:
-        """How a corpus is cut into examples; labelled: a pair is a row."""
-        if any(isinstance(objective, Labelled) for objective in self.objectives_of(share)):
-            return "labelled"
-        return share.examples or self.examples
+    def row_positions(self) -> dict[StackName, int]:
+        """Token positions of a row by stack; see `layouts.row_positions`."""
+        return row_positions(self.layout, self.inputs_length, self.targets_length)
 
     @property
-    def labelled(self) -> Labelled | None:
-        """The objective of a run that trains a head, which is then its only one."""
-        return next((objective for objective in self.objectives if isinstance(objective, Labelled)), None)
+    def target_stack(self) -> StackName:
+        """The stack whose outputs the loss or the task head reads."""
+        return next(reversed(self.row_positions))
 
-    def objectives_of(self, share: CorpusShare) -> tuple[Objective, ...]:
-        """The objectives of a corpus."""
+    @property
+    def sources(self) -> tuple[CorpusShareConfig, ...]:
+        """All corpora: the mixture of corpora, or the single corpus; empty if seqio is read live."""
+        if self.seqio is not None:
+            return ()
+        return self.corpora or (CorpusShareConfig(name=self.corpus.name, corpus=self.corpus),)
+
+    def examples_of(self, share: CorpusShareConfig) -> Literal["windows", "documents", "labelled"]:
+        """Return how a corpus is cut into examples; labelled: each pair is a row."""
+        if any(objective.example_source == "labelled" for objective in self.objectives_of(share)):
+            return "labelled"
+        return share.example_mode or self.example_mode
+
+    @property
+    def labelled(self) -> LabeledExamples | None:
+        """Objective of a run that trains a task head, which has no other objective; otherwise None.
+
+        `register_objective` accepts the example source "labelled" for subclasses of `LabeledExamples` only.
+        """
+        return next((objective for objective in self.objectives if isinstance(objective, LabeledExamples)), None)
+
+    def objectives_of(self, share: CorpusShareConfig) -> tuple[Objective, ...]:
+        """Return the objectives of a corpus."""
         return share.mixture or self.mixture
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """All objectives of the run, each name once: what `denoiser_ids` are indices into."""
+        """All objectives of the run, each name once. `denoiser_ids` in a batch are indices into this tuple."""
         found = {objective.name: objective for objective in self.mixture}
         for share in self.corpora:
             for objective in share.mixture:

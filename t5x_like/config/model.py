@@ -1,10 +1,20 @@
-"""The architecture of a model: one description that every family is a preset of."""
+"""Architecture of a model. Every model family is a preset of these classes."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, assert_never
 
-from t5x_like.config.base import configuration
+import pydantic
+
+from t5x_like.config.bounds import (
+    ClosedUnitFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UnitFloatBelowOne,
+)
+from t5x_like.config.dataclass import config_dataclass
 
 Architecture = Literal["encoder_decoder", "decoder", "encoder"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
@@ -12,195 +22,255 @@ Norm = Literal["rmsnorm", "layernorm"]
 Positions = Literal["relative_bias", "rope", "learned", "disentangled", "none"]
 LayerKind = Literal["global", "local"]
 Dtype = Literal["float32", "bfloat16"]
-AttentionImplementation = Literal["reference", "xla", "cudnn"]
 Remat = Literal["none", "dots", "full"]
 Pooling = Literal["cls", "mean", "last"]
 HeadKind = Literal["classification", "token_classification", "regression", "embedding"]
 
+RotaryBase = Annotated[float, pydantic.Field(gt=1, allow_inf_nan=False)]
 
-@configuration
-class RopeScaling:
-    """Rotary frequencies changed for rows longer than those of the first training."""
 
-    kind: Literal["linear", "llama3"]
-    """linear: all frequencies divided by `factor` (Chen et al. 2023). llama3: only those whose wavelength is above
-    original_max_positions / low_frequency_factor; those below original_max_positions / high_frequency_factor stay, and
-    between the two lies a blend."""
-    factor: float
-    low_frequency_factor: float = 1.0
+@config_dataclass
+class RopeScalingConfig:
+    """Scaling of the rotary frequencies, for rows longer than those of the original training."""
+
+    kind: Literal["linear", "llama3", "yarn", "dynamic"]
+    """linear: divide all frequencies by `factor` (Chen et al. 2023). llama3: divide only those whose wavelength is
+    above original_max_positions / low_frequency_factor, keep those whose wavelength is below
+    original_max_positions / high_frequency_factor, and interpolate between the two. yarn (Peng et al. 2023): the same
+    with an interpolation that is linear in the index of the frequency, and cosines and sines are multiplied by
+    `attention_factor`. dynamic: in rows longer than original_max_positions the base grows with the length of the row,
+    so that the lowest frequency is divided by about factor * length / original_max_positions - (factor - 1)."""
+    factor: PositiveFloat
+    low_frequency_factor: PositiveFloat = 1.0
+    """YaRN's beta_slow."""
     high_frequency_factor: float = 4.0
-    original_max_positions: int = 8192
+    """Must be above low_frequency_factor. YaRN's beta_fast, which its paper sets to 32."""
+    original_max_positions: PositiveInt = 8192
+    attention_factor: PositiveFloat = 1.0
+    """Factor of cosines and sines of YaRN, whose square is a factor of the scores. Its paper recommends
+    0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """Round the indices between which YaRN interpolates to whole numbers, as its own code does."""
 
 
-@configuration
-class Experts:
-    """A mixture of experts in the place of the MLP: a router sends each token to the experts that it scores highest."""
+@config_dataclass
+class MoEConfig:
+    """Mixture of experts in place of the MLP: a router sends each token to the experts that it scores highest."""
 
-    num_experts: int
-    experts_per_token: int = 2
-    """Their outputs are added, weighted by the router's softmax over all experts, renormalised over the chosen."""
-    capacity_factor: float | None = None
-    """Each expert takes capacity_factor * tokens * experts_per_token / num_experts tokens of a row at most, first come
-    first served; what is left out passes on the residual branch alone (Switch Transformer). None: nothing is left out,
-    by computing all experts for all tokens, which costs num_experts / experts_per_token times the work."""
-    load_balancing: float = 0.001
-    """Factor on the loss that spreads tokens over experts (Fedus et al. 2021), which is 1 when they are spread."""
+    num_experts: PositiveInt
+    experts_per_token: PositiveInt = 2
+    """Number of experts that process each token. Their outputs are added, weighted by the router's scores. No token is
+    dropped, however many choose the same expert."""
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """Scores of the experts: the softmax of the router's logits, or the sigmoid of each logit (DeepSeek-V3)."""
+    normalize_weights: bool = True
+    """Divide the scores of a token's chosen experts by their sum, as Mixtral and DeepSeek-V3 do."""
+    weight_scale: PositiveFloat = 1.0
+    """Factor on the weights: DeepSeek-V3's `routed_scaling_factor`."""
+    num_shared_experts: NonNegativeInt = 0
+    """Number of further experts that all tokens take, computed as one MLP of their joint width."""
+    router_aux_loss_weight: ClosedUnitFloat = 0.001
+    """Weight of the load-balancing loss (Fedus et al. 2021), which is experts_per_token for a uniform distribution of
+    tokens over experts."""
+    router_z_loss_weight: ClosedUnitFloat = 0.0
+    """Weight of the mean of log(Z)**2 over tokens, with Z the normalizer of the softmax of the router's logits (Zoph et
+    al. 2022): it keeps the logits small."""
 
 
-@configuration
-class TaskHead:
-    """What a model says of a whole text, or of each of its tokens, in the place of a head over the vocabulary."""
+@config_dataclass
+class TaskHeadConfig:
+    """Head for a whole text, or for each of its tokens, in place of the language-model head."""
 
     kind: HeadKind
-    """classification: one of `labels` for the text. token_classification: one for each token. regression: a number.
-    embedding: a vector, trained so that texts that belong together are near each other."""
+    """classification: one of `labels` for the text. token_classification: one of `labels` for each token. regression: a
+    number. embedding: a vector, trained so that related texts have nearby vectors."""
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of the head's outputs."""
     pooling: Pooling = "mean"
-    """How the states of a text's tokens become one: the first token's, their mean, or the last token's. A decoder
-    without bidirectional attention has read the whole text at the last token only."""
+    """Pooling of the tokens' hidden states: the first token's state, the mean, or the last token's state. In a decoder
+    without bidirectional attention only the last token attends to the whole text."""
     transform: bool = False
-    """A dense layer and tanh before the outputs: BERT's pooler."""
-    dropout_rate: float = 0.0
-    """Of what the outputs are made from."""
+    """Apply a dense layer and tanh before the output layer, as BERT's pooler does."""
+    dropout_rate: UnitFloatBelowOne = 0.0
+    """Dropout rate of the input of the output layer."""
     normalize: bool = True
-    """Embeddings are divided by their length, so that their products are cosines."""
-    temperature: float = 0.05
-    """Embeddings: their products are divided by it in the contrastive loss."""
+    """Divide embeddings by their L2 norm, so that dot products are cosine similarities."""
+    temperature: PositiveFloat = 0.05
+    """Embeddings: divisor of the dot products in the contrastive loss."""
 
     @property
     def outputs(self) -> int:
-        """Numbers that come out of the head's last dense layer; 0: there is none, states are the embeddings."""
-        return {"regression": 1, "embedding": 0}.get(self.kind, len(self.labels))
+        """Width of the head's last dense layer; 0 if there is none, because the pooled states are the embeddings."""
+        match self.kind:
+            case "classification" | "token_classification":
+                return len(self.labels)
+            case "regression":
+                return 1
+            case "embedding":
+                return 0
+            case unknown:
+                assert_never(unknown)
+
+    @property
+    def pools(self) -> bool:
+        """True for one output per text, False for one output per token."""
+        match self.kind:
+            case "token_classification":
+                return False
+            case "classification" | "regression" | "embedding":
+                return True
+            case unknown:
+                assert_never(unknown)
 
 
-@configuration
+@config_dataclass
 class StackConfig:
-    """A stack of transformer blocks of one structure. A decoder stack beside an encoder also has cross-attention."""
+    """Stack of transformer blocks of one structure. A decoder stack beside an encoder also has cross-attention."""
 
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    """Key and value heads: equal to num_heads for multi-head, 1 for multi-query, between them for grouped attention."""
-    head_dim: int
-    d_ff: int
+    num_layers: PositiveInt
+    d_model: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    """Number of key and value heads: num_heads for multi-head attention, 1 for multi-query attention, a divisor of
+    num_heads for grouped-query attention."""
+    head_dim: PositiveInt
+    d_ff: PositiveInt
     mlp_activation: Activation = "gelu_tanh"
     mlp_gated: bool = True
     """Gated: activation(x wi_0) * (x wi_1); plain: activation(x wi)."""
     norm: Norm = "rmsnorm"
     norm_placement: Literal["pre", "post", "both"] = "pre"
-    """Pre-norm stacks end in a final norm; post-norm stacks normalise after each residual addition. Both: pre-norm, and
-    each branch is normalised once more before it is added, as in Gemma 2."""
-    norm_epsilon: float = 1e-6
-    norm_scale_from_zero: bool = False
-    """The norms multiply by 1 + scale, as in Gemma, so that scale starts at (and weight decay draws it to) 0."""
+    """pre: pre-norm, with a final norm after the last layer. post: normalize after each residual addition. both:
+    pre-norm, and each branch is normalized once more before it is added, as in Gemma 2."""
+    norm_epsilon: PositiveFloat = 1e-6
+    norm_scale_plus_one: bool = False
+    """Multiply by 1 + scale in the norms, as in Gemma, so that scale is initialized to 0 and weight decay pulls it to
+    0."""
     first_layer_attention_norm: bool = True
-    """False: the first layer's attention has no norm in front, as in ModernBERT, whose embeddings have just been
-    normalised. That norm's parameters then have one row less."""
+    """False: the attention of the first layer has no pre-norm, as in ModernBERT, whose embeddings are already
+    normalized. The stacked parameters of that norm then have one row less."""
     qk_norm: bool = False
-    """Normalise queries and keys over head_dim, before they are rotated."""
+    """Normalize queries and keys over head_dim, before the rotary embedding."""
     use_bias: bool = False
-    """Biases in the projections and in LayerNorm."""
+    """Add biases to the projections and to LayerNorm."""
+    qkv_bias: bool = False
+    """Add biases to the query, key and value projections of a stack without `use_bias`, as Qwen 2 does."""
     positions: Positions = "relative_bias"
     relative_bias_buckets: int = 32
-    """With disentangled positions: buckets to each side; DeBERTa-v3 has 256, and a maximal distance of 512."""
+    """Number of buckets. With disentangled positions: buckets on each side; DeBERTa-v3 has 256, with a maximum distance
+    of 512."""
     relative_bias_max_distance: int = 128
     relative_bias_bidirectional: bool = True
-    """Half of the buckets for keys to the right. False only for stacks that never look right (a causal decoder)."""
+    """Use half of the buckets for keys to the right. False only for stacks that never attend to the right (a causal
+    decoder)."""
     relative_bias_per_layer: bool = False
-    """Each layer has a table of its own, as in umT5; otherwise all share one."""
-    rope_base: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    """Of the global layers."""
-    max_positions: int = 512
-    """Rows of the table of learned positions; used by `positions="learned"` only."""
-    token_types: int = 0
-    """Rows of a table of kinds of tokens, added to the embeddings: BERT's segments A and B. The batch says which
-    (`encoder_token_types`, `decoder_token_types`); without, all are of kind 0."""
-    layer_pattern: tuple[LayerKind, ...] = ("global",)
-    """Kinds of layers, repeated over the stack. Local layers see a window and may have a rotary base of their own."""
-    window: tuple[int, int] | None = None
-    """How many cells to the left and to the right a query of a local layer sees. In a causal decoder the right holds
-    within a bidirectional prefix only. Cross-attention has no window."""
-    local_rope_base: float | None = None
+    """Give each layer its own table, as in umT5; otherwise all layers share one."""
+    rope_base: RotaryBase = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None
+    """Scaling of the rotary frequencies of global layers."""
+    max_positions: PositiveInt = 512
+    """Number of learned positions; used with `positions="learned"` only."""
+    position_offset: NonNegativeInt = 0
+    """Rows of the table of learned positions before that of the first position: 2 in RoBERTa and BART, whose rows begin
+    at their padding id plus one."""
+    num_token_types: NonNegativeInt = 0
+    """Rows of a table of token types that is added to the embeddings: BERT's segments A and B. The batch states the
+    types (`encoder_token_types`, `decoder_token_types`); without these features all tokens have type 0."""
+    layer_pattern: Annotated[tuple[LayerKind, ...], pydantic.Field(min_length=1)] = ("global",)
+    """Kinds of layers, repeated over the stack. Local layers attend within a window and may have their own rotary
+    base."""
+    sliding_window: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """Number of positions to the left and to the right that a query of a local layer attends to. In a causal decoder
+    the right side applies within a bidirectional prefix only. Cross-attention has no window."""
+    local_rope_base: RotaryBase | None = None
     """Rotary base of local layers; None: `rope_base`."""
+    local_rope_scaling: RopeScalingConfig | None = None
+    """Scaling of the rotary frequencies of local layers."""
     cross_attention: Literal["separate", "merged"] = "separate"
-    """Of a decoder beside an encoder. Merged, as in T5Gemma 2: self-attention's own projections read the encoder's
-    states too, and one softmax goes over both; those keys have no positions."""
-    experts: Experts | None = None
-    """A mixture of experts instead of one MLP; each expert is an MLP of width d_ff."""
-    attention_softcap: float | None = None
-    """Attention scores s become c tanh(s / c) with this c."""
-    attention_scale: float | None = None
-    """Factor on the attention scores; None means head_dim**-0.5. T5 uses 1.0 (it is folded into the initialiser)."""
-    dropout_rate: float = 0.0
+    """Cross-attention of a decoder beside an encoder. merged, as in T5Gemma 2: the projections of self-attention are
+    also applied to the encoder's states, and one softmax covers both; the encoder's keys have no positions."""
+    experts: MoEConfig | None = None
+    """Mixture of experts instead of one MLP; each expert is an MLP of width d_ff."""
+    attention_softcap: PositiveFloat | None = None
+    """Replace the attention scores s by c tanh(s / c), with this value as c."""
+    attention_scale: PositiveFloat | None = None
+    """Factor on the attention scores; None means head_dim**-0.5. T5 uses 1.0 (the factor is folded into the
+    initializer)."""
+    output_init_scale: NonNegativeFloat = 1.0
+    """Factor on the initial values of the kernels that write to the residual states: `out` of attention and `wo` of
+    MLPs and experts. GPT-2 has (2 num_layers)**-0.5; 0: each block begins as the identity."""
+    dropout_rate: UnitFloatBelowOne = 0.0
     dropout_broadcast_length: bool = False
-    """Share one dropout mask over the length dimension, as T5 does: far fewer random numbers."""
+    """Share one dropout mask over the length dimension, as T5 does, which needs far fewer random numbers."""
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The kind of each layer."""
+        """Kind of each layer."""
         return tuple(self.layer_pattern[number % len(self.layer_pattern)] for number in range(self.num_layers))
 
 
-@configuration
+@config_dataclass
 class ModelConfig:
-    """One or two stacks between a token table and a head over the vocabulary.
+    """One or two stacks between a token embedding table and a language-model head.
 
-    encoder and decoder: an encoder-decoder; decoder alone: a causal or prefix language model (which one is a mask that
-    comes with the batch); encoder alone: a masked language model.
+    encoder and decoder: an encoder-decoder. decoder alone: a causal or prefix language model (the attention mask of the
+    batch decides which). encoder alone: a masked language model.
     """
 
     encoder: StackConfig | None
     decoder: StackConfig | None
-    vocab_size: int
-    """Rows of the token table: the tokenizer's ids, mostly rounded up for the hardware."""
-    pad_id: int | None = 0
-    """Id that stands for no token, where a batch does not say by segment ids which cells are none; None: no id does."""
-    start_id: int = 0
-    """Id that the inputs of a decoder begin with. Runs here are trained with 0; imported models bring theirs."""
+    vocab_size: PositiveInt
+    """Rows of the token embedding table: the tokenizer's ids, usually rounded up for the hardware."""
+    pad_token_id: int | None = 0
+    """Padding id, used when the batch has no segment ids. None: the model has no padding id."""
+    decoder_start_token_id: int = 0
+    """Id that decoder inputs begin with. Models trained here use 0; imported models have their own."""
     eos_ids: tuple[int, ...] = (1,)
     """Ids that end generated text."""
     tie_embeddings: bool = False
-    """The head uses the token table (the decoder's, where there are two)."""
+    """Use the token embedding table (the decoder's, if there are two) as the head's output projection."""
     separate_encoder_embeddings: bool = False
-    """The encoder has a token table of its own, as in T5Gemma; the stacks may then differ in width."""
+    """Give the encoder its own token embedding table, as in T5Gemma; the stacks may then differ in width."""
     scale_embeddings: bool = False
     """Multiply the embeddings by d_model**0.5, as Gemma does."""
-    unscaled_token: int | None = None
-    """Id of a token whose embedding is a parameter of its own and is not scaled: T5Gemma 2's end of an image."""
+    unscaled_embedding_token_id: int | None = None
+    """Id of a token whose embedding is a separate parameter that is not scaled: T5Gemma 2's end-of-image token."""
     scale_logits: bool = False
     """Multiply the head's input by d_model**-0.5, as T5 1.0 does with its tied table."""
-    logits_softcap: float | None = None
-    """Logits l become c tanh(l / c) with this c."""
-    embedding_stddev: float = 1.0
-    """Standard deviation of the token table at the start."""
-    embedding_width: int | None = None
-    """Columns of the token table, of learned positions and of the embeddings' norm, where these are not d_model wide:
-    each stack then begins with a projection."""
+    logits_softcap: PositiveFloat | None = None
+    """Replace the logits l by c tanh(l / c), with this value as c."""
+    embedding_stddev: PositiveFloat = 1.0
+    """Standard deviation of the initial token embedding table."""
+    head_init_scale: NonNegativeFloat = 1.0
+    """Factor on the initial values of an untied output projection, whose standard deviation is width**-0.5."""
+    embedding_dim: PositiveInt | None = None
+    """Width of the token embedding table, of learned positions and of the embedding norm, if it is not d_model: each
+    stack then begins with a projection."""
     embedding_norm: bool = False
-    """Normalise the embeddings (after positions are added), as BERT does."""
-    head_transform: bool = False
-    """BERT's masked-LM head: dense, activation, norm, before the output projection. The dense layer goes to the token
-    table's width."""
+    """Normalize the embeddings (after positions are added), as BERT does."""
+    lm_head_transform: bool = False
+    """BERT's masked-LM head: dense layer, activation and norm before the output projection. The dense layer projects to
+    the width of the token embedding table."""
     head_bias: bool = False
-    task_head: TaskHead | None = None
-    """In the place of the head over the vocabulary: of an encoder, or of a decoder alone."""
+    task_head: TaskHeadConfig | None = None
+    """Head in place of the language-model head, for an encoder alone or a decoder alone."""
     generator: StackConfig | None = None
     """ELECTRA (Clark et al. 2020): a smaller encoder, a quarter to half as wide, that is trained to fill in the masked
-    tokens. The model's own encoder then reads the text with samples of it in their place and says of each token whether
-    it was replaced. The head over the vocabulary is the generator's; the embeddings are shared, and learned positions
-    with them. After training the encoder is the model."""
-    discriminator_loss_weight: float = 50.0
-    """Of the mean over all tokens of the discriminator's cross-entropy; the generator's, over masked tokens, has 1."""
+    tokens. The model's encoder then reads the text with samples of the generator in their place and predicts for each
+    token if it was replaced. The language-model head belongs to the generator; token embeddings and learned positions
+    are shared. After training the encoder is the model."""
+    discriminator_loss_weight: PositiveFloat = 50.0
+    """Weight of the discriminator's cross-entropy, averaged over all tokens. The generator's loss, averaged over the
+    masked tokens, has weight 1."""
     dtype: Dtype = "float32"
     """Type of activations and matrix products. Parameters are always float32."""
-    attention: AttentionImplementation = "reference"
+    attention: str = "reference"
+    """Name of a registered attention backend: reference, xla, cudnn, or one of a plug-in. The registry is that of
+    `kernels.attention`; the name is checked when the model is built."""
     scan_layers: bool = True
-    """Run the stacked layers by `lax.scan`; False unrolls them, which is for debugging. Same parameters either way."""
+    """Run the stacked layers by `lax.scan`. False unrolls them, for debugging; the parameters are the same."""
     remat: Remat = "none"
-    """What the backward pass recomputes per layer: nothing, all but matrix products, or everything."""
+    """Recomputation in the backward pass, by layer: nothing, everything but matrix products, or everything."""
 
     @property
     def architecture(self) -> Architecture:
@@ -210,17 +280,17 @@ class ModelConfig:
 
     @property
     def stacks(self) -> dict[str, StackConfig]:
-        """The stacks that are there, by name, encoder first."""
+        """Stacks of the model by name, encoder first."""
         named = {"encoder": self.encoder, "decoder": self.decoder}
         return {name: stack for name, stack in named.items() if stack is not None}
 
     @property
-    def table_width(self) -> int:
-        """Columns of the token table that the head sees."""
-        return self.embedding_width or next(reversed(self.stacks.values())).d_model
+    def lm_head_width(self) -> int:
+        """Input width of the head's output projection."""
+        return self.embedding_dim or next(reversed(self.stacks.values())).d_model
 
     @property
-    def draws(self) -> bool:
-        """Whether training draws random numbers inside the model: dropout, or a generator's samples."""
+    def uses_rng(self) -> bool:
+        """True if training draws random numbers inside the model: dropout, or a generator's samples."""
         of_head = self.task_head is not None and self.task_head.dropout_rate > 0
         return self.generator is not None or of_head or any(stack.dropout_rate > 0 for stack in self.stacks.values())

@@ -1,59 +1,87 @@
-"""Recipes: where a run's configuration comes from, and how the command line changes single fields of it."""
+"""Recipes: Python files and JSON files that define the configuration of a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import sys
 import traceback
 import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from t5x_like.config.errors import ConfigError, Problem, UserError
+from t5x_like import plugins
 from t5x_like.config.run import RunConfig
 from t5x_like.config.serialization import from_json, to_json
+from t5x_like.errors import ConfigError, ConfigProblem, UserError
+from t5x_like.utils import name_registry, trusted_urls
+from t5x_like.utils.json_reader import parse_json
 
 DEFAULT_FUNCTION = "recipe"
+BASE = "@"
+"""Separator of a recipe and the directory of the model that it starts from: `finetune:classify@runs/base`."""
 _RECIPES = Path("configs/runs")
 _PACKAGE = Path(__file__).parents[1]
 _SHIPPED = (_PACKAGE / "_configs/runs", _PACKAGE.parent / _RECIPES)
-"""The recipes of an installed wheel, and those of a source tree."""
+"""Folders of the shipped recipes: in an installed wheel, and in a source tree."""
 
 
 def load_recipe(reference: str) -> RunConfig:
-    """Reads the run that a recipe describes.
+    """Return the run that a recipe describes.
 
     Args:
-      reference: `FILE.py[:FUNCTION]`, a Python file and the function in it that returns the run (`recipe` by default);
-        `FILE.json`, a resolved configuration, which is parsed and executes nothing; or `NAME[:FUNCTION]`, a file of
-        that name in configs/runs, here or among the shipped ones.
+      reference: `FILE.py[:FUNCTION][@MODEL_DIR]`, a Python file and the function in it that returns the run (`recipe`
+        by default), called with the directory of a model that the run starts from, if one is named;
+        `FILE.json`, a resolved configuration, which executes nothing but plug-ins that the user trusts; or
+        `NAME[:FUNCTION]`, a file of that name in configs/runs, here or among the shipped ones.
 
     Raises:
       ConfigError: no such file or function, or values of the wrong type.
-      UserError: the recipe raised an exception.
+      SafetyError: a configuration in JSON names plug-ins that the user does not trust, or that have been changed.
+      UserError: the recipe or a plug-in raised an exception.
     """
     if reference.endswith(".json"):
         path = Path(reference)
         if not path.is_file():
             raise ConfigError([_missing_file(path)])
-        return from_json(path.read_text(encoding="utf-8", errors="replace"), source=reference)
-    name, _, function = reference.partition(":")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        plugins.admit(text, path.parent, reference)
+        return from_json(text, source=reference)
+    name_and_function, _, base = reference.partition(BASE)
+    name, _, function = name_and_function.partition(":")
     path = _find(name)
-    run = _call(path, function or DEFAULT_FUNCTION)
-    # Through JSON and back: what a function returns is held to the same types as what is read from a file.
+    run = _with_plugins(_call(path, function or DEFAULT_FUNCTION, base), path)
+    # Through JSON and back, so that the result of a function has the same types as a configuration read from a file.
     try:
         text = to_json(run)
     except TypeError as error:
-        raise ConfigError([Problem(name, str(error), "numbers, strings, tuples and configuration classes")]) from None
+        raise ConfigError(
+            [ConfigProblem(name, str(error), "numbers, strings, tuples and configuration classes")]
+        ) from None
+    # The recipe is the user's own code, so the modules and URLs that it names are trusted, too.
+    document = parse_json(text)
+    plugins.trust(plugins.named_modules(document) | trusted_urls.urls_in(document))
     return from_json(text, source=name)
 
 
+def _with_plugins(run: RunConfig, path: Path) -> RunConfig:
+    """Import the plug-ins of a Python recipe; a recipe that registers extensions itself becomes the last of them."""
+    plugins.load_beside([name for name in run.plugins if name != path.name], path.parent)
+    if name_registry.has_registered(_module_name(path)):
+        plugins.adopt(path.name, path)
+        if path.name not in run.plugins:
+            run = dataclasses.replace(run, plugins=(*run.plugins, path.name))
+    return run
+
+
+def _module_name(path: Path) -> str:
+    return f"t5x_like_recipe_{path.stem}"
+
+
 def shipped_recipes() -> list[Path]:
-    """The Python recipes that come with the package."""
+    """Return the Python recipes that are shipped with the package."""
     folder = next((folder for folder in _SHIPPED if folder.is_dir()), None)
     return sorted(folder.glob("*.py")) if folder else []
 
@@ -63,14 +91,14 @@ def _find(name: str) -> Path:
     if path.suffix == ".py":
         if path.is_file():
             return path
-        # A shipped recipe may be named as in the source tree wherever one stands.
+        # A shipped recipe may be named by its path in the source tree, from any working directory.
         shipped = [found for found in shipped_recipes() if _RECIPES / found.name == path]
         if shipped:
             return shipped[0]
         raise ConfigError([_missing_file(path)])
     if path.is_dir():
         fix = f"its configuration is a recipe: {path / 'config.json'}" if (path / "config.json").is_file() else ""
-        raise ConfigError([Problem(name, "a directory", "a recipe, FILE.py[:FUNCTION] or FILE.json", fix)])
+        raise ConfigError([ConfigProblem(name, "a directory", "a recipe, FILE.py[:FUNCTION] or FILE.json", fix)])
     if path.parent == Path("."):
         candidates = [_RECIPES / f"{name}.py", *(found for found in shipped_recipes() if found.stem == name)]
         for candidate in candidates:
@@ -79,7 +107,7 @@ def _find(name: str) -> Path:
     raise ConfigError([_missing_file(path)])
 
 
-def _missing_file(path: Path) -> Problem:
+def _missing_file(path: Path) -> ConfigProblem:
     suffixes = (path.suffix,) if path.suffix in (".py", ".json") else (".py", ".json")
     beside = [found for found in path.parent.glob("*") if found.suffix in suffixes and found.is_file()]
     here = list(_RECIPES.glob("*.py"))
@@ -87,17 +115,20 @@ def _missing_file(path: Path) -> Problem:
     by_stem = {Path(found).stem: found for found in reversed(known)}
     near = [by_stem[stem] for stem in difflib.get_close_matches(path.stem, by_stem, n=3, cutoff=0.5)]
     fix = f"perhaps {' or '.join(near)}" if near else f"recipes here: {', '.join(dict.fromkeys(known)) or 'none'}"
-    return Problem(
-        str(path), "no such recipe", "an existing FILE.py[:FUNCTION], FILE.json or the name of a recipe", fix
+    return ConfigProblem(
+        str(path),
+        "a file of another kind" if path.is_file() else "no such recipe",
+        "an existing FILE.py[:FUNCTION], FILE.json or the name of a recipe",
+        fix,
     )
 
 
-def _call(path: Path, function: str) -> RunConfig:
-    """Executes the file, with its own folder on the path as Python does for a script, and calls the function."""
-    spec = importlib.util.spec_from_file_location(f"t5x_like_recipe_{path.stem}", path)
+def _call(path: Path, function: str, base: str) -> RunConfig:
+    """Execute the file, with its folder on the import path as for a script, and call the function with its base."""
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # As Python does for every module it imports: a dataclass in the recipe looks itself up there.
+    # As for every imported module: a dataclass in the recipe looks up its own module here.
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.resolve()))
     try:
@@ -108,9 +139,10 @@ def _call(path: Path, function: str) -> RunConfig:
             near = difflib.get_close_matches(function, there, n=1)
             fix = f"perhaps {path}:{near[0]}" if near else f"functions there: {', '.join(there) or 'none'}"
             raise ConfigError(
-                [Problem(str(path), f"no function {function!r}", "a function that returns a RunConfig", fix)]
+                [ConfigProblem(str(path), f"no function {function!r}", "a function that returns a RunConfig", fix)]
             )
-        run = make()
+        _check_base(f"{path}:{function}", make, base)
+        run = make(Path(base)) if base else make()
     except UserError:
         raise
     except (Exception, SystemExit) as error:
@@ -118,8 +150,21 @@ def _call(path: Path, function: str) -> RunConfig:
     finally:
         sys.path.remove(str(path.parent.resolve()))
     if not isinstance(run, RunConfig):
-        raise ConfigError([Problem(f"{path}:{function}", f"a {type(run).__name__}", "a RunConfig as its result")])
+        raise ConfigError(
+            [ConfigProblem(f"{path}:{function}", f"a value of type {type(run).__name__}", "a RunConfig as its result")]
+        )
     return run
+
+
+def _check_base(where: str, make: Callable[..., RunConfig], base: str) -> None:
+    """Raise ConfigError if a function that takes the directory of a model gets none, or the reverse."""
+    takes_base = bool(inspect.signature(make).parameters)
+    if takes_base and not base:
+        fix = "name it by --from MODEL_DIR"
+        raise ConfigError([ConfigProblem(where, "no model", "the directory of the model that it starts from", fix)])
+    if base and not takes_base:
+        expected = "a recipe that starts from a model: a function with one parameter"
+        raise ConfigError([ConfigProblem(where, f"a function without parameters, with --from {base}", expected)])
 
 
 def _functions(module: types.ModuleType) -> list[str]:
@@ -131,122 +176,11 @@ def _functions(module: types.ModuleType) -> list[str]:
 
 
 def _place(error: BaseException, path: Path) -> str:
-    """The exception with the line of the recipe that it came from."""
+    """Return the exception as text, with the line of the recipe that raised it."""
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
         return f"{kind} at {error.filename}:{error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    place = f" at {path}:{lines[-1]}" if lines else ""
-    return f"{kind}{place}: {error}"
-
-
-def apply_overrides(run: RunConfig, arguments: Sequence[str], *, options: Sequence[str] = ()) -> RunConfig:
-    """`run` with single fields replaced, as by `--training.num-train-steps 200 --data.corpus.files a.txt b.txt`.
-
-    Values are parsed by the type of their field; hyphens and underscores are the same. Objectives are addressed by
-    their index, as in `--data.mixture.0.rate 2`. `--help` prints all fields and exits.
-
-    Args:
-      run: The recipe's run.
-      arguments: The overrides.
-      options: Other options of the command, which a mistyped one may have meant.
-
-    Raises:
-      ConfigError: unknown fields, all of them listed, each with the nearest known ones.
-      SystemExit: a value that its field's type does not take; the code is 2 and the message is on stderr.
-    """
-    arguments = list(arguments)
-    if not arguments:
-        return run
-    if "--help" not in arguments:
-        problems = _unknown_keys(run, arguments, options)
-        if problems:
-            raise ConfigError(problems)
-    import tyro
-
-    # The recipe decides which class stands in a union (the optimizer, an objective); its fields can be overridden.
-    changed: RunConfig = tyro.cli(
-        RunConfig,
-        args=arguments,
-        default=run,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        prog="t5x-like COMMAND RECIPE",
-        description="Fields of the configuration, with the recipe's values as defaults.",
-    )
-    return changed
-
-
-def _unknown_keys(run: RunConfig, arguments: Sequence[str], options: Sequence[str]) -> list[Problem]:
-    fields = dict(_fields(run))
-    problems = []
-    values_left = 0.0
-    for argument in arguments:
-        is_option = argument.startswith("--")
-        if not is_option and values_left >= 1:
-            values_left -= 1
-            continue
-        word, has_value, value = argument.partition("=")
-        field = word.lstrip("-").replace("-", "_")
-        if is_option and field in fields:
-            values_left = 0 if has_value else fields[field]
-            continue
-        # The words after an unknown option are taken to be its value.
-        values_left = float("inf") if is_option else 0
-        group = [_option(path) for path in fields if path.startswith(f"{field}.")]
-        if not is_option and not has_value:
-            problems.append(Problem(argument, "a word that belongs to no option", "overrides as --FIELD VALUE"))
-        elif not is_option and field in fields:
-            problems.append(Problem(argument, "no leading --", f"{_option(field)} {value}"))
-        elif group:
-            problems.append(Problem(word, "a group of fields", f"one of its fields: {', '.join(group)}"))
-        else:
-            near = _nearest(word, [*options, *(_option(path) for path in fields)])
-            problems.append(Problem(word, "no such option", f"a field of the recipe, perhaps {' or '.join(near)}"))
-    return problems
-
-
-def _option(path: str) -> str:
-    return f"--{path.replace('_', '-')}"
-
-
-def _fields(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Dotted path of every field that can be overridden, and how many words its value may have."""
-    if dataclasses.is_dataclass(value):
-        hints = typing.get_type_hints(type(value))
-        children = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-        # An empty tuple of sections and a section that is not there have no fields to override.
-        children = [
-            (name, child) for name, child in children if child not in ((), None) or not _holds_sections(hints[name])
-        ]
-    elif isinstance(value, tuple) and value and all(dataclasses.is_dataclass(item) for item in value):
-        children = [(str(index), item) for index, item in enumerate(value)]
-    else:
-        yield path, float("inf") if isinstance(value, tuple) else 1
-        return
-    for name, child in children:
-        yield from _fields(child, f"{path}.{name}" if path else name)
-
-
-def _holds_sections(hint: Any) -> bool:
-    """Whether a field's type is a tuple of configurations, or a configuration or None."""
-    return any(dataclasses.is_dataclass(kind) or _holds_sections(kind) for kind in typing.get_args(hint))
-
-
-def _nearest(mistyped: str, options: Sequence[str]) -> list[str]:
-    """Up to three options most like a mistyped one: by spelling of the whole, or of the last part or its initials."""
-    mistyped = f"--{mistyped.lstrip('-').replace('_', '-')}"
-
-    def likeness(option: str) -> float:
-        last, wanted = option.rpartition(".")[2].lstrip("-"), mistyped.rpartition(".")[2].lstrip("-")
-        initials = "".join(word[:1] for word in last.split("-"))
-        whole = difflib.SequenceMatcher(None, mistyped, option).ratio()
-        return whole + max(
-            difflib.SequenceMatcher(None, wanted, last).ratio(), len(initials) > 1 and wanted == initials
-        )
-
-    scores = {option: likeness(option) for option in options}
-    best = max(scores.values())
-    return sorted((option for option in scores if scores[option] > 0.8 * best), key=scores.__getitem__, reverse=True)[
-        :3
-    ]
+    location = f" at {path}:{lines[-1]}" if lines else ""
+    return f"{kind}{location}: {error}"

@@ -1,4 +1,4 @@
-"""Optimization: the loss, the optimizer, its schedule, and how long to train."""
+"""Training: number of steps, batch size, optimizer, learning-rate schedule and loss."""
 
 from __future__ import annotations
 
@@ -6,108 +6,129 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from t5x_like.config.base import configuration
+from t5x_like.config.bounds import (
+    ClosedUnitFloat,
+    NonEmptyStr,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitFloatAboveZero,
+    UnitFloatBelowOne,
+)
+from t5x_like.config.dataclass import config_dataclass
+from t5x_like.config.optimizers import AdafactorConfig, Optimizer
+
+NonEmptyPatterns = Annotated[
+    tuple[str, ...], pydantic.Field(min_length=1, description="one regular expression or more")
+]
 
 
-@configuration
-class Adafactor:
-    """Adafactor with T5X's semantics: no momentum, second moments factored by logical axis, update clipping, and steps
-    relative to each parameter's own scale (Shazeer and Stern 2018; T5X's `adafactor.py`)."""
-
-    kind: Literal["adafactor"] = "adafactor"
-    decay_rate: float = 0.8
-    """beta2 at step t is 1 - t**-decay_rate."""
-    clipping_threshold: float | None = 1.0
-    """Upper bound on the root mean square of an update."""
-    multiply_by_parameter_scale: bool = True
-    epsilon1: float = 1e-30
-    epsilon2: float = 1e-3
-    """Lower bound on a parameter's scale."""
-    min_dim_size_to_factor: int = 128
-    momentum: float | None = None
-    weight_decay: float = 0.0
-
-
-@configuration
-class AdamW:
-    """Adam with decoupled weight decay."""
-
-    kind: Literal["adamw"] = "adamw"
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """Applied to matrices only, not to norms, biases and relative-position tables."""
-    rms_scaled: bool = False
-    """Scale each update by the root mean square of its parameter, which T5 needs to train with Adam (nanoT5)."""
-
-
-Optimizer = Annotated[Adafactor | AdamW, pydantic.Field(discriminator="kind")]
-
-
-@configuration
-class Schedule:
-    """Learning rate by step.
+@config_dataclass
+class ScheduleConfig:
+    """Learning-rate schedule.
 
     constant: linear warm-up, then `learning_rate`.
-    rsqrt: learning_rate / sqrt(max(step, warmup_steps)), T5's law: flat, with no ramp, until warmup_steps.
+    rsqrt: learning_rate / sqrt(max(step, warmup_steps)), T5's schedule: constant, without a ramp, until warmup_steps.
     cosine: linear warm-up, then half a cosine down to `final_fraction` of the peak at `decay_steps`.
-    wsd: linear warm-up, stable, then linear over the last `cooldown_fraction` of `decay_steps` to `final_fraction`.
+    wsd: linear warm-up, stable, then a cooldown over the last `cooldown_fraction` of `decay_steps` to `final_fraction`.
     """
 
     kind: Literal["constant", "rsqrt", "cosine", "wsd"] = "rsqrt"
-    learning_rate: float = 1.0
-    warmup_steps: int = 10_000
-    decay_steps: int | None = None
-    """Step at which the decay ends; None means training.num_train_steps."""
-    cooldown_fraction: float = 0.2
-    final_fraction: float = 0.0
+    learning_rate: PositiveFloat = 1.0
+    warmup_steps: NonNegativeInt = 10_000
+    decay_steps: PositiveInt | None = None
+    """Step at which the decay ends; None: training.num_train_steps."""
+    cooldown_fraction: UnitFloatAboveZero = 0.2
+    cooldown_shape: Literal["linear", "one_minus_sqrt", "cosine", "square"] = "linear"
+    """Decay of wsd as a function of the fraction x of the cooldown that has passed: linear: 1 - x. one_minus_sqrt:
+    1 - sqrt(x), the best shape in the comparison of Hägele et al. 2024. cosine: (1 + cos(pi x)) / 2. square:
+    1 - x**2."""
+    final_fraction: ClosedUnitFloat = 0.0
 
 
-@configuration
-class Freeze:
-    """Parameters that do not train: they have no optimizer state and no part in the gradient's norm."""
+@config_dataclass
+class FreezeConfig:
+    """Frozen parameters: they have no optimizer state and are excluded from the gradient norm."""
 
-    paths: tuple[str, ...]
-    """Regular expressions; a parameter is meant whose whole path one of them matches, as in
-    `encoder/layers/self_attention/query/kernel`. One that matches none is refused."""
-    until_step: int | None = None
-    """The step at which they begin to train, as in a run that begins there; None: never."""
+    paths: NonEmptyPatterns
+    """Regular expressions for whole paths of parameters, such as `encoder/layers/self_attention/query/kernel`. A
+    pattern that matches no parameter is refused."""
+    until_step: PositiveInt | None = None
+    """Step at which the parameters start to train, as in a run that starts there; None: never."""
 
 
-@configuration
+@config_dataclass
+class LearningRateGroup:
+    """Parameters with a learning rate of their own."""
+
+    paths: NonEmptyPatterns
+    """Regular expressions for whole paths of parameters, such as `token_embedder/.*`. A pattern that matches no
+    parameter is refused."""
+    factor: PositiveFloat
+    """Factor on the learning rate of the schedule."""
+
+
+@config_dataclass
 class LoraConfig:
     """Low-rank adapters (Hu et al. 2021): kernels W + (alpha / rank) A B, of which only A and B are trained.
 
-    Checkpoints hold the adapters and the optimizer's state of them. The base is known by its numbers, not by its place.
+    Checkpoints contain the adapters and their optimizer state. The base is identified by the values of its parameters,
+    not by its path.
     """
 
-    base: str
-    """Directory of the parameters W: a run, or what `t5x-like convert` wrote."""
-    rank: int = 8
-    alpha: float = 16.0
-    paths: tuple[str, ...] = (r".*attention/(query|value)/kernel",)
-    """Regular expressions for whole paths of kernels, as in `decoder/layers/mlp/wo/kernel`. All layers of a stack are
-    one kernel, and so are all experts."""
+    base: NonEmptyStr
+    """Directory of the parameters W: a run, or the output of `t5x-like convert`."""
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    paths: NonEmptyPatterns = (r".*attention/(query|value)/kernel",)
+    """Regular expressions for whole paths of kernels, such as `decoder/layers/mlp/wo/kernel`. The kernels of all layers
+    of a stack are one array, and so are those of all experts."""
 
 
-@configuration
+@config_dataclass
+class GuardConfig:
+    """Guard of the training state: steps that are rejected, and what follows.
+
+    A step is rejected, and leaves parameters and optimizer state as they are, if its loss, its gradient or its update
+    is not finite, or if it is a spike.
+    """
+
+    policy: Literal["skip", "abort", "rollback"] = "skip"
+    """skip: go on with the next step. abort: end the run. rollback: restore the newest healthy checkpoint and go on
+    after the rows of the rejected step. A run also ends when all steps of a logging interval are rejected."""
+    spike_threshold: PositiveFloat | None = None
+    """A step is a spike if its loss or the norm of its update exceeds the median of the applied steps before it by more
+    than this number of standard deviations, estimated as 1.4826 times the median absolute deviation. None: no step."""
+    spike_window: Annotated[int, pydantic.Field(ge=8, le=4096)] = 128
+    """Number of applied steps of that median. There are no spikes before it is full."""
+    max_rollbacks: NonNegativeInt = 3
+    """Number of rollbacks after which the run ends instead."""
+
+
+@config_dataclass
 class TrainingConfig:
-    num_train_steps: int
-    batch_size: int
-    """Rows of a global batch: of one optimizer step, over all devices and accumulation steps."""
-    gradient_accumulation_steps: int = 1
-    """Parts in which a step's batch goes through the model. The result is that of the whole batch."""
-    optimizer: Optimizer = Adafactor()
-    schedule: Schedule = Schedule()
-    max_gradient_norm: float | None = 1.0
-    """Global norm to which the gradient of the mean loss is clipped; None for no clipping."""
-    z_loss: float = 1e-4
-    """Coefficient of log(Z)**2, which keeps the logits' normaliser near 1."""
-    label_smoothing: float = 0.0
-    freeze: tuple[Freeze, ...] = ()
-    """What does not train. Where several entries name a parameter, the first counts."""
+    num_train_steps: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+    global_batch_size: PositiveInt
+    """Number of rows of one optimizer step, over all devices and gradient accumulation steps."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Number of parts in which a step's batch is processed. The result equals that of the whole batch."""
+    optimizer: Optimizer = AdafactorConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    max_gradient_norm: PositiveFloat | None = 1.0
+    """Global norm to which the gradient of the mean loss is clipped; None: no clipping."""
+    z_loss: ClosedUnitFloat = 1e-4
+    """Coefficient of log(Z)**2, which keeps the normalizer Z of the softmax near 1."""
+    label_smoothing: UnitFloatBelowOne = 0.0
+    learning_rate_groups: tuple[LearningRateGroup, ...] = ()
+    """Parameters with another learning rate. If several entries match a parameter, the first one applies."""
+    ema_decay: UnitFloatBelowOne | None = None
+    """Decay of an exponential moving average of the parameters, at most (1 + step) / (10 + step); None: no average. The
+    average is evaluated, and other commands read it from checkpoints."""
+    guard: GuardConfig = GuardConfig()
+    freeze: tuple[FreezeConfig, ...] = ()
+    """Parameters that do not train. If several entries match a parameter, the first one applies."""
     lora: LoraConfig | None = None
-    """Train adapters beside a frozen base instead of all parameters."""
-    seed: int = 0
-    """Of the parameters' initial values and of dropout."""
+    """Train adapters on a frozen base model instead of all parameters."""
+    seed: Seed = 0
+    """Seed of the initial parameters and of dropout."""

@@ -1,1 +1,1 @@
-"""Text out of a trained model: prompts, the decode loop over a key/value cache, sampling."""
+"""Decoding: text from a trained model, by a loop over a key/value cache with sampling, beam search or speculation."""

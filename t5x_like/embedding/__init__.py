@@ -1,1 +1,1 @@
-"""Texts to vectors: `t5x-like embed`."""
+"""Embedding of texts as vectors: `t5x-like embed`."""

@@ -1,1 +1,1 @@
-"""How good a trained model is on held-out text, and beside what."""
+"""Evaluation of trained models: held-out loss, metrics of Tasks, lm-eval, and comparison of checkpoints."""

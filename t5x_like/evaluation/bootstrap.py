@@ -1,8 +1,8 @@
-"""How far a metric would move with other examples of the same kind: bootstrap intervals (Efron 1979), by percentiles.
+"""Bootstrap percentile intervals of metrics (Efron 1979, "Bootstrap Methods: Another Look at the Jackknife").
 
-The examples of draw number k depend on k and on how many examples there are, and on nothing else. So the draws of two
-models over the same examples belong together, and their differences have the interval of the paired bootstrap (Koehn
-2004).
+The resampled examples of draw k are a function of k and the number of examples. The draws of two models over the same
+examples are therefore paired, and their differences give the interval of the paired bootstrap (Koehn 2004, "Statistical
+Significance Tests for Machine Translation Evaluation").
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from t5x_like.utils.type_aliases import FloatArray
+
 DRAWS = 1000
 LEVEL = 0.95
-Floats = npt.NDArray[np.float64]
 
 
 def draws(examples: int, count: int = DRAWS) -> Iterator[npt.NDArray[np.int64]]:
-    """The examples of each draw: [examples] places, with repetition."""
+    """Yield the indices of each draw: [examples], drawn with replacement."""
     for number in range(count):
         yield np.random.default_rng([examples, number]).integers(examples, size=examples)
 
 
-def interval(values: Sequence[float] | Floats, level: float = LEVEL) -> tuple[float, float] | None:
-    """The central `level` of the draws that are finite; None for fewer than 20 of them, which say too little."""
+def interval(values: Sequence[float] | FloatArray, level: float = LEVEL) -> tuple[float, float] | None:
+    """Return the central `level` of the finite values, or None if there are fewer than 20 finite values."""
     finite = np.asarray(values, np.float64)
     finite = finite[np.isfinite(finite)]
     if len(finite) < 20:
@@ -36,7 +37,7 @@ def interval(values: Sequence[float] | Floats, level: float = LEVEL) -> tuple[fl
     return float(low), float(high)
 
 
-def of_metric(
+def metric_draws(
     metric: Callable[[Sequence[Any], Sequence[Any]], Mapping[str, Any]],
     targets: Sequence[Any],
     outputs: Sequence[Any],
@@ -45,36 +46,40 @@ def of_metric(
     seconds: float = 5.0,
     fewest: int = 40,
 ) -> dict[str, list[float]]:
-    """Any metric on each draw of examples, by the metric's names.
+    """Return the values of a metric on each draw of examples, by the metric's names.
 
     Args:
-      seconds: Of processor time, after which no draw but the `fewest` first ones is begun: a slow metric gets fewer.
+      metric: Maps targets and outputs to values by name.
+      count: Number of draws.
+      seconds: Processor time after which no further draw is begun, except for the first `fewest`: slow metrics get
+        fewer draws.
+      fewest: Smallest number of draws.
 
     Returns:
-      What is no number is left out; a draw for which the metric has no value is nan.
+      Values [draws] by name. Values that are not numbers are left out; a draw without a value is nan.
     """
-    found: dict[str, list[float]] = {}
+    values_of: dict[str, list[float]] = {}
     begun = time.process_time()
-    for number, places in enumerate(draws(len(targets), count)):
+    for number, indices in enumerate(draws(len(targets), count)):
         if number >= fewest and time.process_time() - begun > seconds:
             break
         try:
-            values = metric([targets[i] for i in places], [outputs[i] for i in places])
-        except Exception:  # A user's own function: of a draw of one class only, say.
+            values = metric([targets[i] for i in indices], [outputs[i] for i in indices])
+        except Exception:  # A user's own function may fail, e.g. on a draw with examples of a single class.
             values = {}
         numbers = {name: float(value) for name, value in values.items() if _is_number(value)}
-        for name in {*found, *numbers}:
-            series = found.setdefault(name, [math.nan] * number)
+        for name in {*values_of, *numbers}:
+            series = values_of.setdefault(name, [math.nan] * number)
             series.append(numbers.get(name, math.nan))
-    return found
+    return values_of
 
 
-def of_ratio(sums_N: Floats, weights_N: Floats, *, count: int = DRAWS) -> Floats:
-    """sum of sums / sum of weights on each draw [count]: a mean loss, or bits over bytes."""
+def ratio_draws(sums_N: FloatArray, weights_N: FloatArray, *, count: int = DRAWS) -> FloatArray:
+    """Return the sum of sums over the sum of weights on each draw [count], e.g. a mean loss or bits per byte."""
     values = np.full(count, np.nan)
-    for number, places in enumerate(draws(len(sums_N), count)):
-        weight = weights_N[places].sum()
-        values[number] = sums_N[places].sum() / weight if weight else np.nan
+    for number, indices in enumerate(draws(len(sums_N), count)):
+        weight = weights_N[indices].sum()
+        values[number] = sums_N[indices].sum() / weight if weight else np.nan
     return values
 
 

@@ -1,8 +1,9 @@
-"""Two or more evaluated checkpoints side by side: their metrics with intervals, their differences, samples aligned.
+"""Comparison of evaluated checkpoints: metrics with intervals, differences, and aligned samples.
 
-Reads what `eval` has left in the runs' directories. Draws of the bootstrap belong together by their numbers
-(`bootstrap.draws`): where two models were evaluated on the same examples, the differences of their draws are those of
-the paired bootstrap; where not, draws of one are set against other draws of the other, as independent ones are.
+The input is what `eval` has written to the run directories. Draws of the bootstrap are matched by their index
+(`bootstrap.draws`). Where two models were evaluated on the same examples, the differences of their draws give the
+paired bootstrap. Otherwise the draws of one model are matched with other draws of the other model, as independent
+samples.
 """
 
 from __future__ import annotations
@@ -16,25 +17,34 @@ from typing import Any
 
 import numpy as np
 
-from t5x_like.config import ConfigError, DataError, Problem
-from t5x_like.evaluation.asked import Reference
-from t5x_like.evaluation.bootstrap import Floats, interval
-from t5x_like.evaluation.held_out import HELD_OUT, held_out_draws
-from t5x_like.evaluation.records import DETAILS, SAMPLES, read_evaluations, scalars
+from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
+from t5x_like.errors import ConfigError, ConfigProblem, DataError
+from t5x_like.evaluation.bootstrap import interval
+from t5x_like.evaluation.per_example_loss import HELD_OUT, held_out_draws
+from t5x_like.evaluation.results_store import DETAILS, SAMPLES, read_evaluations, scalars
+from t5x_like.utils.json_reader import parse_json, read_json
+from t5x_like.utils.type_aliases import FloatArray
 
-MOST = 6
-"""Runs that a page can tell apart."""
+MAX_RUNS = 6
+"""Largest number of runs that a page can distinguish by color."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """An evaluated checkpoint.
+class EvaluatedCheckpoint:
+    """Evaluated checkpoint.
 
     Attributes:
-      values: Numbers by name, as of `records.scalars`.
-      draws: Of the metrics that were drawn, [draws] each.
-      examples: What the draws of a metric are over: equal for two subjects if their examples are the same.
-      answers: Of each Task, its rows by index.
+      name: Name of the run and step.
+      path: Run directory.
+      step: Step of the checkpoint.
+      config: Configuration of the run.
+      values: Metrics by name, as in `results_store.scalars`.
+      draws: Bootstrap draws [draws] of the metrics that have them.
+      examples: Identity of the examples that the draws of a metric resample: equal for two checkpoints that were
+        evaluated on the same examples.
+      held_out: Identity of the held-out text of each corpus; see `heldout_loss.evaluate_held_out`.
+      samples: Decoded samples, if the checkpoint is the newest evaluated one.
+      answers: Rows of each Task.
     """
 
     name: str
@@ -42,18 +52,25 @@ class Subject:
     step: int
     config: Mapping[str, Any]
     values: Mapping[str, float]
-    draws: Mapping[str, Floats]
+    draws: Mapping[str, FloatArray]
     examples: Mapping[str, Any]
+    held_out: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, str]]
     answers: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """A subject's value of a metric, and how it differs from the first subject's.
+class MetricCell:
+    """Value of a metric for one checkpoint, and its difference from the first checkpoint's.
 
     Attributes:
-      verdict: "better", "worse", "" where the interval of the difference holds 0 or there is none.
+      value: Value; None if the checkpoint does not have the metric.
+      interval: Bootstrap interval of the value.
+      difference: Value minus the first checkpoint's.
+      difference_interval: Bootstrap interval of the difference.
+      paired: The interval of the difference is that of the paired bootstrap.
+      verdict: "better" or "worse"; "" where the interval of the difference contains 0 or there is none.
+      other_text: The two were scored on different held-out text, so that a difference would have no meaning.
     """
 
     value: float | None
@@ -62,35 +79,40 @@ class Cell:
     difference_interval: tuple[float, float] | None = None
     paired: bool = False
     verdict: str = ""
+    other_text: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class MetricRow:
+    """Metric with a cell for each checkpoint."""
+
     name: str
     lower_is_better: bool
-    cells: tuple[Cell, ...]
+    cells: tuple[MetricCell, ...]
 
 
-def read_subject(reference: Reference) -> Subject:
-    """An evaluated checkpoint of a run; without a step, the newest one that is evaluated.
+def read_checkpoint(reference: CheckpointRef) -> EvaluatedCheckpoint:
+    """Read an evaluated checkpoint of a run; without a step, the newest evaluated one.
 
     Raises:
-      ConfigError: the run has not been evaluated there.
+      ConfigError: the run has not been evaluated at the step.
       DataError: a file of the evaluation is malformed.
     """
     path = reference.path
-    found = read_evaluations(path)
-    step = next(iter(reference.steps), max(found, default=None))
-    if step is None or step not in found:
-        steps = ", ".join(map(str, found)) or "none"
-        expected = f"an evaluated step: `t5x-like eval {path}" + ("`" if step is None else f" --step {step}`")
-        raise ConfigError([Problem(str(path), f"steps {steps}" if found else "no evaluation", expected)])
+    if not path.is_dir():
+        raise ConfigError([ConfigProblem(str(path), "no such directory", "the directory of an evaluated run")])
+    evaluations = read_evaluations(path)
+    step = next(iter(reference.steps), max(evaluations, default=None))
+    if step is None or step not in evaluations:
+        steps = ", ".join(map(str, evaluations)) or "none"
+        expected = f"an evaluated step: `t5x-like eval {path}" + ("`" if step is None else f":{step}`")
+        raise ConfigError([ConfigProblem(str(path), f"steps {steps}" if evaluations else "no evaluation", expected)])
     folder = path / DETAILS / str(step)
     rows = _lines(folder / HELD_OUT)
-    draws: dict[str, Floats] = dict(held_out_draws(rows))
+    draws: dict[str, FloatArray] = dict(held_out_draws(rows))
     examples: dict[str, Any] = {name: _digests(rows, name) for name in draws}
     answers = {}
-    for task in found[step].get("tasks", {}):
+    for task in evaluations[step].get("tasks", {}):
         answers[task] = _lines(folder / f"{task}.jsonl")
         document = _document(folder / f"{task}.metrics.json", {})
         for metric, values in document.get("draws", {}).items():
@@ -98,61 +120,91 @@ def read_subject(reference: Reference) -> Subject:
             draws[name] = np.array([_finite(value) for value in values])
             examples[name] = [(row.get("inputs"), json.dumps(row.get("target"))) for row in answers[task]]
     samples = _document(path / SAMPLES, [])
-    newest = step == max(found)
-    return Subject(
+    newest = step == max(evaluations)
+    return EvaluatedCheckpoint(
         name=f"{_document(path / 'config.json', {}).get('name') or path.name}, step {step:,}",
         path=path,
         step=step,
         config=_document(path / "config.json", {}),
-        values=scalars(found[step]),
+        values=scalars(evaluations[step]),
         draws=draws,
         examples=examples,
+        held_out=evaluations[step].get("held_out", []),
         samples=[sample for sample in samples if isinstance(sample, dict)] if newest else [],
         answers=answers,
     )
 
 
-def compare(subjects: Sequence[Subject]) -> list[MetricRow]:
-    """All metrics of all subjects, in the order in which they come; perplexity, which says what the loss says, is left
-    out."""
-    names = dict.fromkeys(name for subject in subjects for name in subject.values)
+def compare(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[MetricRow]:
+    """Return all metrics of all checkpoints, without perplexity, which follows from the loss."""
+    names = dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.values)
     return [
-        MetricRow(name, lower_is_better(name), tuple(_cell(name, subjects[0], subject) for subject in subjects))
+        MetricRow(
+            name, lower_is_better(name), tuple(_cell(name, checkpoints[0], checkpoint) for checkpoint in checkpoints)
+        )
         for name in names
         if not name.startswith("perplexity/")
     ]
 
 
 def lower_is_better(name: str) -> bool:
-    """Of losses and bits; what a Task reports is taken for the better the higher it is, unless its name says loss."""
+    """Return True for losses, bits and error rates, by name. Other metrics are better the higher they are."""
     words = name.lower().replace("/", " ").replace("_", " ").split()
     return any(word in ("loss", "bits", "perplexity", "error", "wer", "cer") for word in words)
 
 
-def _cell(name: str, first: Subject, subject: Subject) -> Cell:
-    value, base = subject.values.get(name), first.values.get(name)
-    own = subject.draws.get(name)
-    drawn = None if own is None else interval(own)
-    if subject is first or value is None or base is None:
-        return Cell(value, drawn)
-    theirs = first.draws.get(name)
-    if own is None or theirs is None:
-        return Cell(value, drawn, value - base)
-    paired = first.examples.get(name) == subject.examples.get(name)
-    count = min(len(own), len(theirs))
-    differences = own[:count] - (theirs[:count] if paired else theirs[:count][::-1])
-    around = interval(differences)
+def _cell(name: str, first: EvaluatedCheckpoint, checkpoint: EvaluatedCheckpoint) -> MetricCell:
+    value, base = checkpoint.values.get(name), first.values.get(name)
+    draws = checkpoint.draws.get(name)
+    value_interval = None if draws is None else interval(draws)
+    if checkpoint is first or value is None or base is None:
+        return MetricCell(value, value_interval)
+    if not _same_text(name, first, checkpoint):
+        return MetricCell(value, value_interval, other_text=True)
+    first_draws = first.draws.get(name)
+    if draws is None or first_draws is None:
+        return MetricCell(value, value_interval, value - base)
+    paired = first.examples.get(name) == checkpoint.examples.get(name)
+    count = min(len(draws), len(first_draws))
+    # Reversing the first checkpoint's draws pairs different draws, which are independent.
+    differences = draws[:count] - (first_draws[:count] if paired else first_draws[:count][::-1])
+    difference_interval = interval(differences)
     verdict = ""
-    if around is not None and (around[0] > 0 or around[1] < 0):
-        verdict = "better" if (around[1] < 0) == lower_is_better(name) else "worse"
-    return Cell(value, drawn, value - base, around, paired, verdict)
+    if difference_interval is not None and (difference_interval[0] > 0 or difference_interval[1] < 0):
+        verdict = "better" if (difference_interval[1] < 0) == lower_is_better(name) else "worse"
+    return MetricCell(value, value_interval, value - base, difference_interval, paired, verdict)
 
 
-def aligned_samples(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
-    """Held-out samples that more than one subject has: denoiser, inputs, targets, and each one's prediction or None."""
+def _same_text(name: str, first: EvaluatedCheckpoint, other: EvaluatedCheckpoint) -> bool:
+    """Return whether two checkpoints' values of a metric are for the same text.
+
+    They always are for Tasks, whose examples are compared one by one. The stores of two tokenizers hold the same
+    held-out text if their numbers of documents and of bytes are equal.
+    """
+    if any(name.startswith(f"{task}/") for task in first.answers):
+        return True
+    if name in first.examples and first.examples[name] == other.examples.get(name):
+        return True
+    if not first.held_out or len(first.held_out) != len(other.held_out):
+        return False
+    return all(
+        one["fingerprint"] == two["fingerprint"]
+        or (
+            one["tokenizer"] != two["tokenizer"]
+            and (one["documents"], one["bytes"]) == (two["documents"], two["bytes"])
+        )
+        for one, two in zip(first.held_out, other.held_out, strict=True)
+    )
+
+
+def aligned_samples(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[dict[str, Any]]:
+    """Return the held-out samples that several checkpoints have: denoiser, inputs, targets, predictions or None."""
     tables = [
-        {(str(s.get("denoiser")), str(s.get("inputs")), str(s.get("targets"))): str(s.get("prediction")) for s in one}
-        for one in (subject.samples for subject in subjects)
+        {
+            (str(s.get("denoiser")), str(s.get("inputs")), str(s.get("targets"))): str(s.get("prediction"))
+            for s in samples
+        }
+        for samples in (checkpoint.samples for checkpoint in checkpoints)
     ]
     keys = dict.fromkeys(key for table in tables for key in table)
     return [
@@ -162,52 +214,56 @@ def aligned_samples(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     ]
 
 
-def aligned_answers(subjects: Sequence[Subject], count: int) -> dict[str, list[dict[str, Any]]]:
-    """Of each Task that more than one subject has on the same examples: the first `count` examples to which they say
-    different things, or else the first ones."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for task in dict.fromkeys(name for subject in subjects for name in subject.answers):
-        tables = [{row.get("index"): row for row in subject.answers.get(task, ())} for subject in subjects]
+def aligned_answers(checkpoints: Sequence[EvaluatedCheckpoint], count: int) -> dict[str, list[dict[str, Any]]]:
+    """Return up to `count` examples of each Task that several checkpoints were evaluated on, with all predictions.
+
+    Examples with different predictions come first.
+    """
+    aligned: dict[str, list[dict[str, Any]]] = {}
+    for task in dict.fromkeys(name for checkpoint in checkpoints for name in checkpoint.answers):
+        tables = [{row.get("index"): row for row in checkpoint.answers.get(task, ())} for checkpoint in checkpoints]
         rows = []
         for index in dict.fromkeys(index for table in tables for index in table):
-            there = [table.get(index) for table in tables]
-            known = [row for row in there if row is not None]
-            same = {(row.get("inputs"), json.dumps(row.get("target"))) for row in known}
-            if len(known) < 2 or len(same) > 1:
+            rows_of_index = [table.get(index) for table in tables]
+            known = [row for row in rows_of_index if row is not None]
+            examples = {(row.get("inputs"), json.dumps(row.get("target"))) for row in known}
+            if len(known) < 2 or len(examples) > 1:
                 continue
-            said = [None if row is None else _said(row) for row in there]
+            predictions = [None if row is None else _prediction(row) for row in rows_of_index]
             rows.append(
                 {
                     "index": index,
                     "inputs": str(known[0].get("inputs", "")),
                     "targets": _text(known[0].get("target")),
-                    "predictions": said,
-                    "differs": len({one for one in said if one is not None}) > 1,
+                    "predictions": predictions,
+                    "differs": len({text for text in predictions if text is not None}) > 1,
                 }
             )
         rows.sort(key=lambda row: not row["differs"])
         if rows:
-            found[task] = rows[:count]
-    return found
+            aligned[task] = rows[:count]
+    return aligned
 
 
-def configuration_differences(subjects: Sequence[Subject]) -> list[tuple[str, list[str]]]:
-    """(field, its value for each subject) where the runs' configurations differ."""
-    flat = [dict(_flat(subject.config)) for subject in subjects]
-    names = dict.fromkeys(name for one in flat for name in one)
-    rows = [(name, [one.get(name, "–") for one in flat]) for name in names if name not in ("name", "schema_version")]
+def configuration_differences(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[tuple[str, list[str]]]:
+    """Return (field, value of each checkpoint) where the configurations of the runs differ."""
+    flat = [dict(_flatten(checkpoint.config)) for checkpoint in checkpoints]
+    names = dict.fromkeys(name for fields in flat for name in fields)
+    rows = [
+        (name, [fields.get(name, "–") for fields in flat]) for name in names if name not in ("name", "schema_version")
+    ]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
         return [
-            pair for key, child in value.items() for pair in _flat(child, f"{prefix}.{key}" if prefix else str(key))
+            pair for key, child in value.items() for pair in _flatten(child, f"{prefix}.{key}" if prefix else str(key))
         ]
     return [(prefix, "none" if value is None else value if isinstance(value, str) else json.dumps(value))]
 
 
-def _said(row: Mapping[str, Any]) -> str:
+def _prediction(row: Mapping[str, Any]) -> str:
     for key in ("output", "prediction", "score"):
         if key in row:
             return _text(row[key])
@@ -219,31 +275,31 @@ def _text(value: Any) -> str:
 
 
 def _digests(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Any]:
-    wanted: Callable[[str], bool] = (
+    matches: Callable[[str], bool] = (
         (lambda name: name.rpartition("/")[2] == "prefix_lm")
         if metric.endswith("bits_per_byte")
         else (lambda name: f"loss/{name}" == metric)
     )
-    return [row.get("digest") for row in rows if wanted(str(row["objective"]))]
+    return [row.get("digest") for row in rows if matches(str(row["objective"]))]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: found no JSON lines ({error}); evaluate the step again") from None
+        raise DataError(f"{path}: found invalid JSON lines ({error}); evaluate the step again") from None
     return [row for row in rows if isinstance(row, dict)]
 
 
 def _document(path: Path, default: Any) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return default
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: found no JSON ({error}); evaluate the step again") from None
+        raise DataError(f"{path}: found invalid JSON ({error}); evaluate the step again") from None
 
 
 def _finite(value: Any) -> float:

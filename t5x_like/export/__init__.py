@@ -1,1 +1,1 @@
-"""Models for other programs: StableHLO with a loader that needs jax alone, weights in fewer bits."""
+"""Export: StableHLO with a loader that needs only jax, int8 weights, and Hugging Face directories."""

@@ -1,12 +1,14 @@
-"""Runs an exported model. Needs jax and nothing else; a copy of this file lies in every exported directory.
+"""Loader of an exported model, which needs jax, NumPy and flatbuffers (`pip install jax flatbuffers`).
+
+Every exported directory has a copy of this file.
 
     from loader import load
 
-    model = load(".")                                     # where manifest.json is
+    model = load(".")                                     # the directory of manifest.json
     model.generate([[37, 405, 1]], max_new_tokens=20)     # token ids in, token ids out, greedy
 
-`model.call(NAME, ...)` calls one function of manifest.json's "functions" on any number of rows; their arguments after
-the weights, and what they return, are described there.
+`model.call(NAME, ...)` calls one function of manifest.json's "functions" on any number of rows. The manifest describes
+its arguments after the weights and its results.
 """
 
 import json
@@ -25,7 +27,7 @@ _DTYPES = {"F32": np.float32, "BF16": jnp.bfloat16, "I8": np.int8}
 
 
 def load(directory: str | Path = Path(__file__).parent) -> "ExportedModel":
-    """Opens a directory that `t5x-like export` wrote, with its weights on jax's first device."""
+    """Load a directory that `t5x-like export` wrote, with its weights on jax's first device."""
     return ExportedModel(Path(directory))
 
 
@@ -33,8 +35,8 @@ class ExportedModel:
     """An exported model.
 
     Attributes:
-      manifest: What manifest.json says: the model's special ids, lengths, functions.
-      weights: By name, on the device.
+      manifest: Contents of manifest.json: special ids, lengths and functions of the model.
+      weights: Weights by name, on the device.
     """
 
     def __init__(self, directory: Path):
@@ -46,17 +48,17 @@ class ExportedModel:
             )
         self.functions = {}
         for name in self.manifest["functions"]:
-            exported = jax.export.deserialize(bytearray((directory / f"{name}.stablehlo").read_bytes()))
-            # What comes in and goes out again, the cache, needs to be in memory once only.
+            exported = _deserialize((directory / f"{name}.stablehlo").read_bytes())
+            # The cache is donated, so that it is in memory only once.
             self.functions[name] = jax.jit(exported.call, donate_argnums=(1,) if name == "decode" else ())
         self.weights = read_weights(directory / "weights.safetensors")
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A function's result on the model's weights and these arguments."""
+        """Return the result of a function on the model's weights and these arguments."""
         return self.functions[name](self.weights, *arguments)
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of several rows as the functions take them: (tokens int32 [B, P], lengths int32 [B])."""
+        """Return rows of token ids as arguments of the functions: (tokens int32 [B, P], lengths int32 [B])."""
         longest = self.manifest["prompt_length"]
         tokens = np.zeros((len(rows), longest), np.int32)
         for tokens_P, row in zip(tokens, rows, strict=True):
@@ -66,10 +68,10 @@ class ExportedModel:
         return tokens, np.array([len(row) for row in rows], np.int32)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """The likeliest continuation of each prompt, token by token, without the token that ends it.
+        """Return the greedy continuation of each prompt, without the token that ends it.
 
         Args:
-          prompts: Token ids. With an encoder, what it reads; else the beginning of the stream, without the start token.
+          prompts: Token ids: inputs of the encoder, or the beginning of a decoder's stream without the start token.
           max_new_tokens: At most manifest.json's "new_tokens".
         """
         manifest = self.manifest
@@ -78,7 +80,9 @@ class ExportedModel:
         if not prompts:
             return []
         has_encoder = manifest["has_encoder"]
-        tokens, lengths = self.pad(prompts if has_encoder else [[manifest["start_id"], *row] for row in prompts])
+        tokens, lengths = self.pad(
+            prompts if has_encoder else [[manifest["decoder_start_token_id"], *row] for row in prompts]
+        )
         result = self.call("prefill", tokens, lengths)
         chosen_by_step: list[np.ndarray] = []
         done = np.zeros(len(prompts), bool)
@@ -94,8 +98,16 @@ class ExportedModel:
         return [[token for token in row if token >= 0] for row in np.stack(chosen_by_step, axis=1).tolist()]
 
 
+def _deserialize(contents: bytes) -> jax.export.Exported:
+    try:
+        return jax.export.deserialize(bytearray(contents))
+    except ImportError as error:
+        # jax imports flatbuffers when it reads an exported function, and does not install it.
+        raise ImportError(f"{error}; install it: pip install flatbuffers") from None
+
+
 def read_weights(path: Path) -> dict[str, jax.Array]:
-    """The tensors of a safetensors file by name, as jax arrays."""
+    """Return the tensors of a safetensors file by name, as jax arrays."""
     data = np.memmap(path, np.uint8, mode="r")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:start].tobytes())

@@ -1,1 +1,1 @@
-"""Other houses' checkpoints: Hugging Face's, read and written without torch or transformers."""
+"""Checkpoints of other frameworks: Hugging Face in both directions, T5X into this one, and warm starts."""

@@ -1,4 +1,4 @@
-"""pytorch_model.bin: a pickle, read by torch alone and only with `weights_only`, which builds nothing but tensors."""
+"""pytorch_model.bin: a pickle, read only by torch with `weights_only`, which creates tensors and nothing else."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.errors import DataError
-from t5x_like.interop.safetensors import Stored
+from t5x_like.errors import DataError
+from t5x_like.interop.safetensors_file import Stored, refuse_lfs_pointer
 
 
 class TorchFile:
-    """A file of named tensors, mapped into memory where its format allows it."""
+    """File of named tensors, mapped into memory if its format allows it."""
 
     def __init__(self, path: Path):
-        """Raises DataError where torch is not installed, or the file holds anything but named tensors."""
+        """Open a file.
+
+        Raises:
+          DataError: torch is not installed, or the file holds anything but named tensors.
+        """
+        refuse_lfs_pointer(path)
         try:
             import torch
         except ImportError:
             raise DataError(
-                f"{path}: reading it takes torch, which is not installed: pip install 't5x-like[hf]', or bring the "
-                "tensors as model.safetensors"
+                f"{path}: reading it requires torch, which is not installed: pip install 't5x-like[hf]', or "
+                "provide the tensors as model.safetensors"
             ) from None
         self.path = path
         try:
@@ -31,9 +36,11 @@ class TorchFile:
                 found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # The format from before torch 1.6 cannot be mapped.
                 found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # What a malformed pickle raises is not bounded.
+        except Exception as error:  # A malformed pickle can raise anything.
             reason = " ".join(str(error).split())[:300]
-            raise DataError(f"{path}: refused: no file of tensors alone ({type(error).__name__}: {reason})") from None
+            raise DataError(
+                f"{path}: refused: expected a file of tensors only ({type(error).__name__}: {reason})"
+            ) from None
         if not isinstance(found, dict):
             raise DataError(f"{path}: holds a {type(found).__name__}, expected named tensors")
         for name, value in found.items():
@@ -46,7 +53,7 @@ class TorchFile:
         }
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """The tensor, read-only."""
+        """Return a tensor, read-only."""
         array = _as_array(self._found[name])
         array.flags.writeable = False
         return array
@@ -56,6 +63,6 @@ def _as_array(tensor: Any) -> npt.NDArray[Any]:
     import torch
 
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # numpy has no such type of its own.
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16.
         return np.asarray(tensor.contiguous().view(torch.int16)).view(jnp.bfloat16)
     return np.asarray(tensor.contiguous())

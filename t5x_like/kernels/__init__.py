@@ -1,1 +1,1 @@
-"""Attention and the loss over the vocabulary, each behind one function. Knows jax only."""
+"""Attention, cross-entropy, matrix products and dropout as functions of arrays, independent of models and configs."""

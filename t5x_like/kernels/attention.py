@@ -1,26 +1,69 @@
-"""Attention behind one function. Masks and T5's relative bias are described, not built, by the caller.
+"""Attention: one function for all backends, and the registry of its backends.
 
-A backend turns the description into what it needs (`masks.prepare`), once for all layers that share it, and attends.
-The backends here materialise: an additive bias [1 or B, H, Q, K] and a mask that is as small as the description allows,
-[1 or B, 1, 1 or Q, K].
+A backend is a module with a class of `kernels.attention_backend.AttentionBackend` and one call of `register_backend`;
+`ModelConfig.attention` names it. A backend that cannot do what a model asks for refuses with its reason; there is no
+fallback to another one.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t5x_like.kernels.masks import Described, Mask, MaskSpec, Prepared, RelativeBias, prepare
-from t5x_like.kernels.random import keep_mask
-from t5x_like.kernels.ring import ring_attention
+from t5x_like.errors import ConfigProblem
+from t5x_like.kernels.attention_backend import (
+    AttentionBackend,
+    AttentionOptions,
+    AttentionRequest,
+    drops_values,
+)
+from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, Mask, MaskSpec
+from t5x_like.kernels.dropout import keep_mask
+from t5x_like.kernels.library_attention import CudnnAttention, XlaAttention
+from t5x_like.kernels.position_bias import RelativeBias
+from t5x_like.kernels.reference_attention import ReferenceAttention
+from t5x_like.utils.name_registry import Registry
 
-Implementation = Literal["reference", "xla", "cudnn"]
+_BACKENDS: Registry[AttentionBackend] = Registry("attention backend")
+
+
+def register_backend(name: str, backend: AttentionBackend) -> None:
+    """Make `backend` available as `ModelConfig.attention = name`.
+
+    Raises:
+      ConfigError: the name is registered already.
+      TypeError: `backend` is not an instance of `AttentionBackend`.
+    """
+    if not isinstance(backend, AttentionBackend):
+        raise TypeError(f"attention backend {name!r}: found {backend!r}, expected an instance of AttentionBackend")
+    _BACKENDS.register(name, backend, defined_by=type(backend))
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names of the registered backends."""
+    return tuple(_BACKENDS)
+
+
+def get_backend(name: str) -> AttentionBackend:
+    """Return the backend of this name.
+
+    Raises:
+      ConfigError: no backend has this name; the message lists the names.
+    """
+    return _BACKENDS.lookup(name, "model.attention")
+
+
+def unknown_backend(name: str) -> ConfigProblem | None:
+    """Return the problem of a name that is not registered, else None."""
+    return None if name in _BACKENDS else _BACKENDS.unknown(name, "model.attention")
+
+
+register_backend("reference", ReferenceAttention())
+register_backend("xla", XlaAttention())
+register_backend("cudnn", CudnnAttention())
 
 
 def attention(
@@ -35,128 +78,80 @@ def attention(
     dropout_rate: float = 0.0,
     dropout_rng: Array | None = None,
     dropout_broadcast_length: bool = False,
-    implementation: Implementation = "reference",
+    backend: str = "reference",
 ) -> Array:
-    """softmax(scale * q k + bias) v over the keys that the mask shows; the softmax is in float32.
+    """Return softmax(scale * q k + bias) v over the visible keys; the softmax is in float32.
 
     Query head i uses key and value head i // (H / G).
 
     Args:
-      k_BxKxGxh, v_BxKxGxh: Keys and values; or those of several sequences, which count as one after the other.
-      mask: Who sees whom; or that and the bias, prepared by `prepare`, which decides whether the sequence is split over
-        devices.
-      softcap: Scores s become softcap * tanh(s / softcap) before bias and mask, as in Gemma 2; "reference" only.
-      relative_bias: T5's bias; not with a prepared mask.
-      dropout_rate: Of the probabilities; without dropout_rng there is none.
+      q_BxQxHxh: Queries.
+      k_BxKxGxh: Keys, or several sequences of keys that count as one, in order.
+      v_BxKxGxh: Values of the same shapes.
+      mask: Description of the mask, or mask and bias as the backend's `prepare_mask` returned them.
+      scale: Factor on the products of queries and keys.
+      softcap: Scores s become softcap * tanh(s / softcap) before bias and mask, as in Gemma 2.
+      relative_bias: T5's bias; only with a `MaskSpec`.
+      dropout_rate: Rate at which probabilities are dropped.
+      dropout_rng: Key of the dropout mask; None: no dropout.
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
-      implementation: "reference" (einsums), "xla" (`jax.nn.dot_product_attention`) or "cudnn" (the same function on
-        NVIDIA's kernels, half precision only). The last two can drop probabilities only where the mask is shared over
-        queries and H = G. A sequence that is split over devices is attended to by `ring_attention`, whatever is named.
+      backend: Name of a registered backend. Built in are "reference" (einsums, and the ring for sequences that are
+        split over devices), "xla" (`jax.nn.dot_product_attention`) and "cudnn" (the same function with NVIDIA's
+        kernels).
 
     Returns:
       [B, Q, H, h] in the type of q.
 
     Raises:
-      ValueError: H is no multiple of G, or the backend cannot do what is asked.
+      ConfigError: there is no such backend.
+      ValueError: H is not a multiple of G, or the backend does not support the request.
     """
-    keys, values = _sequences(k_BxKxGxh), _sequences(v_BxKxGxh)
+    implementation = get_backend(backend)
+    keys, values = _as_sequences(k_BxKxGxh), _as_sequences(v_BxKxGxh)
     lengths = [k.shape[1] for k in keys]
     heads, kv_heads = q_BxQxHxh.shape[2], keys[0].shape[2]
     if heads % kv_heads:
-        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key and value heads")
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key and value heads")
+    # A description is prepared here for callers with one attention. Stacks prepare it once and pass the result to every
+    # layer.
     if isinstance(mask, MaskSpec):
-        mask = prepare(mask, relative_bias, q_BxQxHxh.shape[1], sum(lengths))
+        mask = implementation.prepare_mask(mask, relative_bias, q_BxQxHxh.shape[1], sum(lengths), None)
     if dropout_rate == 0.0:
         dropout_rng = None
-    if dropout_rng is not None and dropout_broadcast_length and heads == kv_heads:
-        # sum_k p_qk m_k v_k: a mask without a query axis belongs to the values, which are far fewer numbers.
+    if dropout_rng is not None and drops_values(heads, kv_heads, dropout_broadcast_length):
+        # Drop values instead of probabilities: far fewer numbers, and any backend can do it. One mask is drawn for all
+        # sequences of keys and split, so that it does not depend on how the keys are divided into sequences.
         keep = keep_mask(dropout_rng, 1.0 - dropout_rate, (values[0].shape[0], sum(lengths), kv_heads, 1))
         parts = jnp.split(keep, np.cumsum(lengths)[:-1], axis=1)
         values = [
             jnp.where(part, v / (1.0 - dropout_rate), 0).astype(v.dtype) for part, v in zip(parts, values, strict=True)
         ]
         dropout_rng = None
-    if isinstance(mask, Described):
-        return ring_attention(
-            q_BxQxHxh * scale if scale != 1.0 else q_BxQxHxh,
-            list(zip(keys, values, strict=True)),
-            mask,
-            softcap=softcap,
-            dropout_rate=dropout_rate,
-            dropout_rng=dropout_rng,
-            dropout_broadcast_length=dropout_broadcast_length,
-        )
-    k_BxKxGxh, v_BxKxGxh = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=1) for x in (keys, values))
-    if implementation == "reference":
-        return _reference(
-            q_BxQxHxh,
-            k_BxKxGxh,
-            v_BxKxGxh,
-            mask,
-            scale=scale,
-            softcap=softcap,
-            dropout_rate=dropout_rate,
-            dropout_rng=dropout_rng,
-            dropout_broadcast_length=dropout_broadcast_length,
-        )
-    if softcap is not None:
-        raise ValueError(f'attention="{implementation}" has no softcap: set attention="reference"')
-    if dropout_rng is not None:
-        raise ValueError(
-            f'attention="{implementation}" cannot drop single probabilities (dropout_rate {dropout_rate}): set '
-            "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
-            'attention="reference"'
-        )
-    return jax.nn.dot_product_attention(
-        q_BxQxHxh,
-        k_BxKxGxh,
-        v_BxKxGxh,
-        bias=None if mask.bias is None else mask.bias.astype(q_BxQxHxh.dtype),
-        mask=mask.mask,
-        scale=scale,
-        implementation=implementation,
+    # The request is checked at every call, at trace time. A caller that builds a mask itself cannot bypass what
+    # `attention_problems` checks of a configuration.
+    request = AttentionRequest(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=q_BxQxHxh.shape[3],
+        dtype=str(q_BxQxHxh.dtype),
+        bias="relative" if _has_bias(mask) else "none",
+        softcap=softcap,
+        dropout_rate=0.0 if dropout_rng is None else dropout_rate,
+        dynamic_window=isinstance(mask, BlockwiseMask) and any(k.dynamic_window is not None for k in mask.keys),
+        is_split=isinstance(mask, BlockwiseMask) and mask.split is not None,
     )
+    reason = implementation.supports(request)
+    if reason is not None:
+        raise ValueError(f"attention backend {backend!r}: {reason}")
+    options = AttentionOptions(scale, softcap, dropout_rate, dropout_rng, dropout_broadcast_length)
+    return implementation.attend(q_BxQxHxh, keys, values, mask, options)
 
 
-def _sequences(x: Array | Sequence[Array]) -> list[Array]:
+def _as_sequences(x: Array | Sequence[Array]) -> list[Array]:
     return [x] if isinstance(x, Array) else list(x)
 
 
-def _reference(
-    q_BxQxHxh: Array,
-    k_BxKxGxh: Array,
-    v_BxKxGxh: Array,
-    prepared: Prepared,
-    *,
-    scale: float,
-    softcap: float | None,
-    dropout_rate: float,
-    dropout_rng: Array | None,
-    dropout_broadcast_length: bool,
-) -> Array:
-    rows, q_length, heads, head_dim = q_BxQxHxh.shape
-    kv_length, kv_heads = k_BxKxGxh.shape[1:3]
-    shape = (kv_heads, heads // kv_heads)
-    keep = None
-    if dropout_rng is not None:
-        keep_shape = (rows, *shape, 1 if dropout_broadcast_length else q_length, kv_length)
-        keep = keep_mask(dropout_rng, 1.0 - dropout_rate, keep_shape)
-
-    # The backward pass computes the probabilities again: less work than to write and read [B, H, Q, K] once.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def attend(q: Array, k: Array, v: Array, prepared: Prepared, keep: Array | None) -> Array:
-        scores = jnp.einsum("bqgrh,bkgh->bgrqk", q, k, preferred_element_type=jnp.float32)
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        if prepared.bias is not None:
-            bias = prepared.bias
-            scores = scores + bias.reshape(bias.shape[0], *shape, *bias.shape[2:])
-        if prepared.mask is not None:
-            scores = jnp.where(prepared.mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-        probabilities = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        if keep is not None:
-            probabilities = jnp.where(keep, probabilities / (1.0 - dropout_rate), 0).astype(probabilities.dtype)
-        return jnp.einsum("bgrqk,bkgh->bqgrh", probabilities, v)
-
-    q = (q_BxQxHxh * scale if scale != 1.0 else q_BxQxHxh).reshape(rows, q_length, *shape, head_dim)
-    return attend(q, k_BxKxGxh, v_BxKxGxh, prepared, keep).reshape(q_BxQxHxh.shape)
+def _has_bias(mask: Mask) -> bool:
+    if isinstance(mask, DenseMask):
+        return mask.bias is not None
+    return any(keys.relative_bias is not None for keys in mask.keys)

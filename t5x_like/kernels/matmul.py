@@ -1,4 +1,4 @@
-"""The product of activations with a parameter, with a backward pass whose operands need no transposed copies."""
+"""Product of activations with a parameter, with a backward pass that needs no transposed copies of its operands."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from jax import Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x: Array, kernel: Array, contracted: int, dtype: jnp.dtype) -> Array:
-    """Contracts the last `contracted` dimensions of x with the first ones of kernel, in the type of x.
+    """Contract the last `contracted` dimensions of x with the first ones of kernel, in the type of x.
 
-    JAX's own rule writes the kernel's gradient with the cotangent first, for which XLA transposes the cotangent of all
-    tokens in memory; on CPU that costs more than the product. Here x comes first, as cotangents are laid out already.
+    JAX's own rule computes the kernel's gradient with the cotangent as first operand, for which XLA transposes the
+    cotangent of all tokens in memory; on CPU that costs more than the product. Here x is the first operand, which
+    matches the layout that both already have.
 
     Args:
-      x: [..., inputs], float.
-      kernel: [inputs, outputs], float32 or the type of x; cast to that.
-      dtype: Of the result. Its cotangent is cast to the type of x for the backward products; the kernel's gradient is
-        accumulated and returned in the kernel's own type.
+      x: float [..., inputs].
+      kernel: [inputs, outputs], float32 or the type of x; cast to the type of x.
+      contracted: Number of contracted dimensions.
+      dtype: Type of the result. The result's cotangent is cast to the type of x for the backward products; the kernel's
+        gradient is accumulated and returned in the kernel's own type.
 
     Returns:
       [..., outputs] in `dtype`.
@@ -41,7 +43,7 @@ def _last(x: Array, count: int) -> range:
 
 
 def _forward(x: Array, kernel: Array, contracted: int, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    # The product itself and not `matmul` again: a remat policy that keeps products does not see into the latter.
+    # `_product` and not `matmul`: a remat policy that keeps products does not look inside a custom_vjp.
     return _product(x, kernel, contracted, dtype), (x, kernel)
 
 
@@ -51,9 +53,11 @@ def _backward(
     x, kernel = residuals
     g = cotangent.astype(x.dtype)
     outputs = kernel.ndim - contracted
-    rows = range(x.ndim - contracted)
+    tokens = range(x.ndim - contracted)
+    # Both gradients contract without moving dimensions: d_x = g kernel^T over the outputs, d_kernel = x^T g over the
+    # tokens.
     d_x = _dot(g, kernel.astype(x.dtype), _last(g, outputs), _last(kernel, outputs), x.dtype)
-    return d_x, _dot(x, g, rows, rows, kernel.dtype)
+    return d_x, _dot(x, g, tokens, tokens, kernel.dtype)
 
 
 matmul.defvjp(_forward, _backward)

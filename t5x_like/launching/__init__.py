@@ -1,1 +1,1 @@
-"""From a job to what starts it elsewhere: files and command lines, by functions that only render."""
+"""Launching: files and commands that start a run on other machines, and the local launcher."""

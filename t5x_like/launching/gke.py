@@ -1,9 +1,9 @@
-"""Kubernetes on Google Cloud: a JobSet whose replicas are TPU slices, or one of GPU nodes, queued by Kueue.
+"""Target gke: a JobSet on Kubernetes whose replicas are TPU slices, or with one replica of GPU nodes, queued by Kueue.
 
-How it fails is rendered from the table of exit codes. A Job fails with its first pod. The pod failure policy marks two
-kinds of failure: a pod that was evicted (DisruptionTarget), and an exit code after which a restart cannot help. Both
-have the reason PodFailurePolicy; Kubernetes' message tells them apart. The JobSet starts again after the first kind
-however often it comes, gives up after the second, and counts all others against its limit.
+Its failure policies are rendered from the table of exit codes. A Job fails with its first pod. The pod failure policy
+marks two kinds of failure: a pod that was evicted (DisruptionTarget), and an exit code after which a restart cannot
+help. Both have the reason PodFailurePolicy; Kubernetes' message distinguishes them. The JobSet restarts after the first
+kind without limit, fails after the second, and counts all other failures against its limit.
 """
 
 from __future__ import annotations
@@ -13,22 +13,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5x_like.config import ConfigError, Problem
-from t5x_like.launching.clouds import chips_per_host, cloud_names, expectations, shape_text
-from t5x_like.launching.job import Job
-from t5x_like.launching.manifests import to_yaml
+from t5x_like.distributed.cluster_detection import DEFAULT_PORT
+from t5x_like.errors import ConfigError, ConfigProblem
+from t5x_like.hardware.topologies import Topology
+from t5x_like.launching.accelerator_names import chips_per_host, cloud_names, expectations, shape_text
+from t5x_like.launching.job import SHARED_MOUNT, Job
 from t5x_like.launching.rendering import Rendering, Step
-from t5x_like.planning.topologies import Topology
+from t5x_like.launching.text import to_yaml
 
 MANIFEST = "jobset.yaml"
 CONTAINERFILE = "launch/Containerfile"
 CONTAINER = "train"
 SLICES = "slice-job"
-"""Of the JobSet: the name of its only replicated job, as xpk has it."""
+"""Name of the JobSet's only replicated job, the same as in xpk."""
 USER = 1000
-"""Of the container file."""
-PORT = 8476
-"""At which process 0 of GPU nodes waits for the others."""
+"""User of the container file."""
 _MEMLOCK_KIB = 64 * 2**20
 _LABEL = "kueue.x-k8s.io/queue-name"
 _INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -36,17 +35,26 @@ _INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 @dataclasses.dataclass(frozen=True)
 class Gke:
-    """Attributes:
-    image: Of the container, built from `launch/Containerfile`.
-    queue: Kueue's local queue; None where there is no Kueue.
-    service_account: Of the cluster, through which pods may reach buckets.
-    claim: A volume claim that all pods mount at `mount`; the run's directory belongs there.
-    secret: The Secret with the job's secrets, a key for each.
-    priority: A priority class.
-    privileged: Of TPU containers, as xpk has it; otherwise they may raise their limit of locked memory only.
-    host_network: Pods are in their node's network, which DCN between slices is faster with; None: TPUs of many hosts.
-    node_selector: Further labels of the nodes.
-    ttl_seconds: After its end the JobSet is deleted.
+    """Options of the target.
+
+    Attributes:
+      job: The job.
+      topology: TPU slices or GPUs.
+      image: Container image, built from `launch/Containerfile`.
+      namespace: Kubernetes namespace.
+      queue: Kueue's local queue; None for a cluster without Kueue.
+      service_account: Kubernetes service account, with which pods can access buckets.
+      claim: Volume claim that all pods mount at `mount`, for the run directory.
+      mount: Mount point of the claim.
+      secret: Secret object with a key for each secret of the job.
+      priority: Priority class.
+      privileged: Whether TPU containers are privileged, as in xpk; otherwise they may only raise their limit of locked
+        memory.
+      host_network: Whether pods use their node's network, which makes DCN between slices faster; None for TPU jobs with
+        several hosts.
+      node_selector: Further labels of the nodes.
+      ttl_seconds: Seconds after the end until the JobSet is deleted.
+      directory: Directory of the rendered files.
     """
 
     job: Job
@@ -56,7 +64,7 @@ class Gke:
     queue: str | None = "multislice-queue"
     service_account: str | None = None
     claim: str | None = None
-    mount: str = "/mnt/runs"
+    mount: str = SHARED_MOUNT
     secret: str | None = None
     priority: str | None = None
     privileged: bool = True
@@ -76,13 +84,13 @@ class Gke:
 
 
 def render(spec: Gke) -> Rendering:
-    """The manifest and the commands around it.
+    """Render the manifest and its commands.
 
     Raises:
-      ConfigError: a CPU topology.
+      ConfigError: The topology is a CPU topology.
     """
     if spec.topology.accelerator.platform == "cpu":
-        raise ConfigError([Problem("--topology", str(spec.topology), "TPUs or GPUs")])
+        raise ConfigError([ConfigProblem("--topology", str(spec.topology), "TPUs or GPUs")])
     name, manifest = spec.job.resource, str(spec.directory / MANIFEST)
     kubectl = ("kubectl", f"--namespace={spec.namespace}")
     extra = "tpu" if spec.is_tpu else "cuda"
@@ -94,26 +102,26 @@ def render(spec: Gke) -> Rendering:
         files={MANIFEST: to_yaml(jobset(spec))},
         steps=(
             Step("build the image", build, "before"),
-            Step("push it", ("docker", "push", spec.image), "before"),
-            Step("hand it to the cluster", (*kubectl, "apply", f"--filename={manifest}")),
-            Step("where it stands", (*kubectl, "get", "jobset", name), "follow"),
-            Step("its pods", (*kubectl, "get", "pods", pods, "--output=wide"), "follow"),
-            Step("their output", (*kubectl, *logs), "follow"),
-            Step("end it and delete it", (*kubectl, "delete", "jobset", name), "stop"),
+            Step("push the image", ("docker", "push", spec.image), "before"),
+            Step("create the JobSet", (*kubectl, "apply", f"--filename={manifest}")),
+            Step("show the status", (*kubectl, "get", "jobset", name), "follow"),
+            Step("show the pods", (*kubectl, "get", "pods", pods, "--output=wide"), "follow"),
+            Step("show the output", (*kubectl, *logs), "follow"),
+            Step("stop and delete the JobSet", (*kubectl, "delete", "jobset", name), "stop"),
         ),
         notes=_notes(spec),
     )
 
 
 def jobset(spec: Gke) -> dict[str, Any]:
-    """The JobSet as Kubernetes has it."""
+    """Return the JobSet manifest."""
     job = spec.job
     metadata: dict[str, Any] = {"name": job.resource, "namespace": spec.namespace}
     if spec.queue is not None:
         metadata["labels"] = {_LABEL: spec.queue}
     annotations = {"t5x-like/run": job.name}
     if spec.is_tpu:
-        # A slice is a node pool: all pods of a job in one, and no other job's.
+        # A slice is a node pool: all pods of a job run in one, and no pods of another job.
         annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
     metadata["annotations"] = annotations
     return {
@@ -135,7 +143,7 @@ def jobset(spec: Gke) -> dict[str, Any]:
 
 
 def jobset_failure_policy(job: Job) -> dict[str, Any]:
-    """When all jobs start again together. The first rule that fits counts; without one, a restart that is counted."""
+    """Return the policy for restarting all jobs together: the first matching rule, else a counted restart."""
     return {
         "maxRestarts": job.max_restarts,
         "rules": [
@@ -145,13 +153,13 @@ def jobset_failure_policy(job: Job) -> dict[str, Any]:
                 "onJobFailureReasons": ["PodFailurePolicy"],
                 "onJobFailureMessagePatterns": ["has condition DisruptionTarget"],
             },
-            {"name": "notToBeRestarted", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+            {"name": "notRestartable", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
         ],
     }
 
 
 def pod_failure_policy(job: Job) -> dict[str, Any]:
-    """Which failures of a pod are marked. The first rule that fits counts; eviction may have any exit code."""
+    """Return the policy that marks pod failures: the first matching rule; an eviction can have any exit code."""
     return {
         "rules": [
             {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -168,7 +176,7 @@ def pod_failure_policy(job: Job) -> dict[str, Any]:
 
 
 def job_spec(spec: Gke) -> dict[str, Any]:
-    """One slice: an indexed Job with a pod for each host."""
+    """Return the specification of one slice: an indexed Job with one pod per host."""
     hosts = spec.topology.hosts_per_slice
     return {
         "parallelism": hosts,
@@ -235,7 +243,7 @@ def _container(spec: Gke, resource: str) -> dict[str, Any]:
         "volumeMounts": mounts,
     }
     if spec.is_tpu:
-        # Between the workers of a slice, between slices, and for metrics.
+        # Ports for the workers of a slice, for communication between slices, and for metrics.
         container["ports"] = [{"containerPort": port} for port in (8471, 8080, 8431)]
     return {name: value for name, value in container.items() if value}
 
@@ -244,7 +252,7 @@ def _command(spec: Gke) -> tuple[str, ...]:
     launcher = () if spec.is_tpu else ("--launcher", "jax")
     train = spec.job.train("python", *launcher, *expectations(spec.topology))
     if spec.is_tpu and not spec.privileged:
-        # The words of the command are this shell's arguments, not its text.
+        # The command is passed to the shell as arguments, not as text.
         return ("bash", "-c", f'ulimit -l {_MEMLOCK_KIB} && exec "$@"', "bash", *train)
     return train
 
@@ -256,10 +264,10 @@ def _env(spec: Gke) -> list[dict[str, Any]]:
         reference = {"name": spec.secret or job.resource, "key": name}
         env.append({"name": name, "valueFrom": {"secretKeyRef": reference}})
     if not spec.is_tpu:
-        # What the start-up reads first; of TPU slices, GKE itself tells their pods.
+        # Read by cluster detection; for TPU slices GKE itself sets the variables of the pods.
         first = f"{job.resource}-{SLICES}-0-0.{job.resource}"
         env += [
-            {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{first}:{PORT}"},
+            {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{first}:{DEFAULT_PORT}"},
             {"name": "JAX_NUM_PROCESSES", "value": str(spec.topology.num_hosts)},
             {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": {"fieldPath": _INDEX}}},
         ]
@@ -267,7 +275,7 @@ def _env(spec: Gke) -> list[dict[str, Any]]:
 
 
 def literal(text: str) -> str:
-    """`text` as Kubernetes gives it on unchanged: in commands and variables it replaces `$(NAME)`, and `$$` by `$`."""
+    """Return `text` escaped: Kubernetes replaces `$(NAME)` in commands and variables, and `$$` by `$`."""
     return text.replace("$", "$$")
 
 
@@ -282,7 +290,7 @@ def _security(spec: Gke) -> dict[str, Any]:
 def _notes(spec: Gke) -> tuple[str, ...]:
     notes = ["the failure policy needs JobSet 0.10 or newer in the cluster"]
     if spec.topology.num_hosts > 1 and spec.claim is None:
-        notes.append("all pods write the run's directory together: --claim NAME mounts a volume that they share")
+        notes.append("all pods write to one run directory: --claim NAME mounts a shared volume")
     if spec.job.secrets:
         keys = ", ".join(spec.job.secrets)
         notes.append(f"the Secret {spec.secret or spec.job.resource} must have the keys {keys}")

@@ -1,4 +1,4 @@
-"""What is launched, apart from where: the training command, its environment, and when it is started again."""
+"""Job: the training command, its environment, and its restart policy, independent of the target."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 
-from t5x_like.config import ConfigError, Problem
-from t5x_like.config.errors import RESTART_CODES
+from t5x_like.errors import RESTART_CODES, ConfigError, ConfigProblem
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TOKEN = re.compile(
     r"\bhf_[A-Za-z0-9]{20}|\bAKIA[A-Z0-9]{16}|\bgh[pousr]_[A-Za-z0-9]{30}|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
-"""What access tokens of Hugging Face, AWS and GitHub, and private keys look like."""
+"""Pattern of access tokens of Hugging Face, AWS and GitHub, and of private keys."""
+SHARED_MOUNT = "/mnt/runs"
+"""Default mount point of a volume that all machines share."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A training run that something else is to start.
+    """Training run to be started on a target.
 
     Attributes:
-      name: Of the run. Where a launcher allows letters, digits and hyphens only, `resource_name` is taken.
-      recipe: As `t5x-like train` takes it.
-      arguments: Of `train`, behind the recipe: its options and overrides.
-      workdir: The run's directory as the processes see it; it must be the same files for all of them.
-      env: Variables of every process.
-      secrets: Names of variables whose values the launcher's own place for secrets supplies.
-      max_restarts: After exits with `restart_codes`.
+      name: Name of the run. `resource` is its form for targets that allow only letters, digits and hyphens.
+      recipe: Recipe, as `t5x-like train` takes it.
+      workdir: Run directory as the processes see it: a directory that they share, or a URL of an object store.
+      arguments: Arguments of `train` after the recipe: options and overrides.
+      env: Environment variables of every process.
+      secrets: Names of variables whose values come from the target's secret store.
+      max_restarts: Maximum number of restarts after exits with `restart_codes`.
       restart_codes: Exit codes after which the same command is run again.
-      grace_seconds: Between the signal to stop and the kill: what a save may take.
+      grace_seconds: Seconds between the signal to stop and the kill, available for a save.
     """
 
     name: str
@@ -50,24 +51,24 @@ class Job:
 
     @property
     def resource(self) -> str:
-        """The name for schedulers and clouds."""
+        """Name for schedulers and clouds."""
         return resource_name(self.name)
 
     def train(self, python: str, *options: str) -> tuple[str, ...]:
-        """The command of every process.
+        """Return the command of every process, which imports nothing from the folder that it starts in (-P).
 
         Args:
-          python: The interpreter there.
-          options: Of `train`, from the launcher.
+          python: Python interpreter on the target.
+          options: Options of `train` that the target adds.
         """
-        command = (python, "-m", "t5x_like", "train", self.recipe, "--workdir", self.workdir)
+        command = (python, "-P", "-m", "t5x_like", "train", self.recipe, "--workdir", self.workdir)
         return (*command, *options, *self.arguments)
 
 
 def resource_name(name: str, limit: int = 40) -> str:
-    """A name that DNS, Kubernetes, Google Cloud and SLURM accept: lower case letters, digits and hyphens.
+    """Return a name that DNS, Kubernetes, Google Cloud and SLURM accept: lower case letters, digits and hyphens.
 
-    A part of the name's digest is added where names that differ in more than case and underscores would meet.
+    Part of the name's digest is appended if names that differ in more than case and underscores would become equal.
     """
     plain = name.lower().replace("_", "-")
     slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
@@ -79,27 +80,27 @@ def resource_name(name: str, limit: int = 40) -> str:
     return f"{slug[: limit - 9].rstrip('-')}-{digest}"
 
 
-def _problems(job: Job) -> Iterator[Problem]:
+def _problems(job: Job) -> Iterator[ConfigProblem]:
     texts = [("recipe", job.recipe), ("workdir", job.workdir)]
     texts += [(f"argument {number}", text) for number, text in enumerate(job.arguments)]
     texts += [(f"variable {name}", value) for name, value in job.env.items()]
     for where, text in texts:
         if "\0" in text:
-            yield Problem(where, "a NUL character", "text that a command line can hold")
+            yield ConfigProblem(where, "a NUL character", "text without NUL characters")
         if re.search("[\ud800-\udfff]", text):
-            yield Problem(where, "bytes that are no UTF-8", "text that a file can hold")
+            yield ConfigProblem(where, "bytes that are not valid UTF-8", "UTF-8 text")
         if _TOKEN.search(text):
-            fix = "name a variable by --secret NAME, and let the launcher's own place for secrets supply it"
-            yield Problem(where, "what looks like an access token", "none in files and command lines", fix)
+            fix = "name a variable with --secret NAME, whose value comes from the target's secret store"
+            yield ConfigProblem(where, "a text that looks like an access token", "no token in files and commands", fix)
     for name in (*job.env, *job.secrets):
         if not _VARIABLE.fullmatch(name):
-            yield Problem("environment", repr(name), "a name of letters, digits and underscores")
+            yield ConfigProblem("environment", repr(name), "a name of letters, digits and underscores")
     for name in sorted(set(job.secrets) & set(job.env)):
-        yield Problem("environment", f"{name} twice", "a variable (--env) or a secret (--secret)")
+        yield ConfigProblem("environment", f"{name} twice", "either a variable (--env) or a secret (--secret)")
     for code in job.restart_codes:
         if not 1 <= code <= 255:
-            yield Problem("restart codes", str(code), "1 to 255")
+            yield ConfigProblem("restart codes", str(code), "1 to 255")
     if job.max_restarts < 0:
-        yield Problem("restarts", str(job.max_restarts), "0 or more")
+        yield ConfigProblem("restarts", str(job.max_restarts), "0 or more")
     if job.grace_seconds < 1:
-        yield Problem("grace period", f"{job.grace_seconds} seconds", "1 or more")
+        yield ConfigProblem("grace period", f"{job.grace_seconds} seconds", "1 or more")

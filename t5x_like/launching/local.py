@@ -1,7 +1,7 @@
-"""Several processes of one command on this machine, as if each had a machine of its own.
+"""Local launcher: several processes of one command on this machine, as if each had its own machine.
 
-All of them live or none: when one ends badly the others are ended, signals are handed on to each, and when the launcher
-itself is killed the kernel ends them (on Linux).
+If one process fails the others are terminated, and all are started again after an exit code with which the same command
+resumes. Signals are forwarded to each of them, and if the launcher itself is killed the kernel kills them (on Linux).
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from t5x_like.config import EXIT_OK, EXIT_RESUMABLE, UserError
+from t5x_like.distributed.cluster_detection import DEFAULT_PORT
+from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_TERMINATED, RESTART_CODES, UserError
+from t5x_like.launching.job import Job
+from t5x_like.launching.restart_loop import RestartLoop, forwarded_signals
+from t5x_like.utils.sanitize import say
 
-FAREWELL_SECONDS = 10.0
-"""For which the others may go on when one has failed, to end by themselves with what they know of it."""
-RESUMABLE_FAREWELL_SECONDS = 120.0
-"""When one has stopped on purpose: the others may still be saving."""
+EXIT_GRACE_SECONDS = 10.0
+"""Time for the other processes to exit by themselves after one has failed, with their own messages."""
+RESUMABLE_EXIT_GRACE_SECONDS = 120.0
+"""The same after a process has stopped on request, when the others may still be saving."""
+RESTART_DELAY_SECONDS = 1.0
+"""Delay before the first restart. All processes have ended by then."""
 _PR_SET_PDEATHSIG = 1
 _HOST = "127.0.0.1"
 
@@ -40,54 +46,73 @@ def launch_local(
     devices_per_process: int | None = None,
     log_dir: Path | None = None,
     environment: Mapping[str, str] = os.environ,
+    max_restarts: int = Job.max_restarts,
+    restart_codes: Sequence[int] = RESTART_CODES,
 ) -> int:
-    """Runs `command` in so many processes that find each other, and waits for their end.
+    """Run `command` in several processes that form one job, and wait for their end.
 
-    What they print comes out line by line, with the number of the process in front.
+    Their output is printed line by line, prefixed with the index of the process.
 
     Args:
       command: Program and arguments.
-      processes: How many.
-      devices_per_process: GPUs of each, or simulated CPU devices where there are no GPUs. None: what jax finds, which
-        is only right for a single process or for CPUs.
-      log_dir: Gets what process N prints, as process.N.txt.
-      environment: Of the processes, beside what tells them who they are.
+      processes: Number of processes.
+      devices_per_process: GPUs per process, or simulated CPU devices without GPUs. None: the devices that jax finds,
+        which is correct only for a single process or for CPUs.
+      log_dir: Directory for the output of process N, process.N.txt.
+      environment: Environment variables of the processes, to which those of the job are added.
+      max_restarts: Maximum number of restarts of all processes. A signal to the launcher ends them without a restart.
+      restart_codes: Exit codes after which all processes are started again.
 
     Returns:
-      0 if all have ended well; otherwise the exit code of the first that has not, 128 + the signal's number for one
-      that a signal has ended.
+      0 if all processes succeed; otherwise the exit code of the first that fails, 128 + the signal's number if a signal
+      ended it.
 
     Raises:
-      UserError: the logs cannot be written there; nothing was started.
+      UserError: The log directory cannot be created; nothing was started.
     """
     if log_dir is not None:
-        _make(log_dir)
-    port = _free_port()
-    crew = _Crew(log_dir)
-    with _signals_to(crew.signal):
+        _create(log_dir)
+    restarts = RestartLoop(
+        max_restarts=max_restarts, restart_codes=restart_codes, seconds=RESTART_DELAY_SECONDS, report=_report
+    )
+    group = _ProcessGroup(log_dir)
+
+    def once() -> int:
+        nonlocal group
+        group = _ProcessGroup(log_dir)
+        port = _free_port()
         try:
             for index in range(processes):
+                if restarts.is_stopped:
+                    break
                 variables = process_environment(index, processes, port, devices_per_process, environment)
-                crew.start(command, index, {**environment, **variables})
-            return crew.wait()
+                group.start(command, index, {**environment, **variables})
+            return group.wait()
         finally:
-            crew.kill()
+            group.kill()
+
+    def forward(number: int) -> None:
+        restarts.stop()
+        group.signal(number)
+
+    with forwarded_signals(forward):
+        return restarts.run(once)
 
 
 def process_environment(
     index: int, processes: int, port: int, devices_per_process: int | None, environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """The variables that tell a process who it is."""
+    """Return the environment variables that identify a process of the job."""
     variables = {
         "JAX_COORDINATOR_ADDRESS": f"{_HOST}:{port}",
-        # Nobody else's business: by default jax listens on all of the machine's addresses.
+        # By default jax listens on all addresses of the machine; the job needs only loopback.
         "JAX_COORDINATOR_BIND_ADDRESS": f"{_HOST}:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_PROCESS_ID": str(index),
         "PYTHONUNBUFFERED": "1",
     }
     if any(name in environment for name in ("http_proxy", "https_proxy", "grpc_proxy")):
-        # Not on the way to a process of this machine.
+        # gRPC must not use a proxy between processes of this machine.
         variables["no_proxy"] = ",".join(filter(None, [environment.get("no_proxy", ""), _HOST, "localhost"]))
     if devices_per_process is None:
         return variables
@@ -99,17 +124,17 @@ def process_environment(
 
 
 def describe(command: Sequence[str], processes: int, devices_per_process: int | None) -> str:
-    """What `launch_local` would run, as lines of shell; the port is another one each time."""
+    """Return the commands of `launch_local` as shell lines; the real port is chosen at each start."""
     lines = []
     for index in range(processes):
-        variables = process_environment(index, processes, 8476, devices_per_process, {})
-        shown = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if name.startswith("JAX_")]
-        lines.append(" ".join([*shown, shlex.join(command), "&"]))
+        variables = process_environment(index, processes, DEFAULT_PORT, devices_per_process, {})
+        assignments = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if name.startswith("JAX_")]
+        lines.append(" ".join([*assignments, shlex.join(command), "&"]))
     return "\n".join([*lines, "wait"])
 
 
-class _Crew:
-    """The processes, and one thread for each stream that they print to."""
+class _ProcessGroup:
+    """The processes, with a thread for each of their output streams."""
 
     def __init__(self, log_dir: Path | None):
         self._log_dir = log_dir
@@ -125,9 +150,9 @@ class _Crew:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
-            # Ctrl-C in a terminal reaches the launcher alone, which hands it on once.
+            # Ctrl-C in a terminal reaches only the launcher, which forwards it once.
             start_new_session=True,
-            preexec_fn=_end_with_parent(os.getpid()),
+            preexec_fn=_kill_with_parent(os.getpid()),
         )
         self._processes.append(process)
         log = None
@@ -150,14 +175,14 @@ class _Crew:
                     log.write(line)
                     log.flush()
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"[{index}] {text}", file=target, flush=True)
+                    say(f"[{index}] {text}", file=target, flush=True)
 
     def _reap(self, index: int, process: subprocess.Popen[bytes]) -> None:
         process.wait()
         self._ended.put(index)
 
     def wait(self) -> int:
-        """Until all have ended: the others soon after the first that has failed."""
+        """Wait until all processes have ended; terminate the others some time after the first failure."""
         left = set(range(len(self._processes)))
         first: int | None = None
         deadline = float("inf")
@@ -166,19 +191,24 @@ class _Crew:
                 index = self._ended.get(timeout=min(max(deadline - time.monotonic(), 0.0), 0.5))
             except queue.Empty:
                 if time.monotonic() > deadline:
-                    self._say(f"ending {_processes(left)}, still there after {_ending(self._code(first))}")
+                    self._report(f"killing {_processes(left)}, still running after {_exit_text(self._code(first))}")
                     self.kill()
                     deadline = float("inf")
+                elif first is not None:
+                    # A process that was stopped (SIGSTOP) does not save.
+                    self.kill(only_stopped=True)
                 continue
             left.discard(index)
             code = self._code(index)
             if code != EXIT_OK and first is None:
                 first = index
                 resumable = code == EXIT_RESUMABLE
-                deadline = time.monotonic() + (RESUMABLE_FAREWELL_SECONDS if resumable else FAREWELL_SECONDS)
-                self._say(f"process {index} ended with {_ending(code)}")
+                deadline = time.monotonic() + (RESUMABLE_EXIT_GRACE_SECONDS if resumable else EXIT_GRACE_SECONDS)
+                self._report(f"process {index} ended with {_exit_text(code)}")
         for thread in self._threads:
             thread.join(timeout=5.0)
+        if not self._processes:
+            return EXIT_TERMINATED
         return EXIT_OK if first is None else self._code(first)
 
     def _code(self, index: int | None) -> int:
@@ -191,30 +221,42 @@ class _Crew:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(number)
 
-    def kill(self) -> None:
-        """Ends those that are left, with all that they have started."""
+    def kill(self, *, only_stopped: bool = False) -> None:
+        """Kill the remaining processes, or only those that a signal has stopped, and all processes of theirs."""
         for process in self._processes:
-            if process.poll() is None:
+            if process.poll() is None and (not only_stopped or _is_stopped(process.pid)):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
 
-    def _say(self, text: str) -> None:
-        with self._print_lock, contextlib.suppress(OSError, ValueError):
-            print(f"t5x-like launch: {text}", file=sys.stderr, flush=True)
+    def _report(self, text: str) -> None:
+        with self._print_lock:
+            _report(text)
 
 
-def _make(log_dir: Path) -> None:
+def _report(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        say(f"t5x-like launch: {text}", file=sys.stderr, flush=True)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except OSError:
+        return False
+
+
+def _create(log_dir: Path) -> None:
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--log-dir {log_dir}: cannot be made: {error.strerror or error}") from None
+        raise UserError(f"--log-dir {log_dir}: cannot be created: {error.strerror or error}") from None
 
 
 def _processes(indices: set[int]) -> str:
     return f"process {min(indices)}" if len(indices) == 1 else f"processes {', '.join(map(str, sorted(indices)))}"
 
 
-def _ending(code: int) -> str:
+def _exit_text(code: int) -> str:
     if code > 128:
         with contextlib.suppress(ValueError):
             return f"exit code {code} ({signal.Signals(code - 128).name})"
@@ -227,43 +269,32 @@ def _free_port() -> int:
         return port
 
 
-def _end_with_parent(parent: int) -> Callable[[], None] | None:
-    """What a new process does first, so that it does not outlive the launcher: Linux ends it with its parent."""
+def _kill_with_parent(parent: int) -> Callable[[], None] | None:
+    """Return a function for a new process that makes Linux kill it with its parent; None on other systems."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None, use_errno=True)
 
-    def ask() -> None:
+    def request() -> None:
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # It has gone in between.
+        if os.getppid() != parent:  # The parent has exited in between.
             os._exit(128 + signal.SIGKILL)
 
-    return ask
-
-
-@contextlib.contextmanager
-def _signals_to(hand_on: Callable[[int], None]) -> Iterator[None]:
-    """Within: SIGTERM and SIGINT go to the processes; how they end says how the launcher does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, lambda received, _: hand_on(received)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m t5x_like.launching.local -n 2 -- COMMAND ...`; returns the exit code."""
+    """Run `python -m t5x_like.launching.local -n 2 -- COMMAND ...` and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m t5x_like.launching.local", description=__doc__)
     parser.add_argument("-n", "--processes", type=int, required=True, metavar="N")
     parser.add_argument(
-        "--devices-per-process", type=int, metavar="N", help="GPUs, or CPU devices where there are none"
+        "--devices-per-process", type=int, metavar="N", help="GPUs per process, or CPU devices without GPUs"
     )
-    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="gets what process N prints, as process.N.txt")
+    parser.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="directory for the output of process N, process.N.txt"
+    )
+    parser.add_argument("--max-restarts", type=int, default=Job.max_restarts, metavar="N")
+    parser.add_argument("--restart-on", type=int, nargs="*", default=list(RESTART_CODES), metavar="CODE")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
     options = parser.parse_args(argv)
     return launch_local(
@@ -271,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes=options.processes,
         devices_per_process=options.devices_per_process,
         log_dir=options.log_dir,
+        max_restarts=options.max_restarts,
+        restart_codes=options.restart_on,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a launcher makes of a job: files, and the commands that use them."""
+"""Rendering of a job for a target: files, and the commands that use them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from t5x_like.launching.shell import command_line
+from t5x_like.launching.text import command_line
 
 Stage = Literal["before", "launch", "follow", "stop"]
 
@@ -18,11 +18,12 @@ class Step:
     """One command.
 
     Attributes:
-      purpose: In a few words.
-      argv: The program and its arguments.
-      stage: before: once, by hand, such as building an image; launch: what `--execute` runs; follow and stop: later.
-      until: The command is repeated until it prints this.
-      never: What it may print instead when waiting is in vain.
+      purpose: Short description.
+      argv: Program and arguments.
+      stage: before: run once by hand, such as building an image; launch: run by `--execute`; follow and stop: run
+        later.
+      until: Output until which the command is repeated.
+      never: Outputs after which `until` can no longer be reached.
     """
 
     purpose: str
@@ -33,40 +34,61 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recovery:
+    """Commands with which machines that the provider takes away are found and requested again.
+
+    Attributes:
+      state: Prints the state of the machines.
+      lost: States of machines that were taken away.
+      result: Prints the exit code of the run; fails or prints nothing before its end.
+      remove: Removes what is left of the lost machines, so that they can be created again.
+    """
+
+    state: tuple[str, ...]
+    lost: tuple[str, ...]
+    result: tuple[str, ...]
+    remove: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Rendering:
-    """Attributes:
-    directory: Where the commands expect the files.
-    files: Text by name.
-    steps: In their order.
-    notes: What the user must know or see to, a sentence each.
+    """Files and commands that start a job.
+
+    Attributes:
+      directory: Directory in which the commands expect the files.
+      files: File name -> text.
+      steps: Commands in order.
+      notes: Facts that the user must know or requirements that the user must meet, a sentence each.
+      recovery: Recovery of lost machines; None if the target has its own, or machines are not taken away.
     """
 
     directory: Path
     files: Mapping[str, str]
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    recovery: Recovery | None = None
 
     @property
     def programs(self) -> list[str]:
-        """What `--execute` needs to be installed."""
+        """Programs that `--execute` requires."""
         return list(dict.fromkeys(step.argv[0] for step in self.steps if step.stage == "launch"))
 
 
 _HEADINGS: dict[Stage, str] = {
-    "before": "once, before",
-    "launch": "launch: what --execute runs",
+    "before": "once, before the launch",
+    "launch": "launch (run by --execute)",
     "follow": "follow",
     "stop": "stop and clean up",
 }
 
 
 def to_text(rendering: Rendering) -> str:
-    """Everything on one page, to be read; the commands are for a shell."""
+    """Return all files and commands as one text to read; the commands are valid shell."""
     return "".join(_page(rendering))
 
 
 def commands_text(rendering: Rendering) -> str:
-    """The commands alone, by stage."""
+    """Return the commands by stage, as a shell script."""
     return "".join(_commands(rendering))
 
 
@@ -88,7 +110,7 @@ def _commands(rendering: Rendering) -> Iterator[str]:
 
 
 def _one_line(text: str) -> str:
-    """For a comment, behind whose line a shell would run what follows."""
+    """Return the text for a comment: after a line break a shell would run the rest."""
     return text.replace("\n", "?")
 
 

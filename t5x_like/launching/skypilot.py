@@ -1,4 +1,4 @@
-"""SkyPilot: a task, whose processes find each other by the SKYPILOT variables that the start-up reads."""
+"""Target skypilot: a task whose processes are detected by SkyPilot's environment variables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from t5x_like.config import ConfigError, Problem
-from t5x_like.launching.clouds import accelerator_type, chips_per_host, cloud_names, expectations
-from t5x_like.launching.job import Job
-from t5x_like.launching.manifests import to_yaml
+from t5x_like.errors import ConfigError, ConfigProblem
+from t5x_like.hardware.topologies import Topology
+from t5x_like.launching.accelerator_names import accelerator_type, chips_per_host, cloud_names, expectations
+from t5x_like.launching.job import SHARED_MOUNT, Job
 from t5x_like.launching.rendering import Rendering, Step
-from t5x_like.launching.shell import command_line
-from t5x_like.planning.topologies import Topology
+from t5x_like.launching.text import command_line, to_yaml
 
 TASK = "task.yaml"
 _PYTHON = ".venv/bin/python"
@@ -20,12 +19,17 @@ _PYTHON = ".venv/bin/python"
 
 @dataclasses.dataclass(frozen=True)
 class SkyPilot:
-    """Attributes:
-    topology: `h100:16`, two nodes of eight; or one TPU slice.
-    spot: Preemptible machines, which managed jobs replace.
-    infra: Where, as `gcp/us-central1`; None leaves it to SkyPilot.
-    bucket: URL of a bucket that all nodes see at `mount`.
-    source: The folder that is copied to the nodes.
+    """Options of the target.
+
+    Attributes:
+      job: The job.
+      topology: Topology, such as `h100:16` for two nodes of eight GPUs; or one TPU slice.
+      spot: Whether to use preemptible machines, which managed jobs replace.
+      infra: Cloud and region, such as `gcp/us-central1`; None lets SkyPilot choose.
+      bucket: URL of a bucket that all nodes mount at `mount`.
+      mount: Mount point of the bucket.
+      source: Directory that is copied to the nodes.
+      directory: Directory of the rendered files.
     """
 
     job: Job
@@ -33,37 +37,49 @@ class SkyPilot:
     spot: bool = False
     infra: str | None = None
     bucket: str | None = None
-    mount: str = "/mnt/runs"
+    mount: str = SHARED_MOUNT
     source: str = "."
     directory: Path = Path("launch")
 
 
 def render(spec: SkyPilot) -> Rendering:
-    """The task and the commands around it.
+    """Render the task and its commands.
 
     Raises:
-      ConfigError: several TPU slices, which SkyPilot does not join, or a CPU topology.
+      ConfigError: The topology has several TPU slices, which SkyPilot does not support, or is a CPU topology.
     """
     name = spec.job.resource
-    given = [word for secret in spec.job.secrets for word in ("--secret", secret)]
+    secrets = [word for secret in spec.job.secrets for word in ("--secret", secret)]
     return Rendering(
         directory=spec.directory,
         files={TASK: to_yaml(task(spec))},
         steps=(
             Step(
-                "a managed job, which is recovered after preemption",
-                ("sky", "jobs", "launch", "--yes", "--detach-run", "--name", name, *given, str(spec.directory / TASK)),
+                "start a managed job, which is recovered after preemption",
+                (
+                    "sky",
+                    "jobs",
+                    "launch",
+                    "--yes",
+                    "--detach-run",
+                    "--name",
+                    name,
+                    *secrets,
+                    str(spec.directory / TASK),
+                ),
             ),
-            Step("where it stands", ("sky", "jobs", "queue"), "follow"),
-            Step("its output", ("sky", "jobs", "logs", "--name", name), "follow"),
-            Step("end it", ("sky", "jobs", "cancel", "--yes", "--name", name), "stop"),
+            Step("show the status", ("sky", "jobs", "queue"), "follow"),
+            Step("show the output", ("sky", "jobs", "logs", "--name", name), "follow"),
+            Step("cancel the job", ("sky", "jobs", "cancel", "--yes", "--name", name), "stop"),
         ),
-        notes=tuple(f"{secret}, a secret, is taken from the shell that calls sky" for secret in spec.job.secrets),
+        notes=tuple(
+            f"the secret {secret} is read from the environment of the sky command" for secret in spec.job.secrets
+        ),
     )
 
 
 def task(spec: SkyPilot) -> dict[str, Any]:
-    """The task as SkyPilot's YAML has it."""
+    """Return the task in SkyPilot's format."""
     job = spec.job
     document: dict[str, Any] = {
         "name": job.resource,
@@ -76,7 +92,7 @@ def task(spec: SkyPilot) -> dict[str, Any]:
     if job.env:
         document["envs"] = dict(job.env)
     if job.secrets:
-        # Without values: SkyPilot takes them from the command line and shows them nowhere.
+        # Without values: SkyPilot takes them from the command line and does not display them.
         document["secrets"] = dict.fromkeys(job.secrets)
     document["setup"] = _setup(spec.topology)
     document["run"] = _run(spec)
@@ -88,8 +104,8 @@ def _resources(spec: SkyPilot) -> dict[str, Any]:
     resources: dict[str, Any] = {} if spec.infra is None else {"infra": spec.infra}
     if topology.accelerator.platform == "tpu":
         if topology.num_slices > 1:
-            fix = "the targets tpu-vm and gke start several"
-            raise ConfigError([Problem("--num-slices", str(topology.num_slices), "1 with skypilot", fix)])
+            fix = "use the target tpu-vm or gke for several slices"
+            raise ConfigError([ConfigProblem("--num-slices", str(topology.num_slices), "1 with skypilot", fix)])
         resources["accelerators"] = f"tpu-{accelerator_type(topology)}"
         version = cloud_names(topology).runtime_version
         if version is not None:
@@ -97,10 +113,12 @@ def _resources(spec: SkyPilot) -> dict[str, Any]:
     elif topology.accelerator.platform == "gpu":
         resources["accelerators"] = f"{cloud_names(topology).skypilot}:{chips_per_host(topology)}"
     else:
-        raise ConfigError([Problem("--topology", str(topology), "TPUs or GPUs", "the target local simulates devices")])
+        raise ConfigError(
+            [ConfigProblem("--topology", str(topology), "TPUs or GPUs", "the target local simulates devices")]
+        )
     if spec.spot:
         resources["use_spot"] = True
-    # Exits that can be resumed are recovered however often they come; any other ends the job.
+    # Resumable exits are recovered without limit; any other exit ends the job.
     resources["job_recovery"] = {
         "max_restarts_on_errors": 0,
         "recover_on_exit_codes": list(spec.job.restart_codes),
@@ -124,7 +142,7 @@ def _setup(topology: Topology) -> str:
 
 
 def _run(spec: SkyPilot) -> str:
-    # On TPU VMs the numbers of the processes are those of the slice, which jax asks the machine for.
+    # On TPU VMs jax reads the process indices of the slice from the metadata server.
     launcher = "gcetpu" if spec.topology.accelerator.platform == "tpu" else "skypilot"
     command = spec.job.train(_PYTHON, "--launcher", launcher, *expectations(spec.topology))
     return f"set -euo pipefail\nexec {command_line(command)}\n"

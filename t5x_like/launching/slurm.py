@@ -1,4 +1,4 @@
-"""SLURM: a batch script that starts one process per GPU, and asks for itself again after exits that can be resumed."""
+"""Target slurm: a batch script that starts one process per GPU and requeues itself after resumable exits."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from t5x_like.config import ConfigError, Problem
+from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.launching.job import Job
 from t5x_like.launching.rendering import Rendering, Step
-from t5x_like.launching.shell import command_line, exports, script
+from t5x_like.launching.text import command_line, exports, script
 
 SCRIPT = "train.sbatch"
 
-# sbatch splits the lines of directives by rules of its own: what stands there has no need of them.
+# sbatch has its own rules for splitting directive lines; values that would need quoting are refused.
 _DIRECTIVE = re.compile(r"[A-Za-z0-9_@:.,+&|*()\[\]/%=-]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """Attributes:
-    nodes: Nodes of the job.
-    gpus_per_node: One process is started for each; with 0 the job is one of CPUs.
-    tasks_per_node: Processes of a node without GPUs.
-    cpus_per_task: Cores of a process; None leaves it to the cluster.
-    time: Limit as SLURM writes it, `1-00:00:00`; None leaves it to the cluster.
-    signal_seconds: Before the limit, SIGTERM goes to the processes, which save and leave; None for the grace period.
-    directives: Further `#SBATCH` options, such as `("partition", "gpu")`.
-    python: The interpreter on the nodes.
-    prologue: Shell lines of the user's own, such as `module load cuda`, as they are.
-    container_image: For clusters with the pyxis plugin: processes run in it.
-    container_mounts: For pyxis, `/data:/data`.
+    """Options of the target.
+
+    Attributes:
+      job: The job.
+      nodes: Number of nodes.
+      gpus_per_node: GPUs per node, with one process each; 0 for a CPU job.
+      tasks_per_node: Processes per node without GPUs.
+      cpus_per_task: Cores per process; None for the cluster's default.
+      time: Time limit in SLURM's format, `1-00:00:00`; None for the cluster's default.
+      signal_seconds: Seconds before the limit at which SIGTERM makes the processes save and exit; None for the grace
+        period.
+      directives: Further `#SBATCH` options, such as `("partition", "gpu")`.
+      python: Python interpreter on the nodes.
+      prologue: Shell lines of the user, such as `module load cuda`, copied unchanged.
+      container_image: Container image of the processes, on clusters with the pyxis plugin.
+      container_mounts: Mounts for pyxis, `/data:/data`.
+      directory: Directory of the rendered files.
     """
 
     job: Job
@@ -58,45 +63,45 @@ class Slurm:
 
 
 def render(spec: Slurm) -> Rendering:
-    """The batch script and the commands around it.
+    """Render the batch script and its commands.
 
     Raises:
-      ConfigError: a directive that sbatch would take for several words.
+      ConfigError: sbatch would split a directive into several words.
     """
     path, name = str(spec.directory / SCRIPT), spec.job.resource
     return Rendering(
         directory=spec.directory,
         files={SCRIPT: batch_script(spec)},
         steps=(
-            Step("hand it to the scheduler", ("sbatch", path)),
-            Step("where it stands", ("squeue", "--me", f"--name={name}"), "follow"),
-            Step("save and leave; it is started again", ("scancel", "--signal=TERM", f"--name={name}", "--me"), "stop"),
-            Step("end it for good", ("scancel", f"--name={name}", "--me"), "stop"),
+            Step("submit the job", ("sbatch", path)),
+            Step("show the status", ("squeue", "--me", f"--name={name}"), "follow"),
+            Step("save and stop; the job is requeued", ("scancel", "--signal=TERM", f"--name={name}", "--me"), "stop"),
+            Step("cancel the job", ("scancel", f"--name={name}", "--me"), "stop"),
         ),
         notes=(
-            "the working directory, the recipe and the run's directory must be the same files on all nodes",
-            *(f"sbatch hands on {name}, a secret, from the shell that calls it" for name in spec.job.secrets),
+            "the working directory, the recipe and the run directory must be on a file system that all nodes share",
+            *(f"the secret {name} is read from the environment of the sbatch command" for name in spec.job.secrets),
         ),
     )
 
 
 def batch_script(spec: Slurm) -> str:
-    """The file for sbatch."""
+    """Return the text of the batch script."""
     job = spec.job
     return script(
         *(f"#SBATCH --{key}={value}" if value else f"#SBATCH --{key}" for key, value in _directives(spec)),
         "",
         "set -euo pipefail",
         *exports(job.env),
-        *(f': "${{{name}:?is a secret of this job: set it where you call sbatch}}"' for name in job.secrets),
+        *(f': "${{{name}:?is a secret of this job: set it in the environment of sbatch}}"' for name in job.secrets),
         *([spec.prologue.rstrip("\n")] if spec.prologue else []),
         "",
-        "# SIGTERM is for the processes, which save; this script waits for them.",
+        "# SIGTERM makes the processes save and exit; this script ignores it and waits for them.",
         "trap : TERM",
         "code=0",
         f"{command_line(_srun(spec))} || code=$?",
         "",
-        *_again(job),
+        *_requeue(job),
         'exit "$code"',
     )
 
@@ -110,7 +115,8 @@ def _directives(spec: Slurm) -> Iterator[tuple[str, str]]:
         "gpus-per-node": spec.gpus_per_node or None,
         "cpus-per-task": spec.cpus_per_task,
         "time": spec.time,
-        # To the processes, not to this script: before the limit, and SLURM itself before it preempts.
+        # Sent to the processes, not to this script, before the time limit; SLURM also sends SIGTERM before a
+        # preemption.
         "signal": f"TERM@{signal}",
         "requeue": "",
         "open-mode": "append",
@@ -123,20 +129,23 @@ def _directives(spec: Slurm) -> Iterator[tuple[str, str]]:
         if value is None:
             continue
         if not _DIRECTIVE.fullmatch(key) or (value != "" and not _DIRECTIVE.fullmatch(str(value))):
-            problems.append(Problem(f"--sbatch {key}", repr(value), "a word without spaces and quotes"))
+            problems.append(ConfigProblem(f"--sbatch {key}", repr(value), "a word without spaces and quotes"))
         yield key, str(value)
     if problems:
         raise ConfigError(problems)
 
 
 def _srun(spec: Slurm) -> tuple[str, ...]:
-    """One task per process. JAX gives each the device of its local number, so each must see all of its node."""
-    # When one has ended, the others end by themselves with what they know of it; who hangs is ended after this time.
+    """Return the srun command with one task per process.
+
+    JAX gives each process the device with its local index, so each must see all devices of its node.
+    """
+    # When one process ends, the others exit by themselves with their own messages; --wait kills those that hang.
     options = ["--kill-on-bad-exit=0", f"--wait={spec.job.grace_seconds}", "--label"]
     if spec.gpus_per_node:
         options.append("--gpu-bind=none")
     if spec.cpus_per_task is not None:
-        # srun does not take this from the job.
+        # srun does not inherit this option from the job.
         options.append(f"--cpus-per-task={spec.cpus_per_task}")
     if spec.container_image is not None:
         options.append(f"--container-image={spec.container_image}")
@@ -148,13 +157,13 @@ def _srun(spec: Slurm) -> tuple[str, ...]:
     return ("srun", *options, *spec.job.train(spec.python, *expect))
 
 
-def _again(job: Job) -> list[str]:
+def _requeue(job: Job) -> list[str]:
     codes = "|".join(map(str, job.restart_codes))
     return [
-        "# The exit codes after which the same command goes on.",
+        "# Exit codes after which the same command resumes.",
         f'case "$code" in {codes})',
         f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; then',
-        '    echo "exit code $code: the job is asked for again" >&2',
+        '    echo "exit code $code: the job is requeued" >&2',
         '    scontrol requeue "$SLURM_JOB_ID"',
         "  fi ;;",
         "esac",

@@ -1,4 +1,4 @@
-"""TPU VMs: gcloud makes a slice, or several, copies the source to all workers and starts a process on each."""
+"""Target tpu-vm: gcloud creates slices, copies the source to all workers and starts a process on each."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from t5x_like.config import ConfigError, Problem
-from t5x_like.launching.clouds import accelerator_type, cloud_names, expectations
-from t5x_like.launching.job import Job
-from t5x_like.launching.rendering import Rendering, Step
-from t5x_like.launching.shell import command_line, exports, script
-from t5x_like.planning.topologies import Topology
+from t5x_like.errors import ConfigError, ConfigProblem
+from t5x_like.hardware.topologies import Topology
+from t5x_like.launching.accelerator_names import accelerator_type, cloud_names, expectations
+from t5x_like.launching.job import SHARED_MOUNT, Job
+from t5x_like.launching.rendering import Recovery, Rendering, Step
+from t5x_like.launching.text import command_line, exports, script
+from t5x_like.utils.trusted_urls import scheme_of
 
 SETUP = "setup.sh"
 RUN = "run.sh"
 SOURCE = "source.tar.gz"
 _PYTHON = "../venv/bin/python"
-MOUNT = "/mnt/runs"
+_SUSPENDED = ("FAILED", "SUSPENDED", "SUSPENDING")
+"""States of a queued resource without slices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuVm:
-    """Attributes:
-    topology: One slice, or several of one shape, which come as a queued resource.
-    runtime_version: Software of the VMs; None for the usual one of the kind.
-    queued: Wait in the queue for capacity, also for one slice.
-    spot, reserved: Which capacity; neither is on demand.
-    valid_until: For how long a queued request waits, `6h`; None for good.
-    nfs: `HOST:/EXPORT` that all workers mount at /mnt/runs.
-    source: The folder that is copied to the workers and installed.
-    flags: Further flags of the command that creates the VMs, `--network=default`.
+    """Options of the target.
+
+    Attributes:
+      job: The job.
+      topology: One slice, or several of one shape, which are created as a queued resource.
+      zone: Google Cloud zone.
+      project: Google Cloud project; None for gcloud's default.
+      runtime_version: Software version of the VMs; None for the default of the accelerator.
+      queued: Whether to wait in the queue for capacity; always true for several slices.
+      spot: Whether to use preemptible capacity.
+      reserved: Whether to use capacity of a reservation. Without spot and reserved, capacity is on demand.
+      valid_until: Time for which a queued request waits, such as `6h`; None without a limit.
+      nfs: `HOST:/EXPORT` that all workers mount at /mnt/runs.
+      source: Directory that is copied to the workers and installed.
+      flags: Further flags of the command that creates the VMs, such as `--network=default`.
+      directory: Directory of the rendered files.
     """
 
     job: Job
@@ -55,21 +64,22 @@ class TpuVm:
 
 
 def render(spec: TpuVm) -> Rendering:
-    """The scripts for the workers and the gcloud commands.
+    """Render the scripts for the workers and the gcloud commands.
 
     Raises:
-      ConfigError: a kind or shape that TPU VMs do not have.
+      ConfigError: There are no TPU VMs of this kind or shape.
     """
     return Rendering(
         directory=spec.directory,
         files={SETUP: setup_script(spec), RUN: run_script(spec)},
-        steps=(*_create(spec), *_start(spec), *_later(spec)),
+        steps=(*_create(spec), *_start(spec), *_follow_and_stop(spec)),
         notes=_notes(spec),
+        recovery=_recovery(spec) if spec.spot else None,
     )
 
 
 def setup_script(spec: TpuVm) -> str:
-    """Runs once on each worker, in the home directory's folder of the job."""
+    """Return the script that installs the source, run once on each worker in the job's directory."""
     uv = ("python3", "-m", "uv")
     install = (*uv, "pip", "install", "--quiet", "--python", "venv/bin/python")
     return script(
@@ -78,7 +88,7 @@ def setup_script(spec: TpuVm) -> str:
         "mkdir -p source",
         command_line(("tar", "--extract", "--gzip", f"--file={SOURCE}", "--directory=source")),
         *_mount(spec),
-        "# Large pages, which jax asks for on v5e and later.",
+        "# Transparent huge pages, which jax recommends on v5e and later.",
         "echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null",
         "python3 -m pip install --quiet --user uv",
         command_line((*uv, "venv", "--quiet", "--clear", "--python", "3.12", "venv")),
@@ -87,9 +97,9 @@ def setup_script(spec: TpuVm) -> str:
 
 
 def run_script(spec: TpuVm) -> str:
-    """The process of a worker, which is started again after exits that can be resumed."""
+    """Return the script of a worker's process, which is restarted after resumable exits."""
     job = spec.job
-    supervise = (_PYTHON, "-m", "t5x_like.launching.supervise", "--pid-file", "../pid")
+    restart_loop = (_PYTHON, "-P", "-m", "t5x_like.launching.restart_loop", "--pid-file", "../pid")
     limits = ("--max-restarts", str(job.max_restarts), "--restart-on", *map(str, job.restart_codes))
     train = job.train(_PYTHON, "--launcher", "gcetpu", *expectations(spec.topology))
     return script(
@@ -97,12 +107,17 @@ def run_script(spec: TpuVm) -> str:
         'cd "$(dirname "$0")/source"',
         *exports(job.env),
         *(line for name in job.secrets for line in _secret(name)),
-        f"exec {command_line((*supervise, *limits, '--', *train))}",
+        # The supervisor of spot slices reads the exit code.
+        "rm -f ../code",
+        "code=0",
+        f"{command_line((*restart_loop, *limits, '--', *train))} || code=$?",
+        'echo "$code" >../code',
+        'exit "$code"',
     )
 
 
 def _secret(name: str) -> list[str]:
-    """From Secret Manager, where the worker's service account may read it."""
+    """Return lines that read a secret from Secret Manager with the worker's service account."""
     read = ("gcloud", "secrets", "versions", "access", "latest", f"--secret={name}")
     return [f'{name}="$({shlex.join(read)})"', f"export {name}"]
 
@@ -110,56 +125,79 @@ def _secret(name: str) -> list[str]:
 def _mount(spec: TpuVm) -> list[str]:
     if spec.nfs is None:
         return []
-    mount = command_line(("sudo", "mount", "-t", "nfs", spec.nfs, MOUNT))
+    mount = command_line(("sudo", "mount", "-t", "nfs", spec.nfs, SHARED_MOUNT))
     return [
         "sudo apt-get install -y -qq nfs-common",
-        f"sudo mkdir -p {MOUNT}",
-        f"mountpoint -q {MOUNT} || {mount}",
-        f"sudo chmod 1777 {MOUNT}",
+        f"sudo mkdir -p {SHARED_MOUNT}",
+        f"mountpoint -q {SHARED_MOUNT} || {mount}",
+        f"sudo chmod 1777 {SHARED_MOUNT}",
     ]
 
 
-def _where(spec: TpuVm) -> list[str]:
+def _location(spec: TpuVm) -> list[str]:
     return [f"--zone={spec.zone}", *([f"--project={spec.project}"] if spec.project else [])]
 
 
 def _create(spec: TpuVm) -> list[Step]:
-    name, where = spec.job.resource, _where(spec)
+    name, location = spec.job.resource, _location(spec)
     version = spec.runtime_version or cloud_names(spec.topology).runtime_version
     if version is None:
-        found, fix = spec.topology.accelerator.name, "the target gke has it"
-        raise ConfigError([Problem("--topology", found, "a kind of which there are TPU VMs", fix)])
+        found, fix = spec.topology.accelerator.name, "use the target gke"
+        raise ConfigError([ConfigProblem("--topology", found, "an accelerator that is available as TPU VMs", fix)])
     kind = f"--accelerator-type={accelerator_type(spec.topology)}"
     capacity = [f"--{name}" for name in ("spot", "reserved") if getattr(spec, name)]
     if not spec.is_queued:
-        create = _gcloud("tpu-vm", "create", name, *where, kind, f"--version={version}", *capacity, *spec.flags)
+        create = _gcloud("tpu-vm", "create", name, *location, kind, f"--version={version}", *capacity, *spec.flags)
         return [Step("create the slice", create)]
     slices = spec.topology.num_slices
-    # The service tells several nodes of one request of each other: that makes them a multislice.
+    # The service connects the nodes of one request with each other, which makes them a multislice.
     nodes = [f"--node-id={name}"] if slices == 1 else [f"--node-count={slices}", f"--node-prefix={name}"]
     valid = [f"--valid-until-duration={spec.valid_until}"] if spec.valid_until else []
     create = _gcloud(
-        "queued-resources", "create", name, *where, *nodes, kind, f"--runtime-version={version}", *capacity, *valid,
+        "queued-resources", "create", name, *location, *nodes, kind, f"--runtime-version={version}", *capacity, *valid,
         *spec.flags,
     )  # fmt: skip
-    state = _gcloud("queued-resources", "describe", name, *where, "--format=value(state.state)")
     return [
-        Step("ask for the slices", create),
-        Step("wait for them", state, until="ACTIVE", never=("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")),
+        Step("request the slices", create),
+        Step("wait for the slices", _state(spec), until="ACTIVE", never=(*_SUSPENDED, "DELETING")),
     ]
+
+
+def _state(spec: TpuVm) -> tuple[str, ...]:
+    resource, field = ("queued-resources", "state.state") if spec.is_queued else ("tpu-vm", "state")
+    return _gcloud(resource, "describe", spec.job.resource, *_location(spec), f"--format=value({field})")
+
+
+def _recovery(spec: TpuVm) -> Recovery:
+    """Return the recovery of a spot slice: after a preemption its name is used until it is deleted."""
+    name = spec.job.resource
+    first = ["--node=0", "--worker=0"] if spec.topology.num_slices > 1 else ["--worker=0"]
+    resource = "queued-resources" if spec.topology.num_slices > 1 else "tpu-vm"
+    read = f"--command={shlex.join(('cat', f'{name}/code'))}"
+    return Recovery(
+        state=_state(spec),
+        lost=_SUSPENDED if spec.is_queued else ("PREEMPTED", "TERMINATED"),
+        result=_gcloud(resource, "ssh", name, *first, *_location(spec), read),
+        remove=_delete(spec),
+    )
+
+
+def _delete(spec: TpuVm) -> tuple[str, ...]:
+    resource, forced = ("queued-resources", ["--force"]) if spec.is_queued else ("tpu-vm", [])
+    return _gcloud(resource, "delete", spec.job.resource, *_location(spec), *forced, "--quiet")
 
 
 def _start(spec: TpuVm) -> list[Step]:
     name = spec.job.resource
     files = [str(spec.directory / file) for file in (SETUP, RUN, SOURCE)]
-    # Environments, histories and caches are hidden; what runs and builds leave is not wanted there either.
-    left_out = [f"--exclude={pattern}" for pattern in ("./.[!.]*", "./runs", "./build", "./dist", "__pycache__")]
-    pack = ("tar", "--create", "--gzip", f"--file={spec.directory / SOURCE}", *left_out, f"--directory={spec.source}")
+    # Exclude hidden directories (environments, version control, caches) and the outputs of runs and builds.
+    excluded = [f"--exclude={pattern}" for pattern in ("./.[!.]*", "./runs", "./build", "./dist", "__pycache__")]
+    pack = ("tar", "--create", "--gzip", f"--file={spec.directory / SOURCE}", *excluded, f"--directory={spec.source}")
     return [
         Step("pack the source", (*pack, ".")),
-        Step("a folder on all workers", _ssh(spec, ("mkdir", "-p", name))),
+        Step("create a directory on all workers", _ssh(spec, ("mkdir", "-p", name))),
         Step("copy to all workers", _scp(spec, files, f"{name}/")),
-        Step("install there", _ssh(spec, ("bash", f"{name}/{SETUP}"))),
+        Step("install on all workers", _ssh(spec, ("bash", f"{name}/{SETUP}"))),
         Step("start on all workers", _ssh(spec, ("bash", "-c", _detached(name)))),
     ]
 
@@ -168,14 +206,13 @@ def _detached(name: str) -> str:
     return f"setsid --fork bash {name}/{RUN} >>{name}/log.txt 2>&1 </dev/null"
 
 
-def _later(spec: TpuVm) -> list[Step]:
-    name, where = spec.job.resource, _where(spec)
+def _follow_and_stop(spec: TpuVm) -> list[Step]:
+    name = spec.job.resource
     log, pid = f"{name}/log.txt", f"{name}/pid"
-    resource, forced = ("queued-resources", ["--force"]) if spec.is_queued else ("tpu-vm", [])
     return [
-        Step("the logs of all workers", _ssh(spec, ("tail", "--lines=+1", "--follow=name", log)), "follow"),
-        Step("save and leave, for good", _ssh(spec, ("pkill", "--signal", "TERM", "--pidfile", pid)), "stop"),
-        Step("give the machines back", _gcloud(resource, "delete", name, *where, *forced, "--quiet"), "stop"),
+        Step("show the logs of all workers", _ssh(spec, ("tail", "--lines=+1", "--follow=name", log)), "follow"),
+        Step("save and stop without a restart", _ssh(spec, ("pkill", "--signal", "TERM", "--pidfile", pid)), "stop"),
+        Step("delete the VMs", _delete(spec), "stop"),
     ]
 
 
@@ -193,13 +230,16 @@ def _scp(spec: TpuVm, files: Sequence[str], to: str) -> tuple[str, ...]:
 
 def _on_all(spec: TpuVm, verb: str, operands: Sequence[str]) -> list[str]:
     if spec.topology.num_slices > 1:
-        return ["queued-resources", verb, *operands, "--node=all", "--worker=all", *_where(spec)]
-    return ["tpu-vm", verb, *operands, "--worker=all", *_where(spec)]
+        return ["queued-resources", verb, *operands, "--node=all", "--worker=all", *_location(spec)]
+    return ["tpu-vm", verb, *operands, "--worker=all", *_location(spec)]
 
 
 def _notes(spec: TpuVm) -> tuple[str, ...]:
     notes = [f"{name} is read from Secret Manager on each worker" for name in spec.job.secrets]
-    if spec.topology.num_hosts > 1 and not os.path.isabs(spec.job.workdir):
+    if spec.topology.num_hosts > 1 and not (os.path.isabs(spec.job.workdir) or scheme_of(spec.job.workdir)):
         hosts = spec.topology.num_hosts
-        notes.append(f"{hosts} hosts write the run's directory together: --nfs HOST:/EXPORT mounts one at {MOUNT}")
+        notes.append(
+            f"{hosts} hosts write to one run directory: name a bucket by --workdir gs://BUCKET/PATH, or mount a shared "
+            f"volume at {SHARED_MOUNT} by --nfs HOST:/EXPORT"
+        )
     return tuple(notes)

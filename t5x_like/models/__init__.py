@@ -1,1 +1,1 @@
-"""Layers, stacks, the model, its presets and its arithmetic. `presets` and `parameters` do not import jax."""
+"""The transformer: layers, stacks, heads, decoding cache, presets and the construction of models."""

@@ -1,8 +1,8 @@
-"""Multi-head attention: projections around the kernel."""
+"""Multi-head attention: projections around the attention kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,65 +10,110 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_like.config.model import AttentionImplementation, StackConfig
-from t5x_like.kernels.attention import attention
-from t5x_like.kernels.masks import Mask, Prepared
-from t5x_like.kernels.slots import Part, attend
-from t5x_like.models.cache import KeysValues, Slots
-from t5x_like.models.layers import Dense, Joined, Norm, attention_scale, attention_stddevs, rotate
-from t5x_like.partitioning.constrain import constrain
+from t5x_like.config.model import ModelConfig, Positions, StackConfig
+from t5x_like.errors import ConfigProblem
+from t5x_like.kernels.attention import attention, get_backend, unknown_backend
+from t5x_like.kernels.attention_backend import AttentionRequest, BiasKind, drops_values
+from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, Mask
+from t5x_like.kernels.decode_attention import KVSegment, attend
+from t5x_like.models.kv_cache import KeysValues, LayerCache
+from t5x_like.models.layers import Dense, FusedDense, Norm, attention_scale, attention_stddevs
+from t5x_like.models.rotary import CosSin, rotate
+from t5x_like.sharding.constrain import constrain
 
 SeveralKeysValues = tuple[tuple[Array, ...], tuple[Array, ...]]
 """Keys and values of several sequences."""
-CosSin = tuple[Array, Array]
+
+
+_BIASES: dict[Positions, BiasKind] = {
+    "relative_bias": "relative",
+    "disentangled": "content",
+    "rope": "none",
+    "learned": "none",
+    "none": "none",
+}
 
 
 class Distances(NamedTuple):
-    """Of disentangled attention: a state for each bucket of distances, and the bucket of each query and key.
+    """Relative positions of disentangled attention: a state per bucket of distances, and the bucket of each pair.
 
     Attributes:
-      states: [R, d].
-      rows: int32 [1 or B, Q, K], numbers of states.
+      states: [R, d], one state per bucket.
+      buckets: int32 [1 or B, Q, K], the bucket of each query and key.
     """
 
     states: Array
-    rows: Array
+    buckets: Array
+
+
+def attention_problems(model: ModelConfig) -> Iterator[ConfigProblem]:
+    """Yield a problem if the model's attention backend is unknown or does not support what a stack needs."""
+    problem = unknown_backend(model.attention)
+    if problem is not None:
+        yield problem
+        return
+    backend = get_backend(model.attention)
+    for name, stack in [*model.stacks.items(), ("generator", model.generator)]:
+        if stack is None:
+            continue
+        reason = backend.supports(attention_request(stack, model.dtype))
+        if reason is not None:
+            yield ConfigProblem(
+                "model.attention", f"{model.attention} for model.{name}", f"a backend that supports it: {reason}"
+            )
+
+
+def attention_request(stack: StackConfig, dtype: str) -> AttentionRequest:
+    """Return what the self-attention of a stack asks of its backend."""
+    dropped_as_values = drops_values(stack.num_heads, stack.num_kv_heads, stack.dropout_broadcast_length)
+    return AttentionRequest(
+        num_heads=stack.num_heads,
+        num_kv_heads=stack.num_kv_heads,
+        head_dim=stack.head_dim,
+        dtype=dtype,
+        bias=_BIASES[stack.positions],
+        softcap=stack.attention_softcap,
+        dropout_rate=0.0 if dropped_as_values else stack.dropout_rate,
+        dynamic_window=len(set(stack.layer_kinds)) > 1,
+    )
 
 
 class Attention(nnx.Module):
-    """Queries from one sequence, keys and values from the same or another."""
+    """Multi-head attention with queries from one sequence and keys and values from the same or another one."""
 
-    def __init__(self, config: StackConfig, implementation: AttentionImplementation, *, kv_width: int, rngs: nnx.Rngs):
-        """`kv_width` is the width of the sequence that keys and values come from."""
+    def __init__(self, config: StackConfig, attention_backend: str, *, kv_width: int, rngs: nnx.Rngs):
+        """`kv_width` is the width of the sequence that keys and values are projected from."""
         self.config = config
-        self.implementation = implementation
-        bias = config.use_bias
+        self.attention_backend = attention_backend
+        bias = config.use_bias or config.qkv_bias
         heads, kv_heads = ("heads", config.num_heads), ("kv_heads", config.num_kv_heads)
         embed, kv_embed, head_dim = ("embed", config.d_model), ("embed", kv_width), ("head_dim", config.head_dim)
         q_stddev, kv_stddev, out_stddev = attention_stddevs(config)
         self.query = Dense([embed], [heads, head_dim], stddev=q_stddev, use_bias=bias, rngs=rngs)
         self.key = Dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, rngs=rngs)
         self.value = Dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, rngs=rngs)
-        self.out = Dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=bias, rngs=rngs)
+        self.out = Dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=config.use_bias, rngs=rngs)
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, head_dim), Norm(config, head_dim)
 
     def project(self, x_BxLxd: Array) -> tuple[Array, KeysValues]:
-        """Queries [B, L, H, h] and keys and values [B, L, G, h] of the same sequence, as `placed` takes them."""
-        if hasattr(self, "joined"):
-            query, key, value = self.joined(x_BxLxd)
+        """Return queries [B, L, H, h], and keys and values [B, L, G, h] for `position_keys`, of one sequence."""
+        if hasattr(self, "fused"):
+            query, key, value = self.fused(x_BxLxd)
             return query, (key, value)
         return self.query(x_BxLxd), (self.key(x_BxLxd), self.value(x_BxLxd))
 
-    def join(self) -> None:
-        """Makes one product of the three of `project`, where nothing else reads them alone."""
-        self.joined = Joined([self.query, self.key, self.value])
+    def fuse(self) -> None:
+        """Replace the three products of `project` by one. The single projections are gone afterwards."""
+        self.fused = FusedDense([self.query, self.key, self.value])
         del self.query, self.key, self.value
 
-    def placed(self, keys_values: KeysValues, cos_sin: CosSin | None = None) -> KeysValues:
-        """Keys normalised and rotated, as far as they are."""
+    def position_keys(self, keys_values: KeysValues, cos_sin: CosSin | None = None) -> KeysValues:
+        """Return keys and values with the keys normalized and rotated, if the stack does so."""
         names = ("batch", "length", "kv_heads", "head_dim")
         key, value = keys_values
+        # Norm before rotation, as in Qwen 3 and Gemma 3: after it, the norm's scale per dimension would make scores
+        # depend on positions and not on distances alone.
         if self.config.qk_norm:
             key = self.key_norm(key)
         if cos_sin is not None:
@@ -76,8 +121,8 @@ class Attention(nnx.Module):
         return constrain(key, names), constrain(value, names)
 
     def keys_values(self, x_BxKxd: Array) -> KeysValues:
-        """Keys and values of a sequence without positions, [B, K, G, h] each."""
-        return self.placed((self.key(x_BxKxd), self.value(x_BxKxd)))
+        """Return keys and values of a sequence without positions, [B, K, G, h] each."""
+        return self.position_keys((self.key(x_BxKxd), self.value(x_BxKxd)))
 
     def __call__(
         self,
@@ -89,17 +134,30 @@ class Attention(nnx.Module):
         distances: Distances | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
-        """What queries, as they come from the projection, read of placed keys and values, [B, Q, d]."""
+        """Return the output of attention, [B, Q, d].
+
+        Args:
+          query_BxQxHxh: Queries as the projection returns them.
+          keys_values: Keys and values after `position_keys`, of one or several sequences.
+          mask: Mask that the backend has prepared.
+          cos_sin: Rotary positions of the queries, or None.
+          distances: Relative positions of disentangled attention, or None.
+          dropout_rng: Key of the dropout of probabilities; None: no dropout.
+        """
         keys, values = keys_values
-        if isinstance(mask, Prepared):
-            # Each device has the scores of its queries with all keys.
+        if not (isinstance(mask, BlockwiseMask) and mask.split is not None):
+            # Each device computes the scores of its queries with all keys.
+            # Without the ring, this constraint gathers keys and values along the length: the "all_gather" form of
+            # context parallelism.
             whole = ("batch", None, "kv_heads", "head_dim")
             keys, values = jax.tree.map(lambda x: constrain(x, whole), (keys, values))
-        query, bias = self._placed_query(query_BxQxHxh, cos_sin, distances, None if isinstance(keys, tuple) else keys)
+        # Queries are normalized and rotated here and keys in `position_keys`: keys enter the cache in their final form,
+        # once.
+        query, bias = self._position_query(query_BxQxHxh, cos_sin, distances, None if isinstance(keys, tuple) else keys)
         if bias is not None:
-            assert isinstance(mask, Prepared)
-            mask = Prepared(bias, mask.mask)
-        mixed_BxQxHxh = attention(
+            assert isinstance(mask, DenseMask)
+            mask = DenseMask(bias, mask.mask)
+        attended_BxQxHxh = attention(
             query,
             keys,
             values,
@@ -109,29 +167,33 @@ class Attention(nnx.Module):
             dropout_rate=self.config.dropout_rate,
             dropout_rng=dropout_rng,
             dropout_broadcast_length=self.config.dropout_broadcast_length,
-            implementation=self.implementation,
+            backend=self.attention_backend,
         )
-        return self.out(constrain(mixed_BxQxHxh, ("batch", "length", "heads", "head_dim")))
+        return self.out(constrain(attended_BxQxHxh, ("batch", "length", "heads", "head_dim")))
 
-    def over_slots(
+    def attend_to_cache(
         self,
         query_BxTxHxh: Array,
-        slots: Sequence[tuple[Slots, Prepared]],
+        caches: Sequence[tuple[LayerCache, DenseMask]],
         *,
         cos_sin: CosSin | None = None,
         distances: Distances | None = None,
     ) -> Array:
-        """The same over keys and values in slots; of several, all under one softmax. `distances` are of the first."""
-        keys = None if distances is None else slots[0][0].floats(query_BxTxHxh.dtype)[0]
-        query, bias = self._placed_query(query_BxTxHxh, cos_sin, distances, keys)
-        parts = [Part(*one, prepared if bias is None else Prepared(bias, prepared.mask)) for one, prepared in slots]
-        config = self.config
-        return self.out(attend(query, parts, scale=attention_scale(config), softcap=config.attention_softcap))
+        """Return the output of attention over cached keys and values, [B, T, d].
 
-    def _placed_query(
+        Several caches share one softmax. `distances` belong to the first one.
+        """
+        # Only disentangled positions read the keys themselves; all others leave them in the cache's type.
+        keys = None if distances is None else caches[0][0].dequantize(query_BxTxHxh.dtype)[0]
+        query, bias = self._position_query(query_BxTxHxh, cos_sin, distances, keys)
+        segments = [KVSegment(*cache, mask if bias is None else DenseMask(bias, mask.mask)) for cache, mask in caches]
+        config = self.config
+        return self.out(attend(query, segments, scale=attention_scale(config), softcap=config.attention_softcap))
+
+    def _position_query(
         self, query: Array, cos_sin: CosSin | None, distances: Distances | None, keys: Array | None
     ) -> tuple[Array, Array | None]:
-        """Queries [B, Q, H, h], and the bias of disentangled positions over these keys, if there are any."""
+        """Return normalized and rotated queries [B, Q, H, h], and the bias of disentangled positions or None."""
         bias = None
         if self.config.qk_norm:
             query = self.query_norm(query)
@@ -143,16 +205,21 @@ class Attention(nnx.Module):
         return constrain(query, ("batch", "length", "heads", "head_dim")), bias
 
     def _distance_bias(self, query_BxQxHxh: Array, key_BxKxGxh: Array, distances: Distances) -> Array:
-        """What a query makes of a key's distance and the key of the query's, [B, H, Q, K] (He et al. 2021, with keys
-        and queries of distances made by the projections of the content)."""
+        """Return the content-to-position and position-to-content scores, float32 [B, H, Q, K] (He et al. 2021, where
+        the projections of the content also project the distances)."""
         states_1xRxd = distances.states[None]
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        # The same projections serve content and distances (DeBERTa's `share_att_key`), which is why `fuse` leaves them
+        # apart.
         query_RxHxh = self.query(states_1xRxd)[0]
         key_RxHxh = jnp.repeat(self.key(states_1xRxd)[0], heads // kv_heads, axis=1)
         key_BxKxHxh = jnp.repeat(key_BxKxGxh, heads // kv_heads, axis=2)
-        of_query = jnp.einsum("bqhx,rhx->bhqr", query_BxQxHxh, key_RxHxh, preferred_element_type=jnp.float32)
-        of_key = jnp.einsum("bkhx,rhx->bhkr", key_BxKxHxh, query_RxHxh, preferred_element_type=jnp.float32)
-        rows = distances.rows[:, None]
-        to_position = jnp.take_along_axis(of_query, rows, axis=3)
-        from_position = jnp.take_along_axis(of_key, jnp.swapaxes(rows, 2, 3), axis=3)
+        # Scores with all R distances, from which the bucket of each pair is taken: R is far smaller than Q * K.
+        query_scores = jnp.einsum("bqhx,rhx->bhqr", query_BxQxHxh, key_RxHxh, preferred_element_type=jnp.float32)
+        key_scores = jnp.einsum("bkhx,rhx->bhkr", key_BxKxHxh, query_RxHxh, preferred_element_type=jnp.float32)
+        buckets = distances.buckets[:, None]
+        # Content to position: entry (q, k) reads the query's score with the distance q - k.
+        to_position = jnp.take_along_axis(query_scores, buckets, axis=3)
+        # Position to content: the key's score with the same bucket, found in the transposed array [B, H, K, Q].
+        from_position = jnp.take_along_axis(key_scores, jnp.swapaxes(buckets, 2, 3), axis=3)
         return attention_scale(self.config) * (to_position + jnp.swapaxes(from_position, 2, 3))

@@ -1,4 +1,4 @@
-"""The one transformer block, of which every stack is made."""
+"""The transformer block that every stack consists of."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_like.config.model import AttentionImplementation, StackConfig
-from t5x_like.kernels.masks import Mask, MaskSpec, Prepared, RelativeBias, with_bias
+from t5x_like.config.model import StackConfig
+from t5x_like.kernels.attention_masks import DenseMask, Mask, MaskSpec, add_bias
+from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.models.attention import Attention, CosSin, Distances, SeveralKeysValues
-from t5x_like.models.cache import KeysValues, Slots
-from t5x_like.models.experts import MixtureOfExperts, Routing
+from t5x_like.models.kv_cache import KeysValues, LayerCache
 from t5x_like.models.layers import Embedding, Mlp, Norm, dropout, param
-from t5x_like.partitioning.constrain import constrain
+from t5x_like.models.moe import MixtureOfExperts, Routing
+from t5x_like.sharding.constrain import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class Shared:
-    """What the blocks of a stack are given: all the same, or with own `mask`, `cos_sin` and `is_first`.
+class LayerInputs:
+    """Inputs of the blocks of a stack. `mask`, `cos_sin` and `is_first` may differ between layers.
 
     Attributes:
-      mask: Of the self-attention, with the relative bias in it; with merged attention also of the encoder's states,
-        which come last (in a step of decoding they do not: `cross_mask` is theirs).
-      spec: The description of that mask, for tables of relative bias that each layer has of its own.
+      mask: Mask of the self-attention, including the relative bias that all layers share. With merged attention it also
+        covers the encoder's states, which come last (in a decoding step `cross_mask` covers them).
+      spec: Description of that mask, for layers with their own table of relative bias.
       cos_sin: Rotary positions of x, or None.
-      distances: Of disentangled positions, or None.
-      encoded: [B, S, d] for cross-attention, or None: there is none, or each layer has its keys and values ready.
-      cross_mask: Of the cross-attention.
-      lengths: int32 [B], tokens of each row that are in the slots already, in a step of decoding; else None.
-      valid: bool [B, L], False for padding, which experts do not count; None: none.
-      is_first: bool scalar where the first layer's attention has no norm in front, else None.
+      distances: Relative positions of disentangled attention, or None.
+      encoded: Encoder states [B, S, d] for cross-attention; None without an encoder, or if each layer's keys and values
+        are computed already.
+      cross_mask: Mask of the cross-attention.
+      lengths: int32 [B], tokens of each row that are in the cache already, in a decoding step; else None.
+      valid: bool [B, L], False for padding, which experts ignore; None: no padding.
+      is_first: bool scalar if the attention of the first layer has no norm before it, else None.
     """
 
     mask: Mask
@@ -47,30 +49,30 @@ class Shared:
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention if the stack has an encoder beside it, and an MLP, each on a residual branch.
+    """Self-attention, cross-attention in a decoder beside an encoder, and an MLP, each on a residual branch.
 
-    Dropout is where T5 has it: on attention probabilities, inside the MLP and on each branch.
+    Dropout is applied where T5 applies it: to attention probabilities, inside the MLP and to each branch.
     """
 
     def __init__(
         self,
         config: StackConfig,
-        implementation: AttentionImplementation,
+        attention_backend: str,
         *,
         encoder_width: int | None,
         rngs: nnx.Rngs,
     ):
-        """`encoder_width` is that of the encoder's output; None for no cross-attention."""
+        """`encoder_width` is the width of the encoder's output; None: no cross-attention."""
         self.config = config
         self.self_attention_norm = Norm(config)
-        self.self_attention = Attention(config, implementation, kv_width=config.d_model, rngs=rngs)
+        self.self_attention = Attention(config, attention_backend, kv_width=config.d_model, rngs=rngs)
         if config.relative_bias_per_layer and config.positions == "relative_bias":
             self.relative_bias = relative_bias_table(config, rngs=rngs)
         self.has_cross_attention = encoder_width is not None and config.cross_attention == "separate"
         self.is_merged = encoder_width is not None and config.cross_attention == "merged"
         if encoder_width is not None and self.has_cross_attention:
             self.cross_attention_norm = Norm(config)
-            self.cross_attention = Attention(config, implementation, kv_width=encoder_width, rngs=rngs)
+            self.cross_attention = Attention(config, attention_backend, kv_width=encoder_width, rngs=rngs)
         self.mlp_norm = Norm(config)
         self.mlp = Mlp(config, rngs=rngs) if config.experts is None else MixtureOfExperts(config, rngs=rngs)
         if config.norm_placement == "both":
@@ -81,124 +83,143 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BxLxd: Array,
-        shared: Shared,
+        shared: LayerInputs,
         *,
         dropout_rng: Array | None = None,
         cross_keys_values: KeysValues | None = None,
     ) -> tuple[Array, KeysValues, Routing | None]:
-        """Args:
-          cross_keys_values: Keys and values of the encoder's output, where they are computed already.
+        """Run the block.
+
+        Args:
+          x_BxLxd: States.
+          shared: Inputs of the layer besides the states.
+          dropout_rng: Key; None: no dropout.
+          cross_keys_values: Keys and values of the encoder's output, if they are computed already.
 
         Returns:
-          x after the block, the keys and values of x, and where the tokens went if the block has experts.
+          x after the block, the keys and values of x, and the routing of its tokens if the block has experts.
         """
-        rngs = [None] * 7 if dropout_rng is None else [jax.random.fold_in(dropout_rng, place) for place in range(7)]
+        # One key per point of dropout; the numbers are part of the random stream.
+        rngs = [None] * 7 if dropout_rng is None else [jax.random.fold_in(dropout_rng, point) for point in range(7)]
         if cross_keys_values is None and shared.encoded is not None:
             cross_keys_values = self.encoder_keys_values(shared.encoded)
 
         inner = self._self_attention_input(x_BxLxd, shared)
         query, keys_values = self.self_attention.project(inner)
-        new = seen = self.self_attention.placed(keys_values, shared.cos_sin)
-        mask = self._with_own_bias(shared, inner.shape[1], inner.shape[1])
-        attended: KeysValues | SeveralKeysValues = seen
+        own = self.self_attention.position_keys(keys_values, shared.cos_sin)
+        mask = self._add_layer_bias(shared, inner.shape[1], inner.shape[1])
+        attended: KeysValues | SeveralKeysValues = own
         if self.is_merged:
             assert cross_keys_values is not None
             attended = tuple(  # type: ignore[assignment]
-                (own, other.astype(own.dtype)) for own, other in zip(seen, cross_keys_values, strict=True)
+                # Decoder keys first: the concatenated mask has the same order.
+                (decoder, encoder.astype(decoder.dtype))
+                for decoder, encoder in zip(own, cross_keys_values, strict=True)
             )
+        # T5's order: attention, cross-attention, MLP, each a residual branch.
         branch = self.self_attention(
             query,
             attended,
             mask,
             cos_sin=shared.cos_sin,
-            distances=self._dropped(shared.distances, rngs[6]),
+            distances=self._drop_distances(shared.distances, rngs[6]),
             dropout_rng=rngs[0],
         )
-        x_BxLxd = self._after(x_BxLxd, branch, "self_attention", rngs[1])
+        x_BxLxd = self._add_branch(x_BxLxd, branch, "self_attention", rngs[1])
 
         if self.has_cross_attention:
             assert shared.cross_mask is not None and cross_keys_values is not None
-            inner = self._before(x_BxLxd, self.cross_attention_norm)
+            inner = self._branch_input(x_BxLxd, self.cross_attention_norm)
             query = self.cross_attention.query(inner)
             branch = self.cross_attention(query, cross_keys_values, shared.cross_mask, dropout_rng=rngs[2])
-            x_BxLxd = self._after(x_BxLxd, branch, "cross_attention", rngs[3])
+            x_BxLxd = self._add_branch(x_BxLxd, branch, "cross_attention", rngs[3])
 
         x_BxLxd, routing = self._mlp(x_BxLxd, shared, rngs[4], rngs[5])
-        return x_BxLxd, new, routing
+        return x_BxLxd, own, routing
 
-    def step(self, x_BxTxd: Array, shared: Shared, slots: Slots, cross: Slots | None) -> tuple[Array, Slots]:
-        """The block on T more tokens of each row.
+    def step(
+        self, x_BxTxd: Array, shared: LayerInputs, cache: LayerCache, cross: LayerCache | None
+    ) -> tuple[Array, LayerCache]:
+        """Run the block on the next T tokens of each row.
 
         Args:
-          slots: This layer's, with the `shared.lengths` tokens before.
+          x_BxTxd: States of the tokens.
+          shared: Inputs of the layer besides the states, with dense masks.
+          cache: This layer's keys and values of the `shared.lengths` tokens before.
           cross: Keys and values of the encoder's output.
 
         Returns:
-          x after the block, and the slots with the new tokens.
+          x after the block, and the cache with the new tokens.
         """
         assert shared.lengths is not None
         inner = self._self_attention_input(x_BxTxd, shared)
-        # Written before they are read: XLA then writes in place, where it would otherwise copy all slots.
+        # The cache is written before it is read: XLA then writes in place and does not copy the whole cache.
         query, keys_values = self.self_attention.project(inner)
-        slots = slots.written(self.self_attention.placed(keys_values, shared.cos_sin), shared.lengths)
-        mask = self._with_own_bias(shared, inner.shape[1], slots.size)
-        assert isinstance(mask, Prepared)
-        parts = [(slots, mask)]
+        # Keys are rotated before they are stored, at their own position, and never again.
+        cache = cache.append(self.self_attention.position_keys(keys_values, shared.cos_sin), shared.lengths)
+        mask = self._add_layer_bias(shared, inner.shape[1], cache.size)
+        assert isinstance(mask, DenseMask)
+        caches = [(cache, mask)]
         if self.is_merged:
-            assert cross is not None and isinstance(shared.cross_mask, Prepared)
-            parts.append((cross, shared.cross_mask))
-        branch = self.self_attention.over_slots(query, parts, cos_sin=shared.cos_sin, distances=shared.distances)
-        x_BxTxd = self._after(x_BxTxd, branch, "self_attention", None)
+            assert cross is not None and isinstance(shared.cross_mask, DenseMask)
+            caches.append((cross, shared.cross_mask))
+        branch = self.self_attention.attend_to_cache(query, caches, cos_sin=shared.cos_sin, distances=shared.distances)
+        x_BxTxd = self._add_branch(x_BxTxd, branch, "self_attention", None)
 
         if self.has_cross_attention:
-            assert cross is not None and isinstance(shared.cross_mask, Prepared)
-            inner = self._before(x_BxTxd, self.cross_attention_norm)
+            assert cross is not None and isinstance(shared.cross_mask, DenseMask)
+            inner = self._branch_input(x_BxTxd, self.cross_attention_norm)
             query = self.cross_attention.query(inner)
-            branch = self.cross_attention.over_slots(query, [(cross, shared.cross_mask)])
-            x_BxTxd = self._after(x_BxTxd, branch, "cross_attention", None)
-        return self._mlp(x_BxTxd, shared, None, None)[0], slots
+            branch = self.cross_attention.attend_to_cache(query, [(cross, shared.cross_mask)])
+            x_BxTxd = self._add_branch(x_BxTxd, branch, "cross_attention", None)
+        return self._mlp(x_BxTxd, shared, None, None)[0], cache
 
-    def _self_attention_input(self, x: Array, shared: Shared) -> Array:
-        inner = self._before(x, self.self_attention_norm)
-        return inner if shared.is_first is None else jnp.where(shared.is_first, whole_rows(x), inner)
+    def _self_attention_input(self, x: Array, shared: LayerInputs) -> Array:
+        inner = self._branch_input(x, self.self_attention_norm)
+        # ModernBERT's first layer has no norm here, because its embeddings are normalized already.
+        return inner if shared.is_first is None else jnp.where(shared.is_first, gather_states(x), inner)
 
     def _mlp(
-        self, x: Array, shared: Shared, inner_rng: Array | None, branch_rng: Array | None
+        self, x: Array, shared: LayerInputs, inner_rng: Array | None, branch_rng: Array | None
     ) -> tuple[Array, Routing | None]:
-        inner, routing = self._before(x, self.mlp_norm), None
+        inner, routing = self._branch_input(x, self.mlp_norm), None
         if isinstance(self.mlp, MixtureOfExperts):
             branch, routing = self.mlp(inner, valid=shared.valid)
         else:
             branch = self.mlp(inner, dropout_rng=inner_rng)
-        return self._after(x, branch, "mlp", branch_rng), routing
+        return self._add_branch(x, branch, "mlp", branch_rng), routing
 
-    def join(self) -> None:
-        """Makes one product of those on the same input, for decoding."""
+    def fuse(self) -> None:
+        """Fuse the products that read the same input, for decoding."""
+        # Merged attention projects the encoder's states with the key and value kernels alone, disentangled attention
+        # projects distances with the query and key kernels alone.
         if not self.is_merged and self.config.positions != "disentangled":
-            self.self_attention.join()
+            self.self_attention.fuse()
         if isinstance(self.mlp, Mlp):
-            self.mlp.join()
+            self.mlp.fuse()
 
     def encoder_keys_values(self, encoded_BxSxd: Array) -> KeysValues:
-        """Keys and values of the encoder's states."""
+        """Return the keys and values of the encoder's states, [B, S, G, h] each."""
         return (self.self_attention if self.is_merged else self.cross_attention).keys_values(encoded_BxSxd)
 
-    def _with_own_bias(self, shared: Shared, q_length: int, kv_length: int) -> Mask:
+    def _add_layer_bias(self, shared: LayerInputs, q_length: int, kv_length: int) -> Mask:
         if not hasattr(self, "relative_bias"):
             return shared.mask
         bias = relative_bias_of(self.config, self.relative_bias)
-        return with_bias(shared.mask, shared.spec, bias, q_length, kv_length)
+        return add_bias(shared.mask, shared.spec, bias, q_length, kv_length)
 
-    def _dropped(self, distances: Distances | None, dropout_rng: Array | None) -> Distances | None:
+    def _drop_distances(self, distances: Distances | None, dropout_rng: Array | None) -> Distances | None:
         if distances is None:
             return None
+        # DeBERTa's `pos_dropout`: the states of the distances are dropped anew in every layer.
         return distances._replace(states=dropout(distances.states[None], self.config, dropout_rng)[0])
 
-    def _before(self, x: Array, norm: Norm) -> Array:
-        return whole_rows(x if self.config.norm_placement == "post" else norm(x))
+    def _branch_input(self, x: Array, norm: Norm) -> Array:
+        return gather_states(x if self.config.norm_placement == "post" else norm(x))
 
-    def _after(self, x: Array, branch: Array, name: str, dropout_rng: Array | None) -> Array:
-        branch = split_rows(branch)
+    def _add_branch(self, x: Array, branch: Array, name: str, dropout_rng: Array | None) -> Array:
+        # pre: x + f(norm(x)). post: norm(x + f(x)), as in BERT. both: x + norm(f(norm(x))), as in Gemma 2.
+        branch = split_states(branch)
         if self.config.norm_placement == "both":
             branch = getattr(self, f"{name}_post_norm")(branch)
         x = x + dropout(branch, self.config, dropout_rng)
@@ -209,59 +230,68 @@ class Block(nnx.Module):
 _SPLIT, _WHOLE = ("batch", "residual_length", "embed"), ("batch", "length", "embed")
 
 
-def whole_rows(x_BxLxd: Array) -> Array:
-    """States that lie as the sums between blocks do, gathered for products with parameters that are split over the same
-    devices. Said from both sides: the gradient is added up over those devices and split again."""
+def gather_states(x_BxLxd: Array) -> Array:
+    """Gather the residual states along their length for products with parameters that are split over the same devices.
+
+    Both shardings are named, so that the gradient is reduced over those devices and split again (reduce-scatter).
+    """
     return constrain(constrain(x_BxLxd, _SPLIT), _WHOLE)
 
 
-def split_rows(x_BxLxd: Array) -> Array:
-    """The other way: what such products add to the sums between blocks."""
+def split_states(x_BxLxd: Array) -> Array:
+    """Split the output of a branch along its length again, as the residual states are split."""
     return constrain(constrain(x_BxLxd, _WHOLE), _SPLIT)
 
 
 def relative_bias_table(config: StackConfig, *, rngs: nnx.Rngs) -> Embedding:
+    """Return a fresh table of T5's relative bias, [buckets, heads]."""
     rows = ("relative_buckets", config.relative_bias_buckets)
     return Embedding(rows, ("heads", config.num_heads), stddev=config.d_model**-0.5, rngs=rngs)
 
 
 def relative_bias_of(config: StackConfig, table: Embedding) -> RelativeBias:
+    """Return the description of a table's bias for the attention backend."""
     return RelativeBias(table.embedding[...], config.relative_bias_bidirectional, config.relative_bias_max_distance)
 
 
-def stacked_blocks(
-    config: StackConfig, implementation: AttentionImplementation, *, encoder_width: int | None, rngs: nnx.Rngs
-) -> Block:
-    """A Block whose parameters have the layers in front: num_layers blocks in one."""
+def stacked_blocks(config: StackConfig, attention_backend: str, *, encoder_width: int | None, rngs: nnx.Rngs) -> Block:
+    """Return a Block whose parameters have a leading dimension of layers: num_layers blocks in one."""
 
     def make(key: Array) -> Block:
-        return Block(config, implementation, encoder_width=encoder_width, rngs=nnx.Rngs(params=key))
+        return Block(config, attention_backend, encoder_width=encoder_width, rngs=nnx.Rngs(params=key))
 
+    # `vmap` over the constructor gives every parameter a leading dimension of layers, with initial values that differ
+    # between layers, and compiles one constructor.
     blocks = jax.vmap(make)(jax.random.split(rngs.params(), config.num_layers))
     if not config.first_layer_attention_norm:
+        # The first layer has no norm: drop its row from the stacked norm.
         for name, parameter in _parameters(blocks.self_attention_norm):
             setattr(blocks.self_attention_norm, name, param(parameter[...][1:], parameter.get_metadata("logical")))
     return blocks
 
 
-def layers_alike(blocks: Block) -> Block:
-    """Stacked blocks with as many rows in each parameter: the norm that the first layer has not got is filled up."""
+def pad_first_norm(blocks: Block) -> Block:
+    """Return stacked blocks with one row per layer in each parameter.
+
+    The attention norm that the first layer does not have is filled with zeros, so that all layers have one structure.
+    """
     if blocks.config.first_layer_attention_norm:
         return blocks
     layers = blocks.config.num_layers
 
     def filled(leaf: Array) -> Array:
+        # The filled row is never used: `is_first` selects the input without the norm.
         return leaf if leaf.shape[0] == layers else jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf])
 
     return jax.tree.map(filled, blocks)
 
 
-def single_blocks(blocks: Block) -> list[Block]:
-    """Stacked blocks one by one."""
-    alike = layers_alike(blocks)
-    return [jax.tree.map(lambda leaf, n=number: leaf[n], alike) for number in range(blocks.config.num_layers)]
+def unstack_blocks(blocks: Block) -> list[Block]:
+    """Return stacked blocks as single ones."""
+    padded = pad_first_norm(blocks)
+    return [jax.tree.map(lambda leaf, n=number: leaf[n], padded) for number in range(blocks.config.num_layers)]
 
 
 def _parameters(norm: Norm) -> list[tuple[str, nnx.Param]]:
-    found = [("scale", norm.scale), ("bias", norm.bias)]
-    return [(name, parameter) for name, parameter in found if parameter is not None]
+    parameters = [("scale", norm.scale), ("bias", norm.bias)]
+    return [(name, parameter) for name, parameter in parameters if parameter is not None]

@@ -1,4 +1,7 @@
-"""The layers that everything is made of. Parameters are float32; each layer computes in the type of its input."""
+"""Dense, embedding, norm, MLP, language-model head and dropout layers.
+
+Parameters are float32; each layer computes in the type of its input.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,35 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_like.config.model import Activation, LayerKind, StackConfig
+from t5x_like.config.model import Activation, ModelConfig, StackConfig
+from t5x_like.kernels.dropout import keep_mask
 from t5x_like.kernels.matmul import matmul
-from t5x_like.kernels.random import keep_mask
-from t5x_like.partitioning.constrain import constrain
+from t5x_like.sharding.constrain import constrain
 
 LogicalAxes = tuple[str | None, ...]
 
-
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
-"""Of a function of elementwise work, the backward pass keeps the arguments only. Writing intermediate results to memory
-and reading them back costs more than computing them again."""
+"""Decorator for elementwise functions whose backward pass keeps the arguments only. Writing intermediate results to
+memory and reading them back costs more than computing them again."""
 
 
 def param(value: Array, axes: LogicalAxes) -> nnx.Param:
-    """A parameter with its logical axes as metadata. Stacked layers get "layers" in front when the tree is read."""
+    """Return a parameter with its logical axes as metadata.
+
+    The "layers" axis of stacked layers is added when the tree of axes is read (`factory.abstract_model`).
+    """
     return nnx.Param(value, logical=axes)
 
 
 class Dense(nnx.Module):
-    """Contracts the last dimensions of x with the first ones of the kernel."""
+    """Linear layer that contracts the last dimensions of x with the first ones of the kernel."""
 
     def __init__(
         self,
@@ -42,23 +48,30 @@ class Dense(nnx.Module):
         use_bias: bool,
         rngs: nnx.Rngs,
     ):
-        """Args:
-        inputs, outputs: (logical axis, size) of each dimension.
-        stddev: Of the kernel at the start.
+        """Create the layer.
+
+        Args:
+          inputs: (logical axis, size) of each contracted dimension.
+          outputs: (logical axis, size) of each output dimension.
+          stddev: Standard deviation of the kernel's initial values.
+          use_bias: Add a bias.
+          rngs: Source of the initial values.
         """
         axes, shape = zip(*inputs, *outputs, strict=True)
+        # A kernel keeps one dimension per logical axis, [embed, heads, head_dim], so that rules can split the heads;
+        # the product contracts all input dimensions at once.
         self.contracted = len(inputs)
         self.kernel = param(stddev * jax.random.normal(rngs.params(), shape), axes)
         self.bias = param(jnp.zeros(shape[len(inputs) :]), axes[len(inputs) :]) if use_bias else None
 
     def __call__(self, x: Array, dtype: jnp.dtype | None = None) -> Array:
-        """`dtype` is that of the result; by default that of x."""
+        """Return the product in `dtype`, by default the type of x."""
         y = matmul(x, self.kernel[...], self.contracted, dtype or x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
-class Joined(nnx.Module):
-    """Several Dense layers on the same input as one product: fewer and larger ones, for decoding."""
+class FusedDense(nnx.Module):
+    """Several Dense layers on the same input as one product: fewer and larger products, for decoding."""
 
     def __init__(self, parts: Sequence[Dense]):
         kernels = [part.kernel[...] for part in parts]
@@ -66,13 +79,14 @@ class Joined(nnx.Module):
         self.contracted = contracted
         self.outputs = tuple(kernel.shape[contracted:] for kernel in kernels)
         axes = (*parts[0].kernel.get_metadata("logical")[:contracted], None)
+        # Outputs of all layers lie side by side in one dimension, which has no logical axis: it is not sharded.
         flat = [kernel.reshape(*kernel.shape[:contracted], -1) for kernel in kernels]
         self.kernel = param(jnp.concatenate(flat, axis=-1), axes)
         biases = [part.bias[...].reshape(-1) for part in parts if part.bias is not None]
         self.bias = param(jnp.concatenate(biases), (None,)) if biases else None
 
     def __call__(self, x: Array) -> list[Array]:
-        """The result of each layer."""
+        """Return the result of each layer."""
         y = matmul(x, self.kernel[...], self.contracted, x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
@@ -82,15 +96,17 @@ class Joined(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors, looked up by id."""
+    """Table of vectors, looked up by id."""
 
     def __init__(self, rows: tuple[str, int], columns: tuple[str, int], *, stddev: float, rngs: nnx.Rngs):
         self.axes = (rows[0], columns[0])
         self.embedding = param(stddev * jax.random.normal(rngs.params(), (rows[1], columns[1])), self.axes)
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
-        """[...] ids to [..., columns]."""
-        # Gathered over fsdp before the lookup: left to itself, XLA would replicate the rows that were looked up.
+        """Return the vectors [..., columns] of ids [...]. Ids beyond the table take its last row."""
+        # Gather the table over fsdp before the lookup; without the constraint XLA replicates the rows that it looked
+        # up.
+        # The table is an activation here: see the conventions of `sharding.rules.ACTIVATIONS`.
         table = constrain(self.embedding[...], self.axes)
         return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
 
@@ -99,30 +115,38 @@ class Norm(nnx.Module):
     """RMSNorm (scale only) or LayerNorm (with a bias if the stack has biases); statistics in float32."""
 
     def __init__(self, config: StackConfig, over: tuple[str, int] | None = None):
-        """`over`: logical axis and size of the dimension that is normalised, by default all of a state."""
+        """`over`: logical axis and size of the normalized dimension; None: the model's width."""
         axis, width = over or ("norm", config.d_model)
-        self.centred = config.norm == "layernorm"
+        match config.norm:
+            case "layernorm":
+                self.centered = True
+            case "rmsnorm":
+                self.centered = False
+            case unknown:
+                assert_never(unknown)
         self.epsilon = config.norm_epsilon
-        self.offset = 1.0 if config.norm_scale_from_zero else 0.0
+        self.offset = 1.0 if config.norm_scale_plus_one else 0.0
         self.scale = param(jnp.full(width, 1.0 - self.offset), (axis,))
-        self.bias = param(jnp.zeros(width), (axis,)) if self.centred and config.use_bias else None
+        self.bias = param(jnp.zeros(width), (axis,)) if self.centered and config.use_bias else None
 
     def __call__(self, x: Array) -> Array:
         @recomputed
-        def normalise(x: Array, scale: Array, bias: Array | None) -> Array:
+        def normalize(x: Array, scale: Array, bias: Array | None) -> Array:
             y = x.astype(jnp.float32)
             if self.offset:
+                # Gemma stores scale - 1. The sum is in float32, where 1 + a small number is not rounded away.
                 scale = scale + self.offset
-            if self.centred:
+            if self.centered:
                 y = y - jnp.mean(y, axis=-1, keepdims=True)
+            # With centering this is LayerNorm, without it RMSNorm: the mean square is then the variance.
             y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * scale
             return (y if bias is None else y + bias).astype(x.dtype)
 
-        return normalise(x, self.scale[...], None if self.bias is None else self.bias[...])
+        return normalize(x, self.scale[...], None if self.bias is None else self.bias[...])
 
 
 class Mlp(nnx.Module):
-    """activation(x wi) wo, or gated: (activation(x wi_0) * (x wi_1)) wo."""
+    """MLP: activation(x wi) wo, or gated: (activation(x wi_0) * (x wi_1)) wo."""
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -136,7 +160,8 @@ class Mlp(nnx.Module):
             self.wi_0, self.wi_1 = inner(), inner()
         else:
             self.wi = inner()
-        self.wo = Dense([mlp], [embed], stddev=config.d_ff**-0.5, use_bias=config.use_bias, rngs=rngs)
+        out_stddev = config.output_init_scale * config.d_ff**-0.5
+        self.wo = Dense([mlp], [embed], stddev=out_stddev, use_bias=config.use_bias, rngs=rngs)
 
     def __call__(self, x_BxLxd: Array, *, dropout_rng: Array | None) -> Array:
         @recomputed
@@ -144,8 +169,8 @@ class Mlp(nnx.Module):
             y = activate(x, self.config.mlp_activation)
             return y if gate is None else y * gate
 
-        if hasattr(self, "joined"):
-            hidden = activated(*self.joined(x_BxLxd))
+        if hasattr(self, "fused"):
+            hidden = activated(*self.fused(x_BxLxd))
         elif self.config.mlp_gated:
             hidden = activated(self.wi_0(x_BxLxd), self.wi_1(x_BxLxd))
         else:
@@ -153,14 +178,55 @@ class Mlp(nnx.Module):
         hidden = dropout(hidden, self.config, dropout_rng)
         return self.wo(constrain(hidden, ("batch", "length", "mlp")))
 
-    def join(self) -> None:
-        """Makes one product of the two of a gated MLP."""
+    def fuse(self) -> None:
+        """Replace the two input products of a gated MLP by one."""
         if self.config.mlp_gated:
-            self.joined = Joined([self.wi_0, self.wi_1])
+            self.fused = FusedDense([self.wi_0, self.wi_1])
             del self.wi_0, self.wi_1
 
 
+class LMHead(nnx.Module):
+    """Language-model head: BERT's transform if configured, the token table or a separate kernel, and a bias."""
+
+    def __init__(self, config: ModelConfig, stack: StackConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.activation = stack.mlp_activation
+        embed = ("embed", stack.d_model)
+        stddev = stack.d_model**-0.5
+        width = stack.d_model
+        if config.lm_head_transform:
+            width = config.lm_head_width
+            self.transform = Dense([embed], [("mlp", width)], stddev=stddev, use_bias=stack.use_bias, rngs=rngs)
+            self.transform_norm = Norm(stack, ("norm", width))
+        if not config.tie_embeddings:
+            shape = (width, config.vocab_size)
+            stddev = config.head_init_scale * width**-0.5
+            self.kernel = param(stddev * jax.random.normal(rngs.params(), shape), ("embed", "vocab"))
+        if config.head_bias:
+            self.bias = param(jnp.zeros(config.vocab_size), ("vocab",))
+
+    def __call__(self, x_BxLxd: Array, table_Vxd: Array) -> Array:
+        """Return the logits, float32 [B, L, V]; `table_Vxd` is read if the embeddings are tied."""
+        x = x_BxLxd
+        if self.config.lm_head_transform:
+            x = self.transform_norm(activate(self.transform(x), self.activation))
+        if self.config.scale_logits:
+            # T5 1.0 initializes its tied table with standard deviation 1; without the factor, logits would grow with
+            # the width.
+            x = x * x.shape[-1] ** -0.5
+        kernel = table_Vxd.T if self.config.tie_embeddings else self.kernel[...]
+        # Logits are accumulated and kept in float32, whatever the type of the states: the loss is a small difference of
+        # large numbers.
+        logits = matmul(x, kernel, 1, jnp.dtype(jnp.float32))
+        if self.config.head_bias:
+            logits = logits + self.bias[...]
+        if self.config.logits_softcap is not None:
+            logits = self.config.logits_softcap * jnp.tanh(logits / self.config.logits_softcap)
+        return constrain(logits, ("batch", "length", "vocab"))
+
+
 def activate(x: Array, activation: Activation) -> Array:
+    """Apply an activation function."""
     match activation:
         case "relu":
             return jax.nn.relu(x)
@@ -170,10 +236,12 @@ def activate(x: Array, activation: Activation) -> Array:
             return jax.nn.gelu(x, approximate=False)
         case "gelu_tanh":
             return jax.nn.gelu(x, approximate=True)
+        case unknown:
+            assert_never(unknown)
 
 
 def dropout(x_BxLxD: Array, config: StackConfig, rng: Array | None) -> Array:
-    """Zeroes numbers with the stack's rate and scales the rest up; x itself without a key."""
+    """Set elements to 0 at the stack's rate and scale the others up; return x itself without a key."""
     if rng is None or config.dropout_rate == 0.0:
         return x_BxLxD
     rows, length, width = x_BxLxD.shape
@@ -187,46 +255,18 @@ def dropout(x_BxLxD: Array, config: StackConfig, rng: Array | None) -> Array:
     return dropped(x_BxLxD, keep)
 
 
-def rope_frequencies(config: StackConfig, kind: LayerKind) -> Array:
-    """Angle per position of each rotated pair in layers of this kind, float32 [head_dim / 2] (Su et al. 2021)."""
-    local = kind == "local"
-    base = config.local_rope_base if local and config.local_rope_base is not None else config.rope_base
-    frequencies = base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None or local:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    # Llama 3.1: how many times a wave fits the rows of the first training decides.
-    fits = scaling.original_max_positions * frequencies / (2 * math.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    kept = jnp.clip((fits - low) / (high - low), 0.0, 1.0)
-    return (1.0 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-def rope(positions_BxL: Array, frequencies: Array) -> tuple[Array, Array]:
-    """(cosines, sines), float32 [B, L, 1, head_dim / 2], of rotary positions."""
-    angles = positions_BxL[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BxLxHxh: Array, cos_sin: tuple[Array, Array]) -> Array:
-    """Rotates the pairs (i, i + h / 2): the rotate-half layout of Llama and Hugging Face files."""
-    cos, sin = cos_sin
-    first, second = jnp.split(x_BxLxHxh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BxLxHxh.dtype)
-
-
 def attention_stddevs(config: StackConfig) -> tuple[float, float, float]:
-    """Standard deviations of query, of key and value, and of output kernels at the start.
+    """Return the initial standard deviations of the query kernel, the key and value kernels, and the output kernel.
 
-    T5 has no factor on its scores: with attention_scale 1 it is folded into the query kernel (Mesh TensorFlow's
+    T5 does not scale its scores: with attention_scale 1 the factor is folded into the query kernel (Mesh TensorFlow's
     `attention_params`).
     """
     d, h = config.d_model, config.head_dim
+    # h^-0.5 is the factor that scores would otherwise be multiplied by.
     query = (d * h) ** -0.5 if config.attention_scale == 1.0 else d**-0.5
-    return query, d**-0.5, (config.num_heads * h) ** -0.5
+    return query, d**-0.5, config.output_init_scale * (config.num_heads * h) ** -0.5
 
 
 def attention_scale(config: StackConfig) -> float:
+    """Return the factor on the attention scores."""
     return 1.0 / math.sqrt(config.head_dim) if config.attention_scale is None else config.attention_scale

@@ -1,1 +1,1 @@
-"""Metrics, and what is written of them. Knows no other room but the configuration."""
+"""Monitoring: metrics of a run and their writers. Of this package it imports `utils` only."""

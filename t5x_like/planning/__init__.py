@@ -1,1 +1,1 @@
-"""What a run needs, before it is paid for: sizes, costs, memory, and the machines to choose from."""
+"""Planning of a run before it is started: sizes, FLOPs and memory for the machines to choose from."""

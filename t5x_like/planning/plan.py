@@ -1,4 +1,4 @@
-"""The plan of a run on a machine: everything that is known of it before it is compiled, as one document."""
+"""Plan of a run on a machine: everything that is known before compilation, as one document."""
 
 from __future__ import annotations
 
@@ -9,28 +9,33 @@ from typing import Any
 import jax
 
 from t5x_like.config import RunConfig
-from t5x_like.planning import flops, tokens
-from t5x_like.planning.cache import cache_bytes, cache_per_token
-from t5x_like.planning.memory import MemoryEstimate, estimate, trained_params
-from t5x_like.planning.outlines import device_outlines
-from t5x_like.planning.parameters import Part, cross_attention_share, parameter_parts, total
-from t5x_like.planning.scaling import BESIROGLU, CAVEAT, HOFFMANN, compute_optimal, tokens_for
-from t5x_like.planning.topologies import Topology, accelerator_of
-from t5x_like.program import Program, assemble
+from t5x_like.hardware.fake_devices import fake_devices
+from t5x_like.hardware.topologies import Topology, accelerator_of
+from t5x_like.planning.estimate import flops, tokens
+from t5x_like.planning.estimate.kv_cache_bytes import cache_bytes, cache_per_token
+from t5x_like.planning.estimate.memory import MemoryEstimate, estimate, trained_params
+from t5x_like.planning.estimate.parameters import (
+    ParameterCount,
+    cross_attention_share,
+    parameter_parts,
+    total,
+)
+from t5x_like.planning.estimate.scaling_laws import BESIROGLU, CAVEAT, HOFFMANN, compute_optimal, tokens_for
+from t5x_like.program import Program, build_program
 
-VERSION = 1
-"""Of the document."""
+VERSION = 2
+"""Version of the plan document."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """The devices that a plan is for, or that a run has found.
+class MachineSpec:
+    """Devices that a plan is for, or that a run uses.
 
     Attributes:
-      topology: As it was asked for; None for the devices of this machine.
-      processes: Hosts of a topology.
-      usable_bytes: Of a device's memory, what a program can have; 0 where it is not known.
-      flops_per_second: Peak of all devices together; 0 where it is not known.
+      topology: Topology of the plan; None for the devices of this machine.
+      processes: Number of processes, one per host of a topology.
+      usable_bytes: Memory of a device that a program can use; 0 if unknown.
+      flops_per_second: Peak of all devices together; 0 if unknown.
     """
 
     topology: str | None
@@ -47,8 +52,8 @@ class Machine:
         return f"{self.topology}: {self.devices} x {self.device_kind}, {hosts}"
 
 
-def machine_of_topology(topology: Topology) -> Machine:
-    return Machine(
+def machine_of_topology(topology: Topology) -> MachineSpec:
+    return MachineSpec(
         topology=str(topology),
         device_kind=topology.device_kind,
         devices=topology.num_devices,
@@ -58,13 +63,16 @@ def machine_of_topology(topology: Topology) -> Machine:
     )
 
 
-def machine_of_devices(devices: Sequence[Any]) -> Machine:
-    """Of real devices. Memory is what they say themselves, or else the table; a CPU's is not known."""
+def machine_of_devices(devices: Sequence[Any]) -> MachineSpec:
+    """Return the specification of real devices.
+
+    The memory is the limit that the devices report, or else the one in the table of accelerators; a CPU's is unknown.
+    """
     first = devices[0]
     known = accelerator_of(first.device_kind)
     memory = first.memory_stats() if hasattr(first, "memory_stats") else None
     usable = 0 if known is None else known.usable_bytes // known.devices_per_chip
-    return Machine(
+    return MachineSpec(
         topology=None,
         device_kind=first.device_kind,
         devices=len(devices),
@@ -76,22 +84,23 @@ def machine_of_devices(devices: Sequence[Any]) -> Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run needs on a machine. Bytes are of one device unless it says otherwise.
+    """Requirements of a run on a machine. Bytes are those of one device unless stated otherwise.
 
     Attributes:
-      trained: Parameters that have gradients.
-      program: What it was made of, for shardings.
+      parts: Part of the model -> its parameters.
+      trained: Number of parameters that have gradients.
+      program: The program that the plan was computed from, for its shardings.
     """
 
     run: RunConfig
-    machine: Machine
-    parts: Mapping[str, Part]
+    machine: MachineSpec
+    parts: Mapping[str, ParameterCount]
     trained: int
     memory: MemoryEstimate
     program: Program
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file: numbers, and nothing that is not in `json`."""
+        """Return the plan as a JSON document."""
         return {
             "version": VERSION,
             "run": self.run.name,
@@ -122,35 +131,35 @@ class Plan:
         }
 
     def compute(self) -> dict[str, Any]:
-        """FLOPs of a step, of a cell, and what they consist of."""
+        """Return FLOPs per step, per token position, and by part."""
         run = self.run
         model = flops.training_flops(run)
         executed = flops.executed_flops(run)
         peak = self.machine.flops_per_second
         return {
             "flops_per_step": model,
-            "flops_per_cell": model / tokens.tokens_per_step(run),
+            "flops_per_token": model / tokens.tokens_per_step(run),
             "executed_flops_per_step": executed,
-            "flops_of_the_run": model * run.training.num_train_steps,
+            "total_flops": model * run.training.num_train_steps,
             "forward_parts": flops.forward_flops(run),
             "six_n_d": flops.six_n_d(run, total(self.parts).active),
             "cross_attention_flops": flops.cross_attention_premium(run),
             "cross_attention_parameters": cross_attention_share(self.parts),
-            "least_seconds_per_step": executed / peak if peak else None,
+            "min_seconds_per_step": executed / peak if peak else None,
         }
 
     def tokens(self) -> dict[str, Any]:
-        """Of a step: cells, and of each denoiser rows, raw tokens and loss tokens."""
+        """Return the token positions per step, and rows, raw tokens and loss tokens of each denoiser."""
         denoisers = tokens.denoiser_tokens(self.run)
         return {
-            "cells": tokens.stream_cells(self.run),
+            "positions": tokens.token_positions(self.run),
             "raw": sum(each.raw_tokens for each in denoisers) if denoisers else None,
             "loss": sum(each.loss_tokens for each in denoisers) if denoisers else None,
             "denoisers": [dataclasses.asdict(each) for each in denoisers],
         }
 
     def cache(self) -> dict[str, Any] | None:
-        """Of generation, over all devices; None without a decoder."""
+        """Return the size of the KV cache for generation, over all devices; None without a decoder."""
         model, data = self.run.model, self.run.data
         if model.decoder is None or model.task_head is not None:
             return None
@@ -165,8 +174,10 @@ class Plan:
         }
 
     def scaling(self) -> dict[str, Any]:
-        """What the run's operations would best be spent on, by the Chinchilla fits. N counts the parameters that a
-        token goes through; D the raw tokens of the run, or its cells where they are not known."""
+        """Return the compute-optimal use of the run's FLOPs by the Chinchilla fits.
+
+        N counts the active parameters; D the raw tokens of the run, or its token positions if these are unknown.
+        """
         budget = flops.training_flops(self.run) * self.run.training.num_train_steps
         steps = self.run.training.num_train_steps
         per_step = self.tokens()["raw"] or tokens.tokens_per_step(self.run)
@@ -183,19 +194,19 @@ class Plan:
 
 
 def plan_run(run: RunConfig, topology: Topology | None = None) -> Plan:
-    """The plan of a run for a topology, whose devices need not exist, or for the devices of this machine.
+    """Return the plan of a run for a topology, whose devices need not exist, or for the devices of this machine.
 
     Raises:
-      ConfigError: the run does not fit the devices; all problems are listed.
+      ConfigError: The run does not fit the devices; all problems are listed.
     """
     if topology is not None:
-        return plan_program(assemble(run, device_outlines(topology)), machine_of_topology(topology))
+        return plan_program(build_program(run, fake_devices(topology)), machine_of_topology(topology))
     devices = jax.devices()
-    return plan_program(assemble(run, devices), machine_of_devices(devices))
+    return plan_program(build_program(run, devices), machine_of_devices(devices))
 
 
-def plan_program(program: Program, machine: Machine) -> Plan:
-    """The plan of a program that is assembled already."""
+def plan_program(program: Program, machine: MachineSpec) -> Plan:
+    """Return the plan of an existing program."""
     trained = trained_params(program)
     return Plan(
         run=program.run,

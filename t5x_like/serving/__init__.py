@@ -1,1 +1,1 @@
-"""A model behind HTTP: an OpenAI-compatible completions endpoint over continuous batching."""
+"""HTTP server with an OpenAI-compatible completions endpoint, on continuous batching."""

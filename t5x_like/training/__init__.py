@@ -1,1 +1,1 @@
-"""What runs on the device: the loss, the optimizer and a pure training step."""
+"""Computation on the device: loss, optimizer, schedule, and a pure training step."""

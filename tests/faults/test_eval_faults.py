@@ -1,4 +1,4 @@
-"""`eval` and what follows a run are killed at random points and started again: each row and each step exactly once."""
+"""`eval --follow` is killed at random times and started again: each row and each step is computed exactly once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import evaluated_run
 import pytest
+from helpers import evaluated_run
 
 pytestmark = pytest.mark.slow
 
 STEPS = (3, 5, 8)
+TESTS = Path(__file__).parents[1]
+TASK = ("--task", "reverse", "--module", "helpers.evaluated_run", "--no-intervals")
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +28,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(*arguments: str) -> subprocess.Popen[bytes]:
-    here = str(Path(__file__).parent)
-    path = os.pathsep.join([here, str(Path(here).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen([sys.executable, "-m", "t5x_like", *arguments], env=environment, stdout=subprocess.DEVNULL)
 
 
 def killed_when(condition: Callable[[], bool], *arguments: str) -> bool:
-    """Runs a command and kills it as soon as the condition holds. Returns whether it was killed; it must succeed
-    otherwise."""
+    """Run a command, and kill it as soon as the condition holds. Return True if it was killed; otherwise it must have
+    succeeded."""
     process = started(*arguments)
     try:
         while process.poll() is None:
@@ -51,13 +52,13 @@ def killed_when(condition: Callable[[], bool], *arguments: str) -> bool:
 
 
 def lines(path: Path) -> list[dict]:
-    """Whole lines of a file that another process may be writing."""
+    """Return the complete lines of a file that another process may be writing."""
     text = path.read_bytes() if path.exists() else b""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def test_each_row_of_a_task_and_each_step_once(run_dir):
-    """Killed within the predictions of one step, within the scores of another, and wherever chance has it."""
+def test_each_row_and_each_step_is_computed_once_despite_kills(run_dir):
+    """Kills during the predictions of one step, during the scores of another, and at random times."""
     folder = run_dir / "evaluations"
     chance = random.Random(0)
 
@@ -67,7 +68,7 @@ def test_each_row_of_a_task_and_each_step_once(run_dir):
     def recorded() -> int:
         return len(lines(run_dir / "evaluations.jsonl"))
 
-    command = ["eval", str(run_dir), "--follow", "--task", "reverse", "--module", "evaluated_run", "--no-intervals"]
+    command = ["eval", str(run_dir), "--follow", *TASK]
 
     def killed_after(rows: int, evaluated: int) -> bool:
         late = time.monotonic() + chance.uniform(30, 120)
@@ -79,39 +80,44 @@ def test_each_row_of_a_task_and_each_step_once(run_dir):
     kills = rows_before = evaluated_before = 0
     while kills < 3 and killed_after(rows_before + chance.randrange(1, 80), evaluated_before):
         kills += 1
-        assert answered() >= rows_before or recorded() > evaluated_before, "no answer is lost by a kill"
+        assert answered() >= rows_before or recorded() > evaluated_before, "a kill lost a row"
         rows_before, evaluated_before = answered(), recorded()
-    assert kills, "it was never killed"
+    assert kills, "the process was never killed"
     assert not killed_when(lambda: False, *command)
-    found = lines(run_dir / "evaluations.jsonl")
-    assert [record["step"] for record in found] == list(STEPS)
-    for record in found:
+    result = lines(run_dir / "evaluations.jsonl")
+    assert [record["step"] for record in result] == list(STEPS)
+    for record in result:
         rows = lines(folder / str(record["step"]) / "reverse.jsonl")
         assert [row["index"] for row in rows] == list(range(evaluated_run.EXAMPLES))
         assert record["tasks"]["reverse"]["examples"] == evaluated_run.EXAMPLES
         assert record["tasks"]["reverse"]["said"] == len({row["prediction"] for row in rows})
         assert record["tasks"]["reverse"]["score"] == pytest.approx(sum(row["score"] for row in rows) / len(rows))
         same = {row["inputs"]: row["prediction"] for row in rows}
-        assert all(row["prediction"] == same[row["inputs"]] for row in rows), "the same example, the same answer"
+        assert all(row["prediction"] == same[row["inputs"]] for row in rows), (
+            "equal examples must have equal predictions"
+        )
     assert not list(folder.glob("*/*.partial"))
-    assert len({record["tasks"]["reverse"]["score"] for record in found}) == len(STEPS), "each of its own parameters"
+    assert len({record["tasks"]["reverse"]["score"] for record in result}) == len(STEPS), (
+        "each step must be scored with its own parameters"
+    )
 
-    # Undisturbed, with the scores of a step that is recorded already, everything is the same.
+    # An uninterrupted evaluation of a recorded step gives the same results.
     output = run_dir.parent / "again.json"
-    again = ["eval", f"{run_dir}:5", "--task", "reverse", "--module", "evaluated_run", "--no-intervals"]
+    again = ["eval", f"{run_dir}:5", *TASK]
     assert not killed_when(lambda: False, *again, "--output", str(output))
-    undisturbed = json.loads(output.read_text())
-    assert undisturbed == found[1]
+    uninterrupted = json.loads(output.read_text())
+    checks = ("previous_step", "crc32")  # Of the line in evaluations.jsonl.
+    assert uninterrupted == {name: value for name, value in result[1].items() if name not in checks}
 
 
 @pytest.mark.harness
-def test_the_harness_asks_each_request_once(run_dir):
+def test_lm_eval_computes_each_request_once_despite_kills(run_dir):
     pytest.importorskip("lm_eval", reason="the extra harness is not installed; `make test-harness` installs it")
-    command = ["harness", str(run_dir), "--docs-choice"]
+    command = ["lm-eval", str(run_dir), "--heldout-multiple-choice"]
     chance = random.Random(1)
 
     def answered() -> int:
-        return sum(len(lines(path)) for path in (run_dir / "harness").glob("8-*.jsonl"))
+        return sum(len(lines(path)) for path in (run_dir / "lm_eval").glob("8-*.jsonl"))
 
     def killed_after(rows: int) -> bool:
         return killed_when(lambda: answered() >= rows, *command)
@@ -121,9 +127,9 @@ def test_the_harness_asks_each_request_once(run_dir):
         if killed_after(before + chance.randrange(1, 60)):
             assert answered() >= before
             before = answered()
-    assert before, "it was never killed"
+    assert before, "the process was never killed"
     assert not killed_when(lambda: False, *command)
-    (path,) = (run_dir / "harness").glob("8-*.jsonl")
+    (path,) = (run_dir / "lm_eval").glob("8-*.jsonl")
     keys = [row["key"] for row in lines(path)[1:]]
     assert len(keys) == len(set(keys)) >= before - 1
     asked = path.read_bytes()

@@ -1,127 +1,37 @@
-"""Whole runs under faults, through the command line: whatever happened, the same command ends where the undisturbed run
-ends, bit for bit, or refuses with the reason."""
+"""Whole runs under faults, by the command line: after a fault the same command ends bit for bit as an uninterrupted
+run, or refuses with the reason."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.fault_runs import (
+    LAST_STEP,
+    RECIPE,
+    Workspace,
+    assert_same_end,
+    finish,
+    logged,
+    newest,
+    records_of,
+    wait_for,
+)
+from helpers.metadata_server import metadata_server
+from helpers.saved_state import saved_state
 
-from t5x_like.checkpoints import trees
 from t5x_like.checkpoints.manager import CheckpointManager
-from t5x_like.config import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, CheckpointConfig
-
-REPOSITORY = Path(__file__).parents[2]
-RECIPE = Path(__file__).with_name("recipe.py")
-LAST_STEP = 60
-TIMINGS = {"seconds_per_step", "tokens_per_second", "data_wait_fraction", "mfu", "goodput"}
-
-
-class Place:
-    """A directory with a corpus and its prepared store, where runs are started."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        rng = random.Random(0)
-        words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(60)]
-        (directory / "texts").mkdir(parents=True)
-        for number in range(20):
-            (directory / "texts" / f"{number}.txt").write_text(" ".join(rng.choices(words, k=400)))
-
-    def start(self, *arguments: str | Path, compile_anew: bool = False) -> subprocess.Popen[str]:
-        """Starts `t5x-like`. Compiled programs are kept for the next process, unless it is to compile its own."""
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.directory / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        if compile_anew:
-            del environment["JAX_COMPILATION_CACHE_DIR"]
-        return subprocess.Popen(
-            [sys.executable, "-m", "t5x_like", *map(str, arguments)],
-            cwd=self.directory,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
-    def train(
-        self, workdir: Path, *overrides: str, recipe: str = "recipe", compile_anew: bool = False
-    ) -> subprocess.Popen[str]:
-        command = ("train", f"{RECIPE}:{recipe}", "--workdir", workdir, *overrides)
-        return self.start(*command, compile_anew=compile_anew)
-
-    def train_and_kill(self, workdir: Path, step: int, recipe: str = "recipe") -> None:
-        """Ends a run with SIGKILL as soon as the checkpoint of `step` is there."""
-        process = self.train(workdir, recipe=recipe)
-        wait_for(workdir / "checkpoints" / str(step), process)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-
-
-def finish(process: subprocess.Popen[str], code: int = EXIT_OK) -> str:
-    """Waits for the end, checks the exit code, and returns the output in one line."""
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
-    return re.sub(r"\s+", " ", output)
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
-    while not path.exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError(f"{path} did not appear:\n{process.communicate()[0]}")
-        time.sleep(0.002)
-
-
-def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """All arrays of a checkpoint by path: parameters, optimizer, step and random key."""
-    record = json.loads((workdir / "checkpoints" / str(step) / "meta.json").read_text())
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    leaves = {}
-    for path, description in record["state"].items():
-        dtype, shape = description.removesuffix("]").split("[")
-        dimensions = tuple(int(size) for size in shape.split(",") if size)
-        leaves[path] = jax.ShapeDtypeStruct(dimensions, jnp.dtype(dtype), sharding=device)
-    manager = CheckpointManager(workdir / "checkpoints", CheckpointConfig(), read_only=True)
-    _, state, _ = manager.restore(trees.nested(leaves), step=step)
-    manager.close()
-    return {path: np.asarray(leaf) for path, leaf in trees.by_path(state).items()}
-
-
-def logged(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
-
-
-def assert_same_end(workdir: Path, undisturbed: Path) -> None:
-    expected, found = saved_arrays(undisturbed, LAST_STEP), saved_arrays(workdir, LAST_STEP)
-    assert found.keys() == expected.keys()
-    assert any(path.startswith("opt_state/") for path in found) and any(path.startswith("params/") for path in found)
-    different = [path for path in expected if found[path].tobytes() != expected[path].tobytes()]
-    assert not different
-    assert logged(workdir) == logged(undisturbed)
-    assert json.loads((workdir / "exit.json").read_text())["code"] == EXIT_OK
+from t5x_like.config import CheckpointConfig
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, EXIT_USAGE
+from t5x_like.utils import tree_paths
 
 
 def flip_one_bit(step_directory: Path) -> Path:
@@ -132,148 +42,206 @@ def flip_one_bit(step_directory: Path) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = Place(tmp_path_factory.mktemp("runs"))
-    finish(place.start("prepare", RECIPE))
-    return place
-
-
-@pytest.fixture(scope="module")
-def undisturbed(place: Place) -> Callable[[str], Path]:
-    """The run directory of a recipe that nothing happened to."""
-    done: dict[str, Path] = {}
-
-    def run(recipe: str = "recipe") -> Path:
-        if recipe not in done:
-            done[recipe] = place.directory / f"undisturbed_{recipe}"
-            finish(place.train(done[recipe], recipe=recipe))
-            assert [line["step"] for line in logged(done[recipe])] == list(range(3, LAST_STEP + 1, 3))
-        return done[recipe]
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def killed(place: Place) -> Path:
-    """A run directory that a SIGKILL left with at least the checkpoints 8 and 16."""
-    workdir = place.directory / "killed"
-    place.train_and_kill(workdir, step=16)
-    return workdir
-
-
-@pytest.fixture
-def killed_copy(killed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(killed, tmp_path / "killed"))
-
-
-def newest(workdir: Path) -> int:
-    return max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
-
-
 @pytest.mark.parametrize("recipe", ["recipe", pytest.param("prefix_lm", marks=pytest.mark.slow)])
-def test_killed_run_ends_like_the_undisturbed(place: Place, undisturbed: Callable[[str], Path], recipe: str):
-    """Two kills; the last process compiles its own program."""
-    workdir = place.directory / f"twice_killed_{recipe}"
-    place.train_and_kill(workdir, step=8, recipe=recipe)
-    place.train_and_kill(workdir, step=newest(workdir) // 8 * 8 + 16, recipe=recipe)
+def test_killed_run_ends_as_the_uninterrupted_run(
+    workspace: Workspace, uninterrupted: Callable[[str], Path], recipe: str
+):
+    """The run is killed twice; the last process compiles its own program."""
+    workdir = workspace.directory / f"twice_killed_{recipe}"
+    workspace.train_and_kill(workdir, step=8, recipe=recipe)
+    workspace.train_and_kill(workdir, step=newest(workdir) // 8 * 8 + 16, recipe=recipe)
     resumed_from = newest(workdir)
     assert resumed_from < LAST_STEP
-    output = finish(place.train(workdir, recipe=recipe, compile_anew=True))
+    output = finish(workspace.train(workdir, recipe=recipe, compile_anew=True))
     assert f"step {resumed_from}" in output
-    assert_same_end(workdir, undisturbed(recipe))
+    assert_same_end(workdir, uninterrupted(recipe))
+    assert list((workspace.directory / "compiled").glob("*/jit_train-*-cache"))
 
 
-def test_sigterm_saves_and_the_same_command_resumes(place: Place, undisturbed: Callable[[str], Path]):
-    workdir = place.directory / "terminated"
-    process = place.train(workdir)
+def test_sigterm_saves_and_the_same_command_resumes(workspace: Workspace, uninterrupted: Callable[[str], Path]):
+    workdir = workspace.directory / "terminated"
+    process = workspace.train(workdir)
     wait_for(workdir / "checkpoints" / "8", process)
     process.send_signal(signal.SIGTERM)
     finish(process, code=EXIT_RESUMABLE)
     left = json.loads((workdir / "exit.json").read_text())
     assert left["code"] == EXIT_RESUMABLE and "SIGTERM" in left["reason"]
     assert 8 <= left["step"] < LAST_STEP and newest(workdir) == left["step"]
-    assert saved_arrays(workdir, left["step"])["step"] == left["step"]
-    finish(place.train(workdir))
-    assert_same_end(workdir, undisturbed("recipe"))
+    assert saved_state(workdir, left["step"])["step"] == left["step"]
+    finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
 
 
-def test_sigterm_before_the_first_step(place: Place):
-    """While the program is being compiled: nothing is half done, and the exit code says that it can go on."""
-    workdir = place.directory / "terminated_early"
-    process = place.train(workdir, compile_anew=True)
-    wait_for(workdir / "config.json", process)
+@pytest.mark.slow
+def test_maintenance_notice_saves_and_the_same_command_resumes(
+    workspace: Workspace, uninterrupted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+):
+    workdir = workspace.directory / "maintenance"
+    with metadata_server() as server:
+        monkeypatch.setenv("GCE_METADATA_HOST", server.host)
+        process = workspace.train(workdir)
+        wait_for(workdir / "checkpoints" / "8", process)
+        server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
+        finish(process, EXIT_RESUMABLE)
+        record = json.loads((workdir / "exit.json").read_text())
+        assert record["reason"] == "stopped by maintenance-event TERMINATE_ON_HOST_MAINTENANCE"
+        assert record["step"] == newest(workdir) < LAST_STEP
+        # The machine still announces its end: the restarted process uses the time that is left.
+        finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
+@pytest.mark.parametrize("phase", ["import", "compilation"])
+def test_sigterm_before_the_first_step(workspace: Workspace, tmp_path: Path, phase: str):
+    """No partial files, the exit code of a resumable run, and no exit.json of the process before."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    stale = workdir / "exit.json"
+    stale.write_text('{"code": 0, "reason": "finished"}')
+    os.utime(stale, (1e9, 1e9))
+    process = workspace.train(workdir, compile_anew=True)
+    if phase == "import":
+        # The lock is created to remove the exit.json of the process before, when jax is not imported yet.
+        wait_for(workdir / "lock", process)
+    else:
+        wait_for(workdir / "config.json", process)
     process.send_signal(signal.SIGTERM)
     finish(process, code=EXIT_RESUMABLE)
-    assert json.loads((workdir / "exit.json").read_text())["code"] == EXIT_RESUMABLE
-    assert not logged(workdir)
+    left = json.loads((workdir / "exit.json").read_text())
+    assert left["code"] == EXIT_RESUMABLE and "SIGTERM" in left["reason"]
+    assert phase == "import" or not logged(workdir)
 
 
-def test_damaged_newest_checkpoint_falls_back(place: Place, killed_copy: Path, undisturbed: Callable[[str], Path]):
+def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(
+    workspace: Workspace, killed_copy: Path, uninterrupted: Callable[[str], Path]
+):
     step = newest(killed_copy)
     file = flip_one_bit(killed_copy / "checkpoints" / str(step))
-    output = finish(place.train(killed_copy))
+    output = finish(workspace.train(killed_copy))
     assert str(file.relative_to(killed_copy / "checkpoints" / str(step))) in output
     assert f"Restoring step {step - 8} instead: 8 steps are lost" in output
-    assert_same_end(killed_copy, undisturbed("recipe"))
+    assert_same_end(killed_copy, uninterrupted("recipe"))
 
 
-def test_no_intact_checkpoint_is_refused(place: Place, killed_copy: Path):
+def test_run_without_an_intact_checkpoint_is_refused(workspace: Workspace, killed_copy: Path):
     checkpoints = killed_copy / "checkpoints"
     steps = {path.name for path in checkpoints.iterdir() if path.name.isdecimal()}
     for step in steps:
         flip_one_bit(checkpoints / step)
-    output = finish(place.train(killed_copy), code=EXIT_REFUSED)
-    assert "no intact checkpoint is left" in output and "Traceback" not in output
+    output = finish(workspace.train(killed_copy), code=EXIT_REFUSED)
+    assert "there is no intact checkpoint" in output and "Traceback" not in output
     assert {path.name for path in checkpoints.iterdir() if path.name.isdecimal()} == steps
     assert json.loads((killed_copy / "exit.json").read_text())["code"] == EXIT_REFUSED
 
 
-def test_another_configuration_is_refused_with_the_difference(place: Place, killed_copy: Path):
+@pytest.mark.parametrize("mixed_up", ["swapped", "foreign"])
+def test_checkpoint_that_is_not_the_expected_one_is_refused(
+    workspace: Workspace, killed_copy: Path, uninterrupted: Callable[[str], Path], mixed_up: str
+):
+    """Two checkpoints of the run with each other's names, and an intact checkpoint of another run."""
+    checkpoints = killed_copy / "checkpoints"
+    step = newest(killed_copy)
+    if mixed_up == "swapped":
+        (checkpoints / str(step)).rename(checkpoints / "other")
+        (checkpoints / str(step - 8)).rename(checkpoints / str(step))
+        (checkpoints / "other").rename(checkpoints / str(step - 8))
+    else:
+        shutil.copytree(uninterrupted("recipe") / "checkpoints" / "56", checkpoints / "56")
+    before = (killed_copy / "metrics.jsonl").read_bytes()
+    output = finish(workspace.train(killed_copy), code=EXIT_REFUSED)
+    expected = f"holds step {step - 8}, expected {step}" if mixed_up == "swapped" else "found a checkpoint of run"
+    assert expected in output and "Traceback" not in output
+    assert json.loads((killed_copy / "exit.json").read_text())["code"] == EXIT_REFUSED
+    assert (killed_copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_run_without_its_checkpoints_starts_over_only_if_allowed(workspace: Workspace, killed_copy: Path):
+    """An empty folder of checkpoints, as if a file system were not mounted."""
+    shutil.rmtree(killed_copy / "checkpoints")
+    (killed_copy / "checkpoints").mkdir()
+    before = (killed_copy / "metrics.jsonl").read_bytes()
+    output = finish(workspace.train(killed_copy), code=EXIT_REFUSED)
+    assert "is a file system not mounted" in output and "--allow-start-over" in output
+    assert (killed_copy / "metrics.jsonl").read_bytes() == before
+    process = workspace.train(killed_copy, "--allow-start-over")
+    wait_for(killed_copy / "checkpoints" / "8", process)
+    process.kill()
+    process.communicate()
+    (earlier,) = killed_copy.glob("before_*/metrics.jsonl")
+    assert earlier.read_bytes() == before and logged(killed_copy)[0]["step"] == 3
+
+
+def test_checkpoints_that_vanish_during_a_run_end_it(workspace: Workspace, tmp_path: Path):
+    """The folder of checkpoints is replaced by an empty one, as when its file system is unmounted."""
+    process = workspace.train(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    wait_for(checkpoints / "8", process)
+    checkpoints.rename(tmp_path / "elsewhere")
+    checkpoints.mkdir()
+    output = finish(process, code=EXIT_REFUSED)
+    assert "Traceback" not in output
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == EXIT_REFUSED
+    assert not any(path.name.isdecimal() for path in checkpoints.iterdir())
+
+
+def test_destructive_updates_are_neither_applied_nor_saved(workspace: Workspace, tmp_path: Path):
+    """A learning rate with which each update is finite, and destroys the model."""
+    output = finish(workspace.train(tmp_path / "run", "--training.schedule.learning-rate", "1e36"), code=EXIT_REFUSED)
+    assert "was applied" in output and "Traceback" not in output
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == EXIT_REFUSED
+    assert not any(path.name.isdecimal() for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_other_configuration_is_refused_with_the_difference(workspace: Workspace, killed_copy: Path):
     before = (killed_copy / "config.json").read_text()
     overrides = ("--training.schedule.learning-rate", "0.004", "--model.dtype", "bfloat16")
-    output = finish(place.train(killed_copy, *overrides), code=EXIT_REFUSED)
+    output = finish(workspace.train(killed_copy, *overrides), code=EXIT_REFUSED)
     assert "training.schedule.learning_rate: 0.003 in the run, 0.004 now" in output
     assert "model.dtype: 'float32' in the run, 'bfloat16' now" in output
     assert "batch_size" not in output and "Traceback" not in output
     assert (killed_copy / "config.json").read_text() == before
 
 
-def test_other_data_is_refused(place: Place, killed_copy: Path, tmp_path: Path):
-    """The same configuration, but a text has changed since."""
-    other = Place(tmp_path / "other")
+def test_other_data_is_refused(workspace: Workspace, killed_copy: Path, tmp_path: Path):
+    """The configuration is the same, but a text of the corpus has changed."""
+    other = Workspace(tmp_path / "other")
     (other.directory / "texts" / "0.txt").write_text("another text\n" * 50)
     finish(other.start("prepare", RECIPE))
     output = finish(other.train(killed_copy), code=EXIT_REFUSED)
     assert "fingerprint" in output and "Traceback" not in output
 
 
-def test_finished_run_is_left_alone(place: Place, undisturbed: Callable[[str], Path]):
-    workdir = undisturbed("recipe")
+def test_finished_run_is_unchanged(workspace: Workspace, uninterrupted: Callable[[str], Path]):
+    workdir = uninterrupted("recipe")
     before = (workdir / "metrics.jsonl").read_bytes(), newest(workdir)
-    output = finish(place.train(workdir))
+    (workdir / "exit.json").unlink()
+    output = finish(workspace.train(workdir))
     assert "nothing to train" in output
+    left = json.loads((workdir / "exit.json").read_text())
+    assert left["code"] == EXIT_OK and left["step"] == LAST_STEP
     assert ((workdir / "metrics.jsonl").read_bytes(), newest(workdir)) == before
 
 
 @pytest.fixture
 def small_disk(mount_disk: Callable[[int], Path]) -> Path:
-    """A file system of 12 MiB: enough for the checkpoints of this run."""
+    """Mount a file system of 12 MiB: enough for the checkpoints of this run."""
     return mount_disk(12)
 
 
-def test_disk_that_fills_up(place: Place, small_disk: Path, tmp_path: Path, undisturbed: Callable[[str], Path]):
-    """It is refused at the start; when it happens later, the run ends with the facts and goes on once there is room."""
+def test_full_disk_is_reported_and_the_run_resumes(
+    workspace: Workspace, small_disk: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
+):
+    """A full disk is refused at the start. Later it ends the run, which resumes when there is space."""
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "checkpoints").symlink_to(small_disk)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(8 << 20))
-    output = finish(place.train(workdir), code=EXIT_REFUSED)
-    assert "no room for the checkpoints" in output and "Traceback" not in output
+    output = finish(workspace.train(workdir), code=EXIT_REFUSED)
+    assert "not enough disk space for the checkpoints" in output and "Traceback" not in output
     filler.unlink()
 
-    process = place.train(workdir)
+    process = workspace.train(workdir)
     wait_for(small_disk / "8", process)
     with filler.open("wb") as stream:
         try:
@@ -283,12 +251,68 @@ def test_disk_that_fills_up(place: Place, small_disk: Path, tmp_path: Path, undi
         except OSError:
             pass
     output = finish(process, code=EXIT_REFUSED)
-    # TensorStore's threads print warnings of their own, before our message and sometimes after it.
+    # TensorStore's threads print warnings, before our message and sometimes after it.
     last = output[output.rindex("t5x-like: ") :]
     assert "No space left on device" in last and "run the same command again." in last
-    assert re.search(r"untouched: \[8(, \d+)*\]", last)
-    kept = [path.name for path in small_disk.iterdir() if path.name != "filler"]
+    assert re.search(r"intact, steps: \[8(, \d+)*\]", last)
+    kept = [path.name for path in small_disk.iterdir() if path.name not in ("filler", "run_id")]
     assert kept and all(name.isdecimal() for name in kept)
     filler.unlink()
-    finish(place.train(workdir))
-    assert_same_end(workdir, undisturbed("recipe"))
+    finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
+def test_state_of_another_structure_is_refused_with_each_path(workspace: Workspace, killed_copy: Path):
+    """The newest checkpoint is intact and the run's own, but lacks a parameter, has another one, and one of another
+    shape."""
+    step = newest(killed_copy)
+    directory = killed_copy / "checkpoints"
+    meta = json.loads((directory / str(step) / "meta.json").read_text())["meta"]
+    leaves = dict(saved_state(killed_copy, step))
+    missing, reshaped = [path for path in sorted(leaves) if path.startswith("params/") and path.endswith("/kernel")][:2]
+    del leaves[missing]
+    leaves[reshaped] = leaves[reshaped].reshape(-1)
+    leaves["params/added"] = leaves["step"]
+    shutil.rmtree(directory / str(step))
+    manager = CheckpointManager(directory, CheckpointConfig())
+    manager.save(step, tree_paths.nested({path: jnp.asarray(leaf) for path, leaf in leaves.items()}), meta)
+    manager.close()
+    output = finish(workspace.train(killed_copy), code=EXIT_REFUSED)
+    assert all(path in output for path in (missing, reshaped, "params/added")) and "Traceback" not in output
+    assert newest(killed_copy) == step
+
+
+@pytest.mark.parametrize("policy", ["skip", pytest.param("abort", marks=pytest.mark.slow)])
+def test_step_that_is_not_finite_leaves_no_trace_in_the_state(workspace: Workspace, tmp_path: Path, policy: str):
+    """The loss of step 2 is NaN: parameters and optimizer are those after step 1, and its rows are recorded."""
+    options = ("--training.num-train-steps", "3", "--checkpoints.save-every-steps", "1", "--training.guard.policy")
+    poisoned = {"module": "helpers.poisoned_train", "variables": {"POISONED_ROW": "8"}}
+    process = workspace.train(tmp_path / "run", *options, policy, compile_anew=True, **poisoned)
+    output = finish(process, code=EXIT_OK if policy == "skip" else EXIT_REFUSED)
+    assert "step 2 had a loss, gradient or update that is not finite and was not applied (rows 8 to 15)" in output
+    (rejected,) = records_of(tmp_path / "run" / "rejected_steps.jsonl")
+    assert (rejected["step"], rejected["first_row"], rejected["last_row"]) == (2, 8, 15)
+    if policy == "abort":
+        assert newest(tmp_path / "run") == 1
+        return
+    before, after = (saved_state(tmp_path / "run", step) for step in (1, 2))
+    assert {path for path in before if before[path].tobytes() != after[path].tobytes()} == {"step"}
+    assert all(np.isfinite(leaf).all() for leaf in saved_state(tmp_path / "run", 3).values())
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="dropping the permission needs setpriv (util-linux)")
+@pytest.mark.slow
+def test_revoked_permission_ends_the_run_which_resumes_with_it(
+    workspace: Workspace, tmp_path: Path, uninterrupted: Callable[[str], Path]
+):
+    """The permission to write checkpoints is revoked during a run; not even root may ignore this here."""
+    workdir = tmp_path / "run"
+    without = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+    process = workspace.train(workdir, prefix=without)
+    wait_for(workdir / "checkpoints" / "8", process)
+    (workdir / "checkpoints").chmod(0o500)
+    output = finish(process, code=EXIT_USAGE)
+    assert "Permission denied" in output and "Traceback" not in output
+    (workdir / "checkpoints").chmod(0o700)
+    finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))

@@ -1,4 +1,4 @@
-"""ELECTRA's generator and discriminator against Hugging Face transformers, whose two models here share embeddings."""
+"""ELECTRA's generator and discriminator, compared with transformers, whose two models share embeddings here."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from t5x_like.models import presets
-from t5x_like.models.build import abstract, merge
+from t5x_like.models.factory import abstract_model, bind_params
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs the hf extra")
 transformers = pytest.importorskip("transformers", reason="parity with transformers needs the hf extra")
@@ -15,11 +15,11 @@ transformers = pytest.importorskip("transformers", reason="parity with transform
 pytestmark = pytest.mark.hf
 VOCABULARY, D, HEADS, D_FF, LAYERS = 97, 24, 4, 40, 3
 WIDTH = 16
-"""Of the embeddings."""
+"""Width of the embeddings."""
 
 
 def weights(module) -> dict[str, np.ndarray]:
-    """All tensors of a module after moving them off their initial values, so that none is without effect."""
+    """Return all tensors of a module after moving them off their initial values, so that each has an effect."""
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for parameter in module.parameters():
@@ -28,24 +28,24 @@ def weights(module) -> dict[str, np.ndarray]:
 
 
 def stacked(layers):
-    """Trees of layers -> one tree with the layers in front."""
+    """Stack the trees of the layers into one tree with the layers in front."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
 
 
 def projection(w, heads: int, head_dim: int, bias=None):
-    """[H h, d] of torch -> kernel [d, H, h]."""
+    """Return torch's [H h, d] as a kernel [d, H, h]."""
     tree = {"kernel": w.T.reshape(-1, heads, head_dim)}
     return tree if bias is None else {**tree, "bias": bias.reshape(heads, head_dim)}
 
 
 def output(w, heads: int, head_dim: int, bias=None):
-    """[d, H h] of torch -> kernel [H, h, d]."""
+    """Return torch's [d, H h] as a kernel [H, h, d]."""
     tree = {"kernel": w.T.reshape(heads, head_dim, -1)}
     return tree if bias is None else {**tree, "bias": bias}
 
 
 def assert_same(found, expected, real):
-    """Within 1e-5 of the largest logit at real positions."""
+    """Assert equality at real positions within 1e-5 of the largest logit."""
     assert np.abs(expected[real]).max() > 1
     np.testing.assert_allclose(found[real], expected[real], rtol=1e-5, atol=1e-5 * np.abs(expected[real]).max())
 
@@ -100,14 +100,14 @@ def stack(w, heads: int, head_dim: int):
     }
 
 
-def test_electra():
+def test_electra_equals_transformers():
     preset = presets.electra("small", generator_fraction=0.5)
     sizes = {"num_layers": LAYERS, "max_positions": 40, "dropout_rate": 0.0}
     heads, head_dim, generator_heads = HEADS, D // HEADS, HEADS // 2
     config = dataclasses.replace(
         preset,
         vocab_size=VOCABULARY,
-        embedding_width=WIDTH,
+        embedding_dim=WIDTH,
         encoder=dataclasses.replace(
             preset.encoder, d_model=D, num_heads=heads, num_kv_heads=heads, head_dim=head_dim, d_ff=D_FF, **sizes
         ),
@@ -155,10 +155,10 @@ def test_electra():
             },
         },
     }
-    spec = abstract(config)
+    spec = abstract_model(config)
     shapes = {str(path): np.shape(x) for path, x in jax.tree.leaves_with_path(params)}
     assert shapes == {str(path): x.shape for path, x in jax.tree.leaves_with_path(spec.params)}
-    model = merge(spec.graphdef, params)
+    model = bind_params(spec.graphdef, params)
     rows, real = tokens(3, 30, [30, 1, 17])
     given = {"input_ids": torch.tensor(rows).long(), "attention_mask": torch.tensor(real).long()}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Beam search beside transformers', on imported models: the same hypotheses in the same order, with the same scores."""
+"""Beam search on imported models, compared with transformers: the same hypotheses, order and scores."""
 
 import dataclasses
 
@@ -6,13 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from t5x_like.decoding.beam import BeamSearch
-from t5x_like.decoding.generate import beam_tokens
-from t5x_like.decoding.models import never_trained
-from t5x_like.interop.adapted import restore_whole
-from t5x_like.interop.huggingface.directories import import_directory
-from t5x_like.interop.imported import read_model
-from t5x_like.program import assemble
+from t5x_like.decoding.beam_search import BeamSearch
+from t5x_like.decoding.engine import beam_tokens
+from t5x_like.interop.huggingface.checkpoint import import_directory
+from t5x_like.model_loading import open_model
 
 torch = pytest.importorskip("torch", reason="parity with transformers needs the hf extra")
 transformers = pytest.importorskip("transformers", reason="parity with transformers needs the hf extra")
@@ -40,34 +37,34 @@ def llama():
 
 @pytest.fixture(scope="module", params=[t5, llama], ids=["t5", "llama"])
 def pair(request, tmp_path_factory):
-    """The same model twice; numbers are spread so that the next token depends on the text."""
-    place = tmp_path_factory.mktemp("beam")
+    """Build the same model twice; weights are spread so that the next token depends on the text."""
+    root = tmp_path_factory.mktemp("beam")
     torch.manual_seed(0)
-    theirs = request.param().eval()
+    reference = request.param().eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in reference.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
-    theirs.save_pretrained(place / "theirs")
-    import_directory(place / "theirs", place / "ours")
-    model, _ = read_model(place / "ours")
-    model = dataclasses.replace(model, eos_ids=tuple(EOS))
-    program = assemble(never_trained(model, 1), jax.devices()[:1])
-    return theirs, program, restore_whole(place / "ours", model, None, program.abstract_params)[1]
+    reference.save_pretrained(root / "huggingface")
+    import_directory(root / "huggingface", root / "imported")
+    loaded = open_model(root / "imported", devices=jax.devices()[:1])
+    run = dataclasses.replace(loaded.run, model=dataclasses.replace(loaded.model, eos_ids=tuple(EOS)))
+    loaded = dataclasses.replace(loaded, run=run)
+    return reference, loaded.program, loaded.params()[1]
 
 
 @pytest.mark.parametrize(
     ("penalty", "early_stopping"), [(1.0, False), (0.0, False), (2.0, "never"), (1.0, True)], ids=str
 )
-def test_hypotheses_and_scores_are_those_of_transformers(pair, penalty, early_stopping):
-    theirs, program, params = pair
+def test_beam_hypotheses_and_scores_equal_transformers(pair, penalty, early_stopping):
+    reference, program, params = pair
     search = BeamSearch(BEAMS, penalty, "transformers", early_stopping)
     found = beam_tokens(
         program, params, PROMPTS, search=search, allowed_V=np.ones(V, bool), max_new_tokens=NEW, batch_size=4
     )
     lengths = set()
     for prompt, hypotheses in zip(PROMPTS, found, strict=True):
-        front = [] if program.run.model.encoder is not None else [program.run.model.start_id]
-        expected = theirs.generate(
+        front = [] if program.run.model.encoder is not None else [program.run.model.decoder_start_token_id]
+        expected = reference.generate(
             input_ids=torch.tensor([front + prompt]),
             max_new_tokens=NEW,
             num_beams=BEAMS,
@@ -82,7 +79,7 @@ def test_hypotheses_and_scores_are_those_of_transformers(pair, penalty, early_st
         )
         begin = 1 if not front else len(front + prompt)
         sequences = [row[begin:].tolist() for row in expected.sequences]
-        cut = [row[: next((place for place, t in enumerate(row) if t in EOS), len(row))] for row in sequences]
+        cut = [row[: next((index for index, t in enumerate(row) if t in EOS), len(row))] for row in sequences]
         np.testing.assert_allclose([h.score for h in hypotheses], expected.sequences_scores, rtol=1e-4, atol=1e-4)
         assert [h.tokens for h in hypotheses] == [row[:NEW] for row in cut]
         lengths |= {len(h.tokens) for h in hypotheses}

@@ -1,4 +1,4 @@
-"""pytorch_model.bin: read where it holds tensors alone, refused where it would do anything else."""
+"""pytorch_model.bin: read if it holds tensors only, refused otherwise."""
 
 import json
 import os
@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from t5x_like.config import DataError
-from t5x_like.interop.safetensors import Pending, write
-from t5x_like.interop.weights import Weights
+from t5x_like.errors import DataError
+from t5x_like.interop.safetensors_file import Pending, write
+from t5x_like.interop.weight_files import Weights
 
 torch = pytest.importorskip("torch", reason="pickles of torch need the hf extra")
 
@@ -38,12 +38,12 @@ def same(weights, expected):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_one_file(tmp_path, zipped):
+def test_single_pickle_file_is_read(tmp_path, zipped):
     torch.save(tensors(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     same(Weights(tmp_path), tensors())
 
 
-def test_several_files_and_what_is_wrong_with_an_index(tmp_path):
+def test_sharded_pickles_are_read_and_invalid_indices_refused(tmp_path):
     everything = tensors()
     torch.save({"a": everything["a"]}, tmp_path / "one.bin")
     torch.save({name: everything[name] for name in "bcde"}, tmp_path / "two.bin")
@@ -60,7 +60,7 @@ def test_several_files_and_what_is_wrong_with_an_index(tmp_path):
         Weights(tmp_path)
 
 
-def test_safetensors_come_first(tmp_path):
+def test_safetensors_take_precedence_over_pickles(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"never looked at")
     one = np.ones(2, np.float32)
     write(tmp_path / "model.safetensors", [Pending("a", one.dtype, one.shape, lambda: one)], {})
@@ -86,13 +86,13 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 1}, {1: torch.ones(2)}, {"a": {"b": torch.ones(1)}}])
-def test_what_is_no_dictionary_of_tensors_is_refused(tmp_path, content):
+def test_pickle_without_a_dictionary_of_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(DataError, match="expected named tensors"):
         Weights(tmp_path)
 
 
-def test_a_truncated_file_is_refused(tmp_path):
+def test_truncated_file_is_refused(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save(tensors(), path)
     path.write_bytes(path.read_bytes()[:500])
@@ -100,14 +100,14 @@ def test_a_truncated_file_is_refused(tmp_path):
         Weights(tmp_path)
 
 
-def test_without_torch_the_message_says_what_to_install(tmp_path):
+def test_error_without_torch_names_the_packages_to_install(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pathlib import Path; from t5x_like.interop.weights import Weights\n"
-        "from t5x_like.config import DataError\n"
+        "from pathlib import Path; from t5x_like.interop.weight_files import Weights\n"
+        "from t5x_like.errors import DataError\n"
         f"try: Weights(Path({str(tmp_path)!r}))\n"
         "except DataError as error: print(error)"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert "takes torch, which is not installed: pip install 't5x-like[hf]'" in found
+    assert "requires torch, which is not installed: pip install 't5x-like[hf]'" in found

@@ -1,16 +1,18 @@
-"""The tokenizer files that we write, read by transformers: the same ids on real texts."""
+"""Exported tokenizer files, read by transformers: the same ids on real texts."""
 
 import io
-import os
-import pathlib
 import pydoc_data.topics
 
 import pytest
 import sentencepiece
+from helpers import t5_vocabulary
 
-from t5x_like.config.corpora import TokenizerConfig
-from t5x_like.data.tokenizers import ByteTokenizer, SentencePieceTokenizer, from_model, train_sentencepiece
-from t5x_like.interop.huggingface.tokenizer import write_tokenizer
+from t5x_like.config.tokenizer import TokenizerConfig
+from t5x_like.data.tokenizers.bytes import ByteTokenizer
+from t5x_like.data.tokenizers.loading import tokenizer_from_model
+from t5x_like.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from t5x_like.data.tokenizers.train_vocabulary import train_sentencepiece
+from t5x_like.interop.huggingface.tokenizer_export import write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="tokenizers of transformers need the hf extra")
 
@@ -40,11 +42,9 @@ MARKED = [
 
 
 def of_t5():
-    """T5's own vocabulary, where its file is at hand."""
-    path = os.environ.get("T5_VOCABULARY")
-    if path is None:
-        pytest.skip("T5_VOCABULARY names no file of T5's vocabulary")
-    return from_model(TokenizerConfig(kind="sentencepiece", num_sentinels=100), pathlib.Path(path).read_bytes(), path)
+    """Return T5's own tokenizer."""
+    config = TokenizerConfig(kind="sentencepiece", num_sentinels=100)
+    return tokenizer_from_model(config, t5_vocabulary.PATH.read_bytes(), str(t5_vocabulary.PATH))
 
 
 def trained():
@@ -53,7 +53,7 @@ def trained():
 
 
 def of_words():
-    """As T5's was made: a space in front, one space for many, NFKC, no bytes."""
+    """Train a model as T5's was trained: a space in front, one space for many, NFKC, no bytes."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for topic in TOPICS for line in topic.split("\n") if line),
@@ -62,26 +62,34 @@ def of_words():
     return SentencePieceTokenizer(out.getvalue(), 20, "trained here")
 
 
-@pytest.fixture(scope="module", params=[trained, of_words, lambda: ByteTokenizer(20), of_t5])
+@pytest.fixture(
+    scope="module",
+    params=[
+        trained,
+        of_words,
+        lambda: ByteTokenizer(20),
+        pytest.param(of_t5, marks=t5_vocabulary.needs_t5_vocabulary),
+    ],
+)
 def case(request, tmp_path_factory):
-    """(our tokenizer, transformers' of the files that we wrote)."""
-    ours = request.param()
+    """Return (our tokenizer, transformers' tokenizer of the files that we wrote)."""
+    original = request.param()
     directory = tmp_path_factory.mktemp("tokenizer")
-    assert write_tokenizer(directory, ours) == []
-    if isinstance(ours, SentencePieceTokenizer):
+    assert write_tokenizer(directory, original, "encoder_decoder") == []
+    if isinstance(original, SentencePieceTokenizer):
         file = sentencepiece.SentencePieceProcessor(str(directory / "spiece.model"))
         assert (file.pad_id(), file.eos_id(), file.unk_id()) == (0, 1, 2)
-        assert file.vocab_size() == ours.vocabulary.base_size
-        assert file.encode(TOPICS[0]) == ours.encode(TOPICS[0])
-    return ours, transformers.AutoTokenizer.from_pretrained(directory)
+        assert file.vocab_size() == original.vocabulary.base_size
+        assert file.encode(TOPICS[0]) == original.encode(TOPICS[0])
+    return original, transformers.AutoTokenizer.from_pretrained(directory)
 
 
-def test_the_same_ids_of_real_texts(case):
-    ours, theirs = case
+def test_ids_of_real_texts_are_equal(case):
+    original, reference = case
     lines = [line for topic in TOPICS for line in topic.split("\n\n")]
-    texts = [text for text in ODD + TOPICS[::8] + lines[::3] if "▁" not in text or not ours._strip_first_space]
-    expected = [ids.tolist() for ids in ours.encode_batch(texts)]
-    found = theirs(texts, add_special_tokens=False)["input_ids"]
+    texts = [text for text in ODD + TOPICS[::8] + lines[::3] if "▁" not in text or not original._strip_first_space]
+    expected = [ids.tolist() for ids in original.encode_batch(texts)]
+    found = reference(texts, add_special_tokens=False)["input_ids"]
     differ = [(text, e, f) for text, e, f in zip(texts, expected, found, strict=True) if e != f]
     # Equal scores, as in rows of dashes: see the module.
     others = [(text, e, f) for text, e, f in differ if sorted(e) != sorted(f)]
@@ -89,20 +97,29 @@ def test_the_same_ids_of_real_texts(case):
     assert len(differ) < 0.02 * len(texts)
 
 
-def test_the_same_ids_of_special_tokens(case):
-    ours, theirs = case
+def test_ids_of_special_tokens_are_equal(case):
+    original, reference = case
     for text in MARKED:
-        assert theirs(text)["input_ids"] == [*ours.encode_marked(text), ours.eos_id], text
-    assert len(theirs) == ours.vocab_size
-    assert (theirs.pad_token_id, theirs.eos_token_id, theirs.unk_token_id) == (0, 1, 2)
-    for token in range(ours.vocabulary.base_size, ours.vocab_size):
-        assert theirs.convert_tokens_to_ids(ours.vocabulary.special_name(token)) == token
-    assert theirs.convert_tokens_to_ids("[R]") == ours.mode_id("R")
+        assert reference(text)["input_ids"] == [*original.encode_marked(text), original.eos_id], text
+    assert len(reference) == original.vocab_size
+    assert (reference.pad_token_id, reference.eos_token_id, reference.unk_token_id) == (0, 1, 2)
+    for token in range(original.vocabulary.base_size, original.vocab_size):
+        assert reference.convert_tokens_to_ids(original.vocabulary.special_name(token)) == token
+    assert reference.convert_tokens_to_ids("[R]") == original.mode_id("R")
 
 
-def test_the_same_text_of_ids(case):
-    ours, theirs = case
+def test_text_for_a_decoder_begins_with_its_start_and_does_not_end(tmp_path):
+    original = trained()
+    assert write_tokenizer(tmp_path, original, "decoder") == []
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [TOPICS[0], "", *MARKED]:
+        assert reference(text)["input_ids"] == [0, *original.encode_marked(text)]
+    assert (reference.bos_token_id, reference.eos_token_id) == (0, 1)
+
+
+def test_decoded_texts_are_equal(case):
+    original, reference = case
     for text in ["def f(x):\n    return x\n", "The function returns a list.", "naïve café"]:
-        ids = ours.encode(text)
+        ids = original.encode(text)
         if 2 not in ids:
-            assert theirs.decode([*ids, 1], skip_special_tokens=True) == ours.decode(ids)
+            assert reference.decode([*ids, 1], skip_special_tokens=True) == original.decode(ids)

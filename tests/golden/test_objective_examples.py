@@ -1,4 +1,4 @@
-"""The objectives beside UL2's on a window of numbers: what they make of it must never change unnoticed.
+"""The examples of the objectives outside UL2 on a window of numbers, which must not change unnoticed.
 
 A change here changes the data of every run that is to be resumed: raise `stream.VERSION` with it.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t5x_like.config import (
-    Bart,
+    BartDenoising,
     BlankInfilling,
     CausalMasking,
     FillInTheMiddle,
@@ -17,9 +17,9 @@ from t5x_like.config import (
     Objective,
     PrefixLM,
 )
-from t5x_like.data import keys as rng
-from t5x_like.data.denoise import denoise
-from t5x_like.data.vocabulary import NUM_SPECIAL, TokenTraits, Vocabulary
+from t5x_like.data.objectives.registry import denoise
+from t5x_like.data.stream import rng
+from t5x_like.data.tokenizers.vocabulary import NUM_SPECIAL, TokenTraits, Vocabulary
 
 VOCABULARY = Vocabulary(base_size=100, num_sentinels=20)
 TRAITS = TokenTraits(word_starts=np.arange(100) % 3 == 0, sentence_ends=np.arange(100) % 8 == 7)
@@ -27,27 +27,27 @@ LENGTH = 24
 
 
 def spell(ids: np.ndarray, scored: np.ndarray | None = None) -> str:
-    """Tokens as numbers from 0 on, sentinels as s0, s1, ..., EOS as $; what is not predicted in brackets."""
+    """Return tokens as numbers from 0, sentinels as s0, s1, ..., EOS as $, and unscored tokens in brackets."""
     size = int(np.flatnonzero(ids)[-1]) + 1 if ids.any() else 0
     parts: list[str] = []
-    for place, token in enumerate(ids[:size].tolist()):
+    for position, token in enumerate(ids[:size].tolist()):
         name = VOCABULARY.special_name(token)
         text = str(token - NUM_SPECIAL) if name is None else {"</s>": "$"}.get(name, name.strip("<>[]"))
         text = text.replace("extra_id_", "s")
-        parts.append(text if scored is None or scored[place] else f"({text})")
+        parts.append(text if scored is None or scored[position] else f"({text})")
     return " ".join(parts)
 
 
 OBJECTIVES: dict[str, Objective] = {
     "fim": FillInTheMiddle(),
     "cm3": CausalMasking(mean_spans=2.0),
-    "bart": Bart(mode="X"),
-    "bart_all": Bart(infill_rate=0.2, delete_rate=0.1, mask_rate=0.1, rotate_document=True),
+    "bart": BartDenoising(mode="X"),
+    "bart_all": BartDenoising(infill_rate=0.2, delete_rate=0.1, mask_rate=0.1, rotate_document=True),
     "glm": BlankInfilling(mask_rate=0.3),
-    "words": MaskedLM(mask_rate=0.3, unit="word"),
-    "spans": MaskedLM(mask_rate=0.3, unit="span"),
+    "words": MaskedLM(mask_rate=0.3, masking_unit="word"),
+    "spans": MaskedLM(mask_rate=0.3, masking_unit="span"),
     "tokens": MaskedLM(mask_rate=0.3),
-    "pair": PrefixLM(name="pair", paired=True),
+    "pair": PrefixLM(name="pair", complementary_pairs=True),
 }
 GOLDEN: dict[str, list[tuple[str, str]]] = {
     "fim": [
@@ -149,7 +149,7 @@ def test_examples(name: str) -> None:
 
 
 def examples(name: str) -> list[tuple[str, str]]:
-    """Inputs and targets of the first examples under fixed keys."""
+    """Return inputs and targets of the first examples with fixed keys."""
     objective = OBJECTIVES[name]
     tokens = np.tile(np.arange(NUM_SPECIAL, NUM_SPECIAL + LENGTH), (2, 1))
     made = denoise(tokens, rng.fold_in(2022, np.arange(2)), objective, VOCABULARY, TRAITS)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from t5x_like.models import presets
-from t5x_like.models.build import abstract
+from t5x_like.models.factory import abstract_model
 
 ATTENTION = """
 {0}/query/kernel layers embed heads head_dim
@@ -87,25 +87,25 @@ def paths(tree):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_paths_and_logical_axes(name):
+def test_parameter_paths_and_logical_axes_match_the_golden_table(name):
     config, lines = GOLDEN[name]
     expected = {path: tuple(axes) for path, *axes in (line.split() for line in lines.splitlines() if line)}
-    assert paths(abstract(config).logical_axes) == expected
+    assert paths(abstract_model(config).logical_axes) == expected
 
 
-def test_shapes_follow_the_axes():
+def test_shapes_match_the_logical_axes():
     config = presets.decoder_1b()
     size = {"layers": 16, "embed": 2048, "heads": 32, "kv_heads": 8, "head_dim": 64, "mlp": 8192}
     size |= {"vocab": 128_256, "norm": 2048}
-    spec = abstract(config)
+    spec = abstract_model(config)
     axes = paths(spec.logical_axes)
     assert {path: leaf.shape for path, leaf in paths(spec.params).items()} == {
         path: tuple(size[name] for name in names) for path, names in axes.items()
     }
 
 
-def test_running_the_layers_another_way_changes_no_path():
+def test_scan_and_remat_do_not_change_parameter_paths():
     config = presets.t5_1_1("small")
     other = dataclasses.replace(config, scan_layers=False, remat="full", dtype="bfloat16")
-    assert abstract(other).params == abstract(config).params
-    assert math.prod(abstract(config).params["head"]["kernel"].shape) == 512 * 32128
+    assert abstract_model(other).params == abstract_model(config).params
+    assert math.prod(abstract_model(config).params["head"]["kernel"].shape) == 512 * 32128

@@ -1,4 +1,4 @@
-"""The seven UL2 denoisers on a window of numbers: what they make of it must never change unnoticed.
+"""The examples of the seven UL2 denoisers on a window of numbers, which must not change unnoticed.
 
 A change here changes the data of every run that is to be resumed: raise `stream.VERSION` with it.
 """
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.data_examples import restored, without_zeros
 
 from t5x_like.config import DataConfig, Objective, ul2
-from t5x_like.data import keys as rng
-from t5x_like.data.denoise import denoise, restore
-from t5x_like.data.store import Store, StoreWriter
-from t5x_like.data.stream import Stream
-from t5x_like.data.vocabulary import Vocabulary
+from t5x_like.data.objectives.registry import denoise, restore
+from t5x_like.data.store.token_store import Store, StoreWriter
+from t5x_like.data.stream import rng
+from t5x_like.data.stream.row_stream import TrainingStream
+from t5x_like.data.tokenizers.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(base_size=100, num_sentinels=20)
 LENGTH = 40
@@ -26,7 +27,7 @@ EXACT = {objective.name: objective for objective in ul2(t5_exact=True)}
 
 
 def spell(ids: np.ndarray) -> str:
-    """Tokens as numbers from 0 on, runs of them as first-last; sentinels as s0, s1, ...; EOS as $."""
+    """Return tokens as numbers from 0, runs of them as first-last, sentinels as s0, s1, ..., and EOS as $."""
     parts: list[str] = []
     run: list[int] = []
     for token in [*(int(t) for t in np.trim_zeros(ids, "b")), 0]:
@@ -47,7 +48,7 @@ def spell(ids: np.ndarray) -> str:
 def example(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.arange(3, 3 + LENGTH)[None, :]
     examples = denoise(tokens, rng.fold_in(2022, list(OBJECTIVES).index(objective.name)), objective, VOCABULARY)
-    assert np.array_equal(restore(examples.inputs_NxI[0], examples.targets_NxT[0], objective, VOCABULARY), tokens[0])
+    assert np.array_equal(restored(examples, 0, objective, VOCABULARY), tokens[0])
     return examples.inputs_NxI[0], examples.targets_NxT[0]
 
 
@@ -87,24 +88,25 @@ def test_denoisers(name: str) -> None:
     assert (spell(inputs), spell(targets)) == GOLDEN[name]
 
 
-def test_where_the_first_rows_are(tmp_path: Path) -> None:
+def test_first_rows_of_the_stream(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "store", vocab_size=6000) as writer:
         writer.append("train", [np.arange(3, 5000)], 4997)
         vocabulary = dataclasses.asdict(Vocabulary(base_size=5000, num_sentinels=40))
-        writer.commit({"vocabulary": vocabulary, "tokenizer_fingerprint": ""}, tokenizer_model=None)
+        writer.commit({"vocabulary": vocabulary, "tokenizer_fingerprint": ""})
     data = DataConfig(layout="encoder_decoder", mixture=ul2(), inputs_length=64, targets_length=64, seed=7)
-    stream = Stream([Store.open(tmp_path / "store")], data, 8)
-    rows = stream.rows(np.array([0, 1, 2, 3, stream.rows_per_epoch["python_docs"], 10**9]))
+    stream = TrainingStream([Store.open(tmp_path / "store")], data, 8)
+    rows = stream.get_rows(np.array([0, 1, 2, 3, stream.rows_per_epoch["python_docs"], 10**9]))
     objectives = [data.mixture[number] for number in rows["denoiser_ids"]]
     assert rows["denoiser_ids"].tolist() == ROWS["denoisers"]
     pairs = zip(rows["encoder_input_tokens"], rows["decoder_target_tokens"], objectives, strict=True)
     vocabulary = stream.vocabulary
-    assert [int(restore(*pair, vocabulary)[0]) - 3 for pair in pairs] == ROWS["starts"]
+    windows = [restore(without_zeros(given), without_zeros(wanted), each, vocabulary) for given, wanted, each in pairs]
+    assert [int(window[0]) - 3 for window in windows] == ROWS["starts"]
     digest = hashlib.sha256(rows["encoder_input_tokens"].astype("<i4").tobytes()).hexdigest()
     assert digest[:16] == ROWS["inputs"]
 
 
 @pytest.mark.parametrize("name", [name for name in EXACT if name != "S"])
-def test_denoisers_placed_as_t5_places_them(name: str) -> None:
+def test_denoisers_with_t5_exact_placement(name: str) -> None:
     inputs, targets = example(EXACT[name])
     assert (spell(inputs), spell(targets)) == GOLDEN_EXACT[name]

@@ -1,4 +1,4 @@
-"""A briefly trained run, scored and prompted from its directory through the command line's functions."""
+"""A briefly trained run, evaluated and decoded by the command line."""
 
 import dataclasses
 import json
@@ -8,87 +8,80 @@ import shutil
 
 import jax
 import pytest
+from helpers.small_run import small_run
 
 from t5x_like import run_directory
-from t5x_like.cli import main
+from t5x_like.cli.main import main
 from t5x_like.config import (
-    EXIT_OK,
-    EXIT_REFUSED,
-    EXIT_USAGE,
-    AdamW,
     CheckpointConfig,
     CorpusConfig,
-    DataConfig,
-    DataError,
     EvaluationConfig,
     MaskedLM,
-    ModelConfig,
     MonitoringConfig,
     PrefixLM,
-    RunConfig,
-    Schedule,
+    ScheduleConfig,
     SpanCorruption,
-    StackConfig,
-    TokenizerConfig,
-    TrainingConfig,
 )
-from t5x_like.data.prepare import prepare, store_paths
-from t5x_like.decoding.answers import Answering, Settings
-from t5x_like.decoding.beam import BeamSearch
-from t5x_like.decoding.models import formats_of, open_model
-from t5x_like.decoding.requests import Request
+from t5x_like.config.serialization import to_json
+from t5x_like.data.store.prepare import prepare
+from t5x_like.data.store.store_paths import store_paths
+from t5x_like.decoding.beam_search import BeamSearch
+from t5x_like.decoding.generation_config import GenerationConfig
+from t5x_like.decoding.pipeline import TextGenerator
+from t5x_like.decoding.prompt_reader import PromptRequest
+from t5x_like.decoding.prompted_model import formats_of, open_prompted
 from t5x_like.decoding.sampling import Sampling
-from t5x_like.trainer import train
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_USAGE, DataError
+from t5x_like.trainer.train import train
+from t5x_like.utils.atomic_write import write_atomically
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Text that goes through the alphabet again and again, each document from another letter on: what follows is known,
-    although no letter is more frequent than another."""
-    place = tmp_path_factory.mktemp("trained")
-    (place / "texts").mkdir()
+    """Write documents that repeat the alphabet from different letters on: the next letter is determined, although all
+    letters are equally frequent."""
+    root = tmp_path_factory.mktemp("trained")
+    (root / "texts").mkdir()
     shift = random.Random(0)
     for number in range(60):
         first = shift.randrange(26)
-        (place / "texts" / f"{number}.txt").write_text("".join(ALPHABET[(first + i) % 26] for i in range(300 + number)))
-    stack = StackConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64, positions="rope")
-    run = RunConfig(
+        (root / "texts" / f"{number}.txt").write_text("".join(ALPHABET[(first + i) % 26] for i in range(300 + number)))
+    (root / "test.jsonl").write_text("".join(json.dumps({"text": ALPHABET[::-1] * 12}) + "\n" for _ in range(4)))
+    run = small_run(
+        root,
+        "encoder_decoder",
+        (
+            SpanCorruption(name="R", mean_noise_span_length=3.0, noise_density=0.15, mode="R"),
+            PrefixLM(name="S", mode="S", min_target_fraction=0.5, max_target_fraction=0.5),
+        ),
+        corpus=CorpusConfig(
+            files=(str(root / "texts" / "*.txt"),), test_files=(str(root / "test.jsonl"),), validation_fraction=0.2
+        ),
+        lengths=(24, 24),
+        stack={"num_layers": 2},
+        model={"embedding_stddev": 0.2},
+        training={
+            "num_train_steps": 300,
+            "global_batch_size": 16,
+            "schedule": ScheduleConfig(kind="cosine", learning_rate=1e-2, warmup_steps=20),
+        },
         name="alphabet",
-        model=ModelConfig(encoder=stack, decoder=stack, vocab_size=288, embedding_stddev=0.2),
-        data=DataConfig(
-            corpus=CorpusConfig(files=(str(place / "texts" / "*.txt"),), validation_fraction=0.2),
-            tokenizer=TokenizerConfig(kind="bytes", num_sentinels=16),
-            layout="encoder_decoder",
-            mixture=(
-                SpanCorruption(name="R", mean_noise_span_length=3.0, noise_density=0.15, mode="R"),
-                PrefixLM(name="S", mode="S", min_target_fraction=0.5, max_target_fraction=0.5),
-            ),
-            inputs_length=24,
-            targets_length=24,
-            store=str(place / "stores"),
-        ),
-        training=TrainingConfig(
-            num_train_steps=300,
-            batch_size=16,
-            optimizer=AdamW(weight_decay=0.0),
-            schedule=Schedule(kind="cosine", learning_rate=1e-2, warmup_steps=20),
-        ),
         checkpoints=CheckpointConfig(save_every_steps=150),
         evaluation=EvaluationConfig(num_batches=2),
-        monitoring=MonitoringConfig(tensorboard=False, samples=2),
+        monitoring=MonitoringConfig(writers=(), num_decoded_samples=2),
     )
     prepare(run.data, report=lambda line: None)
-    assert train(run, place / "run") == EXIT_OK
-    return place / "run"
+    assert train(run, root / "run") == EXIT_OK
+    return root / "run"
 
 
 def lines(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_the_model_knows_what_no_code_knows(trained):
+def test_trained_model_has_fewer_bits_per_byte_than_compression(trained):
     evaluation = json.loads((trained / "evaluation.json").read_text())
     assert evaluation["step"] == 300
     assert {name: scores["loss"] < 0.5 for name, scores in evaluation["objectives"].items()} == {"R": True, "S": True}
@@ -100,9 +93,19 @@ def test_the_model_knows_what_no_code_knows(trained):
     assert [sample["denoiser"] for sample in samples] == ["R", "S"]
 
 
-def test_eval_scores_older_steps_and_keeps_the_newest_as_the_result(trained, tmp_path, capsys):
+def test_eval_of_the_test_split_is_not_recorded_in_the_run(trained, capsys):
+    before = (trained / "evaluations.jsonl").read_text()
+    assert main(["eval", str(trained), "--split", "test", "--num-batches", "1", "--no-intervals"]) == EXIT_OK
+    (result,) = json.loads((trained / "evaluation.test.json").read_text())
+    assert result["split"] == "test" and result["objectives"]["S"]["loss"] > 2, "the alphabet backwards"
+    assert (trained / "evaluations.jsonl").read_text() == before
+    assert main(["eval", str(trained), "--split", "dev"]) == EXIT_USAGE
+    assert "found the splits train, validation, test, expected 'dev'" in capsys.readouterr().err
+
+
+def test_eval_of_older_steps_keeps_the_newest_as_the_result(trained, tmp_path, capsys):
     before = json.loads((trained / "evaluation.json").read_text())
-    assert main(["eval", str(trained), "--step", "150", "--num-batches", "1"]) == EXIT_OK
+    assert main(["eval", f"{trained}:150", "--num-batches", "1"]) == EXIT_OK
     printed = capsys.readouterr().out
     assert "step 150" in printed and "gzip -9" in printed
     assert json.loads((trained / "evaluation.json").read_text()) == before
@@ -110,40 +113,40 @@ def test_eval_scores_older_steps_and_keeps_the_newest_as_the_result(trained, tmp
     assert (trained / "report.html").exists()
 
     output = tmp_path / "scores.json"
-    assert main(["eval", str(trained), "--step", "150", "300", "--output", str(output)]) == EXIT_OK
-    found = json.loads(output.read_text())
-    assert [result["step"] for result in found] == [150, 300]
-    intervals = found[1].pop("intervals")
-    assert found[1] == before, "the same scores as during training"
+    assert main(["eval", f"{trained}:150,300", "--output", str(output)]) == EXIT_OK
+    results = json.loads(output.read_text())
+    assert [result["step"] for result in results] == [150, 300]
+    intervals = results[1].pop("intervals")
+    assert results[1] == before, "the same scores as during training"
     assert set(intervals) == {"loss/R", "loss/S", "bits_per_byte"}
     for name, value in {
         "loss/S": before["objectives"]["S"]["loss"],
         "bits_per_byte": before["prefix_lm"]["bits_per_byte"],
     }.items():
         assert intervals[name][0] < value < intervals[name][1]
-    assert main(["eval", str(trained), "--step", "7"]) == EXIT_REFUSED
+    assert main(["eval", f"{trained}:7"]) == EXIT_USAGE
 
 
-def test_generate_goes_on_with_a_prompt(trained, capsys):
+def test_generate_continues_a_prompt(trained, capsys):
     assert main(["generate", str(trained), "--prompt", ALPHABET[:22], "--max-new-tokens", "6"]) == EXIT_OK
     assert capsys.readouterr().out == "wxyzab\n"
 
 
-def test_a_prompt_longer_than_any_in_training_is_answered_with_a_word(trained, capsys):
+def test_prompt_longer_than_in_training_gives_a_note(trained, capsys):
     assert main(["generate", str(trained), "--prompt", 3 * ALPHABET, "--max-new-tokens", "6"]) == EXIT_OK
     captured = capsys.readouterr()
     assert len(captured.out) > 1
-    assert "a prompt of 80 tokens, longer than the 24 of training" in captured.err
+    assert "a prompt has 80 tokens, more than the 24 of training" in captured.err
 
 
-def test_generate_fills_gaps_in_the_denoisers_own_form(trained, capsys):
+def test_generate_fills_gaps_in_the_format_of_the_denoiser(trained, capsys):
     prompt = "abcdefghi<extra_id_0>mnopqrstuvwx"
     assert main(["generate", str(trained), "--prompt", prompt, "--mode", "R", "--max-new-tokens", "8"]) == EXIT_OK
     sentinel, span = capsys.readouterr().out.strip().split(">")
     assert sentinel == "<extra_id_0" and len(span) >= 3 and span in 2 * ALPHABET
 
 
-def test_generate_answers_lines_of_json(trained, tmp_path, capsys):
+def test_generate_reads_and_writes_json_lines(trained, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "efghijklmnopqrstuvwxyz", "id": 1}\n{"prompt": "uvwxyzabcdefghijklmnop", "id": 2}\n')
     arguments = ["generate", str(trained), "--input", str(prompts), "--max-new-tokens", "3"]
@@ -163,14 +166,14 @@ def test_generate_answers_lines_of_json(trained, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def ask(trained):
-    """(prompts or rows, settings) -> answers of each, by a model that is opened once."""
-    model = open_model(trained, jax.devices()[:1])
+    """Return a function from prompts or requests and settings to completions, with a model that is opened once."""
+    model = open_prompted(trained, devices=jax.devices()[:1])
     _, params = model.load(None)
 
     def answers(rows, **settings):
-        rows = [row if isinstance(row, Request) else Request(row, {}) for row in rows]
-        settings = Settings(**{"max_new_tokens": 12, **settings})
-        return Answering(model, params, formats_of(trained, settings.mode), settings)(rows, 0)
+        rows = [row if isinstance(row, PromptRequest) else PromptRequest(row, {}) for row in rows]
+        settings = GenerationConfig(**{"max_new_tokens": 12, **settings})
+        return TextGenerator(model, params, formats_of(model.loaded, settings.mode), settings)(rows, 0)
 
     return answers
 
@@ -179,50 +182,50 @@ START = "efghijklmnopqrstuvwxyz"
 
 
 @pytest.mark.slow
-def test_a_stop_string_ends_an_answer_and_is_left_out(ask):
-    free, short = ask([START])[0][0], ask([START], stop=("fgh", "de"), scores=True)[0][0]
+def test_stop_string_ends_a_completion_and_is_not_part_of_it(ask):
+    free, short = ask([START])[0][0], ask([START], stop=("fgh", "de"), return_scores=True)[0][0]
     assert free.text == "abcdefghijkl" and short.text == "abc"
     assert (short.ended_by, short.tokens) == ("stop", 5) and -0.5 < short.log_likelihood < 0
     assert ask([START], stop=("xyz",))[0][0].text == free.text
 
 
 @pytest.mark.slow
-def test_answers_keep_to_choices_and_characters(ask):
-    rows = [START, Request(START, {}, choices=("abx", "abc", "zzz")), Request(START, {}, max_new_tokens=2)]
-    found = [row[0] for row in ask(rows, choices=("q", "bcd"))]
-    assert [answer.text for answer in found[1:]] == ["abc", found[0].text[:2]] and found[0].text in ("q", "bcd")
+def test_completions_satisfy_choices_and_allowed_characters(ask):
+    rows = [START, PromptRequest(START, {}, choices=("abx", "abc", "zzz")), PromptRequest(START, {}, max_new_tokens=2)]
+    results = [row[0] for row in ask(rows, choices=("q", "bcd"))]
+    assert [answer.text for answer in results[1:]] == ["abc", results[0].text[:2]] and results[0].text in ("q", "bcd")
     assert set(ask([START], allowed_characters="xyz")[0][0].text) <= set("xyz")
     drawn = ask([START] * 8, choices=("ab", "ac", "b"), sampling=Sampling(temperature=9.0))
     assert 1 < len({row[0].text for row in drawn}) <= 3
 
 
 @pytest.mark.slow
-def test_a_beam_finds_what_scores_best_and_ranks_choices_by_likelihood(ask):
-    """With as many beams as choices nothing is cut off: the order is that of their log-likelihoods."""
+def test_beam_search_finds_the_best_score_and_ranks_choices(ask):
+    """With as many beams as choices no choice is pruned: the order is that of their log-likelihoods."""
     choices = ("abc", "abd", "b", "xyz")
     beam = BeamSearch(4, 0.0)
-    found = ask([START], beam=beam, num_samples=4, choices=choices, scores=True)[0]
-    assert found[0].text == "abc" and {answer.text for answer in found} == set(choices)
-    assert [a.score for a in found] == sorted((a.score for a in found), reverse=True)
-    # The score counts EOS too, which is unlikely within the alphabet.
-    assert all(answer.score < answer.log_likelihood for answer in found)
+    results = ask([START], beam=beam, num_samples=4, choices=choices, return_scores=True)[0]
+    assert results[0].text == "abc" and {answer.text for answer in results} == set(choices)
+    assert [a.score for a in results] == sorted((a.score for a in results), reverse=True)
+    # The score includes EOS, which is unlikely within the alphabet.
+    assert all(answer.score < answer.log_likelihood for answer in results)
 
 
 @pytest.mark.slow
 def test_gaps_are_filled_in_place(ask):
     row = "abcdefghi<mask>mnopqrstuvwx"
-    (answer,) = ask([row], fill=True)[0]
+    (answer,) = ask([row], return_filled=True)[0]
     assert answer.spans[0] in 2 * ALPHABET and answer.text == f"abcdefghi{answer.spans[0]}mnopqrstuvwx"
     assert ask([row])[0][0].text.startswith(f"<extra_id_0>{answer.spans[0]}")
-    plain = ask(["ab<mask>"], literal=True)[0][0]
+    plain = ask(["ab<mask>"], raw_text=True)[0][0]
     assert plain.spans is None
-    with pytest.raises(DataError, match="the model fills none under mode S"):
+    with pytest.raises(DataError, match="not trained to fill gaps under mode S"):
         ask([row], mode="S")
 
 
 @pytest.mark.slow
-def test_a_row_with_its_own_seed_is_drawn_alike_anywhere(ask):
-    own = Request(START, {}, seed=11)
+def test_row_with_its_own_seed_is_drawn_independently_of_its_index(ask):
+    own = PromptRequest(START, {}, seed=11)
     drawn = ask([own, START, START, own], sampling=Sampling(temperature=9.0, min_p=0.001), num_samples=2)
     assert [a.text for a in drawn[0]] == [a.text for a in drawn[3]]
     texts = {answer.text for row in drawn for answer in row}
@@ -238,18 +241,18 @@ def test_a_row_with_its_own_seed_is_drawn_alike_anywhere(ask):
         (["--prompt", "a", "--num-samples", "2"], "set a temperature"),
         (["--prompt", "a", "--top-p", "0"], "top_p: found 0.0"),
         (["--prompt", "<extra_id_99>", "--mode", "R"], "expected a sentinel below 16"),
-        (["--prompt", "a", "--beam-size", "2", "--temperature", "1"], "0 beside a beam search"),
+        (["--prompt", "a", "--beam-size", "2", "--temperature", "1"], "0 with a beam search"),
         (["--prompt", "a", "--output", "x.jsonl"], "give --input FILE"),
     ],
 )
-def test_wrong_requests_are_refused_with_one_message(trained, capsys, arguments, message):
+def test_invalid_requests_are_refused_with_one_message(trained, capsys, arguments, message):
     assert main(["generate", str(trained), *arguments]) == EXIT_USAGE
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""
 
 
-def test_an_output_that_is_another_file_stays_as_it_is(trained, tmp_path, capsys):
-    """Also its last line, which has no end."""
+def test_output_file_of_another_origin_is_unchanged(trained, tmp_path, capsys):
+    """This includes its last line without a line break."""
     for name in ("in.txt", "notes.txt"):
         (tmp_path / name).write_text("my only copy")
         command = ["generate", str(trained), "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / name)]
@@ -258,24 +261,24 @@ def test_an_output_that_is_another_file_stays_as_it_is(trained, tmp_path, capsys
         assert (tmp_path / name).read_text() == "my only copy"
 
 
-def test_a_changed_store_is_refused(trained, tmp_path, capsys):
-    """With other sentinels the ids would mean something else."""
+def test_changed_store_is_refused(trained, tmp_path, capsys):
+    """With another number of sentinels the ids stand for other text."""
     run = run_directory.read_config(trained)
-    other = dataclasses.replace(run, data=dataclasses.replace(run.data, store=str(tmp_path / "stores")))
+    other = dataclasses.replace(run, data=dataclasses.replace(run.data, store_dir=str(tmp_path / "stores")))
     shorter = dataclasses.replace(other.data, corpus=dataclasses.replace(run.data.corpus, max_documents=50))
     prepare(shorter, report=lambda line: None)
     store_paths(shorter)[0].rename(store_paths(other.data)[0])
     copied = tmp_path / "run"
     shutil.copytree(trained, copied)
-    run_directory.write_atomically(copied / "config.json", run_directory.to_json(other))
+    write_atomically(copied / "config.json", to_json(other))
     assert main(["generate", str(copied), "--prompt", "a"]) == EXIT_REFUSED
     assert "on which the checkpoint was trained" in capsys.readouterr().err
 
 
-def test_an_encoder_generates_nothing(trained, tmp_path, capsys):
+def test_encoder_cannot_generate(trained, tmp_path, capsys):
     run = run_directory.read_config(trained)
     data = dataclasses.replace(run.data, layout="encoder", mixture=(MaskedLM(),), targets_length=0)
     encoder = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=None), data=data)
-    run_directory.write_atomically(tmp_path / "config.json", run_directory.to_json(encoder))
+    write_atomically(tmp_path / "config.json", to_json(encoder))
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == EXIT_USAGE
     assert "an encoder fills masks but generates no text" in capsys.readouterr().err

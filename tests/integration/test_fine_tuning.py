@@ -15,32 +15,32 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from t5x_like.cli import main
+from t5x_like.cli.main import main
 from t5x_like.config import (
-    EXIT_OK,
-    AdamW,
+    AdamWConfig,
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
-    Labelled,
+    LabeledExamples,
     ModelConfig,
     MonitoringConfig,
     RunConfig,
-    Schedule,
+    ScheduleConfig,
     StackConfig,
     Supervised,
-    TaskHead,
+    TaskHeadConfig,
     TokenizerConfig,
     TrainingConfig,
 )
-from t5x_like.config.validate import validate
-from t5x_like.data.docstrings import read_all
-from t5x_like.data.prepare import prepare
-from t5x_like.data.validation import objective_batches
-from t5x_like.decoding.generate import generate_tokens
-from t5x_like.decoding.prompts import prompt_format
-from t5x_like.decoding.trained import open_trained
-from t5x_like.trainer import train
+from t5x_like.config.validation import validate
+from t5x_like.data.sources.python_docs import read_all
+from t5x_like.data.store.prepare import prepare
+from t5x_like.data.stream.heldout import objective_batches
+from t5x_like.decoding.engine import generate_tokens
+from t5x_like.decoding.prompt_format import prompt_format
+from t5x_like.errors import EXIT_OK
+from t5x_like.model_loading import open_model
+from t5x_like.trainer.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +55,8 @@ def docstrings_of(module) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with docstrings.jsonl: {"text", "label"}, no text twice."""
+def root(tmp_path_factory):
+    """Create a folder with docstrings.jsonl: {"text", "label"}, no text twice."""
     folder = tmp_path_factory.mktemp("fine_tuning")
     rows = {text: name for name, module in PACKAGES.items() for text in docstrings_of(module)}
     pairs = sorted(rows.items())
@@ -66,7 +66,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def recipe(place, layout, mixture, *, targets_length, steps, head=None) -> RunConfig:
+def recipe(root, layout, mixture, *, targets_length, steps, head=None) -> RunConfig:
     stack = StackConfig(num_layers=1, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128, positions="rope")
     return RunConfig(
         name="docstrings",
@@ -79,7 +79,7 @@ def recipe(place, layout, mixture, *, targets_length, steps, head=None) -> RunCo
         ),
         data=DataConfig(
             corpus=CorpusConfig(
-                files=(str(place / "docstrings.jsonl"),),
+                files=(str(root / "docstrings.jsonl"),),
                 inputs_field="text",
                 text_field="label",
                 target_kind="label",
@@ -89,47 +89,74 @@ def recipe(place, layout, mixture, *, targets_length, steps, head=None) -> RunCo
             tokenizer=TokenizerConfig(vocab_size=1024, num_sentinels=8),
             layout=layout,
             mixture=mixture,
-            examples="documents" if targets_length else "windows",
+            example_mode="documents" if targets_length else "windows",
             inputs_length=64,
             targets_length=targets_length,
-            store=str(place / "stores"),
+            store_dir=str(root / "stores"),
         ),
         training=TrainingConfig(
             num_train_steps=steps,
-            batch_size=16,
-            optimizer=AdamW(weight_decay=0.0),
-            schedule=Schedule(kind="constant", learning_rate=3e-3, warmup_steps=10),
+            global_batch_size=16,
+            optimizer=AdamWConfig(weight_decay=0.0),
+            schedule=ScheduleConfig(kind="constant", learning_rate=3e-3, warmup_steps=10),
         ),
         evaluation=EvaluationConfig(num_batches=40),
-        monitoring=MonitoringConfig(log_every_steps=20, tensorboard=False, samples=4),
+        monitoring=MonitoringConfig(log_every_steps=20, writers=(), num_decoded_samples=4),
     )
 
 
 @pytest.fixture(scope="module")
-def classifier(place):
-    head = TaskHead(kind="classification", labels=LABELS, pooling="mean", dropout_rate=0.1)
-    run = recipe(place, "encoder", (Labelled(kind="classification"),), targets_length=0, steps=STEPS["head"], head=head)
+def classifier(root):
+    head = TaskHeadConfig(kind="classification", labels=LABELS, pooling="mean", dropout_rate=0.1)
+    run = recipe(
+        root, "encoder", (LabeledExamples(kind="classification"),), targets_length=0, steps=STEPS["head"], head=head
+    )
     assert not validate(run)
     prepare(run.data, report=lambda line: None)
-    train(run, place / "classifier")
-    return place / "classifier"
+    train(run, root / "classifier")
+    return root / "classifier"
 
 
 def test_a_classification_head_beats_the_majority_by_far(classifier):
     scores = json.loads((classifier / "evaluation.json").read_text())["objectives"]["head"]
-    assert scores["accuracy"] > scores["majority"] + 0.25
-    assert scores["f1_macro"] > 0.5
+    assert 100 * scores["accuracy"] > scores["majority"] + 25
+    assert scores["f1_macro"] > 50
     samples = json.loads((classifier / "samples.json").read_text())
     assert {sample["targets"] for sample in samples} <= set(LABELS) and len(samples) == 4
 
 
-def test_text_to_text_beats_the_majority_by_far(place):
-    run = recipe(place, "encoder_decoder", (Supervised(),), targets_length=8, steps=STEPS["text"])
+def test_predictions_of_a_file_score_as_the_evaluation_of_training(classifier, tmp_path):
+    """The held-out texts as a file: `predict` and `eval --data` read them as training has laid them out."""
+    trained = open_model(classifier)
+    split, tokenizer = trained.store.split("validation"), trained.store.tokenizer
+    bounds = split.offsets.astype(int)
+    rows = [
+        {"text": tokenizer.decode(split.tokens(*text)), "label": tokenizer.decode(split.tokens(*label))}
+        for text, label in zip(
+            zip(bounds[:-1:2], bounds[1::2], strict=False), zip(bounds[1::2], bounds[2::2], strict=True), strict=True
+        )
+    ]
+    source, output = tmp_path / "held_out.jsonl", tmp_path / "predictions.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["predict", str(classifier), "--input", str(source), "--output", str(output)]) == EXIT_OK
+    predictions = [json.loads(line) for line in output.read_text().splitlines()]
+    accuracy = np.mean([row["prediction"] == row["label"] for row in predictions])
+    scores = json.loads((classifier / "evaluation.json").read_text())["objectives"]["head"]
+    assert accuracy == pytest.approx(scores["accuracy"], abs=0.01)
+    assert main(["eval", str(classifier), "--data", str(source), "--output", str(tmp_path / "scores.json")]) == EXIT_OK
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["metrics"]["accuracy/accuracy"] == pytest.approx(100 * accuracy)
+    low, high = found["intervals"]["accuracy/accuracy"]
+    assert low < 100 * accuracy < high
+
+
+def test_text_to_text_beats_the_majority_by_far(root):
+    run = recipe(root, "encoder_decoder", (Supervised(),), targets_length=8, steps=STEPS["text"])
     assert not validate(run)
     prepare(run.data, report=lambda line: None)
     run = dataclasses.replace(run, evaluation=EvaluationConfig(num_batches=1))
-    train(run, place / "text")
-    trained = open_trained(place / "text")
+    train(run, root / "text")
+    trained = open_model(root / "text")
     _, params = trained.params()
     form = prompt_format(run.data, None)
     inputs, wanted = [], []
@@ -141,7 +168,7 @@ def test_text_to_text_beats_the_majority_by_far(place):
             if row.any():
                 inputs.append(row[row != 0].tolist())
                 wanted.append(trained.store.tokenizer.decode(target[target != 0].tolist()))
-    said = [
+    answers = [
         trained.store.tokenizer.decode(ids)
         for start in range(0, len(inputs), 64)
         for ids in generate_tokens(
@@ -154,7 +181,7 @@ def test_text_to_text_beats_the_majority_by_far(place):
         )
     ]
     majority = collections.Counter(wanted).most_common(1)[0][1] / len(wanted)
-    accuracy = np.mean([a == b for a, b in zip(said, wanted, strict=True)])
+    accuracy = np.mean([a == b for a, b in zip(answers, wanted, strict=True)])
     print(f"text-to-text: accuracy {accuracy:.3f}, majority {majority:.3f}, of {len(wanted)}")
     assert accuracy > majority + 0.2
 
@@ -176,7 +203,7 @@ def test_embeddings_stand_in_the_order_of_the_texts(classifier, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, message",
     [
         ('{"text": "a"}\n{"txt": "b"}', "texts.jsonl:2: found the fields 'txt'"),
         ('{"text": "a"}\n\n{"text": 3}', "texts.jsonl:3: found 'text' of type int"),
@@ -186,8 +213,8 @@ def test_embeddings_stand_in_the_order_of_the_texts(classifier, tmp_path):
         ("", "found no text"),
     ],
 )
-def test_bad_input_is_refused_with_its_line_and_nothing_is_written(tmp_path, capsys, text, told):
+def test_bad_input_is_refused_with_its_line_and_nothing_is_written(tmp_path, capsys, text, message):
     (tmp_path / "texts.jsonl").write_text(text)
     code = main(["embed", str(tmp_path), "--input", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "x.npy")])
-    assert code != EXIT_OK and told in capsys.readouterr().err
+    assert code != EXIT_OK and message in capsys.readouterr().err
     assert not (tmp_path / "x.npy").exists()

@@ -7,37 +7,33 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.small_run import small_run
 
+from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import (
-    Adafactor,
-    AdamW,
+    AdafactorConfig,
+    AdamWConfig,
     CheckpointConfig,
-    ConfigError,
     CorpusConfig,
-    DataConfig,
-    EvaluationConfig,
-    Freeze,
+    FreezeConfig,
     InitializeFrom,
     ModelConfig,
-    MonitoringConfig,
     PrefixLM,
     RunConfig,
-    Schedule,
     StackConfig,
-    TokenizerConfig,
-    TrainingConfig,
 )
-from t5x_like.config.adaptation import ALL_BUT_CROSS_ATTENTION, encoder_decoder_of_decoder
-from t5x_like.data.prepare import prepare
-from t5x_like.interop import imported
-from t5x_like.interop.adaptation import initial_state
-from t5x_like.models.build import abstract, build
-from t5x_like.program import assemble
+from t5x_like.config.initialization import ALL_BUT_CROSS_ATTENTION, decoder_to_encoder_decoder
+from t5x_like.data.store.prepare import prepare
+from t5x_like.errors import ConfigError
+from t5x_like.interop.warm_start import initial_state
+from t5x_like.models.factory import abstract_model, init_params
+from t5x_like.program import build_program
 from t5x_like.run_directory import CHECKPOINTS, read_config
-from t5x_like.trainer import train
+from t5x_like.trainer.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -45,56 +41,49 @@ STACK = StackConfig(num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, head_
 SOURCE = ModelConfig(encoder=None, decoder=STACK, vocab_size=260, tie_embeddings=True)
 
 
-def run_in(place: Path, steps: int) -> RunConfig:
-    """T5Gemma's warm-up: a fresh cross-attention trains alone for two steps."""
-    return RunConfig(
+def run_in(root: Path, steps: int) -> RunConfig:
+    """Return a run that adapts a decoder as T5Gemma does: the new cross-attention trains alone for two steps."""
+    return small_run(
+        root,
+        "encoder_decoder",
+        (PrefixLM(name="S"),),
+        corpus=CorpusConfig(packages=False, max_documents=8, validation_fraction=0.2),
+        num_sentinels=4,
+        stack={"d_ff": 32},
+        model={"vocab_size": 384, "tie_embeddings": True},
+        training={
+            "num_train_steps": steps,
+            "optimizer": AdamWConfig(),
+            "freeze": (FreezeConfig(paths=(ALL_BUT_CROSS_ATTENTION,), until_step=2),),
+        },
         name="adapted",
-        model=dataclasses.replace(SOURCE, encoder=STACK, vocab_size=384),
-        data=DataConfig(
-            corpus=CorpusConfig(packages=False, max_documents=8, validation_fraction=0.2),
-            tokenizer=TokenizerConfig(kind="bytes", num_sentinels=4),
-            layout="encoder_decoder",
-            mixture=(PrefixLM(name="S"),),
-            inputs_length=32,
-            targets_length=32,
-            store=str(place / "stores"),
+        initialize_from=decoder_to_encoder_decoder(
+            str(root / "source"), cross_attention="fresh", separate_tables=False, grow=("token_embedder/embedding",)
         ),
-        training=TrainingConfig(
-            num_train_steps=steps,
-            batch_size=8,
-            optimizer=AdamW(),
-            schedule=Schedule(kind="constant", learning_rate=1e-2, warmup_steps=0),
-            freeze=(Freeze(paths=(ALL_BUT_CROSS_ATTENTION,), until_step=2),),
-        ),
-        initialize_from=encoder_decoder_of_decoder(
-            str(place / "source"), cross_attention="fresh", separate_tables=False, grow=("token_embedder/embedding",)
-        ),
-        checkpoints=CheckpointConfig(save_every_steps=100, keep_last=9),
-        evaluation=EvaluationConfig(num_batches=1),
-        monitoring=MonitoringConfig(tensorboard=False, samples=0),
+        checkpoints=CheckpointConfig(save_every_steps=100, max_to_keep=9),
     )
 
 
 def saved(run: RunConfig, directory: Path, step: int) -> dict[str, np.ndarray]:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract(run.model).params
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_model(run.model).params
     )
     manager = CheckpointManager(directory / CHECKPOINTS, run.checkpoints, read_only=True)
     leaves = jax.tree_util.tree_leaves_with_path(manager.restore_params(wanted, step)[1])
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_it_begins_there_and_goes_on_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = build(SOURCE, jax.random.key(5))
+def test_run_starts_from_the_source_and_resumes_without_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = init_params(SOURCE, jax.random.key(5))
     (tmp_path / "source").mkdir()
-    imported.save(tmp_path / "source", SOURCE, None, {"params": old})
+    model_dir.save(tmp_path / "source", SOURCE, None, {"params": old})
     run = run_in(tmp_path, 1)
     prepare(run.data, report=lambda line: None)
 
     elsewhere = dataclasses.replace(run, model=dataclasses.replace(run.model, encoder=None))
     elsewhere = dataclasses.replace(elsewhere, data=dataclasses.replace(run.data, layout="prefix_lm"))
-    with pytest.raises(ConfigError, match=r"initialize_from.rules.1"):
+    with pytest.raises(ConfigError, match=r"initialize_from.rename_rules.1"):
         train(elsewhere, tmp_path / "refused")
 
     assert train(run, tmp_path / "run") == 0
@@ -117,19 +106,19 @@ def test_it_begins_there_and_goes_on_without(tmp_path: Path, capsys: pytest.Capt
     assert not [path for path in last if np.array_equal(last[path], first[path])]
 
 
-def test_the_optimizer_goes_on_too(tmp_path: Path) -> None:
-    """What `convert --from t5x --optimizer` writes, in a run of the same model."""
+def test_optimizer_state_is_restored_too(tmp_path: Path) -> None:
+    """Initialize a run of the same model from the output of `convert --from t5x --optimizer`."""
     run = run_in(tmp_path, 1)
-    training = dataclasses.replace(run.training, optimizer=Adafactor(min_dim_size_to_factor=16), freeze=())
-    source = InitializeFrom(directory=str(tmp_path / "source"), optimizer=True)
+    training = dataclasses.replace(run.training, optimizer=AdafactorConfig(min_dim_size_to_factor=16), freeze=())
+    source = InitializeFrom(directory=str(tmp_path / "source"), restore_optimizer=True)
     run = dataclasses.replace(run, training=training, initialize_from=source)
-    program = assemble(run, jax.devices())
+    program = build_program(run, jax.devices())
     state = jax.tree.map(
-        lambda leaf: np.random.default_rng(leaf.size).integers(1, 9, leaf.shape).astype(leaf.dtype),
+        lambda leaf: jnp.asarray(np.random.default_rng(leaf.size).integers(1, 9, leaf.shape), leaf.dtype),
         {name: program.abstract_state[name] for name in ("params", "opt_state")},
     )
     (tmp_path / "source").mkdir()
-    imported.save(tmp_path / "source", run.model, None, state)
+    model_dir.save(tmp_path / "source", run.model, None, state)
     found = initial_state(program, lambda line: None)
     jax.tree.map(np.testing.assert_array_equal, {name: found[name] for name in state}, state)
     assert found["step"] == 0

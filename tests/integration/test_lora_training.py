@@ -12,71 +12,54 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers.small_run import small_run
 
 from t5x_like.checkpoints.manager import CheckpointManager
-from t5x_like.cli import main
+from t5x_like.cli.main import main
 from t5x_like.config import (
-    EXIT_OK,
-    EXIT_REFUSED,
-    AdamW,
     CheckpointConfig,
-    CorpusConfig,
-    DataConfig,
-    EvaluationConfig,
     LoraConfig,
-    ModelConfig,
     MonitoringConfig,
     PrefixLM,
-    RefusedError,
     RunConfig,
-    Schedule,
+    ScheduleConfig,
     SpanCorruption,
-    StackConfig,
-    TokenizerConfig,
-    TrainingConfig,
 )
-from t5x_like.data.prepare import prepare
-from t5x_like.decoding.trained import open_trained
-from t5x_like.interop.huggingface.directories import import_directory, open_directory
-from t5x_like.models.build import abstract
-from t5x_like.trainer import train
+from t5x_like.data.store.prepare import prepare
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, SafetyError
+from t5x_like.interop.huggingface.checkpoint import import_directory, open_directory
+from t5x_like.model_loading import open_model
+from t5x_like.models.factory import abstract_model
+from t5x_like.trainer.train import train
 
 pytestmark = pytest.mark.slow
-
-STACK = StackConfig(num_layers=2, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=64, positions="rope")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
-    place = tmp_path_factory.mktemp("lora")
-    run = RunConfig(
+    root = tmp_path_factory.mktemp("lora")
+    run = small_run(
+        root,
+        "causal_lm",
+        (SpanCorruption(name="R", mean_noise_span_length=3.0, noise_density=0.15, mode="R"),),
+        num_sentinels=32,
+        stack={"num_layers": 2},
+        model={"vocab_size": 320},
+        training={
+            "num_train_steps": 60,
+            "global_batch_size": 16,
+            "schedule": ScheduleConfig(kind="constant", learning_rate=5e-3, warmup_steps=10),
+        },
         name="base",
-        model=ModelConfig(encoder=None, decoder=STACK, vocab_size=320),
-        data=DataConfig(
-            corpus=CorpusConfig(packages=False, max_documents=40, validation_fraction=0.1),
-            tokenizer=TokenizerConfig(kind="bytes", num_sentinels=32),
-            layout="prefix_lm",
-            mixture=(SpanCorruption(name="R", mean_noise_span_length=3.0, noise_density=0.15, mode="R"),),
-            inputs_length=32,
-            targets_length=32,
-            store=str(place / "stores"),
-        ),
-        training=TrainingConfig(
-            num_train_steps=60,
-            batch_size=16,
-            optimizer=AdamW(weight_decay=0.0),
-            schedule=Schedule(kind="constant", learning_rate=5e-3, warmup_steps=10),
-        ),
-        evaluation=EvaluationConfig(num_batches=1),
-        monitoring=MonitoringConfig(tensorboard=False, log_every_steps=10, samples=0),
+        monitoring=MonitoringConfig(writers=(), log_every_steps=10, num_decoded_samples=0),
     )
     prepare(run.data, report=lambda line: None)
-    assert train(run, place / "base") == EXIT_OK
-    return run, place / "base"
+    assert train(run, root / "base") == EXIT_OK
+    return run, root / "base"
 
 
 def adapted(run: RunConfig, directory: Path, steps: int = 40) -> RunConfig:
-    """`run` with another objective and adapters on what `directory` has."""
+    """Return `run` with another objective and adapters on what `directory` has."""
     lora = LoraConfig(base=str(directory), rank=4, paths=(".*/layers/.*/kernel",))
     data = dataclasses.replace(run.data, mixture=(PrefixLM(name="S", mode="S"),))
     training = dataclasses.replace(run.training, num_train_steps=steps, lora=lora)
@@ -99,18 +82,18 @@ def digest(directory: Path) -> dict[str, str]:
 
 
 def saved(directory: Path, step: int) -> dict[str, str]:
-    """Type and shape of each array of a checkpoint by its path."""
+    """Return type and shape of each array of a checkpoint by its path."""
     arrays: dict[str, str] = json.loads((directory / "checkpoints" / str(step) / "meta.json").read_text())["state"]
     return arrays
 
 
 def numbers(directory: Path, step: int | None = None) -> dict[str, Any]:
-    program = open_trained(directory).program
+    program = open_model(directory).program
     manager = CheckpointManager(directory / "checkpoints", CheckpointConfig(), read_only=True)
     return jax.tree.map(np.asarray, manager.restore(program.abstract_state, step)[1])
 
 
-def test_the_loss_falls_and_checkpoints_hold_the_adapters_alone(trained: Path, base: tuple[RunConfig, Path]) -> None:
+def test_loss_falls_and_checkpoints_hold_only_adapters(trained: Path, base: tuple[RunConfig, Path]) -> None:
     losses = [json.loads(line)["loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] - 0.1, losses
     arrays = saved(trained, 40)
@@ -125,13 +108,13 @@ def test_the_loss_falls_and_checkpoints_hold_the_adapters_alone(trained: Path, b
 
 
 def stored(directory: Path, name: str) -> int:
-    """Bytes of the parameters that a checkpoint lists."""
-    newest = max(int(path.name) for path in (directory / "checkpoints").iterdir())
+    """Return the bytes of the parameters that a checkpoint lists."""
+    newest = max(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal())
     shapes = [text for path, text in saved(directory, newest).items() if path.startswith("params/")]
     return sum(4 * int(np.prod([int(size) for size in text[8:-1].split(",")])) for text in shapes)
 
 
-def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(trained: Path, base: tuple[RunConfig, Path]) -> None:
+def test_interrupted_run_resumes_like_an_undisturbed_one(trained: Path, base: tuple[RunConfig, Path]) -> None:
     run, directory = base
     stopped = directory.parent / "stopped"
     assert train(adapted(run, directory, steps=20), stopped) == EXIT_OK
@@ -139,7 +122,7 @@ def test_a_run_that_is_stopped_goes_on_as_if_it_had_not_been(trained: Path, base
     jax.tree.map(np.testing.assert_array_equal, numbers(stopped), numbers(trained))
 
 
-def test_eval_and_generate_take_the_sums_and_a_merged_run_is_the_same(trained: Path, tmp_path: Path, capsys) -> None:
+def test_eval_and_generate_merge_adapters_like_a_merged_run(trained: Path, tmp_path: Path, capsys) -> None:
     merged = tmp_path / "merged"
     assert main(["convert", "--merge", str(trained), str(merged)]) == EXIT_OK
     scores = []
@@ -161,36 +144,36 @@ def test_eval_and_generate_take_the_sums_and_a_merged_run_is_the_same(trained: P
     assert main(["convert", "--merge", str(merged), str(tmp_path / "again")]) == 2, "it has no adapters"
 
 
-def test_an_export_is_merged_and_an_imported_base_stays_of_its_family(
+def test_export_is_merged_and_keeps_the_family_of_its_base(
     trained: Path, base: tuple[RunConfig, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "hf"
     assert main(["convert", "--to", "hf", str(trained), str(out)]) == EXIT_OK
     source = open_directory(out)
-    _, params = open_trained(trained).params()
-    exported = source.params(abstract(source.model).params)
+    _, params = open_model(trained).params()
+    exported = source.params(abstract_model(source.model).params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), exported, params)
 
     # The base by way of the other library's files: the same numbers, so the adapters still fit.
     assert main(["convert", "--to", "hf", str(base[1]), str(tmp_path / "hf_base")]) == EXIT_OK
-    config = json.loads((tmp_path / "hf_base" / "config.json").read_text()) | {"a_field_of_theirs": 5}
+    config = json.loads((tmp_path / "hf_base" / "config.json").read_text()) | {"_name_or_path": "theirs"}
     (tmp_path / "hf_base" / "config.json").write_text(json.dumps(config))
     import_directory(tmp_path / "hf_base", tmp_path / "imported", report=lambda line: None)
     elsewhere = tmp_path / "elsewhere"
     move_base(trained, elsewhere, tmp_path / "imported")
     assert main(["convert", "--to", "hf", str(elsewhere), str(tmp_path / "hf_again")]) == EXIT_OK
-    assert json.loads((tmp_path / "hf_again" / "config.json").read_text())["a_field_of_theirs"] == 5
+    assert json.loads((tmp_path / "hf_again" / "config.json").read_text())["_name_or_path"] == "theirs"
 
 
 def move_base(trained: Path, to: Path, base: Path) -> None:
-    """A copy of a run of adapters that looks for its base in another place."""
+    """Copy a run of adapters so that it looks for its base in another directory."""
     shutil.copytree(trained, to)
     config = json.loads((to / "config.json").read_text())
     config["training"]["lora"]["base"] = str(base)
     (to / "config.json").write_text(json.dumps(config))
 
 
-def test_another_base_is_refused_by_everything_that_would_use_it(
+def test_other_base_is_refused_by_every_command(
     trained: Path, base: tuple[RunConfig, Path], tmp_path: Path, capsys
 ) -> None:
     run, directory = base
@@ -206,14 +189,14 @@ def test_another_base_is_refused_by_everything_that_would_use_it(
         assert main(["convert", *way, str(moved), str(tmp_path / "out")]) == EXIT_REFUSED
         assert "to which the adapters belong" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
-    with pytest.raises(RefusedError, match="to which the adapters belong"):
+    with pytest.raises(SafetyError, match="to which the adapters belong"):
         train(adapted(run, other, steps=60), moved)
-    with pytest.raises(RefusedError, match="found no checkpoints there"):
+    with pytest.raises(SafetyError, match="found no checkpoints there"):
         train(adapted(run, tmp_path / "nowhere", steps=60), moved)
-    with pytest.raises(RefusedError, match="is a run of adapters itself"):
+    with pytest.raises(SafetyError, match="is a run of adapters itself"):
         train(adapted(run, trained, steps=60), tmp_path / "twice")
 
-    # The right one at another place is the right one.
+    # The same base in another directory is accepted.
     shutil.copytree(directory, tmp_path / "copied")
     assert train(adapted(run, tmp_path / "copied", steps=41), moved) == EXIT_OK
     meta = json.loads((moved / "checkpoints" / "41" / "meta.json").read_text())["meta"]

@@ -1,4 +1,4 @@
-"""`prepare` as users meet it: found again, killed, raced, with changed files, from seqio Tasks and TFDS."""
+"""`prepare` end to end: existing stores, kills, simultaneous calls, changed files, seqio Tasks and TFDS."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t5x_like.config import CorpusConfig, CorpusShare, DataConfig, DataError, RefusedError, TokenizerConfig, ul2
-from t5x_like.data import python_docs
-from t5x_like.data.documents import Document, divide
-from t5x_like.data.prepare import open_stores, prepare, store_paths
-from t5x_like.data.store import Store, is_committed
+from t5x_like.config import CorpusConfig, CorpusShareConfig, DataConfig, TokenizerConfig, ul2
+from t5x_like.data.sources import python_docs
+from t5x_like.data.sources.document import Document
+from t5x_like.data.sources.validation_split import assign_splits
+from t5x_like.data.store.prepare import open_stores, prepare
+from t5x_like.data.store.store_paths import store_paths
+from t5x_like.data.store.token_store import Store, is_committed
+from t5x_like.errors import DataError, SafetyError
 
 REPOSITORY = Path(__file__).parents[2]
 SENTENCES = [f"Sentence number {i} of document {i % 60}, which goes on for {i * i} more words.\n" for i in range(3000)]
@@ -31,7 +34,7 @@ def silent(line: str) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    """A corpus of 60 documents in two files, a small trained vocabulary."""
+    """Prepare a corpus of 60 documents in two files, with a small trained vocabulary."""
     for part in range(2):
         rows = [{"text": "".join(SENTENCES[i::60])} for i in range(part, 60, 2)]
         (tmp_path / f"part{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -42,7 +45,7 @@ def data(tmp_path: Path) -> DataConfig:
         mixture=ul2(),
         inputs_length=64,
         targets_length=64,
-        store=str(tmp_path / "stores"),
+        store_dir=str(tmp_path / "stores"),
     )
 
 
@@ -55,19 +58,23 @@ def documents(store: Store, split: str) -> list[str]:
 
 
 def in_a_process(data: DataConfig, before: str = "") -> subprocess.Popen[str]:
-    code = f"{before}\nfrom t5x_like.config import *\nfrom t5x_like.data.prepare import prepare\nprepare({data!r})"
+    code = (
+        f"{before}\nfrom t5x_like.config import *\nfrom t5x_like.data.store.prepare import prepare\nprepare({data!r})"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def test_every_document_is_there_in_order_and_the_second_call_finds_it(data: DataConfig) -> None:
+def test_store_has_every_document_in_order_and_is_found_again(data: DataConfig) -> None:
     lines: list[str] = []
     (store,) = prepare(data, report=lines.append)
     texts = [
-        json.loads(line)["text"] for part in range(2) for line in open(Path(data.store).parent / f"part{part}.jsonl")
+        json.loads(line)["text"]
+        for part in range(2)
+        for line in open(Path(data.store_dir).parent / f"part{part}.jsonl")
     ]
-    divided = list(divide([Document(text) for text in texts], 0.1))
+    divided = list(assign_splits([Document(text) for text in texts], 0.1))
     for split in ("train", "validation"):
         expected = [document.text for document in divided if document.split == split]
         assert documents(store, split) == expected
@@ -75,47 +82,47 @@ def test_every_document_is_there_in_order_and_the_second_call_finds_it(data: Dat
     assert store.split("validation").num_documents == 6
     assert any("vocabulary of 467" in line for line in lines)
 
-    before = {path: path.stat().st_mtime_ns for path in Path(data.store).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in Path(data.store_dir).rglob("*")}
     lines.clear()
-    Path(f"{store.path}.partial").mkdir()  # what is left by a death after the store was moved to its place
+    Path(f"{store.path}.partial").mkdir()  # Left by a death after the store was renamed.
     (again,) = prepare(data, report=lines.append)
-    assert again.fingerprint == store.fingerprint and lines == [f"{store.path}: prepared already"]
-    after = {path: path.stat().st_mtime_ns for path in Path(data.store).rglob("*") if path.suffix != ".lock"}
+    assert again.fingerprint == store.fingerprint and lines == [f"{store.path}: already prepared"]
+    after = {path: path.stat().st_mtime_ns for path in Path(data.store_dir).rglob("*") if path.suffix != ".lock"}
     assert after == {path: time for path, time in before.items() if path.suffix != ".lock"}
-    assert open_stores(dataclasses.replace(data, seed=5, prefetch=9))[0].path == store.path
+    assert open_stores(dataclasses.replace(data, seed=5, prefetch_batches=9))[0].path == store.path
 
 
-def test_without_prepare_the_error_names_it(data: DataConfig) -> None:
+def test_missing_store_error_names_prepare(data: DataConfig) -> None:
     with pytest.raises(DataError, match=r"no token store.*run `t5x-like prepare RECIPE` first"):
         open_stores(data)[0]
 
 
 @pytest.mark.parametrize("moment", ["extend", "commit", "rename"])
-def test_killed_and_called_again_it_makes_what_it_would_have_made(data: DataConfig, moment: str) -> None:
+def test_killed_prepare_resumes_to_the_same_store(data: DataConfig, moment: str) -> None:
     kill = {
-        "extend": "store.StoreWriter.extend = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
-        "commit": "store.StoreWriter.commit = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)",
-        "rename": "store._sync_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+        "extend": "token_store.StoreWriter.extend = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+        "commit": "token_store.StoreWriter.commit = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)",
+        "rename": "token_store.sync_tree = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
     }[moment]
-    process = in_a_process(data, f"import os, signal\nfrom t5x_like.data import store\n{kill}")
+    process = in_a_process(data, f"import os, signal\nfrom t5x_like.data.store import token_store\n{kill}")
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     path = store_paths(data)[0]
     assert not path.exists() and path.with_name(path.name + ".partial").exists()
-    with pytest.raises(DataError, match="a half-written token store"):
+    with pytest.raises(DataError, match="an incomplete token store"):
         open_stores(data)[0]
 
     (resumed,) = prepare(data, report=silent)
-    (undisturbed,) = prepare(dataclasses.replace(data, store=data.store + "2"), report=silent)
+    (undisturbed,) = prepare(dataclasses.replace(data, store_dir=data.store_dir + "2"), report=silent)
     assert resumed.fingerprint == undisturbed.fingerprint
     for file in ("train/tokens/c/0", "train/offsets/c/0", "validation/tokens/c/0", "tokenizer.model", "info.json"):
         assert (resumed.path / file).read_bytes() == (undisturbed.path / file).read_bytes(), file
     assert not path.with_name(path.name + ".partial").exists()
 
 
-def test_two_at_once_make_one(data: DataConfig) -> None:
-    slow = "import time\nfrom t5x_like.data import store\nreal = store._sync_files\n"
-    slow += "store._sync_files = lambda folder: (time.sleep(1.0), real(folder))"
+def test_two_simultaneous_calls_make_one_store(data: DataConfig) -> None:
+    slow = "import time\nfrom t5x_like.data.store import token_store\nreal = token_store.sync_tree\n"
+    slow += "token_store.sync_tree = lambda folder: (time.sleep(1.0), real(folder))"
     processes = [in_a_process(data, slow) for _ in range(2)]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -124,9 +131,9 @@ def test_two_at_once_make_one(data: DataConfig) -> None:
     assert is_committed(store_paths(data)[0])
 
 
-def test_changed_files_make_another_store_and_absent_ones_find_the_one_there_is(data: DataConfig) -> None:
+def test_changed_files_make_a_new_store_and_missing_files_use_the_existing_one(data: DataConfig) -> None:
     (first,) = prepare(data, report=silent)
-    changed = Path(data.store).parent / "part1.jsonl"
+    changed = Path(data.store_dir).parent / "part1.jsonl"
     text = changed.read_text()
     changed.unlink()
     (other := changed.with_name("part0.jsonl")).rename(changed.with_name("elsewhere"))
@@ -141,22 +148,22 @@ def test_changed_files_make_another_store_and_absent_ones_find_the_one_there_is(
         open_stores(data)[0]
 
 
-def test_a_corpus_too_small_for_its_vocabulary_says_so_and_leaves_nothing(data: DataConfig) -> None:
+def test_corpus_too_small_for_its_vocabulary_is_refused_and_leaves_no_files(data: DataConfig) -> None:
     greedy = dataclasses.replace(data, tokenizer=TokenizerConfig(vocab_size=30_000))
     with pytest.raises(DataError, match=r"vocab_size: found 30000, expected at most \d+, which is what the corpus has"):
         prepare(greedy, report=silent)
-    assert [path.suffix for path in Path(data.store).iterdir()] == [".lock"]
+    assert {path.suffix for path in Path(data.store_dir).iterdir()} <= {".lock", ".json"}
 
 
-def test_a_folder_that_cannot_be_written_says_so(data: DataConfig, tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"cannot be written.*--data.store"):
-        prepare(dataclasses.replace(data, store=str(tmp_path / "file" / "stores")), report=silent)
+    with pytest.raises(DataError, match=r"cannot be written.*--data.store-dir"):
+        prepare(dataclasses.replace(data, store_dir=str(tmp_path / "file" / "stores")), report=silent)
 
 
-def test_a_mixture_has_one_tokenizer_for_all_its_stores(data: DataConfig, tmp_path: Path) -> None:
+def test_mixture_shares_one_tokenizer(data: DataConfig, tmp_path: Path) -> None:
     shares = tuple(
-        CorpusShare(
+        CorpusShareConfig(
             name=f"part{part}",
             corpus=CorpusConfig(files=(str(tmp_path / f"part{part}.jsonl"),), validation_fraction=0.1),
         )
@@ -172,15 +179,15 @@ def test_a_mixture_has_one_tokenizer_for_all_its_stores(data: DataConfig, tmp_pa
     assert alone[0].path != stores[0].path, "its vocabulary is trained on less text"
     assert [store.path for store in open_stores(mixed)] == [store.path for store in stores]
 
-    # One of them made by another tokenizer.
+    # One of the stores is made with another tokenizer.
     shutil.rmtree(stores[1].path)
     other = dataclasses.replace(mixed, tokenizer=TokenizerConfig(vocab_size=380, num_sentinels=64))
     prepare(other, report=silent)[1].path.rename(stores[1].path)
-    with pytest.raises(RefusedError, match=r"disagree: found the tokenizers .*of 467 ids.*of 447 ids"):
+    with pytest.raises(SafetyError, match=r"disagree: found the tokenizers .*of 467 ids.*of 447 ids"):
         open_stores(mixed)
 
 
-def test_text_files_need_no_tensorflow(data: DataConfig) -> None:
+def test_text_files_are_prepared_without_tensorflow(data: DataConfig) -> None:
     check = "import atexit, sys\natexit.register(lambda: print('tensorflow' in sys.modules, 'jax' in sys.modules))"
     output, _ = in_a_process(data, check).communicate()
     assert output.strip().endswith("False False")
@@ -189,7 +196,7 @@ def test_text_files_need_no_tensorflow(data: DataConfig) -> None:
 MODULE = """
 import os
 import seqio, tensorflow as tf, tensorflow_datasets as tfds
-from t5x_like.data.tasks import register_python_docs
+from t5x_like.data.seqio_.python_docs_task import register_python_docs
 
 TEXTS = {"train": [f"text {i} é" for i in range(30)], "validation": ["held out", ""]}
 
@@ -235,8 +242,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.slow
-def test_seqio_tasks_mixtures_and_tfds(data: DataConfig, module: str) -> None:
-    """One process reads them all: importing TensorFlow takes longer than the rest."""
+def test_seqio_tasks_mixtures_and_tfds_are_prepared(data: DataConfig, module: str) -> None:
+    """One process prepares all stores, since importing TensorFlow takes longer than the rest."""
 
     def named(**corpus: object) -> DataConfig:
         corpus = {"module": module, "validation_fraction": 0.0} | corpus
@@ -250,7 +257,7 @@ def test_seqio_tasks_mixtures_and_tfds(data: DataConfig, module: str) -> None:
         "python_docs": named(task="python_docs_small", validation_fraction=0.02),
     }
     bad = {
-        r"found 'absent'.*expected a registered one": named(task="absent"),
+        r"found 'absent'.*expected a registered Task or Mixture": named(task="absent"),
         r"found 'no_such_module', which cannot be imported": named(task="kept", module="no_such_module"),
         r"found the features 'label', expected 'targets' or 'text'": named(task="other"),
         r"'corrupting'.*cannot be read without sequence lengths": named(task="corrupting"),
@@ -259,7 +266,8 @@ def test_seqio_tasks_mixtures_and_tfds(data: DataConfig, module: str) -> None:
     }
     code = f"""
 from t5x_like.config import *
-from t5x_like.data.prepare import prepare
+from t5x_like.errors import ConfigError, DataError
+from t5x_like.data.store.prepare import prepare
 for config in {list(configs.values())!r}:
     prepare(config)
 for config in {list(bad.values())!r}:
@@ -283,13 +291,15 @@ for config in {list(bad.values())!r}:
     assert sorted(set(documents(open_stores(configs["both"])[0], "train"))) == sorted(texts)
     assert sorted(documents(open_stores(configs["tfds"])[0], "train")) == sorted(texts)
 
-    # The embedded corpus gives the same tokens as a Task and as itself.
+    # The embedded corpus gives the same tokens as a Task and directly.
     embedded = dataclasses.replace(
         configs["python_docs"], corpus=CorpusConfig(packages=False, validation_fraction=0.02)
     )
-    (ours,), task = prepare(embedded, report=silent), open_stores(configs["python_docs"])[0]
+    (direct,), task = prepare(embedded, report=silent), open_stores(configs["python_docs"])[0]
     for split in ("train", "validation"):
-        one, two = ours.split(split), task.split(split)
+        one, two = direct.split(split), task.split(split)
         assert np.array_equal(one.offsets, two.offsets)
         assert np.array_equal(one.tokens(0, one.num_tokens), two.tokens(0, two.num_tokens))
-    assert ours.split("train").num_documents + ours.split("validation").num_documents == len(python_docs.read(False))
+    assert direct.split("train").num_documents + direct.split("validation").num_documents == len(
+        python_docs.read(False)
+    )

@@ -1,4 +1,4 @@
-"""A user's seqio Tasks, unmodified: the store has exactly their ids, or the text they kept, or there is none."""
+"""Unmodified seqio Tasks of a user: the store has exactly their ids, or the text they kept, or the Task is refused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from t5x_like.config import CorpusConfig, CorpusShare, DataConfig, Supervised, TokenizerConfig
-from t5x_like.data import tokenizers
-from t5x_like.data.prepare import open_stores
-from t5x_like.data.store import Store
+from t5x_like.config import CorpusConfig, CorpusShareConfig, DataConfig, Supervised, TokenizerConfig
+from t5x_like.data.store.prepare import open_stores
+from t5x_like.data.store.token_store import Store
+from t5x_like.data.tokenizers.train_vocabulary import train_sentencepiece
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -82,8 +82,10 @@ MAIN = """
 import json, sys
 import numpy as np
 from t5x_like.config import *
-from t5x_like.data import prepare as preparing, units
-units._SMALLEST = 300
+from t5x_like.errors import ConfigError, DataError
+from t5x_like.data.sources import work_units
+from t5x_like.data.store import prepare as preparing
+work_units.MIN_UNIT_BYTES = 300
 good, bad, spread = {good!r}, {bad!r}, {spread!r}
 for config in good:
     preparing.prepare(config, report=lambda line: None)
@@ -111,14 +113,14 @@ print("IDS", json.dumps(found))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "users_tasks.py").write_text(MODULE)
-    (folder / "task.model").write_bytes(tokenizers.train_sentencepiece(LINES * 3, 300))
+    (folder / "task.model").write_bytes(train_sentencepiece(LINES * 3, 300))
     for number in range(3):
         (folder / f"lines-{number}.txt").write_text("\n".join(LINES[30 * number : 30 * number + 30]) + "\n")
     return folder
 
 
 def config(folder: Path, tokenizer: TokenizerConfig, *corpora: CorpusConfig) -> DataConfig:
-    shares = tuple(CorpusShare(name=str(index), corpus=corpus) for index, corpus in enumerate(corpora))
+    shares = tuple(CorpusShareConfig(name=str(index), corpus=corpus) for index, corpus in enumerate(corpora))
     return DataConfig(
         corpora=shares,
         tokenizer=tokenizer,
@@ -126,7 +128,7 @@ def config(folder: Path, tokenizer: TokenizerConfig, *corpora: CorpusConfig) -> 
         mixture=(Supervised(),),
         inputs_length=8,
         targets_length=8,
-        store=str(folder / "stores"),
+        store_dir=str(folder / "stores"),
     )
 
 
@@ -135,7 +137,7 @@ def named(task: str, **fields: Any) -> CorpusConfig:
 
 
 def documents(store: Store, split: str = "train") -> list[list[int]]:
-    """Stretches of tokens, whatever they are."""
+    """Return the token sequences of a store."""
     part = store.split(split)
     offsets = part.offsets.astype(int).tolist()
     tokens = part.tokens(0, part.num_tokens).tolist()
@@ -146,8 +148,8 @@ def encoded(store: Store, texts: list[str]) -> list[list[int]]:
     return [store.tokenizer.encode(text) for text in texts]
 
 
-def test_tasks(folder: Path) -> None:
-    """One process prepares all: importing TensorFlow takes longer than the rest."""
+def test_tasks_keep_their_ids_or_are_refused(folder: Path) -> None:
+    """One process prepares all stores, since importing TensorFlow takes longer than the rest."""
     of_tfds: dict[str, Any] = {"tfds": "trivia", "module": "users_tasks", "text_field": "a"}
     of_task, of_bytes = TokenizerConfig(kind="task", num_sentinels=20), TokenizerConfig(kind="bytes", num_sentinels=100)
     pairs: dict[str, Any] = {"inputs_field": "inputs"}
@@ -161,7 +163,7 @@ def test_tasks(folder: Path) -> None:
         "tfds": config(folder, of_bytes, CorpusConfig(**of_tfds, inputs_field="q")),
         "first": config(folder, of_bytes, CorpusConfig(**of_tfds, max_documents=3)),
     }
-    spread = dataclasses.replace(good["pieces"], store=str(folder / "spread"))
+    spread = dataclasses.replace(good["pieces"], store_dir=str(folder / "spread"))
     bad = {
         r"ids of another vocabulary.*'targets' of 'pieces'.*--data.tokenizer.kind task.*copy_pretokenized": config(
             folder, of_bytes, named("pieces")
@@ -199,7 +201,7 @@ def test_tasks(folder: Path) -> None:
     ids = json.loads(done.stdout.split("IDS ")[1])
 
     stores = {name: open_stores(data)[0] for name, data in good.items()}
-    # The Task's own ids, EOS and all, and its vocabulary, by one process and by two.
+    # The ids of the Task, including EOS, and its vocabulary, by one process and by two.
     pieces = stores["pieces"]
     assert documents(pieces) == ids and len(ids) == 90
     assert [pieces.tokenizer.decode(document[:-1]) for document in documents(pieces)] == LINES
@@ -210,17 +212,17 @@ def test_tasks(folder: Path) -> None:
         assert (Path(str(pieces.path)) / file).read_bytes() == (Path(str(other.path)) / file).read_bytes(), file
     assert documents(stores["re-encoded"]) == [[*line, 1] for line in encoded(stores["re-encoded"], LINES)]
 
-    # Pairs, without EOS between; one with empty inputs would shift the segments of all that follow in its row.
+    # Pairs, without EOS between them. A pair with empty inputs would shift the segments of the later pairs of its row.
     sides = ["one?", "1", "three é?", "3"]
     for name in ("pairs", "pairs re-encoded"):
         store = stores[name]
-        assert store.parts == 2 and store.split("train").num_documents == 2
+        assert store.sequences_per_document == 2 and store.split("train").num_documents == 2
         assert documents(store) == encoded(store, sides)
         assert store.info["left_out"] == {"empty": 1}
     assert stores["pairs"].vocabulary == stores["pairs re-encoded"].vocabulary
 
     assert documents(stores["padded"]) == [[5, 6, 1], [358, 8, 9, 1]], "358 is the first of the Task's sentinels"
-    # A Mixture: each of its Tasks once, nothing dropped when the first of them ends.
+    # A Mixture: each of its Tasks is read once, and reading continues when the first of them ends.
     both = documents(stores["mixture"]) + documents(stores["mixture"], "validation")
     assert sorted(both) == sorted(ids + ids)
     trivia = stores["tfds"]

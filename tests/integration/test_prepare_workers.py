@@ -1,4 +1,4 @@
-"""Preparing by several processes: the same bytes whoever did the work, however often they were killed."""
+"""Preparation by several processes gives the same bytes for any number of workers and kills."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from t5x_like.config import CausalLM, CorpusConfig, DataConfig, DataError, TokenizerConfig
-from t5x_like.data import corpora, documents, parts, units, workers
-from t5x_like.data import prepare as preparing
-from t5x_like.data.prepare import prepare, store_paths
-from t5x_like.data.store import StoreWriter
+from t5x_like.config import CausalLM, CorpusConfig, DataConfig, TokenizerConfig
+from t5x_like.data.sources import corpus_reader, validation_split, work_units
+from t5x_like.data.store import prepare as preparing
+from t5x_like.data.store import shards, worker_pool
+from t5x_like.data.store.prepare import prepare
+from t5x_like.data.store.store_paths import store_paths
+from t5x_like.data.store.token_store import StoreWriter
+from t5x_like.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -30,14 +33,14 @@ def silent(line: str) -> None:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small corpora are many units, and go to processes."""
-    monkeypatch.setattr(units, "_SMALLEST", 2000)
+    """Divide small corpora into many units, and give them to worker processes."""
+    monkeypatch.setattr(work_units, "MIN_UNIT_BYTES", 2000)
     monkeypatch.setattr(preparing, "SMALL_BYTES", 0)
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    """Files of every kind, some 20 units of 2,000 bytes."""
+    """Return a corpus of files of every format, about 20 units of 2,000 bytes."""
     lines = [f"Line {i} of a text in which words come again and again, {i * i % 97} times.\n" for i in range(400)]
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text("".join(lines[number::40]))
@@ -58,12 +61,12 @@ def data(tmp_path: Path) -> DataConfig:
         mixture=(CausalLM(),),
         inputs_length=8,
         targets_length=8,
-        store=str(tmp_path / "stores"),
+        store_dir=str(tmp_path / "stores"),
     )
 
 
 def elsewhere(data: DataConfig, name: str) -> DataConfig:
-    return dataclasses.replace(data, store=f"{data.store}-{name}")
+    return dataclasses.replace(data, store_dir=f"{data.store_dir}-{name}")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -71,9 +74,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_number_of_workers_changes_no_byte(data: DataConfig, small_units: None) -> None:
+def test_number_of_workers_does_not_change_the_store(data: DataConfig, small_units: None) -> None:
     (one,) = prepare(data, report=silent, workers=1)
-    assert len(corpora.units(data.corpus)) > 10
+    assert len(corpus_reader.list_work_units(data.corpus)) > 10
     for number in (2, 3):
         (other,) = prepare(elsewhere(data, str(number)), report=silent, workers=number)
         assert contents(other.path) == contents(one.path)  # type: ignore[arg-type]
@@ -83,21 +86,20 @@ def test_the_number_of_workers_changes_no_byte(data: DataConfig, small_units: No
 
 SLOW = """
 import time
-from t5x_like.data import parts, prepare as preparing, units
-units._SMALLEST, preparing.SMALL_BYTES = 2000, 0
+from t5x_like.data.sources import work_units
+from t5x_like.data.store import prepare as preparing, shards
+work_units.MIN_UNIT_BYTES, preparing.SMALL_BYTES = 2000, 0
 """
 
 
 @pytest.mark.parametrize("workers_", [1, 2])
-def test_killed_in_the_middle_the_next_call_goes_on(
-    data: DataConfig, small_units: None, workers_: int, tmp_path: Path
-) -> None:
+def test_next_call_resumes_after_a_kill(data: DataConfig, small_units: None, workers_: int, tmp_path: Path) -> None:
     (undisturbed,) = prepare(elsewhere(data, "undisturbed"), report=silent, workers=1)
     (path,) = store_paths(data)
     folder = Path(f"{path}.partial") / "parts"
     made: set[str] = set()
     for _ in range(3):
-        # Slow parts: each waits before its marker. The hook travels to helpers by PYTHONPATH's sitecustomize.
+        # Each shard waits before it is made. The hook reaches the workers by sitecustomize in PYTHONPATH.
         (tmp_path / "hook").mkdir(exist_ok=True)
         (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "hook"), str(REPOSITORY)])}
@@ -117,17 +119,17 @@ def test_killed_in_the_middle_the_next_call_goes_on(
     times = {file: file.stat().st_mtime_ns for file in folder.glob("*.json")}
     lines: list[str] = []
     made_again: list[int] = []
-    real = parts.make
+    real = shards.make_shard
 
-    def counted(job: parts.Job, index: int, *rest: object, **keywords: object) -> None:
+    def counted(job: shards.ShardJob, index: int, *rest: object, **keywords: object) -> None:
         made_again.append(index)
         real(job, index, *rest, **keywords)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "make", counted)
+        patch.setattr(shards, "make_shard", counted)
         (store,) = prepare(data, report=lines.append, workers=1)
-    assert any(line.startswith("going on: ") for line in lines)
-    assert len(made_again) == len(corpora.units(data.corpus)) - len(times)
+    assert any(line.startswith("resuming: ") for line in lines)
+    assert len(made_again) == len(corpus_reader.list_work_units(data.corpus)) - len(times)
     assert contents(store.path) == contents(undisturbed.path)  # type: ignore[arg-type]
 
 
@@ -135,23 +137,23 @@ HOOK = """
 import sys
 def slow():
     import time
-    from t5x_like.data import parts
-    real = parts.make
-    def make(*arguments, **keywords):
+    from t5x_like.data.store import shards
+    real = shards.make_shard
+    def make_shard(*arguments, **keywords):
         time.sleep(0.1)
         real(*arguments, **keywords)
-    parts.make = make
+    shards.make_shard = make_shard
 class Finder:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name == "t5x_like.data.workers":
+        if name == "t5x_like.data.store.worker_pool":
             sys.meta_path.remove(Finder)
             slow()
 sys.meta_path.insert(0, Finder)
 """
 
 
-def test_parts_of_another_tokenizer_or_damaged_ones_are_not_used(data: DataConfig, small_units: None) -> None:
+def test_damaged_or_foreign_shards_are_not_reused(data: DataConfig, small_units: None) -> None:
     (undisturbed,) = prepare(elsewhere(data, "undisturbed"), report=silent, workers=1)
     (path,) = store_paths(data)
 
@@ -175,11 +177,11 @@ def test_parts_of_another_tokenizer_or_damaged_ones_are_not_used(data: DataConfi
     assert contents(store.path) == contents(undisturbed.path)  # type: ignore[arg-type]
 
 
-def test_the_first_error_is_told_whoever_meets_it(data: DataConfig, small_units: None, tmp_path: Path) -> None:
+def test_first_error_is_reported_for_any_number_of_workers(data: DataConfig, small_units: None, tmp_path: Path) -> None:
     rows = (tmp_path / "a.jsonl").read_bytes().split(b"\n")
     rows[21], rows[44] = b'{"text": "\xff"}', b"no JSON"
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
-    # Nothing is held out, so that nobody reads the first documents but the workers.
+    # Nothing is held out, so only the workers read the first documents.
     bytes_only = TokenizerConfig(kind="bytes")
     data = dataclasses.replace(
         data, tokenizer=bytes_only, corpus=dataclasses.replace(data.corpus, validation_fraction=0.0)
@@ -188,7 +190,7 @@ def test_the_first_error_is_told_whoever_meets_it(data: DataConfig, small_units:
         with pytest.raises(DataError, match=r"a.jsonl:22: found invalid UTF-8"):
             prepare(elsewhere(data, str(number)), report=silent, workers=number)
     skipping = dataclasses.replace(data, corpus=dataclasses.replace(data.corpus, invalid_utf8="skip"))
-    with pytest.raises(DataError, match=r"a.jsonl:45: found no JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl:45: invalid JSON"):
         prepare(skipping, report=silent, workers=2)
     rows[44] = b"{}"
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
@@ -196,32 +198,34 @@ def test_the_first_error_is_told_whoever_meets_it(data: DataConfig, small_units:
         prepare(skipping, report=silent, workers=2)
 
 
-def test_a_worker_that_is_killed_is_told_and_costs_nothing_finished(data: DataConfig, small_units: None) -> None:
-    real = workers._Helper.make
+def test_killed_worker_is_reported_and_finished_shards_are_kept(data: DataConfig, small_units: None) -> None:
+    real = worker_pool._WorkerProcess.make
 
-    def make(self: workers._Helper, index: int, unit: units.Unit) -> object:
+    def make(self: worker_pool._WorkerProcess, index: int, unit: work_units.WorkUnit) -> object:
         if index == 5:
             os.kill(self._process.pid, signal.SIGKILL)
         return real(self, index, unit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers._Helper, "make", make)
-        with pytest.raises(DataError, match=r"a worker process ended by signal 9.*finished parts are kept"):
+        patch.setattr(worker_pool._WorkerProcess, "make", make)
+        with pytest.raises(DataError, match=r"a worker process ended by signal 9.*finished shards are kept"):
             prepare(data, report=silent, workers=2)
     lines: list[str] = []
     prepare(data, report=lines.append)
-    assert any(line.startswith("going on: ") for line in lines)
+    assert any(line.startswith("resuming: ") for line in lines)
 
 
-def test_segments_of_parts_change_no_byte(data: DataConfig, small_units: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segment_size_does_not_change_the_store(
+    data: DataConfig, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (whole,) = prepare(data, report=silent, workers=1)
-    monkeypatch.setattr(parts, "_SEGMENT_TOKENS", 100)
-    monkeypatch.setattr(parts, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(shards, "_SEGMENT_TOKENS", 100)
+    monkeypatch.setattr(shards, "_BATCH_CHARACTERS", 300)
     (other,) = prepare(elsewhere(data, "segments"), report=silent, workers=1)
     assert contents(other.path) == contents(whole.path)  # type: ignore[arg-type]
 
 
-def test_the_units_of_a_pair_of_fields_are_pairs(data: DataConfig, small_units: None, tmp_path: Path) -> None:
+def test_pairs_are_prepared_by_any_number_of_workers(data: DataConfig, small_units: None, tmp_path: Path) -> None:
     files = (str(tmp_path / "*.jsonl"), str(tmp_path / "*.parquet"))
     pairs = dataclasses.replace(
         data, corpus=CorpusConfig(files=files, inputs_field="q", validation_fraction=0.1, max_documents=70)
@@ -229,7 +233,7 @@ def test_the_units_of_a_pair_of_fields_are_pairs(data: DataConfig, small_units: 
     stores = [prepare(elsewhere(pairs, str(number)), report=silent, workers=number)[0] for number in (1, 2)]
     one, two = stores
     assert contents(one.path) == contents(two.path)  # type: ignore[arg-type]
-    assert one.parts == 2
+    assert one.sequences_per_document == 2
     train, validation = one.split("train"), one.split("validation")
     assert train.num_documents + validation.num_documents == 70 and validation.num_documents == 7
     offsets = train.offsets.astype(int)
@@ -241,7 +245,7 @@ def test_the_units_of_a_pair_of_fields_are_pairs(data: DataConfig, small_units: 
     assert train.num_bytes == len("".join(sides).encode())
 
 
-def test_a_truncated_gzip_costs_nothing_that_is_finished(data: DataConfig, small_units: None, tmp_path: Path) -> None:
+def test_truncated_gzip_keeps_finished_shards(data: DataConfig, small_units: None, tmp_path: Path) -> None:
     packed = gzip.compress(b"".join(b'{"text": "packed %d"}\n' % (i * 7919) for i in range(2000)))
     (tmp_path / "z.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     files = (*data.corpus.files, str(tmp_path / "z.jsonl.gz"))
@@ -249,11 +253,11 @@ def test_a_truncated_gzip_costs_nothing_that_is_finished(data: DataConfig, small
     data = dataclasses.replace(data, corpus=corpus, tokenizer=TokenizerConfig(kind="bytes"))
     for number in (1, 2):
         there = elsewhere(data, str(number))
-        # The first documents decide on the division: of so few, all are read for it.
+        # The first documents decide the split rule; a small corpus is read completely for it.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(documents, "_HELD_CHARACTERS", 1000)
+            patch.setattr(validation_split, "_MAX_BUFFERED_CHARACTERS", 1000)
             with pytest.raises(DataError, match=r"z.jsonl.gz: found a truncated or damaged gzip file"):
                 prepare(there, report=silent, workers=number)
         (path,) = store_paths(there)
         made = list((Path(f"{path}.partial") / "parts").glob("*.json"))
-        assert len(made) == len(corpora.units(corpus)) - 1
+        assert len(made) == len(corpus_reader.list_work_units(corpus)) - 1

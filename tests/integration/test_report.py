@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from report_run import DENOISERS, HOSTILE, SAMPLES, config, hostile_run, write_metrics, write_run
+from helpers.report_run import DENOISERS, HOSTILE, SAMPLES, config, hostile_run, write_metrics, write_run
 
-from t5x_like.monitoring.pictures import write_curves_png
-from t5x_like.monitoring.records import RecordFile
-from t5x_like.monitoring.report import write_report
-from t5x_like.monitoring.run_files import held_out_mean, read_run
+from t5x_like.reports.plots import write_curves_png
+from t5x_like.reports.run_data import held_out_mean, read_run
+from t5x_like.reports.run_report import write_report
+from t5x_like.utils.jsonl import RecordFile, encode_records, read_records
 
 
 class Page(HTMLParser):
@@ -72,7 +72,7 @@ def test_report_has_every_curve_score_and_sample(tmp_path):
     assert [attributes.get("class") for attributes in page.named("b")].count("mode mode-R") == 1
 
 
-def test_report_is_one_file_that_asks_for_nothing(tmp_path):
+def test_report_is_one_file_without_external_resources(tmp_path):
     page = report(write_run(tmp_path / "run"))
     for tag, attributes in page.elements:
         assert "src" not in attributes and "style" not in attributes
@@ -118,30 +118,30 @@ def test_empty_run_directory_has_a_report(tmp_path):
         write_report(tmp_path / "elsewhere")
 
 
-def test_values_that_are_not_finite_are_said_and_left_out(tmp_path):
+def test_values_that_are_not_finite_are_reported_and_left_out(tmp_path):
     records = RecordFile(tmp_path / "metrics.jsonl", restored_step=None)
     for step in range(1, 101):
         loss = float("nan") if step == 40 else float("inf") if step > 90 else 5.0 / step
-        records.append({"step": step, "loss": loss, "gradient_norm": float("nan")})
+        records.append({"step": step, "loss": loss, "grad_norm": float("nan")})
     records.close()
     page = report(tmp_path)
     assert "the loss is not finite in 11 records, first at step 40" in page.text["p"]
     assert "nan" not in str([attributes.get("d") for attributes in page.named("path")]).lower()
 
 
-def test_files_that_cannot_be_read_are_said(tmp_path):
+def test_unreadable_files_are_reported(tmp_path):
     write_run(tmp_path)
     (tmp_path / "samples.json").write_text("[{")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2010, "lo')
     text = " ".join(report(tmp_path).text["p"])
-    assert "samples.json cannot be read" in text and "metrics.jsonl: 1 lines are no records" in text
+    assert "samples.json cannot be read" in text and "metrics.jsonl: 1 damaged lines are skipped" in text
 
 
 def test_long_runs_stay_small_and_keep_their_spikes(tmp_path):
-    with (tmp_path / "metrics.jsonl").open("w") as file:
-        for step in range(100_000):
-            file.write(f'{{"step": {step}, "loss": {6.0 if step == 71_828 else 2.0 + (step % 7) / 100}}}\n')
+    losses = (6.0 if step == 71_828 else 2.0 + (step % 7) / 100 for step in range(100_000))
+    lines = encode_records({"step": step, "loss": loss} for step, loss in enumerate(losses))
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     page = write_report(tmp_path)
     assert page.stat().st_size < 200_000
     raw = [item["d"] for item in Page(page.read_text()).named("path") if item.get("class") == "raw"]
@@ -189,10 +189,10 @@ def test_picture_of_the_curves(tmp_path, complete):
 def test_metrics_of_tasks_are_drawn_over_the_steps(tmp_path):
     run_dir = write_run(tmp_path / "run")
     path = run_dir / "evaluations.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = read_records(path).records
     for record in records:
         record["tasks"] = {"squad_v010": {"em": record["step"] / 50, "f1": "NaN", "examples": 90}, HOSTILE: {"x": 1.0}}
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(f"{line}\n" for line in encode_records(records)))
     page = write_report(run_dir).read_text()
     assert "squad_v010" in page and "<b>em</b>" in page
     assert "<b>f1</b>" not in page, "there is nothing to draw"

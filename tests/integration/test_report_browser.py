@@ -2,13 +2,13 @@
 
 import json
 
-import chromium
 import pytest
-from report_run import DENOISERS, hostile_run, write_run
+from helpers import chromium
+from helpers.report_run import DENOISERS, hostile_run, write_run
 
-from t5x_like.evaluation.asked import Reference
-from t5x_like.evaluation.comparison_page import write_comparison
-from t5x_like.monitoring.report import write_report
+from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
+from t5x_like.reports.comparison_page import write_comparison
+from t5x_like.reports.run_report import write_report
 
 pytestmark = pytest.mark.skipif(chromium.EXECUTABLE is None, reason="no Chromium is installed")
 
@@ -83,7 +83,7 @@ def test_hostile_text_does_not_run(page, tmp_path):
     assert sum(not address.startswith("data:") for address in page.requests) == 1
 
 
-def test_policy_stops_a_script_that_got_in(page, report):
+def test_policy_blocks_an_injected_script(page, report):
     """The second wall: even markup that escaped the escaping is not executed."""
     text = report.read_text().replace("<footer>", "<script>document.title = 'owned'</script><footer>")
     report.write_text(text)
@@ -109,7 +109,7 @@ def test_a_comparison_opens_without_an_error_and_is_readable(page, tmp_path):
             for row in range(24)
         ]
         (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    target = write_comparison([Reference(run, (steps[run],)) for run in runs], tmp_path / "comparison.html")
+    target = write_comparison([CheckpointRef(run, (steps[run],)) for run in runs], tmp_path / "comparison.html")
     page.errors.clear()
     page.requests.clear()
     for width in (1200, 400):

@@ -1,4 +1,4 @@
-"""The server as its clients see it: every answer right or a clear refusal, and no slot lost."""
+"""The server over HTTP: every request gets the right completion or a clear error, and every slot is freed."""
 
 import asyncio
 import contextlib
@@ -12,25 +12,33 @@ import time
 import jax
 import numpy as np
 import pytest
-from config_examples import example
-from model_examples import model, parameters
+from helpers.config_examples import example
+from helpers.model_examples import model, parameters
 
 from t5x_like.config import TokenizerConfig
-from t5x_like.data import tokenizers
-from t5x_like.decoding.continuous import Batcher, Sizes
-from t5x_like.decoding.generate import generate_tokens
+from t5x_like.data.chat.encoding import encode_rendered, load_template
+from t5x_like.data.tokenizers.loading import load_tokenizer
+from t5x_like.decoding.continuous_batching import Batcher, BatcherConfig
+from t5x_like.decoding.engine import generate_tokens
 from t5x_like.decoding.sampling import Sampling
-from t5x_like.program import assemble
+from t5x_like.program import build_program
 
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytestmark = pytest.mark.slow
 
-SIZES = Sizes(slots=4, prompt_length=40, new_tokens=24, steps=4, admitted=2)
-TOKENIZER = tokenizers.load(TokenizerConfig(kind="bytes", num_sentinels=0), None)
+SIZES = BatcherConfig(slots=4, max_prompt_length=40, max_new_tokens=24, steps_per_sync=4, prefill_batch_size=2)
+TOKENIZER = load_tokenizer(TokenizerConfig(kind="bytes", num_sentinels=0), None)
 ALLOWED = np.zeros(320, bool)
 ALLOWED[1] = ALLOWED[3 + ord(" ") : 3 + ord("~")] = True
+
+
+TEMPLATE = load_template(TOKENIZER, None)
+
+
+def encode_chat(messages, tools):
+    return encode_rendered(TOKENIZER, TEMPLATE.render(messages, tools, add_generation_prompt=True))[0]
 
 
 @dataclasses.dataclass
@@ -45,7 +53,7 @@ class Server:
         return httpx.post(f"{self.url}/v1/completions", json=fields, timeout=120)
 
     def text(self, prompt, max_tokens, **settings):
-        """What the batch engine says."""
+        """Return the completion of the batch engine."""
         answer = generate_tokens(
             self.batcher.program,
             self.batcher.params,
@@ -60,8 +68,8 @@ class Server:
     def is_idle(self, seconds=20):
         until = time.time() + seconds
         while time.time() < until:
-            found = self.health()
-            if not found["taken"] and not found["waiting"]:
+            counts = self.health()
+            if not counts["taken"] and not counts["waiting"]:
                 return True
             time.sleep(0.05)
         return False
@@ -72,8 +80,8 @@ def server():
     from t5x_like.serving.app import Service, make_app
 
     config = dataclasses.replace(model("decoder", "rope"), vocab_size=320)
-    program = assemble(dataclasses.replace(example("causal_lm"), model=config), jax.devices()[:1])
-    batcher = Batcher(program, parameters(config), allowed_V=ALLOWED, sizes=SIZES)
+    program = build_program(dataclasses.replace(example("causal_lm"), model=config), jax.devices()[:1])
+    batcher = Batcher(program, parameters(config), allowed_V=ALLOWED, config=SIZES)
     batcher.warm_up()
     service = Service(
         model="tiny",
@@ -81,9 +89,10 @@ def server():
         encode=lambda text: [int(token) for token in TOKENIZER.encode(text)],
         decode=lambda tokens: TOKENIZER.decode(list(tokens)),
         vocab_size=320,
-        most_waiting=256,
+        encode_chat=encode_chat,
+        max_waiting=256,
         timeout=60.0,
-        most_bytes=20_000,
+        max_body_bytes=20_000,
     )
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
     http = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning"))
@@ -93,20 +102,20 @@ def server():
     ]
     for thread in threads:
         thread.start()
-    made = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", batcher)
+    running = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", batcher)
     until = time.time() + 60
     while time.time() < until:
         with contextlib.suppress(httpx.ConnectError):
-            made.health()
+            running.health()
             break
-    yield made
+    yield running
     http.should_exit = True
     batcher.close()
     for thread in threads:
         thread.join(timeout=30)
 
 
-def test_answers_are_those_of_the_batch_engine(server):
+def test_completions_equal_those_of_the_batch_engine(server):
     for fields in ({"temperature": 0}, {"temperature": 1.0, "top_p": 0.9}):
         settings = {name: value for name, value in fields.items() if fields["temperature"]}
         body = server.post(model="tiny", prompt="Once upon", max_tokens=20, seed=7, **fields).json()
@@ -116,7 +125,7 @@ def test_answers_are_those_of_the_batch_engine(server):
         assert choice["finish_reason"] == ("length" if body["usage"]["completion_tokens"] == 20 else "stop")
 
 
-def test_ids_lists_and_several_answers(server):
+def test_token_ids_lists_and_several_completions(server):
     ids = [int(token) for token in TOKENIZER.encode("ab")]
     body = server.post(prompt=[ids, ids], max_tokens=5, temperature=0).json()
     assert [choice["text"] for choice in body["choices"]] == [server.text("ab", 5)] * 2
@@ -126,7 +135,7 @@ def test_ids_lists_and_several_answers(server):
     assert drawn == again
 
 
-def test_stop_strings_end_the_answer_and_free_the_slot(server):
+def test_stop_string_ends_a_completion_and_frees_its_slot(server):
     whole = server.text("Once upon", 24)
     stop = whole[4:7]
     (choice,) = server.post(prompt="Once upon", max_tokens=24, temperature=0, stop=["#never#", stop]).json()["choices"]
@@ -134,7 +143,7 @@ def test_stop_strings_end_the_answer_and_free_the_slot(server):
     assert server.is_idle()
 
 
-def test_a_stream_says_the_same_in_pieces(server):
+def test_stream_has_the_same_text(server):
     fields = {"prompt": ["Once upon", "ab"], "max_tokens": 24, "temperature": 0, "stream": True}
     fields["stream_options"] = {"include_usage": True}
     texts, finishes = ["", ""], [None, None]
@@ -151,13 +160,58 @@ def test_a_stream_says_the_same_in_pieces(server):
     assert json.loads(events[-2])["usage"]["completion_tokens"] > 0 and len(events) > 6
 
 
+MESSAGES = [{"role": "user", "content": "Once"}]
+DIALOGUE = "user: Once\nassistant: "
+
+
+def test_a_dialogue_is_laid_out_by_the_chat_template(server):
+    body = {"messages": MESSAGES, "max_tokens": 12, "temperature": 0, "seed": 7}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()
+    (choice,) = answer["choices"]
+    assert answer["object"] == "chat.completion" and choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"] == server.text(DIALOGUE, 12)
+    assert answer["usage"]["prompt_tokens"] == len(DIALOGUE)
+    for wrong, status, message in (
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"content": "a"}]}, 400, "without a text as its role"),
+        ({"messages": [{"role": "user"}]}, 400, "refuses the messages"),
+        ({"messages": MESSAGES, "logprobs": True}, 400, "not supported"),
+        ({"messages": MESSAGES, "prompt": "a"}, 400, "unknown field 'prompt'"),
+        ({"messages": MESSAGES, "model": "gpt"}, 404, "no model 'gpt'"),
+    ):
+        refused = httpx.post(f"{server.url}/v1/chat/completions", json=wrong, timeout=60)
+        assert refused.status_code == status and message in refused.json()["error"]["message"], wrong
+
+
+@pytest.mark.external
+def test_the_official_client_chats_streams_and_gets_errors(server):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt'"):
+        client.models.retrieve("gpt")
+    wanted = server.text(DIALOGUE, 12)
+    fields = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
+    answer = client.chat.completions.create(max_completion_tokens=12, **fields)
+    assert answer.choices[0].message.content == wanted
+    events = list(client.chat.completions.create(max_tokens=12, stream=True, **fields))
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(event.choices[0].delta.content for event in events) == wanted
+    assert events[-1].choices[0].finish_reason == answer.choices[0].finish_reason
+    text = client.completions.create(model="tiny", prompt="Once upon", max_tokens=8, temperature=0)
+    assert text.choices[0].text == server.text("Once upon", 8)
+    with pytest.raises(openai.BadRequestError, match="expected a whole number from 1 to 24"):
+        client.chat.completions.create(max_tokens=25, **fields)
+
+
 REFUSED = [
     ({"prompt": "a" * 41}, 400, "41 tokens"),
     ({"prompt": ""}, 400, "0 tokens"),
     ({}, 400, "expected a text"),
     ({"prompt": [3, 320]}, 400, "0 to 319"),
     ({"prompt": [3, True]}, 400, "expected a text"),
-    ({"prompt": "a\ud800"}, 400, "surrogate"),
+    ({"prompt": "a\ud800"}, 400, "not valid JSON"),
     ({"prompt": "a", "max_tokens": 25}, 400, "from 1 to 24"),
     ({"prompt": "a", "max_tokens": 0}, 400, "from 1 to 24"),
     ({"prompt": "a", "temperature": -1}, 400, "temperature"),
@@ -168,14 +222,14 @@ REFUSED = [
     ({"prompt": "a", "stop": [""]}, 400, "stop"),
     ({"prompt": "a", "logprobs": 5}, 400, "not supported"),
     ({"prompt": "a", "max_token": 5}, 400, "unknown field 'max_token'"),
-    ({"prompt": "a", "\ud800": 5}, 400, "unknown field"),
-    ({"prompt": "a", "n": "\ud800"}, 400, "whole number"),
+    ({"prompt": "a", "\ud800": 5}, 400, "not valid JSON"),
+    ({"prompt": "a", "n": "b"}, 400, "whole number"),
     ({"prompt": "a", "model": "gpt"}, 404, "no model 'gpt'"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "status", "message"), REFUSED)
-def test_what_cannot_be_answered_is_refused_with_its_reason(server, fields, status, message):
+def test_invalid_request_is_refused_with_the_reason(server, fields, status, message):
     response = httpx.post(f"{server.url}/v1/completions", content=json.dumps(fields).encode(), timeout=30)
     assert response.status_code == status and message in response.json()["error"]["message"]
     assert server.is_idle()
@@ -186,19 +240,19 @@ def test_what_cannot_be_answered_is_refused_with_its_reason(server, fields, stat
     [(b"", 400), (b"{", 400), (b"[]", 400), (b"\xff{}", 400), (b"[" * 15_000, 400), (b'{"prompt": NaN}', 400)]
     + [(b'{"prompt": "' + b"a" * 30_000 + b'"}', 413)],
 )
-def test_a_broken_body_is_refused(server, body, status):
+def test_malformed_body_is_refused(server, body, status):
     response = httpx.post(f"{server.url}/v1/completions", content=body, timeout=30)
     assert response.status_code == status and response.json()["error"]["message"]
 
 
-def test_other_ways(server):
+def test_other_routes(server):
     assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "tiny"
     assert httpx.get(f"{server.url}/v1/completions").status_code == 405
     assert "error" in httpx.get(f"{server.url}/v1/nothing").json()
 
 
-def test_under_load(server):
-    """200 requests at once: some whole, some streamed, some left early, some that must be refused."""
+def test_200_simultaneous_requests_are_answered(server):
+    """200 requests at once: complete, streamed, cancelled by the client, and invalid ones."""
     draw = random.Random(3)
     plan = []
     for number in range(200):
@@ -254,11 +308,11 @@ def test_under_load(server):
             assert result == expected[number], kind
         elif kind in ("oversized", "broken"):
             assert result == 400, kind
-    assert server.is_idle(), "a slot is lost"
+    assert server.is_idle(), "a slot was not freed"
     assert server.health()["status"] == "ok"
 
 
-def test_a_full_queue_turns_requests_away(server):
+def test_full_queue_refuses_requests(server):
     fields = {"prompt": ["a"] * 100, "max_tokens": 24, "temperature": 0}
 
     async def flood():

@@ -1,4 +1,4 @@
-"""`inspect --stats`: one page, offline, that no text of a corpus can command; in a browser where one is installed."""
+"""`inspect --stats`: one offline page in which corpus text is escaped; rendered in a browser if one is installed."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-import chromium
 import pytest
+from helpers import chromium
 
-from t5x_like.cli import main
-from t5x_like.config import CorpusConfig, DataConfig, DataError, RunConfig, SpanCorruption, TokenizerConfig, ul2
-from t5x_like.config.data import CorpusShare, RatePhase
+from t5x_like.cli.main import main
+from t5x_like.config import CorpusConfig, DataConfig, RunConfig, SpanCorruption, TokenizerConfig, ul2
+from t5x_like.config.data import CorpusShareConfig, RatePhaseConfig
 from t5x_like.config.objectives import Supervised
 from t5x_like.config.recipes import load_recipe
-from t5x_like.data.denoise import denoise
-from t5x_like.data.prepare import prepare
-from t5x_like.inspection.page import write_statistics
+from t5x_like.data.objectives.registry import denoise
+from t5x_like.data.store.prepare import prepare
+from t5x_like.errors import DataError
+from t5x_like.reports.data_report import write_statistics
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)>\"'&amp;{{ 7*7 }}\x1b[31m\u202e </style>"
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and all text but the style's."""
+    """Parses the elements with their attributes, and all text except the style."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -47,7 +48,7 @@ class Page(HTMLParser):
 
 
 def configured(folder: Path, text: str, *, name: str = "smoke", **changes: object) -> RunConfig:
-    """A run over one text file, as bytes, with its store."""
+    """Return a run over one text file, tokenised as bytes, with its store."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text(text)
     run = load_recipe("smoke")
@@ -57,7 +58,7 @@ def configured(folder: Path, text: str, *, name: str = "smoke", **changes: objec
         "mixture": ul2(),
         "inputs_length": 48,
         "targets_length": 48,
-        "store": str(folder / "stores"),
+        "store_dir": str(folder / "stores"),
         **changes,
     }
     data: DataConfig = dataclasses.replace(run.data, **settings)  # type: ignore[arg-type]
@@ -77,28 +78,30 @@ def hostile(folder: Path) -> Path:
 
 
 def mixed(folder: Path) -> Path:
-    """Two corpora, one of pairs, packed; two shapes of rows are not among them."""
+    """Write the page of two corpora, one of which has packed pairs, with rows of one shape."""
     folder.mkdir()
     (folder / "pairs.jsonl").write_text(
         "".join(json.dumps({"question": "a" * (2 + n % 9), "text": "b" * (1 + n % 5)}) + "\n" for n in range(50))
     )
     (folder / "other.txt").write_text("Some other text, again and again. " * 60)
     corpora = (
-        CorpusShare(name="text", corpus=CorpusConfig(files=(str(folder / "other.txt"),), validation_fraction=1e-9)),
-        CorpusShare(
+        CorpusShareConfig(
+            name="text", corpus=CorpusConfig(files=(str(folder / "other.txt"),), validation_fraction=1e-9)
+        ),
+        CorpusShareConfig(
             name="pairs",
             corpus=CorpusConfig(
                 files=(str(folder / "pairs.jsonl"),), inputs_field="question", validation_fraction=1e-9
             ),
             mixture=(Supervised(),),
-            examples="documents",
+            example_mode="documents",
         ),
     )
     own = (SpanCorruption(name="R", mode="R"),)
     return write_statistics(configured(folder, "unused", corpora=corpora, mixture=own), folder / "page.html", rows=100)
 
 
-def test_everything_is_on_the_page(tmp_path: Path) -> None:
+def test_page_contains_all_sections(tmp_path: Path) -> None:
     page = Page(plain(tmp_path / "run").read_text(encoding="utf-8"))
     for words in ("Fill", "by loss token", "Loss exposure", "8-grams", "tokens per word", "unknown", "validation"):
         assert words in page.words
@@ -112,7 +115,7 @@ def test_everything_is_on_the_page(tmp_path: Path) -> None:
     assert len(sentinels) > 12 and len(page.named("mark")) > 7
 
 
-def test_one_file_that_asks_for_nothing_and_runs_nothing(tmp_path: Path) -> None:
+def test_page_is_one_file_without_requests_or_scripts(tmp_path: Path) -> None:
     text = plain(tmp_path / "run").read_text(encoding="utf-8")
     page = Page(text)
     assert not page.named("script") and not page.named("img")
@@ -125,7 +128,7 @@ def test_one_file_that_asks_for_nothing_and_runs_nothing(tmp_path: Path) -> None
     assert policy.startswith("default-src 'none';") and "script-src" not in policy and "unsafe" not in policy
 
 
-def test_text_of_a_corpus_stays_text(tmp_path: Path) -> None:
+def test_corpus_text_is_escaped(tmp_path: Path) -> None:
     text = hostile(tmp_path / "run").read_text(encoding="utf-8")
     page = Page(text)
     assert not page.named("script") and not page.named("img") and len(page.named("style")) == 1
@@ -133,39 +136,39 @@ def test_text_of_a_corpus_stays_text(tmp_path: Path) -> None:
     assert "\x1b" not in text and "\u202e" not in text
 
 
-def test_mixtures_of_corpora_have_their_own_sections(tmp_path: Path) -> None:
+def test_corpora_of_a_mixture_have_separate_sections(tmp_path: Path) -> None:
     page = Page(mixed(tmp_path / "run").read_text(encoding="utf-8"))
-    for words in ("supervised", "50 pairs", "pairs: ", "rows are an epoch", "examples each", "inputs", "targets"):
+    for words in ("supervised", "50 pairs", "pairs: ", "an epoch has", "examples each", "inputs", "targets"):
         assert words in page.words
 
 
-def test_a_wrong_sampler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from t5x_like.data import stream
+def test_wrong_sampler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t5x_like.data.stream import row_stream
 
     def unrotated(tokens, keys, objective, *others):  # type: ignore[no-untyped-def]
         return denoise(tokens, keys, dataclasses.replace(objective, t5_exact=True), *others)
 
     run = configured(tmp_path / "run", "Text of a corpus. " * 2000, mixture=(SpanCorruption(name="R"),))
     right = Page(write_statistics(run, tmp_path / "right.html", rows=400).read_text(encoding="utf-8"))
-    monkeypatch.setattr(stream, "denoise", unrotated)
+    monkeypatch.setattr(row_stream, "denoise", unrotated)
     wrong = Page(write_statistics(run, tmp_path / "wrong.html", rows=400).read_text(encoding="utf-8"))
-    said = "R: spans cut by the window's ends not by their law (p < 0.001)."
-    assert said in wrong.words and said not in right.words
-    assert "1 of 2 do not fit" in wrong.words and "all 2 laws" in right.words
+    note = "R: spans cut by the window's ends do not fit their distribution (p < 0.001)."
+    assert note in wrong.words and note not in right.words
+    assert "1 of 2 do not fit" in wrong.words and "all 2 distributions" in right.words
 
 
-def test_rates_that_change_within_the_sample_are_said(tmp_path: Path) -> None:
+def test_rate_changes_within_the_sample_are_noted(tmp_path: Path) -> None:
     own = (SpanCorruption(name="R"), SpanCorruption(name="X", noise_density=0.5))
-    schedule = (RatePhase(start_step=10, objectives=(("X", 3.0),)),)
-    run = configured(tmp_path / "run", "Text of a corpus. " * 2000, mixture=own, schedule=schedule)
-    size = run.training.batch_size
-    for rows, said in ((10 * size, False), (11 * size, True)):
+    schedule = (RatePhaseConfig(start_step=10, objectives=(("X", 3.0),)),)
+    run = configured(tmp_path / "run", "Text of a corpus. " * 2000, mixture=own, rate_schedule=schedule)
+    size = run.training.global_batch_size
+    for rows, is_noted in ((10 * size, False), (11 * size, True)):
         page = Page(write_statistics(run, tmp_path / "page.html", rows=rows).read_text(encoding="utf-8"))
-        assert ("rates change at step 10" in page.words) == said
+        assert ("rates change at step 10" in page.words) == is_noted
 
 
-def test_the_smallest_store_has_a_page(tmp_path: Path) -> None:
-    """One superblock of text, no validation split, samples too small for any law to be seen."""
+def test_page_of_the_smallest_store(tmp_path: Path) -> None:
+    """One block of text, no validation split, and a sample that is too small for any test of a distribution."""
     run = configured(tmp_path / "run", "x" * 70, mixture=(SpanCorruption(name="R"),))
     page = Page(write_statistics(run, tmp_path / "deep" / "page.html", rows=1).read_text(encoding="utf-8"))
     assert "1 rows" in page.words or "rows from row 0" in page.words
@@ -174,7 +177,7 @@ def test_the_smallest_store_has_a_page(tmp_path: Path) -> None:
         write_statistics(run, blocked, rows=1)
 
 
-def test_the_command_writes_it_or_says_what_to_do(
+def test_inspect_command_writes_the_page_or_names_the_fix(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from t5x_like.config.serialization import to_json
@@ -187,7 +190,7 @@ def test_the_command_writes_it_or_says_what_to_do(
     assert Path("runs/smoke.statistics.html").stat().st_size > 10_000
     assert main(["inspect", "config.json", "--first-row", "12345", "--rows", "1"]) == 0
     assert "12345: " in capsys.readouterr().out
-    assert main(["inspect", "config.json", "--stats", "--data.store", "elsewhere"]) == 2
+    assert main(["inspect", "config.json", "--stats", "--data.store-dir", "elsewhere"]) == 2
     assert "t5x-like prepare" in capsys.readouterr().err
 
 
@@ -201,7 +204,7 @@ def browser() -> Iterator[chromium.Page]:
 
 
 @pytest.mark.parametrize("make", [plain, hostile, mixed])
-def test_in_a_browser_without_an_error(browser: chromium.Page, tmp_path: Path, make: object) -> None:
+def test_page_renders_in_a_browser_without_errors(browser: chromium.Page, tmp_path: Path, make: object) -> None:
     assert callable(make)
     path = make(tmp_path / "run")
     browser.errors.clear()

@@ -1,32 +1,26 @@
-"""seqio Tasks in a run's configuration: scored at each evaluation of the training, and by a process that follows it."""
+"""seqio Tasks of a run's configuration are evaluated during training, and by a process that follows the run."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from helpers.small_run import small_run
 
-from t5x_like.cli import main
+from t5x_like.cli.main import main
 from t5x_like.config import (
-    AdamW,
     CheckpointConfig,
     CorpusConfig,
-    DataConfig,
     EvaluationConfig,
     EvaluationTask,
-    ModelConfig,
     MonitoringConfig,
     PrefixLM,
-    RunConfig,
-    Schedule,
-    StackConfig,
-    TokenizerConfig,
-    TrainingConfig,
+    ScheduleConfig,
 )
 from t5x_like.config.serialization import from_json, to_json
-from t5x_like.data.prepare import prepare
-from t5x_like.evaluation import metrics
-from t5x_like.trainer import train
+from t5x_like.data.store.prepare import prepare
+from t5x_like.evaluation import text_metrics
+from t5x_like.trainer.train import train
 
 pytestmark = pytest.mark.slow
 seqio = pytest.importorskip("seqio")
@@ -47,63 +41,53 @@ def register() -> None:
             source=seqio.FunctionDataSource(dataset, splits=("validation",)),
             preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
             output_features={"inputs": feature, "targets": feature},
-            metric_fns=[metrics.accuracy],
+            metric_fns=[text_metrics.accuracy],
         )
 
 
-def test_tasks_are_scored_during_training_and_after_it(tmp_path):
+def test_tasks_are_evaluated_during_and_after_training(tmp_path):
     register()
     (tmp_path / "texts").mkdir()
     for number in range(20):
         (tmp_path / "texts" / f"{number}.txt").write_text("a b c d e f g " * 12)
-    stack = StackConfig(num_layers=1, d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, d_ff=48)
-    run = RunConfig(
+    run = small_run(
+        tmp_path,
+        "prefix_lm",
+        (PrefixLM(name="S", mode="S"),),
+        corpus=CorpusConfig(files=(str(tmp_path / "texts" / "*.txt"),), validation_fraction=0.3),
+        lengths=(24, 12),
+        stack={"d_ff": 48, "positions": "relative_bias"},
+        training={"schedule": ScheduleConfig(kind="constant", learning_rate=1e-3)},
         name="with_tasks",
-        model=ModelConfig(encoder=None, decoder=stack, vocab_size=288),
-        data=DataConfig(
-            corpus=CorpusConfig(files=(str(tmp_path / "texts" / "*.txt"),), validation_fraction=0.3),
-            tokenizer=TokenizerConfig(kind="bytes", num_sentinels=16),
-            layout="prefix_lm",
-            mixture=(PrefixLM(name="S", mode="S"),),
-            inputs_length=24,
-            targets_length=12,
-            store=str(tmp_path / "stores"),
-        ),
-        training=TrainingConfig(
-            num_train_steps=4,
-            batch_size=8,
-            optimizer=AdamW(weight_decay=0.0),
-            schedule=Schedule(kind="constant", learning_rate=1e-3),
-        ),
         checkpoints=CheckpointConfig(save_every_steps=2),
         evaluation=EvaluationConfig(
             every_steps=2, num_batches=1, tasks=(EvaluationTask(mixture_or_task="copy", num_examples=5),)
         ),
-        monitoring=MonitoringConfig(samples=0),
+        monitoring=MonitoringConfig(num_decoded_samples=0),
     )
     assert from_json(to_json(run), source="config.json") == run
     prepare(run.data, report=lambda line: None)
-    place = tmp_path / "run"
+    workdir = tmp_path / "run"
 
     def recorded() -> dict:
-        return {one["step"]: one for one in map(json.loads, (place / "evaluations.jsonl").read_text().splitlines())}
+        return {one["step"]: one for one in map(json.loads, (workdir / "evaluations.jsonl").read_text().splitlines())}
 
-    assert train(run, place) == 0
+    assert train(run, workdir) == 0
     during = recorded()
     assert {step: list(one["tasks"]) for step, one in during.items()} == {2: ["copy"], 4: ["copy"]}
     assert all(one["tasks"]["copy"]["examples"] == 5 for one in during.values())
     assert all("S" in one["objectives"] for one in during.values())
-    assert len((place / "evaluations" / "4" / "copy.jsonl").read_text().splitlines()) == 5
-    assert list((place / "tensorboard" / "evaluation").iterdir())
-    assert "copy" in (place / "report.html").read_text()
+    assert len((workdir / "evaluations" / "4" / "copy.jsonl").read_text().splitlines()) == 5
+    assert list((workdir / "tensorboard" / "evaluation").iterdir())
+    assert "copy" in (workdir / "report.html").read_text()
 
-    # A Task that was not asked for in training is added to the steps; what is there is not done again.
-    follow = ["eval", str(place), "--follow", "--task", "copy_again", "--no-intervals"]
+    # A Task that training did not evaluate is added to the steps; existing results are not computed again.
+    follow = ["eval", str(workdir), "--follow", "--task", "copy_again", "--no-intervals"]
     assert main(follow) == 0
     after = recorded()
     assert {step: sorted(one["tasks"]) for step, one in after.items()} == {s: ["copy", "copy_again"] for s in (2, 4)}
     assert all(after[step]["tasks"]["copy"] == one["tasks"]["copy"] for step, one in during.items())
     assert all(one["tasks"]["copy_again"]["examples"] == 7 for one in after.values())
-    before = (place / "evaluations.jsonl").stat().st_mtime_ns
+    before = (workdir / "evaluations.jsonl").stat().st_mtime_ns
     assert main(follow) == 0
-    assert (place / "evaluations.jsonl").stat().st_mtime_ns == before, "every step is evaluated once"
+    assert (workdir / "evaluations.jsonl").stat().st_mtime_ns == before, "every step is evaluated once"

@@ -1,4 +1,4 @@
-"""What `launch slurm` renders, on a real SLURM of two nodes: it trains there as one job, and goes on by itself."""
+"""Rendered SLURM jobs on a real cluster of two nodes: they train as one job and resume by themselves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from examples import REPOSITORY
-from slurm_cluster import Cluster, cluster, why_not
+from helpers.launch_examples import REPOSITORY
+from helpers.slurm_cluster import Cluster, cluster, why_not
 
 WHY_NOT = why_not()
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
@@ -24,9 +24,9 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster, with a prepared recipe in the folder that its nodes share."""
+    """Start a cluster, with a prepared recipe in the directory that its nodes share."""
     folder = tmp_path_factory.mktemp("cluster")
-    shutil.copy(REPOSITORY / "tests/faults/recipe.py", folder)
+    shutil.copy(REPOSITORY / "tests/helpers/fault_recipe.py", folder / "recipe.py")
     (folder / "texts").mkdir()
     for number, source in enumerate(sorted((REPOSITORY / "t5x_like/config").glob("*.py"))):
         shutil.copy(source, folder / "texts" / f"{number}.txt")
@@ -44,21 +44,29 @@ def t5x_like(*arguments: str, cwd: Path) -> str:
 
 
 def submit(slurm: Cluster, name: str, *options: str) -> str:
-    """Renders a job of a process with two devices on each node, and submits it; returns its number."""
+    """Render and submit a job with one process and two devices on each node; return its job id."""
     folder = slurm.directory
     variables = {
         "PYTHONPATH": str(REPOSITORY),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
-        # What the first job compiles, the others read.
+        # Later jobs read the programs that the first one compiles.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     env = [word for item in variables.items() for word in ("--env", "=".join(item))]
     cpus = ["--nodes", "2", "--gpus-per-node", "0", "--python", sys.executable]
     files = ["--name", name, "--output", name]
-    behind = ["--", "--expect-devices", "4", "--training.num-train-steps", str(STEPS), "--monitoring.samples", "0"]
-    t5x_like("launch", "slurm", "recipe.py", *cpus, *env, *files, *options, *behind, cwd=folder)
+    train_arguments = [
+        "--",
+        "--expect-devices",
+        "4",
+        "--training.num-train-steps",
+        str(STEPS),
+        "--monitoring.num_decoded_samples",
+        "0",
+    ]
+    t5x_like("launch", "slurm", "recipe.py", *cpus, *env, *files, *options, *train_arguments, cwd=folder)
     return slurm.run("sbatch", "--parsable", f"{name}/train.sbatch", cwd=folder).strip()
 
 
@@ -78,7 +86,7 @@ def undisturbed(slurm: Cluster) -> tuple[str, dict[str, Any]]:
     return job, slurm.wait(job, "COMPLETED", "FAILED", seconds=400)
 
 
-def test_two_tasks_on_two_nodes_are_one_job(slurm: Cluster, undisturbed: tuple[str, dict[str, Any]]) -> None:
+def test_two_tasks_on_two_nodes_form_one_job(slurm: Cluster, undisturbed: tuple[str, dict[str, Any]]) -> None:
     job, ended = undisturbed
     text = log(slurm, "plain", job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), text
@@ -88,14 +96,14 @@ def test_two_tasks_on_two_nodes_are_one_job(slurm: Cluster, undisturbed: tuple[s
     assert max(losses(slurm.directory / "runs/plain")) == STEPS
 
 
-def test_a_job_that_is_asked_to_stop_goes_on_by_itself(slurm: Cluster, undisturbed: tuple[str, dict[str, Any]]) -> None:
+def test_stopped_job_is_requeued_and_resumes(slurm: Cluster, undisturbed: tuple[str, dict[str, Any]]) -> None:
     job = submit(slurm, "stopped")
     slurm.wait(job, "RUNNING", seconds=30)
     deadline = time.monotonic() + 300
     while not losses(slurm.directory / "runs/stopped"):
         assert time.monotonic() < deadline, log(slurm, "stopped", job)
         time.sleep(0.1)
-    # What SLURM sends before it preempts a job, and before its time is up.
+    # SLURM sends this signal before a preemption and before the time limit.
     slurm.run("scancel", "--signal=TERM", job)
     slurm.wait(job, "PENDING", seconds=120)
     saved = json.loads((slurm.directory / "runs/stopped/exit.json").read_text())
@@ -103,11 +111,11 @@ def test_a_job_that_is_asked_to_stop_goes_on_by_itself(slurm: Cluster, undisturb
     ended = slurm.wait(job, "COMPLETED", "FAILED", seconds=400)
     text = log(slurm, "stopped", job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), text
-    assert "exit code 42: the job is asked for again" in text
+    assert "exit code 42: the job is requeued" in text
     assert losses(slurm.directory / "runs/stopped") == losses(slurm.directory / "runs/plain")
 
 
-def test_a_job_that_cannot_work_is_not_restarted(slurm: Cluster) -> None:
+def test_job_with_a_configuration_error_is_not_restarted(slurm: Cluster) -> None:
     job = submit(slurm, "wrong", "--env", "JAX_NUM_CPU_DEVICES=3")
     ended = slurm.wait(job, "COMPLETED", "FAILED", seconds=200)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), log(slurm, "wrong", job)

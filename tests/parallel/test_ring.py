@@ -1,4 +1,4 @@
-"""Attention whose keys and values go round, against attention on one device: what comes out, and every gradient."""
+"""Ring attention compared with attention on one device: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,18 @@ from jax import Array
 from jax.sharding import AxisType, Mesh
 
 from t5x_like.kernels.attention import attention
-from t5x_like.kernels.masks import MaskSpec, RelativeBias, Split, after_another, masks_together, of_kind, prepare
-from t5x_like.kernels.random import keep_mask, keep_mask_block
+from t5x_like.kernels.attention_masks import (
+    BlockwiseMask,
+    Mask,
+    MaskSpec,
+    SequenceSharding,
+    concat_masks,
+    materialize,
+    select_mask,
+    stack_masks,
+)
+from t5x_like.kernels.dropout import keep_mask, keep_mask_block
+from t5x_like.kernels.position_bias import RelativeBias
 
 ROWS, LENGTH, HEADS, WIDTH = 4, 16, 4, 8
 RANDOM = np.random.default_rng(0)
@@ -22,19 +32,25 @@ PREFIX = RANDOM.random((ROWS, LENGTH)) < 0.3
 PACKED = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS}
 
 
-def split_over(*, kv_heads: tuple[str, ...] = ("tensor",), length: tuple[str, ...] = ("context",)) -> Split:
+def split_over(*, kv_heads: tuple[str, ...] = ("tensor",), length: tuple[str, ...] = ("context",)) -> SequenceSharding:
     sizes = {"data": 1 if len(length) > 1 else 2, "context": 2, "more": len(length), "tensor": 2}
     grid = np.array(jax.devices()).reshape(tuple(sizes.values()))
-    return Split(Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 4), ("data",), length, ("tensor",), kv_heads)
+    return SequenceSharding(
+        Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 4), ("data",), length, ("tensor",), kv_heads
+    )
 
 
 def numbers(*shape: int) -> Array:
     return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
 
 
+def prepare(mask: MaskSpec, bias: RelativeBias | None, keys: int, split: SequenceSharding | None) -> Mask:
+    return materialize(mask, bias, LENGTH, keys) if split is None else BlockwiseMask.of(mask, bias, split)
+
+
 def assert_same(
     mask: MaskSpec,
-    split: Split,
+    split: SequenceSharding,
     *,
     bidirectional: bool | None = None,
     kv_heads: int = HEADS,
@@ -42,25 +58,25 @@ def assert_same(
     others: int = 0,
     **options: Any,
 ) -> None:
-    """With T5's bias if `bidirectional` is said, and `others` more keys of another sequence."""
+    """Compare outputs and gradients, with T5's bias if `bidirectional` is given and `others` keys of a source."""
     q, table, weights = numbers(ROWS, LENGTH, HEADS, WIDTH), numbers(8, HEADS), numbers(ROWS, LENGTH, HEADS, WIDTH)
     lengths = [keys, others] if others else [keys]
     ks, vs = ([numbers(ROWS, length, kv_heads, WIDTH) for length in lengths] for _ in range(2))
 
-    def loss(arrays: Any, split: Split | None) -> tuple[Array, Array]:
+    def loss(arrays: Any, split: SequenceSharding | None) -> tuple[Array, Array]:
         q, ks, vs, table = arrays
         bias = None if bidirectional is None else RelativeBias(table, bidirectional, 20)
-        prepared = prepare(mask, bias, LENGTH, keys, split)
+        prepared = prepare(mask, bias, keys, split)
         if others:
-            prepared = after_another(prepared, keys, prepare(MaskSpec(), None, LENGTH, others, split), others)
+            prepared = concat_masks(prepared, keys, prepare(MaskSpec(), None, others, split), others)
         out = attention(q, ks, vs, prepared, scale=0.5, dropout_rng=jax.random.key(1), **options)
         return jnp.sum(out * weights), out
 
-    found, expected = (
-        jax.jit(jax.value_and_grad(lambda arrays, split=where: loss(arrays, split), has_aux=True))((q, ks, vs, table))
-        for where in (split, None)
+    actual, expected = (
+        jax.jit(jax.value_and_grad(lambda arrays, split=variant: loss(arrays, split), has_aux=True))((q, ks, vs, table))
+        for variant in (split, None)
     )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -84,33 +100,33 @@ def test_packed_prefixes_with_bias_and_fewer_key_heads() -> None:
     ],
     ids=["all", "causal", "window", "cross", "merged", "merged_values_dropped", "keys_dropped", "odd_block_dropped"],
 )
-def test_masks(mask: MaskSpec, options: dict[str, Any]) -> None:
+def test_ring_supports_all_masks(mask: MaskSpec, options: dict[str, Any]) -> None:
     assert_same(mask, split_over(), **options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_key_heads_that_are_whole_where_query_heads_are_split(kv_heads: int) -> None:
+def test_replicated_key_heads_with_split_query_heads(kv_heads: int) -> None:
     assert_same(MaskSpec(causal=True), split_over(kv_heads=()), kv_heads=kv_heads, bidirectional=False)
 
 
 @pytest.mark.slow
-def test_a_sequence_over_two_axes() -> None:
+def test_sequence_split_over_two_mesh_axes() -> None:
     assert_same(MaskSpec(causal=True, **PACKED), split_over(length=("context", "more")), bidirectional=False)
 
 
-def test_windows_of_several_kinds_of_layers_are_numbers_to_choose_from() -> None:
+def test_windows_of_several_layer_kinds_are_stacked_as_numbers() -> None:
     masks = [MaskSpec(causal=True, window=(3, 0)), MaskSpec(causal=True)]
-    described = [prepare(mask, None, LENGTH, LENGTH, split_over()) for mask in masks]
-    together = masks_together(described, LENGTH, LENGTH)
+    blockwise = [BlockwiseMask.of(mask, None, split_over()) for mask in masks]
+    together = stack_masks(blockwise, LENGTH, LENGTH)
     np.testing.assert_array_equal(together, [[3, 0], [2**30, 2**30]])
-    chosen = of_kind(described[0], together[1])
-    assert chosen.keys[0].mask.window is None and chosen.split == described[0].split
+    chosen = select_mask(blockwise[0], together[1])
+    assert chosen.keys[0].mask.window is None and chosen.split == blockwise[0].split
 
 
 @pytest.mark.parametrize("last", [12, 13])
-def test_a_part_of_a_dropout_mask_is_that_of_the_whole(last: int) -> None:
-    """Also beyond 2**32 cells, where the numbers of words take two words."""
+def test_block_of_a_dropout_mask_equals_that_of_the_whole_mask(last: int) -> None:
+    """Blocks are also equal beyond 2**32 elements, where counters take two words."""
     key, starts, block = jax.random.key(3), (1, 2, 5), (2, 3, 6)
     whole = keep_mask(key, 0.7, (4, 6, last))
     part = keep_mask_block(key, 0.7, (4, 6, last), starts, block)

@@ -1,25 +1,25 @@
 # Note: the failure policy needs JobSet 0.10 or newer in the cluster
 # Note: the Secret ul2-20b must have the keys HF_TOKEN
 
-# ==== once, before
+# ==== once, before the launch
 # build the image
 docker build \
   --file=launch/Containerfile \
   --build-arg=EXTRA=cuda \
   --tag=us-docker.pkg.dev/my-project/images/t5x-like:1 .
-# push it
+# push the image
 docker push us-docker.pkg.dev/my-project/images/t5x-like:1
 
-# ==== launch: what --execute runs
-# hand it to the cluster
+# ==== launch (run by --execute)
+# create the JobSet
 kubectl --namespace=default apply --filename=launch/examples/gke-gpu/jobset.yaml
 
 # ==== follow
-# where it stands
+# show the status
 kubectl --namespace=default get jobset ul2-20b
-# its pods
+# show the pods
 kubectl --namespace=default get pods --selector=jobset.sigs.k8s.io/jobset-name=ul2-20b --output=wide
-# their output
+# show the output
 kubectl \
   --namespace=default logs \
   --selector=jobset.sigs.k8s.io/jobset-name=ul2-20b \
@@ -28,5 +28,5 @@ kubectl \
   --max-log-requests=8
 
 # ==== stop and clean up
-# end it and delete it
+# stop and delete the JobSet
 kubectl --namespace=default delete jobset ul2-20b

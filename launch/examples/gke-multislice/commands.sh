@@ -1,24 +1,24 @@
 # Note: the failure policy needs JobSet 0.10 or newer in the cluster
 
-# ==== once, before
+# ==== once, before the launch
 # build the image
 docker build \
   --file=launch/Containerfile \
   --build-arg=EXTRA=tpu \
   --tag=us-docker.pkg.dev/my-project/images/t5x-like:1 .
-# push it
+# push the image
 docker push us-docker.pkg.dev/my-project/images/t5x-like:1
 
-# ==== launch: what --execute runs
-# hand it to the cluster
+# ==== launch (run by --execute)
+# create the JobSet
 kubectl --namespace=default apply --filename=launch/examples/gke-multislice/jobset.yaml
 
 # ==== follow
-# where it stands
+# show the status
 kubectl --namespace=default get jobset ul2-20b
-# its pods
+# show the pods
 kubectl --namespace=default get pods --selector=jobset.sigs.k8s.io/jobset-name=ul2-20b --output=wide
-# their output
+# show the output
 kubectl \
   --namespace=default logs \
   --selector=jobset.sigs.k8s.io/jobset-name=ul2-20b \
@@ -27,5 +27,5 @@ kubectl \
   --max-log-requests=128
 
 # ==== stop and clean up
-# end it and delete it
+# stop and delete the JobSet
 kubectl --namespace=default delete jobset ul2-20b

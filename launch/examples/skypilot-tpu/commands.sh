@@ -1,14 +1,14 @@
 
-# ==== launch: what --execute runs
-# a managed job, which is recovered after preemption
+# ==== launch (run by --execute)
+# start a managed job, which is recovered after preemption
 sky jobs launch --yes --detach-run --name ul2-20b launch/examples/skypilot-tpu/task.yaml
 
 # ==== follow
-# where it stands
+# show the status
 sky jobs queue
-# its output
+# show the output
 sky jobs logs --name ul2-20b
 
 # ==== stop and clean up
-# end it
+# cancel the job
 sky jobs cancel --yes --name ul2-20b

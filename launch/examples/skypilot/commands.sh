@@ -1,15 +1,15 @@
-# Note: HF_TOKEN, a secret, is taken from the shell that calls sky
+# Note: the secret HF_TOKEN is read from the environment of the sky command
 
-# ==== launch: what --execute runs
-# a managed job, which is recovered after preemption
+# ==== launch (run by --execute)
+# start a managed job, which is recovered after preemption
 sky jobs launch --yes --detach-run --name ul2-20b --secret HF_TOKEN launch/examples/skypilot/task.yaml
 
 # ==== follow
-# where it stands
+# show the status
 sky jobs queue
-# its output
+# show the output
 sky jobs logs --name ul2-20b
 
 # ==== stop and clean up
-# end it
+# cancel the job
 sky jobs cancel --yes --name ul2-20b

@@ -1,16 +1,16 @@
-# Note: the working directory, the recipe and the run's directory must be the same files on all nodes
-# Note: sbatch hands on HF_TOKEN, a secret, from the shell that calls it
+# Note: the working directory, the recipe and the run directory must be on a file system that all nodes share
+# Note: the secret HF_TOKEN is read from the environment of the sbatch command
 
-# ==== launch: what --execute runs
-# hand it to the scheduler
+# ==== launch (run by --execute)
+# submit the job
 sbatch launch/examples/slurm/train.sbatch
 
 # ==== follow
-# where it stands
+# show the status
 squeue --me --name=ul2-20b
 
 # ==== stop and clean up
-# save and leave; it is started again
+# save and stop; the job is requeued
 scancel --signal=TERM --name=ul2-20b --me
-# end it for good
+# cancel the job
 scancel --name=ul2-20b --me

@@ -1,6 +1,6 @@
 
-# ==== launch: what --execute runs
-# ask for the slices
+# ==== launch (run by --execute)
+# request the slices
 gcloud compute tpus queued-resources create ul2-20b \
   --zone=us-west4-a \
   --node-count=2 \
@@ -9,7 +9,7 @@ gcloud compute tpus queued-resources create ul2-20b \
   --runtime-version=v2-alpha-tpuv5-lite \
   --reserved \
   --valid-until-duration=12h
-# wait for them
+# wait for the slices
 until [ "$(gcloud compute tpus queued-resources describe ul2-20b --zone=us-west4-a '--format=value(state.state)')" = ACTIVE ]; do sleep 30; done
 # pack the source
 tar \
@@ -22,7 +22,7 @@ tar \
   --exclude=./dist \
   --exclude=__pycache__ \
   --directory=. .
-# a folder on all workers
+# create a directory on all workers
 gcloud compute tpus queued-resources ssh ul2-20b \
   --node=all \
   --worker=all \
@@ -33,7 +33,7 @@ gcloud compute tpus queued-resources scp launch/examples/tpu-vm-multislice/setup
   --node=all \
   --worker=all \
   --zone=us-west4-a
-# install there
+# install on all workers
 gcloud compute tpus queued-resources ssh ul2-20b \
   --node=all \
   --worker=all \
@@ -47,7 +47,7 @@ gcloud compute tpus queued-resources ssh ul2-20b \
   '--command=bash -c '"'"'setsid --fork bash ul2-20b/run.sh >>ul2-20b/log.txt 2>&1 </dev/null'"'"''
 
 # ==== follow
-# the logs of all workers
+# show the logs of all workers
 gcloud compute tpus queued-resources ssh ul2-20b \
   --node=all \
   --worker=all \
@@ -55,11 +55,11 @@ gcloud compute tpus queued-resources ssh ul2-20b \
   '--command=tail --lines=+1 --follow=name ul2-20b/log.txt'
 
 # ==== stop and clean up
-# save and leave, for good
+# save and stop without a restart
 gcloud compute tpus queued-resources ssh ul2-20b \
   --node=all \
   --worker=all \
   --zone=us-west4-a \
   '--command=pkill --signal TERM --pidfile ul2-20b/pid'
-# give the machines back
+# delete the VMs
 gcloud compute tpus queued-resources delete ul2-20b --zone=us-west4-a --force --quiet

@@ -7,7 +7,7 @@ sudo apt-get install -y -qq nfs-common
 sudo mkdir -p /mnt/runs
 mountpoint -q /mnt/runs || sudo mount -t nfs 10.0.0.2:/runs /mnt/runs
 sudo chmod 1777 /mnt/runs
-# Large pages, which jax asks for on v5e and later.
+# Transparent huge pages, which jax recommends on v5e and later.
 echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --clear --python 3.12 venv

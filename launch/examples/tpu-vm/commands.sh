@@ -1,6 +1,6 @@
 # Note: HF_TOKEN is read from Secret Manager on each worker
 
-# ==== launch: what --execute runs
+# ==== launch (run by --execute)
 # create the slice
 gcloud compute tpus tpu-vm create ul2-20b \
   --zone=us-east5-a \
@@ -18,13 +18,13 @@ tar \
   --exclude=./dist \
   --exclude=__pycache__ \
   --directory=. .
-# a folder on all workers
+# create a directory on all workers
 gcloud compute tpus tpu-vm ssh ul2-20b --worker=all --zone=us-east5-a '--command=mkdir -p ul2-20b'
 # copy to all workers
 gcloud compute tpus tpu-vm scp launch/examples/tpu-vm/setup.sh launch/examples/tpu-vm/run.sh launch/examples/tpu-vm/source.tar.gz ul2-20b:ul2-20b/ \
   --worker=all \
   --zone=us-east5-a
-# install there
+# install on all workers
 gcloud compute tpus tpu-vm ssh ul2-20b --worker=all --zone=us-east5-a '--command=bash ul2-20b/setup.sh'
 # start on all workers
 gcloud compute tpus tpu-vm ssh ul2-20b \
@@ -33,17 +33,17 @@ gcloud compute tpus tpu-vm ssh ul2-20b \
   '--command=bash -c '"'"'setsid --fork bash ul2-20b/run.sh >>ul2-20b/log.txt 2>&1 </dev/null'"'"''
 
 # ==== follow
-# the logs of all workers
+# show the logs of all workers
 gcloud compute tpus tpu-vm ssh ul2-20b \
   --worker=all \
   --zone=us-east5-a \
   '--command=tail --lines=+1 --follow=name ul2-20b/log.txt'
 
 # ==== stop and clean up
-# save and leave, for good
+# save and stop without a restart
 gcloud compute tpus tpu-vm ssh ul2-20b \
   --worker=all \
   --zone=us-east5-a \
   '--command=pkill --signal TERM --pidfile ul2-20b/pid'
-# give the machines back
+# delete the VMs
 gcloud compute tpus tpu-vm delete ul2-20b --zone=us-east5-a --quiet

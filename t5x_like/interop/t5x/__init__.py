@@ -1,7 +1,8 @@
-"""T5X's checkpoints to parameters.
+"""Import of T5X checkpoints.
 
-arrays: the files, legacy (a msgpack index beside TensorStore arrays) and Orbax, of which nothing is believed unchecked.
-names: which array is which parameter, one table for layers by name and for layers in one array.
-convert: the arrays themselves, one by one.
-directories: whole checkpoints, as `t5x-like convert` reads them.
+checkpoint_reader: the files, legacy (a msgpack index beside TensorStore arrays) and Orbax, all checked before use.
+weight_map: mapping of arrays to parameters, for layers by name and for layers in one array.
+state_dict: conversion of the arrays, one by one.
+adafactor_state: conversion of Adafactor's second moments.
+checkpoint: whole checkpoints, as `t5x-like convert` reads them.
 """

@@ -1,0 +1,1 @@
+"""LoRA: low-rank adapters, their frozen base weights, and merging."""

@@ -1,0 +1,156 @@
+"""Shape of a batch: the only interface between data and model.
+
+The batch of a step is a dict of sub-batches by name, each a dict of features under seqio's names. All sub-batches of a
+step contribute to one loss. Most runs have one sub-batch, "main". Planning and tests build batches from the
+specification.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import assert_never
+
+from t5x_like.config.data import DataConfig
+from t5x_like.config.layouts import has_bidirectional_prefix, row_positions
+from t5x_like.config.mixture_schedule import phases, rows_per_block
+from t5x_like.config.objectives import LabeledExamples, Objective
+from t5x_like.config.run import RunConfig
+
+MAIN = "main"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+BatchSpec = Mapping[str, Mapping[str, ArraySpec]]
+"""Sub-batch name -> feature name -> shape and dtype; the first dimension is the number of rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Rows of one sub-batch.
+
+    Attributes:
+      packed: Rows can hold several examples: they have segment ids and positions.
+    """
+
+    inputs_length: int
+    targets_length: int
+    packed: bool
+
+
+def sub_batch_of(objective: Objective, data: DataConfig) -> str:
+    """Return the name of the sub-batch that contains the rows of this objective."""
+    if len(data.row_positions) == 1:  # Sub-batches differ in the length of the decoder beside an encoder.
+        return MAIN
+    window = objective.raw_window_length(data.layout, data.inputs_length, data.targets_length)
+    needed = objective.row_lengths(window).targets
+    fitting = [length for length in data.targets_length_buckets if needed <= length < data.targets_length]
+    return f"targets_{min(fitting)}" if fitting else MAIN
+
+
+def row_shapes(data: DataConfig) -> dict[str, RowShape]:
+    """Return the sub-batches that the data's objectives need, by name, "main" first."""
+    if data.seqio is not None:
+        return {MAIN: RowShape(data.inputs_length, data.targets_length, packed=data.seqio.pack)}
+    documents = any(data.examples_of(share) == "documents" for share in data.sources)
+    paired = {sub_batch_of(objective, data) for objective in data.objectives if objective.windows_per_row > 1}
+    lengths = {MAIN: data.targets_length}
+    lengths |= {f"targets_{length}": length for length in sorted(data.targets_length_buckets, reverse=True)}
+    used = {MAIN} if documents else {sub_batch_of(objective, data) for objective in data.objectives}
+    return {
+        name: RowShape(data.inputs_length, length, packed=documents or name in paired or data.mask_document_borders)
+        for name, length in lengths.items()
+        if name in used
+    }
+
+
+def sub_batch_rows_per_block(data: DataConfig) -> list[dict[str, int]]:
+    """Return for each phase of the mixture the number of rows of a block by sub-batch."""
+    shapes = row_shapes(data)
+    if len(shapes) == 1:
+        return [dict.fromkeys(shapes, 1) for _ in phases(data)]
+    found = []
+    for phase in phases(data):
+        counts = dict.fromkeys(shapes, 0)
+        for objective, count in zip(data.mixture, rows_per_block(data.mixture, data, phase.objectives), strict=True):
+            counts[sub_batch_of(objective, data)] += count
+        found.append(counts)
+    return found
+
+
+def rows_per_sub_batch(data: DataConfig, batch_size: int) -> dict[str, int]:
+    """Return the number of rows of a step by sub-batch. `batch_size` must be one that `validate` accepts."""
+    counts = sub_batch_rows_per_block(data)[0]
+    return {name: batch_size * count // sum(counts.values()) for name, count in counts.items()}
+
+
+def batch_spec(run: RunConfig) -> BatchSpec:
+    """Return the global batch that `run` trains on: for each sub-batch the features of `sub_batch_spec`."""
+    shapes = row_shapes(run.data)
+    rows = rows_per_sub_batch(run.data, run.training.global_batch_size)
+    return {name: sub_batch_spec(run.data, shape, rows[name]) for name, shape in shapes.items()}
+
+
+def evaluation_spec(run: RunConfig) -> BatchSpec:
+    """Return the global batch that `run` is evaluated on: full rows, with one window or document each."""
+    shape = RowShape(run.data.inputs_length, run.data.targets_length, packed=run.data.mask_document_borders)
+    return {MAIN: sub_batch_spec(run.data, shape, run.training.global_batch_size)}
+
+
+def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str, ArraySpec]:
+    """Return the features of a sub-batch by layout, all int32 of [rows, length].
+
+    encoder_decoder: encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, decoder_loss_weights.
+    prefix_lm: decoder_input_tokens, decoder_target_tokens, decoder_loss_weights, decoder_causal_attention (1 where
+      attention is bidirectional: the inputs and one position more, seqio's rule).
+    causal_lm: the same without decoder_causal_attention.
+    encoder: encoder_input_tokens, encoder_target_tokens, encoder_loss_weights.
+    Packed rows also have segment ids and positions (encoder_segment_ids, encoder_positions, decoder_segment_ids,
+      decoder_positions) for each stack of the layout.
+    Labelled examples have input tokens only (in prefix_lm also decoder_causal_attention, which is 1 for the whole
+      text), `labels` and `label_weights`: [rows], or [rows, length] for token classification; labels are float32 for
+      regression. Embeddings have `positive_input_tokens` instead of labels.
+    `denoiser_ids` are indices into `data.objectives`: [rows], or [rows, length] by target position if rows are packed.
+      Rows of seqio's Tasks do not have them.
+    """
+    if data.labelled is not None:
+        return _labelled_spec(data, data.labelled, rows)
+    features: dict[str, tuple[int, ...]] = {}
+    for stack, length in row_positions(data.layout, shape.inputs_length, shape.targets_length).items():
+        targets = (rows, length)  # In the end those of the last stack, which has the targets.
+        features[f"{stack}_input_tokens"] = targets
+        if shape.packed:
+            features |= {f"{stack}_segment_ids": targets, f"{stack}_positions": targets}
+    features |= {f"{stack}_target_tokens": targets, f"{stack}_loss_weights": targets}
+    if has_bidirectional_prefix(data.layout):
+        features["decoder_causal_attention"] = targets
+    if data.seqio is None:
+        features["denoiser_ids"] = targets if shape.packed else (rows,)
+    return {name: ArraySpec(size, "int32") for name, size in features.items()}
+
+
+def _labelled_spec(data: DataConfig, objective: LabeledExamples, rows: int) -> Mapping[str, ArraySpec]:
+    """Return the features of labelled examples by the kind of their task head."""
+    text: tuple[int, ...] = (rows, data.row_length)
+    features = {f"{data.target_stack}_input_tokens": ArraySpec(text, "int32")}
+    if has_bidirectional_prefix(data.layout):
+        features["decoder_causal_attention"] = ArraySpec(text, "int32")
+    weights: tuple[int, ...] = (rows,)
+    match objective.kind:
+        case "classification":
+            features["labels"] = ArraySpec((rows,), "int32")
+        case "regression":
+            features["labels"] = ArraySpec((rows,), "float32")
+        case "token_classification":
+            features["labels"] = ArraySpec(text, "int32")
+            weights = text
+        case "embedding":
+            features["positive_input_tokens"] = ArraySpec(text, "int32")
+        case kind:
+            assert_never(kind)
+    return {**features, "label_weights": ArraySpec(weights, "int32"), "denoiser_ids": ArraySpec((rows,), "int32")}

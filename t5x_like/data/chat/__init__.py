@@ -1,0 +1,1 @@
+"""Dialogues: messages, chat templates, and the tokens that the loss covers."""

@@ -1,1 +1,0 @@
-"""The families of objectives, one module each. `data.denoise` is their one door."""

@@ -1,0 +1,1 @@
+"""NumPy halves of the objectives, one module each. `registry` has `denoise` and `restore` for all of them."""

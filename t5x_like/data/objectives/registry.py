@@ -1,0 +1,83 @@
+"""Denoising and its inverse, as pure functions of (tokens, keys, objective).
+
+All functions process N rows of one objective and one length at once. The result of a row depends on its tokens and its
+key only, never on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from t5x_like.config.objectives import Objective
+from t5x_like.config.objectives.registry import implementation_class
+from t5x_like.data.objectives.base import ObjectiveImplementation
+from t5x_like.data.objectives.examples import Examples, Tokens
+from t5x_like.data.stream import rng
+from t5x_like.data.tokenizers.vocabulary import TokenTraits, Vocabulary
+
+
+def implementation(objective: Objective) -> ObjectiveImplementation[Any]:
+    """Return the NumPy half of an objective.
+
+    Raises:
+      ConfigError: the objective is not registered, or its implementation lacks a part.
+    """
+    return implementation_class(objective.kind)(objective)
+
+
+def denoise(
+    tokens_NxL: npt.NDArray[Any],
+    keys_N: rng.Keys,
+    objective: Objective,
+    vocabulary: Vocabulary,
+    traits: TokenTraits | None = None,
+) -> Examples:
+    """Turn windows of raw tokens into examples of `objective`.
+
+    Args:
+      tokens_NxL: Raw token ids of text, at least `objective.min_raw_length` per window; none may be the pad id. If a
+        row holds W windows (`objective.windows_per_row`), they follow each other, and the examples of row n are W n,
+        W n + 1, ... of the N W examples that are returned.
+      keys_N: One key per row.
+      objective: The denoiser.
+      vocabulary: Ids of sentinels and mode tokens.
+      traits: Pieces that begin words and end sentences (`Tokenizer.traits`), for objectives with `needs_token_traits`.
+
+    Raises:
+      IndexError: the window can need more sentinels than the vocabulary has.
+      ValueError: windows that are shorter than `objective.min_raw_length`, or several windows per row that do not have
+        one length; missing traits that the objective needs; or an objective whose examples are not made from text.
+      DataError: whole words are to be masked, and no piece of the vocabulary begins one.
+    """
+    if traits is None and objective.needs_token_traits:
+        raise ValueError(f"{objective.name}: found no traits of the vocabulary's pieces, expected Tokenizer.traits")
+    # Checked here once, so that no implementation has to handle windows too short for its noise.
+    length = tokens_NxL.shape[1] // objective.windows_per_row
+    if length < objective.min_raw_length:
+        expected = f"expected {objective.min_raw_length} or more"
+        raise ValueError(f"{objective.name}: found windows of {length} tokens, {expected}")
+    tokens_NxL = tokens_NxL.astype(np.int32, copy=False)
+    return implementation(objective).denoise(tokens_NxL, keys_N, vocabulary, traits)
+
+
+def restore(
+    inputs: npt.NDArray[Any], targets: npt.NDArray[Any], objective: Objective, vocabulary: Vocabulary
+) -> Tokens:
+    """Return the raw window of one example: the inverse of `denoise`, and the definition of its correctness.
+
+    Masked LM and BART have the raw window as targets. In the other objectives, every token of the window is in the
+    inputs or in the targets.
+
+    Args:
+      inputs, targets: The example without padding, [I] and [T]. Padding is not removed here, because its id can be that
+        of a token of the text or of EOS.
+      objective, vocabulary: See `denoise`.
+
+    Raises:
+      ValueError: inputs and targets do not belong together (a sentinel missing, repeated or out of order).
+    """
+    inputs, targets = inputs.astype(np.int32, copy=False), targets.astype(np.int32, copy=False)
+    return np.array(implementation(objective).restore(inputs, targets, vocabulary), np.int32)

@@ -1,0 +1,1 @@
+"""Sources of documents: text files, tables, TensorFlow Datasets, seqio Tasks and the embedded corpus."""

@@ -1,0 +1,1 @@
+"""Token stores: preparation from corpora, format and storage."""

@@ -1,0 +1,140 @@
+"""Rows of labelled examples: each pair of a store is a row, with the text as inputs and the label as targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from t5x_like.config.data import DataConfig
+from t5x_like.config.layouts import StackName
+from t5x_like.config.objectives import LabeledExamples, Mode
+from t5x_like.data.store.token_store import Split, Store
+from t5x_like.data.stream import rng
+from t5x_like.data.stream.feature_converters import Features
+from t5x_like.data.stream.packing import WholeExampleRows
+from t5x_like.data.tokenizers.vocabulary import Vocabulary
+from t5x_like.errors import DataError
+from t5x_like.utils.type_aliases import IntArray
+
+_SHUFFLE = 1
+
+
+class LabeledRows(WholeExampleRows):
+    """Rows of labelled examples of one corpus. Each epoch visits all pairs in an order of its own.
+
+    Attributes:
+      num_rows: Number of pairs.
+      num_truncated: Number of pairs whose text is longer than a row.
+
+    Raises:
+      DataError: there are no pairs, or the store contains text without labels.
+    """
+
+    def __init__(self, store: Store, split: Split, data: DataConfig, objective: LabeledExamples, key: rng.Keys):
+        if store.sequences_per_document != 2:
+            raise DataError(f"{store.path}: found a store of text, expected pairs of text and label")
+        self._split, self._objective = split, objective
+        self._shuffle_key = rng.fold_in(key, _SHUFFLE)
+        self._labels = data.sources[0].corpus.labels
+        self._tokenizer = store.tokenizer
+        self._stack = data.target_stack
+        self._vocabulary = store.vocabulary
+        self._prefix = text_prefix(store.vocabulary, self._stack, objective.mode)
+        self._max_text = data.row_length - len(self._prefix) - 1  # EOS.
+        self._length = data.row_length
+        self._bounds = split.offsets.astype(np.int64)
+        self.num_rows = (len(self._bounds) - 1) // 2
+        if not self.num_rows:
+            raise DataError(f"{store.path}: found no labelled examples in its {split.name} split, expected some")
+        self.num_truncated = int((np.diff(self._bounds)[::2] > self._max_text).sum())
+        # Labels are stored as token ids in the store. Comparing ids avoids decoding each one.
+        self._by_tokens = {tuple(self._tokenizer.encode(label)): i for i, label in enumerate(self._labels)}
+
+    @property
+    def identity(self) -> Any:
+        """JSON value that identifies the layout of a text, for fingerprints."""
+        return {"start": True} if self._stack == "encoder" and self._vocabulary.start_id in self._prefix[:1] else False
+
+    def put(self, out: Features, row_n: IntArray, pair_n: IntArray) -> None:
+        """Write pairs into rows of `out`, one per row. `config.batch_spec` lists the features."""
+        tokens = f"{self._stack}_input_tokens"
+        for row, pair in zip(row_n.tolist(), pair_n.tolist(), strict=True):
+            first, middle, last = self._bounds[2 * pair : 2 * pair + 3].tolist()
+            # A pair is two sequences: bounds 2 i, 2 i + 1 and 2 i + 2 delimit text and label.
+            text = self._text_tokens(first, middle)
+            out[tokens][row] = self._vocabulary.pad_id
+            out[tokens][row, : len(text)] = text
+            if "decoder_causal_attention" in out:
+                out["decoder_causal_attention"][row, : len(text)] = 1
+            if self._objective.kind == "embedding":
+                positive = self._text_tokens(middle, last)
+                out["positive_input_tokens"][row] = self._vocabulary.pad_id
+                out["positive_input_tokens"][row, : len(positive)] = positive
+                out["label_weights"][row] = 1
+            else:
+                self._put_label(out, row, text, self._split.tokens(middle, last))
+
+    def _text_tokens(self, start: int, stop: int) -> list[int]:
+        """Return the ids of a text as the model reads them. A decoder reads its start id first, as in training."""
+        return [
+            *self._prefix,
+            *self._split.tokens(start, min(stop, start + self._max_text)).tolist(),
+            self._vocabulary.eos_id,
+        ]
+
+    def _put_label(self, out: Features, row: int, text: list[int], targets: npt.NDArray[np.integer]) -> None:
+        match self._objective.kind:
+            case "classification":
+                out["labels"][row] = self._by_tokens[tuple(targets.tolist())]
+                out["label_weights"][row] = 1
+            case "regression":
+                out["labels"][row] = float(self._tokenizer.decode(targets))
+                out["label_weights"][row] = 1
+            case "token_classification":
+                labels = [self._labels.index(label) for label in self._tokenizer.decode(targets).split()]
+                positions = self._label_positions(row_text=text, num_labels=len(labels))
+                # Words that were truncated have no position.
+                labels = labels[: len(positions)]
+                out["labels"][row, positions] = labels
+                out["label_weights"][row, positions] = 1
+            case "embedding":
+                raise ValueError("embedding examples have a positive text, not a label")
+            case _:
+                assert_never(self._objective.kind)
+
+    def _label_positions(self, row_text: list[int], num_labels: int) -> list[int]:
+        """Return the positions of the first tokens of the words, without those that are truncated.
+
+        Raises:
+          DataError: the pieces do not show where the words begin.
+        """
+        first = len(self._prefix)
+        starts = [first + position for position in self._tokenizer.word_starts_of(row_text[first:-1])]
+        is_truncated = len(row_text) == self._length
+        if len(starts) > num_labels or (len(starts) < num_labels and not is_truncated):
+            raise DataError(
+                f"found a text of {num_labels} labelled words in which the tokenizer begins {len(starts)} words, "
+                "expected equal numbers: WordPiece splits words at punctuation; choose a tokenizer of kind "
+                "sentencepiece, bpe or bytes"
+            )
+        return starts
+
+
+def text_prefix(vocabulary: Vocabulary, stack: StackName, mode: Mode | None) -> list[int]:
+    """Return the ids in front of a text: the start id and the mode token.
+
+    A decoder reads its text shifted by one, after its start id. An encoder begins with the token that its tokenizer has
+    for that, [CLS] of a BERT, whose state pooling `cls` reads.
+    """
+    start = [vocabulary.start_id] if stack == "decoder" or vocabulary.has_start else []
+    return start if mode is None else [*start, vocabulary.mode_id(mode)]
+
+
+def label_text(labels: npt.NDArray[Any], weights: npt.NDArray[Any], names: Sequence[str]) -> str:
+    """Return the label of a row as text: the name of its class, the names of its words' classes, or its number."""
+    if not names:
+        return f"{float(labels):g}"
+    return " ".join(names[int(label)] for label in labels[weights > 0]) if labels.ndim else names[int(labels)]

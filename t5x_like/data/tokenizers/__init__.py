@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece, bytes, and Hugging Face's tokenizer.json."""

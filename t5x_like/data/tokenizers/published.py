@@ -1,0 +1,173 @@
+"""Tokenizer files of published models: which file of a directory holds the tokenizer, read to one form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from t5x_like.data.tokenizers import sentencepiece_proto
+from t5x_like.data.tokenizers.bytes import ByteTokenizer
+from t5x_like.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from t5x_like.data.tokenizers.tokenizer import Tokenizer
+from t5x_like.errors import DataError
+from t5x_like.utils.json_reader import parse_json, read_json
+from t5x_like.utils.links import require_links_inside
+
+JSON_FILE = "tokenizer.json"
+SENTENCEPIECE_FILES = ("spiece.model", "tokenizer.model", "spm.model")
+WORDPIECE_FILE = "vocab.txt"
+BPE_FILES = ("vocab.json", "merges.txt")
+_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_KEPT = ("chat_template.jinja", "generation_config.json")
+_BYTE_CLASS = "ByT5Tokenizer"
+_OFFSET_FILE = "sentencepiece.bpe.model"
+"""SentencePiece model of XLM-R, mBART and CamemBERT, whose ids are not those of the file."""
+_XLM_ROBERTA_CLASSES = ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
+_FAIRSEQ_TOKENS = {
+    "bos_token": "<s>", "cls_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "sep_token": "</s>",
+    "unk_token": "<unk>", "mask_token": "<mask>",
+}  # fmt: skip
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether the folder has the tokenizer of a published model."""
+    names = (JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, BPE_FILES[0], _OFFSET_FILE)
+    return any((folder / name).is_file() for name in names) or _is_byt5(folder)
+
+
+def load_published(path: Path, num_sentinels: int) -> Tokenizer:
+    """Load the tokenizer of a published model, with the ids that transformers gives.
+
+    Args:
+      path: Directory of the model, or one of its tokenizer files.
+      num_sentinels: Sentinels of a tokenizer that has none of its own.
+
+    Raises:
+      DataError: there is no tokenizer that can be read.
+      ConfigError: the tokenizer has sentinels, but fewer.
+      SafetyError: one of the files is a symbolic link to a place outside the directory.
+    """
+    folder = path if path.is_dir() else path.parent
+    # The files become a part of stores, runs and exports.
+    read = (JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, *BPE_FILES, _OFFSET_FILE, _CONFIG, _SPECIAL_TOKENS, *_KEPT)
+    require_links_inside(folder, read)
+    names = [path.name] if path.is_file() else [JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, BPE_FILES[0]]
+    name = next((name for name in names if (folder / name).is_file()), None)
+    try:
+        if name is None and _is_byt5(folder):
+            return ByteTokenizer.published()
+        if name in SENTENCEPIECE_FILES:
+            model = (folder / str(name)).read_bytes()
+            return SentencePieceTokenizer(model, num_sentinels, str(folder / str(name)), published=True)
+        model = _wrapped(folder, name)
+        # The package is imported on use: other tokenizers do not need it.
+        from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(model, num_sentinels, str(folder / str(name)))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{path}: found no tokenizer ({error}), expected that of a published model") from None
+
+
+def _wrapped(folder: Path, name: str | None) -> bytes:
+    """Return the contents of `HuggingFaceTokenizer.model` from the files of a folder."""
+    config = _json(folder / _SPECIAL_TOKENS) | _json(folder / _CONFIG)
+    if name == JSON_FILE:
+        contents = parse_json((folder / JSON_FILE).read_bytes())
+    elif name == WORDPIECE_FILE:
+        contents = _wordpiece(folder / WORDPIECE_FILE, config)
+        config = {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]"} | config
+        config = {"mask_token": "[MASK]"} | config
+    elif name in BPE_FILES:
+        contents = _byte_level_bpe(folder, config)
+    elif (folder / _OFFSET_FILE).is_file():
+        if config.get("tokenizer_class") not in _XLM_ROBERTA_CLASSES:
+            raise ValueError(f"{_OFFSET_FILE} alone, whose ids transformers shifts: save it with tokenizer.json")
+        contents = _xlm_roberta((folder / _OFFSET_FILE).read_bytes())
+        config = _FAIRSEQ_TOKENS | config
+    else:
+        expected = ", ".join((JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, " and ".join(BPE_FILES)))
+        raise ValueError(f"none of {expected}")
+    files = {kept: (folder / kept).read_text(encoding="utf-8") for kept in _KEPT if (folder / kept).is_file()}
+    return json.dumps({"tokenizer": contents, "config": config, "files": files}, ensure_ascii=False).encode()
+
+
+def _wordpiece(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json of a BERT's vocab.txt, as transformers makes it."""
+    from tokenizers import BertWordPieceTokenizer, models, processors
+
+    vocab = models.WordPiece.read_file(str(path))
+    tokenizer = BertWordPieceTokenizer(
+        vocab,
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    pairs = [(name, vocab[name]) for name in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = processors.BertProcessing(*pairs)
+    special = [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name in vocab]
+    tokenizer.add_special_tokens(special)
+    result: dict[str, Any] = json.loads(tokenizer.to_str())
+    return result
+
+
+def _xlm_roberta(model: bytes) -> dict[str, Any]:
+    """Return the tokenizer.json of XLM-R's SentencePiece model, as transformers makes it: fairseq's special tokens, the
+    model's pieces after its own three special ones, and the mask token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    pieces, charsmap = sentencepiece_proto.pieces(model), sentencepiece_proto.settings(model).charsmap
+    first, mask = ["<s>", "<pad>", "</s>", "<unk>"], "<mask>"
+    text = [(piece.piece, piece.score) for piece in pieces[3:]]
+    tokenizer = Tokenizer(models.Unigram([*((name, 0.0) for name in first), *text, (mask, 0.0)], 3, False))
+    if charsmap:
+        tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (*first, mask)])
+    result: dict[str, Any] = json.loads(tokenizer.to_str())
+    return result
+
+
+def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json of GPT-2's vocab.json and merges.txt, as transformers makes it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab, merges = (str(folder / name) for name in BPE_FILES)
+    tokenizer = Tokenizer(models.BPE.from_file(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+    tokenizer.decoder = decoders.ByteLevel()
+    names = [config.get(field) for field in ("eos_token", "bos_token", "unk_token", "pad_token", "mask_token")]
+    contents = [value["content"] if isinstance(value, dict) else value for value in names if value]
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in dict.fromkeys(contents)])
+    result: dict[str, Any] = json.loads(tokenizer.to_str())
+    return result
+
+
+def _is_byt5(folder: Path) -> bool:
+    return _json(folder / _CONFIG).get("tokenizer_class") == _BYTE_CLASS
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name}: a JSON {type(found).__name__}")
+    return found
+
+
+def has_t5_layout(path: Path) -> bool:
+    """Return whether the ids of a SentencePiece model are pad 0, EOS 1, unk 2 and then text, as in T5's."""
+    try:
+        names = [piece.piece for piece in sentencepiece_proto.pieces(path.read_bytes())[:3]]
+    except (OSError, ValueError):
+        return False
+    return names == ["<pad>", "</s>", "<unk>"]

@@ -1,0 +1,205 @@
+"""Log-likelihood of given targets, token by token, in one forward pass of the model without a cache or a loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x_like.config import ModelConfig
+from t5x_like.decoding.bucketing import bucket, num_row_shards, pad_rows, put_on_mesh, require_positions
+from t5x_like.decoding.inference_params import InferenceParams, decoding_model
+from t5x_like.decoding.sampling import argmax_token
+from t5x_like.errors import ConfigError, ConfigProblem, DataError
+from t5x_like.program import Program
+from t5x_like.utils.type_aliases import PyTree
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""(inputs, targets) as token ids."""
+MAX_TOKENS_PER_BATCH = 2**14
+"""Largest number of token positions of the longer stack in a batch; a single longer row is a batch by itself."""
+MAX_LOGITS_PER_BATCH = 2**26
+"""Largest number of logits in memory at once: 256 MiB in float32."""
+
+
+class Score(NamedTuple):
+    """Log-likelihood of one pair.
+
+    Attributes:
+      sum: Log-likelihood of the targets in nats.
+      per_token: log p(target | inputs, earlier targets) of each target in nats.
+      is_greedy: Greedy decoding with all tokens allowed gives exactly the targets.
+    """
+
+    sum: float
+    per_token: tuple[float, ...]
+    is_greedy: bool
+
+
+def score_tokens(
+    program: Program,
+    params: PyTree | InferenceParams,
+    pairs: Sequence[Pair],
+    *,
+    bidirectional: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Score]:
+    """Return the log-likelihood of the targets of each pair, given its inputs.
+
+    An encoder-decoder reads the inputs in the encoder, and its decoder predicts the targets. A decoder reads one
+    stream: start token, inputs, targets. No tokens are added: the caller adds a mode token and EOS where they belong
+    (`PromptFormat.ids`). Pairs of similar length are computed together, longest first, in shapes that are powers of
+    two. The score of a row does not depend on its neighbours, apart from rounding.
+
+    Args:
+      program: A program whose model has a decoder.
+      params: The program's parameters, or the result of `inference_params`.
+      pairs: Token ids. Inputs may be empty in a decoder; targets may be empty.
+      bidirectional: In a decoder, the inputs attend to each other in both directions (prefix LM).
+      advance: Called with the number of pairs that have been scored since the last call.
+
+    Raises:
+      ConfigError: a pair has more tokens than the model has learned positions, or the model has no decoder.
+      DataError: a token id is outside the vocabulary, or a pair has no inputs for an encoder.
+    """
+    config = program.run.model
+    _check(pairs, config)
+    scores: list[Score] = [Score(0.0, (), True)] * len(pairs)
+    shards = num_row_shards(program)
+    for shape, indices in _batches(pairs, config, shards):
+        count = shards * bucket(-(-len(indices) // shards), minimum=1)
+        batch = put_on_mesh(program, _features([pairs[i] for i in indices], count, shape, config, bidirectional))
+        per_token_RxT, greedy_RxT = jax.device_get(_score_batch(program, params, batch))
+        for row, index in enumerate(indices):
+            length = len(pairs[index][1])
+            values = tuple(per_token_RxT[row, :length].tolist())
+            scores[index] = Score(float(np.sum(values, dtype=np.float64)), values, bool(greedy_RxT[row, :length].all()))
+        advance(len(indices))
+    return scores
+
+
+class _Shape(NamedTuple):
+    """Numbers of token positions of a row: in the encoder (0 without), in the decoder, and of the targets."""
+
+    encoder: int
+    decoder: int
+    targets: int
+
+
+def _lengths(pair: Pair, config: ModelConfig) -> _Shape:
+    num_inputs, num_targets = map(len, pair)
+    if config.encoder is not None:
+        return _Shape(num_inputs, num_targets, num_targets)
+    return _Shape(0, num_inputs + num_targets, num_targets)
+
+
+def _check(pairs: Sequence[Pair], config: ModelConfig) -> None:
+    if config.decoder is None:
+        raise ConfigError(
+            [
+                ConfigProblem(
+                    "model", "an encoder without a decoder", "a model with a decoder", "use `eval` for an encoder"
+                )
+            ]
+        )
+    for number, pair in enumerate(pairs):
+        inputs, targets = pair
+        if config.encoder is not None and not inputs:
+            raise DataError(f"pair {number}: found no inputs, expected at least one token for the encoder, e.g. EOS")
+        if unknown := [token for token in (*inputs, *targets) if not 0 <= token < config.vocab_size]:
+            raise DataError(f"pair {number}: found the id {unknown[0]}, expected one below {config.vocab_size}")
+    lengths = [_lengths(pair, config) for pair in pairs]
+    longest = {name: max((getattr(shape, name) for shape in lengths), default=0) for name in config.stacks}
+    require_positions(config, "the longest pair", longest)
+
+
+def _batches(pairs: Sequence[Pair], config: ModelConfig, shards: int) -> Iterator[tuple[_Shape, list[int]]]:
+    """Yield (shape of a row, indices of pairs) for the pairs that have targets, the longest first."""
+    by_shape: dict[_Shape, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        # Empty targets have log-likelihood 0 and need no forward pass.
+        if pair[1]:
+            # Grouped by shape and not only sorted: each shape compiles one program.
+            by_shape.setdefault(_bucketed(_lengths(pair, config), config), []).append(index)
+    # Longest first: a batch that needs too much memory fails at once and not after hours.
+    for shape in sorted(by_shape, key=lambda shape: max(shape), reverse=True):
+        # Short targets of a large vocabulary are bound by their logits, long texts by their tokens.
+        rows = min(MAX_TOKENS_PER_BATCH // max(shape), MAX_LOGITS_PER_BATCH // (shape.targets * config.vocab_size))
+        # A power of two per shard, rounded down.
+        size = shards * max(1 << max(rows // shards, 1).bit_length() - 1, 1)
+        for start in range(0, len(by_shape[shape]), size):
+            yield shape, by_shape[shape][start : start + size]
+
+
+def _bucketed(lengths: _Shape, config: ModelConfig) -> _Shape:
+    """Return the lengths rounded up to powers of two, within the tables of learned positions."""
+    widths = {name: bucket(getattr(lengths, name)) for name in config.stacks}
+    for name, stack in config.stacks.items():
+        if stack.positions == "learned":
+            widths[name] = min(widths[name], stack.max_positions)
+    targets = min(bucket(lengths.targets, minimum=4), widths["decoder"])
+    return _Shape(widths.get("encoder", 0), widths["decoder"], targets)
+
+
+def _features(
+    pairs: Sequence[Pair], count: int, shape: _Shape, config: ModelConfig, bidirectional: bool
+) -> dict[str, np.ndarray]:
+    """Return the model's features, and what is scored.
+
+    Segment ids mark the valid positions, so that no token id counts as padding. `target_tokens` [rows, T] are the
+    scored tokens, and `target_positions` [rows, T] the decoder positions that predict them.
+    """
+
+    def valid(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+        return pad_rows([[1] * len(row) for row in rows], count, width)
+
+    inputs = [list(pair[0]) for pair in pairs]
+    targets = [list(pair[1]) for pair in pairs]
+    # Number of stream tokens before the first target, without the start token.
+    offsets = [0 if config.encoder is not None else len(tokens) for tokens in inputs]
+    predicted = targets if config.encoder is not None else [a + b for a, b in zip(inputs, targets, strict=True)]
+    # Position p of the stream predicts token p of `predicted`.
+    streams = [[config.decoder_start_token_id, *tokens[:-1]] for tokens in predicted]
+    positions = [list(range(first, first + len(tokens))) for first, tokens in zip(offsets, targets, strict=True)]
+    features = {
+        "decoder_input_tokens": pad_rows(streams, count, shape.decoder),
+        "decoder_segment_ids": valid(streams, shape.decoder),
+        "target_tokens": pad_rows(targets, count, shape.targets),
+        "target_positions": pad_rows(positions, count, shape.targets),
+    }
+    if config.encoder is not None:
+        features["encoder_input_tokens"] = pad_rows(inputs, count, shape.encoder)
+        features["encoder_segment_ids"] = valid(inputs, shape.encoder)
+    elif bidirectional:
+        # The position that reads the last input and predicts the first target belongs to the prefix, as in training.
+        prefixes = [tokens[: length + 1] for tokens, length in zip(streams, offsets, strict=True)]
+        features["decoder_causal_attention"] = valid(prefixes, shape.decoder)
+    return features
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_batch(program: Program, params: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Score a batch. The head is computed only at the positions that predict a target.
+
+    Returns:
+      Log-likelihoods float32 [R, T], and bool [R, T], True where the target is the most likely token; replicated on all
+      devices.
+    """
+    features = dict(batch)
+    targets_RxT, positions_RxT = features.pop("target_tokens"), features.pop("target_positions")
+    with program.mesh_context():
+        model = decoding_model(program, params)
+        states_RxLxd, _ = model.states(features)
+        # The head is the largest product of a small model, and long prompts have few scored positions.
+        states_RxTxd = jnp.take_along_axis(states_RxLxd, positions_RxT[:, :, None], axis=1)
+        logits_RxTxV = model.head(states_RxTxd, model.token_embedder.embedding[...]).astype(jnp.float32)
+        log_z_RxT = jax.nn.logsumexp(logits_RxTxV, axis=-1)
+        at_target_RxT = jnp.take_along_axis(logits_RxTxV, targets_RxT[:, :, None], axis=-1)[:, :, 0]
+        greedy_RxT = argmax_token(logits_RxTxV) == targets_RxT
+        replicated = NamedSharding(program.mesh, PartitionSpec())
+        return jax.lax.with_sharding_constraint((at_target_RxT - log_z_RxT, greedy_RxT), replicated)

@@ -1,0 +1,1 @@
+"""Multi-process runs: cluster detection, startup, coordination and preemption."""

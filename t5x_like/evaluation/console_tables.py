@@ -1,0 +1,126 @@
+"""Tables of evaluation results for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from t5x_like.evaluation.results_store import Result, scalars
+
+_SHOWN = ("loss", "perplexity", "accuracy", "tokens")
+
+
+def result_tables(result: Result) -> list[Table]:
+    """Return the tables of one step."""
+    shown = []
+    if "objectives" in result:
+        shown += _held_out(result)
+    if result.get("tasks"):
+        shown.append(_tasks(result))
+    return shown
+
+
+def _held_out(result: Result) -> list[Table]:
+    objectives = Table(title=f"held-out text, step {result['step']:,}")
+    objectives.add_column("objective")
+    for name in _SHOWN:
+        objectives.add_column(name, justify="right")
+    for name, scores in result["objectives"].items():
+        objectives.add_row(
+            name,
+            _with_interval(scores["loss"], result, f"loss/{name}"),
+            _number(scores.get("perplexity")),
+            _percent(scores.get("accuracy")),
+            f"{scores['tokens']:,}",
+        )
+    model_metrics = Table(title="metrics that the model reports")
+    for name in ("objective", "metric", "mean"):
+        model_metrics.add_column(name, justify="right" if name == "mean" else "left")
+    for name, scores in result["objectives"].items():
+        for metric in [metric for metric in scores if metric not in _SHOWN]:
+            model_metrics.add_row(name, metric, f"{scores[metric]:.4f}")
+    shown = [objectives, model_metrics] if model_metrics.row_count else [objectives]
+    if result["prefix_lm"] is None:
+        return shown
+    bits = Table(title=f"bits per byte of the same {result['prefix_lm']['bytes']:,} bytes")
+    bits.add_column("code")
+    bits.add_column("bits", justify="right")
+    mean = _with_interval(result["prefix_lm"]["bits_per_byte"], result, "bits_per_byte", digits=3)
+    bits.add_row("this model, given the first half of each window", mean)
+    names = {
+        "unigram_bits_per_byte": "token unigram",
+        "byte_entropy_bits_per_byte": "byte entropy",
+        "gzip_bits_per_byte": "gzip -9",
+        "lzma_bits_per_byte": "lzma",
+    }
+    for key, name in names.items():
+        bits.add_row(name, f"{result['baselines'][key]:.3f}")
+    return [*shown, bits]
+
+
+def _tasks(result: Result) -> Table:
+    table = Table(title=f"Tasks, step {result['step']:,}", caption="\n".join(result.get("notes", ())) or None)
+    for name in ("task", "examples", "metric", "value"):
+        table.add_column(name, justify="right" if name in ("examples", "value") else "left")
+    for name, metrics in result["tasks"].items():
+        shown = [metric for metric in metrics if metric != "examples"]
+        for index, metric in enumerate(shown or ["-"]):
+            first = (name, f"{metrics['examples']:,}") if index == 0 else ("", "")
+            value = _with_interval(metrics[metric], result, f"{name}/{metric}") if shown else "-"
+            table.add_row(*first, metric, value)
+    return table
+
+
+def comparison_table(results: Sequence[tuple[str, Result]]) -> Table:
+    """Return a table of all metrics of several checkpoints, with a column for each."""
+    table = Table(title="all checkpoints")
+    table.add_column("metric")
+    columns = [scalars(result) for _, result in results]
+    for name, result in results:
+        table.add_column(f"{name}\nstep {result['step']:,}", justify="right")
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(_number(column.get(name)) for column in columns))
+    return table
+
+
+def predictions_table(scores: Mapping[str, Any]) -> Table:
+    """Return a table of the metrics of `score_predictions.score_rows`."""
+    signatures = "\n".join(f"{name}: {text}" for name, text in scores["signatures"].items())
+    table = Table(title=f"{scores['file']}: {scores['num_examples']:,} examples", caption=signatures or None)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in scores["metrics"].items():
+        table.add_row(name, _with_interval(value, scores, name))
+    return table
+
+
+def confusion_table(confusion: Mapping[str, Any]) -> Table:
+    """Return a table of `calibration.confusion`."""
+    table = Table(title="true labels (rows) by predicted labels (columns)")
+    table.add_column("")
+    for label in confusion["labels"]:
+        table.add_column(label, justify="right")
+    for label, counts in zip(confusion["labels"], confusion["counts"], strict=True):
+        table.add_row(label, *(f"{count:,}" for count in counts))
+    return table
+
+
+def _with_interval(value: float, result: Mapping[str, Any], name: str, digits: int = 4) -> str:
+    interval = (result.get("intervals") or {}).get(name)
+    if interval is None:
+        return f"{value:.{digits}f}"
+    low, high = interval
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if math.isfinite(value) and abs(value) < 1e5 else f"{value:.3g}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,91 @@
+"""Loss of each held-out row, and what is computed from it: intervals, and draws for a paired comparison."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from t5x_like.data.tokenizers.tokenizer import Tokenizer
+from t5x_like.evaluation import bootstrap
+from t5x_like.kernels.cross_entropy import cross_entropy
+from t5x_like.program import Program
+from t5x_like.training.losses import targets_and_weights
+from t5x_like.utils.type_aliases import Features, FloatArray, PyTree
+
+HELD_OUT = "held_out.jsonl"
+PREFIX_LM = "prefix_lm"
+"""Name of the objective of windows whose first half is the prefix."""
+
+
+def row_losses(
+    program: Program, params: PyTree, batches: Iterable[Mapping[str, Features]], tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """Return the losses of all rows that have a weight above 0, in order.
+
+    Returns:
+      For each row: `loss` (sum over tokens, in nats), `tokens` (sum of the weights), `bytes` (number of bytes of the
+      text of the scored tokens), and `digest` of these bytes, by which rows of the same text are found in two models.
+    """
+    rows = []
+    for batch in batches:
+        features = batch["main"]
+        sums_R, weights_R = jax.device_get(_row_losses(program, params, program.shard_global_batch(batch)["main"]))
+        targets, weights = targets_and_weights(features)  # type: ignore[arg-type]
+        # Rows that only complete a batch have weight 0.
+        for row in np.flatnonzero(weights_R):
+            scored = np.asarray(targets[row])[np.asarray(weights[row]) > 0]
+            text = tokenizer.to_bytes(scored.tolist())
+            rows.append(
+                {
+                    "loss": float(sums_R[row]),
+                    "tokens": float(weights_R[row]),
+                    "bytes": len(text),
+                    "digest": hashlib.sha256(text).hexdigest()[:16],
+                }
+            )
+    return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_losses(program: Program, params: PyTree, features: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return (summed loss [R], summed weight [R]), replicated over the devices."""
+    with program.mesh_context():
+        output = program.model(params).output(features)
+        targets, weights = output.targets or targets_and_weights(features)
+        # The plain loss, whatever training adds to it, so that models of different runs can be compared.
+        loss_RxL, _ = cross_entropy(output.logits, targets, z_loss=0.0, label_smoothing=0.0)
+        weights_RxL = weights.astype(jnp.float32)
+        sums = jnp.sum(loss_RxL * weights_RxL, axis=-1), jnp.sum(weights_RxL, axis=-1)
+        return jax.lax.with_sharding_constraint(sums, NamedSharding(program.mesh, PartitionSpec()))
+
+
+def held_out_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return bootstrap intervals over the rows, by the names of `results_store.scalars`."""
+    return {name: bootstrap.interval(values) for name, values in held_out_draws(rows).items()}
+
+
+def held_out_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, FloatArray]:
+    """Return the loss of each objective ("loss/NAME") and "bits_per_byte" on each bootstrap draw of the rows: [draws].
+
+    Args:
+      rows: Output of `row_losses`, with the name of the `objective` of each row.
+    """
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(str(row["objective"]), []).append(row)
+    draws = {}
+    for name, some in by_name.items():
+        sums, tokens, sizes = (np.array([float(row[key]) for row in some]) for key in ("loss", "tokens", "bytes"))
+        if name.rpartition("/")[2] == PREFIX_LM:
+            draws[name.replace(PREFIX_LM, "bits_per_byte")] = bootstrap.ratio_draws(sums, sizes) / math.log(2)
+        else:
+            draws[f"loss/{name}"] = bootstrap.ratio_draws(sums, tokens)
+    return draws

@@ -1,0 +1,1 @@
+"""Facts about the model that a shipped recipe of fine-tuning starts from."""

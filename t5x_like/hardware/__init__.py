@@ -1,0 +1,1 @@
+"""Accelerators, topologies, and fake devices that stand for a topology."""

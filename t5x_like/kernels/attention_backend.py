@@ -1,0 +1,151 @@
+"""Attention backends: the interface that an implementation of attention fulfils, and the requests that it can refuse.
+
+The caller describes mask and bias (`MaskSpec`, `RelativeBias`). A backend turns the description into the form that it
+needs (`prepare_mask`), once for all layers that share it, and attends (`attend`). A backend that computes masks block
+by block returns the description itself, and no array of the size of the scores is made; `DenseMaskBackend` is the base
+class of backends that need such an array.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from jax import Array
+
+from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding, materialize
+from t5x_like.kernels.position_bias import RelativeBias
+
+BiasKind = Literal["none", "relative", "content"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionRequest:
+    """Static properties of an attention that not every backend supports. The defaults are the plainest attention.
+
+    Attributes:
+      num_heads: Number of query heads, a multiple of `num_kv_heads`.
+      num_kv_heads: Number of key and value heads.
+      head_dim: Width of a head.
+      dtype: Type of queries, keys and values, such as "float32" or "bfloat16".
+      bias: relative: T5's table by distance. content: an array [B, H, Q, K] that depends on queries and keys
+        (disentangled attention), always given as a `DenseMask`.
+      softcap: Scores s become softcap * tanh(s / softcap); None: no soft cap.
+      dropout_rate: Rate at which the backend has to drop single probabilities. It is 0 where `attention` drops values
+        in their place (`drops_values`).
+      dynamic_window: The window is an array (`KeySpec.dynamic_window`). Backends with dense masks never see it.
+      is_split: The sequence is split over devices (`BlockwiseMask.split`).
+    """
+
+    num_heads: int = 1
+    num_kv_heads: int = 1
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+    bias: BiasKind = "none"
+    softcap: float | None = None
+    dropout_rate: float = 0.0
+    dynamic_window: bool = False
+    is_split: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """Numbers of one call of a backend.
+
+    Attributes:
+      scale: Factor on the products of queries and keys.
+      softcap: Scores s become softcap * tanh(s / softcap) before bias and mask; None: no soft cap.
+      dropout_rate: Rate at which probabilities are dropped, if there is a key.
+      dropout_rng: Key of the dropout mask; None: no dropout.
+      dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries.
+    """
+
+    scale: float
+    softcap: float | None
+    dropout_rate: float
+    dropout_rng: Array | None
+    dropout_broadcast_length: bool
+
+
+class AttentionBackend(abc.ABC):
+    """Implementation of attention, to be registered by `kernels.attention.register_backend`.
+
+    Attributes:
+      is_portable: It runs on every platform, so that a model with it can be exported.
+      materializes_scores: It writes the scores [B, H, Q, K] to memory; memory estimates read this.
+      recomputes_scores: Its backward pass computes the scores again instead of keeping them; estimates of memory and
+        operations read this.
+    """
+
+    is_portable: ClassVar[bool] = False
+    materializes_scores: ClassVar[bool] = False
+    recomputes_scores: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def supports(self, request: AttentionRequest) -> str | None:
+        """Return None, or what the backend cannot do and how to avoid it, as the end of an error message."""
+
+    @abc.abstractmethod
+    def prepare_mask(
+        self,
+        mask: MaskSpec,
+        relative_bias: RelativeBias | None,
+        q_length: int,
+        kv_length: int,
+        split: SequenceSharding | None,
+    ) -> Mask:
+        """Return the mask in the form that `attend` reads: dense, or `BlockwiseMask.of` to keep the description.
+
+        Layers of several windows, several sequences of keys and biases of single layers are combined from the result
+        (`stack_masks`, `concat_masks`, `add_bias`).
+
+        Args:
+          mask: Description of the mask.
+          relative_bias: T5's bias, or None.
+          q_length: Number of queries.
+          kv_length: Number of keys.
+          split: Placement of a sequence that is split over devices; the result must be a `BlockwiseMask` with it. None
+            unless `supports` accepts `is_split`.
+        """
+
+    @abc.abstractmethod
+    def attend(
+        self, q_BxQxHxh: Array, keys: Sequence[Array], values: Sequence[Array], mask: Mask, options: AttentionOptions
+    ) -> Array:
+        """Return softmax(scale * q k + bias) v over the visible keys, [B, Q, H, h] in the type of q.
+
+        Args:
+          q_BxQxHxh: Queries, not yet scaled; head i reads key and value head i // (H / G).
+          keys: Sequences of keys [B, K, G, h] under one softmax, one after the other; most attentions have one.
+          values: Values of the same shapes.
+          mask: Result of `prepare_mask`, possibly combined for several sequences: a dense mask covers all of them, a
+            blockwise one has one `KeySpec` for each.
+          options: Scale, soft cap and dropout.
+        """
+
+
+class DenseMaskBackend(AttentionBackend):
+    """Backend that reads a dense mask, except for sequences that are split over devices."""
+
+    def prepare_mask(
+        self,
+        mask: MaskSpec,
+        relative_bias: RelativeBias | None,
+        q_length: int,
+        kv_length: int,
+        split: SequenceSharding | None,
+    ) -> Mask:
+        if split is not None:
+            return BlockwiseMask.of(mask, relative_bias, split)
+        return materialize(mask, relative_bias, q_length, kv_length)
+
+
+def drops_values(num_heads: int, num_kv_heads: int, dropout_broadcast_length: bool) -> bool:
+    """Return whether dropout of probabilities can be done on the values, which every backend then supports.
+
+    A dropout mask m without a query axis satisfies sum_k (p_qk m_k) v_k = sum_k p_qk (m_k v_k). With fewer key heads
+    than query heads, query heads that share a value would share their mask, so it is not done.
+    """
+    return dropout_broadcast_length and num_heads == num_kv_heads

@@ -1,0 +1,82 @@
+"""Attention by `jax.nn.dot_product_attention`: compiled by XLA on every platform, or by cuDNN on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+from jax import Array
+
+from t5x_like.kernels.attention_backend import AttentionOptions, AttentionRequest, DenseMaskBackend
+from t5x_like.kernels.attention_masks import DenseMask, Mask
+from t5x_like.kernels.reference_attention import join_sequences
+
+
+class XlaAttention(DenseMaskBackend):
+    """`jax.nn.dot_product_attention` with the implementation "xla"."""
+
+    is_portable = True
+    materializes_scores = True
+
+    def supports(self, request: AttentionRequest) -> str | None:
+        if request.softcap is not None:
+            return 'it has no soft cap of the scores; set attention="reference"'
+        if request.bias == "content":
+            return 'it does not support disentangled positions; set attention="reference"'
+        if request.dropout_rate:
+            return (
+                f"it cannot drop single probabilities (dropout_rate {request.dropout_rate:g}); set "
+                "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
+                'attention="reference"'
+            )
+        if request.is_split:
+            return (
+                "it cannot attend over a sequence that is split over devices; "
+                'set model.attention="reference", or sharding.context_attention="all_gather" to keep the backend'
+            )
+        return None
+
+    def attend(
+        self, q_BxQxHxh: Array, keys: Sequence[Array], values: Sequence[Array], mask: Mask, options: AttentionOptions
+    ) -> Array:
+        return _dot_product_attention(q_BxQxHxh, keys, values, mask, options, "xla")
+
+
+class CudnnAttention(XlaAttention):
+    """`jax.nn.dot_product_attention` with the implementation "cudnn": fused kernels for half precision."""
+
+    is_portable = False
+    materializes_scores = False
+
+    def supports(self, request: AttentionRequest) -> str | None:
+        if request.dtype == "float32":
+            return "cuDNN's kernels are for half precision and the model computes in float32; set dtype=bfloat16"
+        return super().supports(request)
+
+    def attend(
+        self, q_BxQxHxh: Array, keys: Sequence[Array], values: Sequence[Array], mask: Mask, options: AttentionOptions
+    ) -> Array:
+        return _dot_product_attention(q_BxQxHxh, keys, values, mask, options, "cudnn")
+
+
+def _dot_product_attention(
+    q_BxQxHxh: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    mask: Mask,
+    options: AttentionOptions,
+    implementation: Literal["xla", "cudnn"],
+) -> Array:
+    # Bias and mask are arrays: the causal flag of the library covers neither prefixes nor segments.
+    assert isinstance(mask, DenseMask)
+    # It accepts G key heads for H query heads, so that keys and values are not repeated.
+    return jax.nn.dot_product_attention(
+        q_BxQxHxh,
+        join_sequences(keys),
+        join_sequences(values),
+        bias=None if mask.bias is None else mask.bias.astype(q_BxQxHxh.dtype),
+        mask=mask.mask,
+        scale=options.scale,
+        implementation=implementation,
+    )

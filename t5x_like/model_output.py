@@ -1,0 +1,60 @@
+"""Output of a model for the training and evaluation step: logits, and auxiliary losses and metrics.
+
+This is the only interface between models and the loss. A model with one head returns its logits and nothing else. A
+router, a discriminator or another head adds the losses that train it to `ModelOutput.losses`; the step does not need to
+know what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from t5x_like.monitoring.metrics import WeightedMean
+
+
+class AuxiliaryLoss(NamedTuple):
+    """A loss beside the cross-entropy of the logits, given as a sum.
+
+    The training loss is the batch's mean cross-entropy plus, for each auxiliary loss, coefficient * sum / weight, where
+    sum and weight are totals over the whole batch, that is over its sub-batches and accumulation parts.
+
+    Attributes:
+      sum: float32 scalar, differentiable.
+      weight: float32 scalar that divides the sum (mostly a number of tokens). It depends on the batch and on no
+        parameter.
+      coefficient: Factor of the mean. The cross-entropy has 1.
+    """
+
+    sum: Any
+    weight: Any
+    coefficient: float
+
+
+class Targets(NamedTuple):
+    """Targets of the logits.
+
+    Attributes:
+      ids: int [rows, length], target token ids.
+      weights: float32 [rows, length], loss weights.
+    """
+
+    ids: Any
+    weights: Any
+
+
+class ModelOutput(NamedTuple):
+    """Results of a model for a sub-batch.
+
+    Attributes:
+      logits: float32 [rows, length, vocabulary], for the batch's targets; or None.
+      losses: Name -> auxiliary loss; each is reported under its name as a mean without the coefficient. Without logits,
+        "loss" must be one of them, and the others are added to it.
+      metrics: Name -> metric that is reported and not minimized.
+      targets: Targets of the logits if these are not the batch's own target tokens.
+    """
+
+    logits: Any
+    losses: Mapping[str, AuxiliaryLoss] = {}
+    metrics: Mapping[str, WeightedMean] = {}
+    targets: Targets | None = None

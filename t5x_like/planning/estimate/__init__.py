@@ -1,0 +1,1 @@
+"""Estimates of parameters, FLOPs and memory by arithmetic."""

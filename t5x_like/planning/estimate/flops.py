@@ -1,0 +1,146 @@
+"""FLOPs of training and decoding steps: the model's own, from which utilization is computed, and those executed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import assert_never
+
+from t5x_like.config import RunConfig, batch_spec
+from t5x_like.config.batch_spec import ArraySpec
+from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.kernels.attention import get_backend
+from t5x_like.models.factory import kernels
+from t5x_like.models.flops import forward_flops_by_part
+from t5x_like.planning.estimate.tokens import tokens_per_step
+
+BACKWARD = 2
+"""Products of the backward pass per product of the forward pass: one for the inputs and one for the parameters."""
+
+
+def training_flops(run: RunConfig) -> float:
+    """Return the model FLOPs of a training step: three times those of the forward pass, without recomputation."""
+    return float((1 + BACKWARD) * sum(forward_flops(run).values()))
+
+
+def forward_flops(run: RunConfig) -> dict[str, int]:
+    """Return the model FLOPs of the forward pass of a step over all sub-batches, by part: `models.flops`."""
+    total: Counter[str] = Counter()
+    for features in batch_spec(run).values():
+        total.update(forward_flops_by_part(run.model, features))
+    return dict(total)
+
+
+def executed_flops(run: RunConfig) -> float:
+    """Return the FLOPs of matrix products that the devices execute in a training step.
+
+    They exceed the model's FLOPs for two reasons. The backends compute all pairs of a query and a key, masked or not.
+    The backward pass recomputes what was not saved: with attention by "reference" the scores; with `remat` of "dots"
+    both products of attention as well; with "full" the whole forward pass of the layers, except a last product whose
+    result is not needed. The products of the optimizer (Muon) are added. Elementwise operations are not counted,
+    and neither is the padding of groups of experts on devices other than TPUs (`kernels.grouped_mlp`).
+    """
+    config = run.model
+    forward: Counter[str] = Counter()
+    for features in batch_spec(run).values():
+        forward.update(forward_flops_by_part(config, features, all_pairs=True))
+    return float((1 + BACKWARD) * sum(forward.values()) + _recomputed(config, forward) + optimizer_flops(run))
+
+
+def optimizer_flops(run: RunConfig) -> int:
+    """Return the FLOPs of the optimizer's matrix products in a step, over all matrices of the layers' kernels.
+
+    The products of adapters are not counted: they are too small.
+    """
+    if run.training.lora is not None or run.training.optimizer.matmul_flops(1, 1) == 0:
+        return 0
+    total = 0
+    for kernel in kernels(run.model).values():
+        stacked, inputs, outputs = (
+            math.prod(kernel.shape[part])
+            for part in (
+                slice(kernel.stacked),
+                slice(kernel.stacked, kernel.split),
+                slice(kernel.split, None),
+            )
+        )
+        total += stacked * run.training.optimizer.matmul_flops(inputs, outputs)
+    return total
+
+
+def decode_flops(run: RunConfig, *, rows: int, length: int, encoder_length: int = 0) -> float:
+    """Return the FLOPs of matrix products in a decoding step of one token per row.
+
+    Args:
+      run: The run.
+      rows: Number of rows.
+      length: Tokens in the cache of each row, all of which are attended to.
+      encoder_length: Tokens of the encoder's output, for cross-attention.
+    """
+    config = run.model
+    decoder = config.decoder
+    assert decoder is not None
+    # The encoder does not run again, and the keys and values of its output are cached: a source of length 0.
+    features = {
+        "encoder_input_tokens": ArraySpec((rows, 0), "int32"),
+        "decoder_input_tokens": ArraySpec((rows, 1), "int32"),
+    }
+    parts = forward_flops_by_part(config, features, all_pairs=True)
+    products = sum(
+        count for part, count in parts.items() if not part.startswith("encoder ") and not part.endswith(" scores")
+    )
+    keys = length + encoder_length
+    return float(products + rows * 4 * decoder.num_layers * decoder.num_heads * decoder.head_dim * keys)
+
+
+def _recomputed(config: ModelConfig, forward: Mapping[str, int]) -> float:
+    """Return the FLOPs of the layers' forward pass that the backward pass recomputes."""
+    scores = sum(count for part, count in forward.items() if part.endswith(" scores"))
+    attention = 0.5 * scores if get_backend(config.attention).recomputes_scores else 0.0
+    match config.remat:
+        case "none":
+            return attention
+        case "dots":
+            return attention + scores
+        case "full":
+            layers = sum(
+                count for part, count in forward.items() if part.split()[-1] in ("projections", "scores", "mlp")
+            )
+            return attention + layers - _last_products(config, forward)
+        case _:
+            assert_never(config.remat)
+
+
+def _last_products(config: ModelConfig, forward: Mapping[str, int]) -> float:
+    """Return the FLOPs of the products that end a layer, whose results the backward pass does not read."""
+    return sum(
+        forward[f"{name} mlp"] * _last_product(stack)
+        for name, stack in [*config.stacks.items(), ("generator", config.generator)]
+        if stack is not None and stack.norm_placement == "pre"
+    )
+
+
+def _last_product(stack: StackConfig) -> float:
+    """Return the fraction of an MLP's FLOPs that are in the product with its last kernel."""
+    kernels = 3 if stack.mlp_gated else 2
+    if stack.experts is None:
+        return 1 / kernels
+    mlps = stack.experts.experts_per_token + stack.experts.num_shared_experts
+    router = stack.experts.num_experts / (mlps * stack.d_ff)
+    return 1 / (kernels + router)
+
+
+def cross_attention_premium(run: RunConfig) -> float:
+    """Return the FLOPs of cross-attention as a fraction of all other FLOPs of the step; 0 without cross-attention.
+
+    This is the overhead of an encoder-decoder's two stacks over a single stack that reads the same tokens.
+    """
+    parts = forward_flops(run)
+    cross = sum(count for part, count in parts.items() if part.startswith("cross "))
+    return cross / (sum(parts.values()) - cross)
+
+
+def six_n_d(run: RunConfig, parameters: int) -> float:
+    """Return 6 N D, the usual estimate: a multiply and an add per parameter and token position, three times."""
+    return 6.0 * parameters * tokens_per_step(run)

@@ -1,0 +1,104 @@
+"""Exact parameter counts by part of the model, from the program's own parameter tree, with their bytes on a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from t5x_like.config.model import ModelConfig
+from t5x_like.planning.estimate.memory import leaf_bytes
+from t5x_like.program import Program
+from t5x_like.sharding.shardings import logical_leaves
+
+_KINDS = {
+    "self_attention": "attention",
+    "cross_attention": "cross-attention",
+    "mlp": "MLP",
+    "relative_bias": "positions",
+    "position_embedder": "positions",
+    "distance_embedder": "positions",
+    "token_type_embedder": "token types",
+    "embedding_projection": "embedding projection",
+}
+_TABLES = {
+    "token_embedder": "embedding",
+    "encoder_token_embedder": "encoder embedding",
+    "unscaled_embedding": "embedding",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of one part of a model.
+
+    Attributes:
+      count: Number of all parameters.
+      active: Number of parameters that one token uses: fewer than `count` in a mixture of experts.
+      bytes_per_device: Bytes of the parameters alone.
+    """
+
+    count: int
+    active: int
+    bytes_per_device: int
+
+
+def parameter_parts(program: Program) -> dict[str, ParameterCount]:
+    """Count the parameters by part.
+
+    The parts are the embedding; of each stack attention, cross-attention, MLP or experts, positions and norms; and the
+    head. A tied table is counted once, as embedding. The sum of `count` is the number of parameters.
+    """
+    model = program.run.model
+    params = program.abstract_params if program.lora is None else program.abstract_base_params
+    parts: dict[str, ParameterCount] = {}
+    for leaf in logical_leaves(program.spec.logical_axes, params):
+        name = part_of(leaf.path, leaf.axes)
+        count = math.prod(leaf.array.shape)
+        part = parts.get(name, ParameterCount(0, 0, 0))
+        parts[name] = ParameterCount(
+            part.count + count,
+            part.active + _active(count, leaf.path, leaf.axes, model),
+            part.bytes_per_device + leaf_bytes(leaf.array),
+        )
+    return parts
+
+
+def part_of(path: str, axes: tuple[str | None, ...]) -> str:
+    """Return the part that a parameter belongs to, by its path in the tree."""
+    names = path.split("/")
+    if names[0] in _TABLES:
+        return _TABLES[names[0]]
+    if names[0] == "head":
+        return "head"
+    stack = names[0]
+    inner = [name for name in names[1:] if name not in ("layers", "encoder")]
+    if stack == "generator" and inner[0] == "head":
+        return "generator head"
+    if "experts" in axes:
+        return f"{stack} experts"
+    if inner[0] == "mlp" and inner[1] == "router":
+        return f"{stack} router"
+    return f"{stack} {_KINDS.get(inner[0], 'norms')}"
+
+
+def _active(count: int, path: str, axes: tuple[str | None, ...], model: ModelConfig) -> int:
+    stack = {**model.stacks, "generator": model.generator}.get(path.split("/")[0])
+    if "experts" not in axes or stack is None or stack.experts is None:
+        return count
+    return count * stack.experts.experts_per_token // stack.experts.num_experts
+
+
+def total(parts: Mapping[str, ParameterCount]) -> ParameterCount:
+    """Return the sum of the parts."""
+    return ParameterCount(
+        sum(part.count for part in parts.values()),
+        sum(part.active for part in parts.values()),
+        sum(part.bytes_per_device for part in parts.values()),
+    )
+
+
+def cross_attention_share(parts: Mapping[str, ParameterCount]) -> float:
+    """Return the parameters of cross-attention as a fraction of all others; 0 without cross-attention."""
+    cross = sum(part.count for name, part in parts.items() if name.endswith("cross-attention"))
+    return cross / max(total(parts).count - cross, 1)

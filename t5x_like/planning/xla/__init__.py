@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for TPUs, and the analysis of XLA's reports and program texts."""

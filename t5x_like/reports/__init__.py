@@ -1,0 +1,1 @@
+"""Reports: HTML pages and images about runs, data and comparisons of checkpoints."""

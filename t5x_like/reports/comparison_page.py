@@ -1,0 +1,157 @@
+"""Comparison of evaluated checkpoints as one HTML page without external resources."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+
+from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
+from t5x_like.errors import ConfigError, ConfigProblem, DataError
+from t5x_like.evaluation import comparison
+from t5x_like.evaluation.bootstrap import LEVEL
+from t5x_like.evaluation.comparison import EvaluatedCheckpoint, MetricCell, MetricRow
+from t5x_like.reports.html_page import content_hash, environment, resource
+from t5x_like.reports.sample_view import pieces
+from t5x_like.utils import formatting
+from t5x_like.utils.atomic_write import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class CellView:
+    """Cell of the table of metrics: texts, and value and interval as positions in percent of the width."""
+
+    text: str
+    around: str
+    difference: str
+    difference_around: str
+    verdict: str
+    paired: bool
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def write_comparison(references: Sequence[CheckpointRef], output: Path, *, samples: int = 6) -> Path:
+    """Compare evaluated checkpoints with the first of them.
+
+    Args:
+      references: Runs with steps; without a step the newest evaluated one.
+      output: The HTML file.
+      samples: Number of samples of each Task.
+
+    Raises:
+      ConfigError: fewer than two, more than `comparison.MAX_RUNS`, or one that is not evaluated.
+      DataError: a file of an evaluation is malformed, or the page cannot be written.
+    """
+    each: list[CheckpointRef] = []
+    for one in references:
+        each += [CheckpointRef(one.path, (step,)) for step in one.steps] or [one]
+    if not 2 <= len(each) <= comparison.MAX_RUNS:
+        raise ConfigError(
+            [ConfigProblem("MODEL", f"{len(each)} checkpoints", f"2 to {comparison.MAX_RUNS} to compare")]
+        )
+    subjects = [comparison.read_checkpoint(reference) for reference in each]
+    repeated = [
+        name for name, count in Counter(f"{one.path.resolve()}:{one.step}" for one in subjects).items() if count > 1
+    ]
+    if repeated:
+        raise ConfigError(
+            [ConfigProblem("MODEL", f"{name} more than once", "different checkpoints") for name in repeated]
+        )
+    page = render(subjects, samples=samples)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, page)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
+    return output
+
+
+def render(subjects: Sequence[EvaluatedCheckpoint], *, samples: int = 6) -> str:
+    """Return the HTML page."""
+    rows = comparison.compare(subjects)
+    style = resource("run_report.css") + resource("comparison.css")
+    held_out = [
+        {**sample, "inputs": pieces(sample["inputs"]), "targets": pieces(sample["targets"])}
+        for sample in comparison.aligned_samples(subjects)
+    ]
+    for sample in held_out:
+        sample["predictions"] = [None if said is None else pieces(said) for said in sample["predictions"]]
+    return (
+        environment()
+        .get_template("comparison.html")
+        .render(
+            subjects=subjects,
+            style=Markup(style),
+            style_hash=content_hash(style),
+            level=f"{100 * LEVEL:.0f} %",
+            groups=_groups(rows),
+            verdicts=_verdicts(subjects, rows),
+            held_out=held_out,
+            answers=comparison.aligned_answers(subjects, samples),
+            differences=comparison.configuration_differences(subjects),
+        )
+    )
+
+
+def _groups(rows: Sequence[MetricRow]) -> list[tuple[str, list[tuple[MetricRow, list[CellView]]]]]:
+    """Return the metrics by title: those of held-out text, then those of each Task."""
+    groups: dict[str, list[tuple[MetricRow, list[CellView]]]] = {}
+    for row in rows:
+        first = row.name.partition("/")[0]
+        is_held_out = first in ("loss", "accuracy") or row.name.endswith("bits_per_byte")
+        groups.setdefault("Held-out text" if is_held_out else first, []).append((row, _bars(row.cells)))
+    return list(groups.items())
+
+
+def _bars(cells: Sequence[MetricCell]) -> list[CellView]:
+    ends = [end for cell in cells for end in (cell.value, *(cell.interval or ())) if _is_number(end)]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    margin = (high - low) * 0.04 or 1.0
+
+    def position(value: float | None) -> float | None:
+        return 100 * (value - low + margin) / (high - low + 2 * margin) if value is not None else None
+
+    return [
+        CellView(
+            text="–" if cell.value is None else formatting.number(cell.value),
+            around=_interval(cell.interval),
+            difference=_difference(cell),
+            difference_around=_interval(cell.difference_interval, sign="+"),
+            verdict=cell.verdict,
+            paired=cell.paired,
+            value=position(cell.value),
+            low=None if cell.interval is None else position(cell.interval[0]),
+            high=None if cell.interval is None else position(cell.interval[1]),
+        )
+        for cell in cells
+    ]
+
+
+def _difference(cell: MetricCell) -> str:
+    if cell.other_text:
+        return "other text"
+    return "" if cell.difference is None else f"{cell.difference:+.4g}"
+
+
+def _verdicts(subjects: Sequence[EvaluatedCheckpoint], rows: Sequence[MetricRow]) -> list[tuple[int, int, int, int]]:
+    """Return (subject, better, worse, undecided) for all but the first, over metrics with an interval."""
+    found = []
+    for number in range(1, len(subjects)):
+        cells = [row.cells[number] for row in rows if row.cells[number].difference_interval is not None]
+        better, worse = (sum(cell.verdict == word for cell in cells) for word in ("better", "worse"))
+        found.append((number, better, worse, len(cells) - better - worse))
+    return found
+
+
+def _interval(ends: tuple[float, float] | None, sign: str = "") -> str:
+    return "" if ends is None else f"{ends[0]:{sign}.4g} to {ends[1]:{sign}.4g}"
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

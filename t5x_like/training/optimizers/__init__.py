@@ -1,0 +1,1 @@
+"""Optimizers: one module per configuration class of `config.optimizers`."""

@@ -1,0 +1,1 @@
+"""Utilities that import no other package except errors."""

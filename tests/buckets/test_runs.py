@@ -1,0 +1,223 @@
+"""Whole runs by the command line with --workdir in a bucket end bit for bit as a run in a local directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.bucket_proxy import Faults
+from helpers.bucket_servers import Server, without_bucket_settings
+from helpers.saved_state import saved_state
+
+from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
+from t5x_like.storage import locations
+from t5x_like.storage.locations import Url, location
+
+pytestmark = [pytest.mark.buckets, pytest.mark.timeout(1200)]
+
+REPOSITORY = Path(__file__).parents[2]
+HELPERS = Path(__file__).parents[1] / "helpers"
+RECIPE = HELPERS / "fault_recipe.py"
+STEPS = ("--training.num-train-steps", "30")
+TIMINGS = ("crc32", "step_time_s", "tokens_per_second", "data_wait_fraction", "mfu", "goodput", "lost_time/")
+NOISE = re.compile(r"^(?:[EIW]\d{4} |t5x-like: --trust ).*\n", re.MULTILINE)
+"""Lines that TensorStore writes to stderr, and that --trust was not needed."""
+
+
+class Workspace:
+    """Directory with a corpus in which commands are run."""
+
+    def __init__(self, directory: Path, settings: Mapping[str, str] = {}) -> None:
+        self.directory = directory
+        self.environment = {
+            **without_bucket_settings(),
+            **settings,
+            "PYTHONPATH": str(REPOSITORY),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(directory.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        rng = random.Random(0)
+        words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(60)]
+        (directory / "texts").mkdir(parents=True)
+        for number in range(20):
+            (directory / "texts" / f"{number}.txt").write_text(" ".join(rng.choices(words, k=400)))
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "t5x_like", *map(str, arguments)],
+            cwd=self.directory,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def run(self, *arguments: str | Path, code: int = EXIT_OK) -> str:
+        return finish(self.start(*arguments), code)
+
+
+def finish(process: subprocess.Popen[str], code: int = EXIT_OK) -> str:
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == code, output
+    return NOISE.sub("", output)
+
+
+def numbers(output: str) -> list[str]:
+    """Return the results in an output of `eval` or `generate`: the words without frames, and without paths."""
+    return [word for word in output.split() if "run" not in word and not set(word) & set("━─┳┏┓┡┩╇└┴┘/")]
+
+
+def logged(text: str) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without the entries that depend on time."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMINGS)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with an undisturbed run in a local directory."""
+    workspace = Workspace(tmp_path_factory.mktemp("local") / "a")
+    workspace.run("prepare", RECIPE)
+    workspace.run("train", RECIPE, "--workdir", "run", *STEPS)
+    return workspace
+
+
+@pytest.fixture
+def settings(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def at(server: Server, name: str) -> Url:
+    url = location(server.url(name))
+    assert isinstance(url, Url)
+    return url
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.05)
+
+
+def state_in(url: Url, tmp_path: Path, workspace: Workspace) -> Any:
+    """Return all arrays of the last checkpoint by path."""
+    script = (
+        "import sys, numpy as np; from pathlib import Path; from helpers.saved_state import saved_state;"
+        "from t5x_like.storage.mirror import path_to_read;"
+        "np.savez(sys.argv[2], **saved_state(path_to_read(sys.argv[1], 'MODEL'), 30))"
+    )
+    environment = {**workspace.environment, "PYTHONPATH": f"{REPOSITORY}:{HELPERS.parent}"}
+    command = [sys.executable, "-c", script, str(url), str(tmp_path / "state.npz")]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    import numpy as np
+
+    return np.load(tmp_path / "state.npz")
+
+
+def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settings: None, tmp_path: Path) -> None:
+    """Prepare, train, SIGKILL, SIGTERM, resume, evaluate, generate, export, average and compare from the bucket."""
+    workspace = Workspace(tmp_path / "a", server.environment)
+    run, stores = at(server, "runs/a"), ("--data.store-dir", server.url("stores"))
+    workspace.run("prepare", RECIPE, *stores)
+    train = ("train", RECIPE, "--workdir", str(run), *STEPS, *stores)
+    committed = run / "checkpoints" / "committed"
+    for signal_number, step, code in ((signal.SIGKILL, 8, -signal.SIGKILL), (signal.SIGTERM, 16, EXIT_RESUMABLE)):
+        process = workspace.start(*train)
+        wait_until(lambda step=step: f"{step}.json" in locations.children(committed), process)
+        process.send_signal(signal_number)
+        finish(process, code)
+    workspace.run(*train)
+
+    expected, found = saved_state(local.directory / "run", 30), state_in(run, tmp_path, workspace)
+    assert set(found.files) == set(expected)
+    assert all(found[path].tobytes() == expected[path].tobytes() for path in expected)
+    metrics = locations.read_bytes(run / "metrics.jsonl") or b""
+    assert logged(metrics.decode()) == logged((local.directory / "run/metrics.jsonl").read_text())
+    assert json.loads(locations.read_bytes(run / "exit.json") or b"")["code"] == EXIT_OK
+    kept = {name.partition(".")[0] for name in locations.children(run / "checkpoints" / "data")}
+    assert kept == {name.partition(".")[0] for name in locations.children(committed)} >= {"24", "30"} and len(kept) == 3
+    assert locations.read_bytes(run / "lease") is None
+    names = set(locations.children(run))
+    assert names >= {"config.json", "run.json", "log.txt", "report.html", "samples.json", "evaluations.jsonl"}
+
+    # config.json names the stores, and these commands do not.
+    trust = ("--trust", server.url("stores"))
+    before = locations.read_bytes(run / "evaluations.jsonl")
+    for name, *options in (("eval",), ("generate", "--prompt", "abc")):
+        steps = ":24,30" if name == "eval" else ""
+        in_bucket = workspace.run(name, f"{run}{steps}", *options, *trust)
+        # Paths differ, and the widths of tables with them.
+        assert numbers(in_bucket) == numbers(local.run(name, f"run{steps}", *options)), name
+    assert (locations.read_bytes(run / "evaluations.jsonl") or b"") != before, "the intervals of `eval` are added"
+    out = tmp_path / "a" / "exported"
+    workspace.run("export", str(run), "exported", *trust)
+    local.run("export", "run", f"exported_{server.scheme}")
+    weights = [path.relative_to(out) for path in sorted(out.rglob("*.safetensors"))]
+    assert weights
+    for path in weights:
+        assert (out / path).read_bytes() == (local.directory / f"exported_{server.scheme}" / path).read_bytes()
+    workspace.run("average", f"{run}:24,30", "mean", *trust)
+    local.run("average", "run:24,30", f"mean_{server.scheme}")
+    expected, found = (
+        saved_state(folder, 30) for folder in (local.directory / f"mean_{server.scheme}", out.parent / "mean")
+    )
+    assert found.keys() == expected.keys()
+    assert all(found[path].tobytes() == expected[path].tobytes() for path in expected)
+    workspace.run("compare", f"{run}:24", f"{run}:30", "--output", "page.html", *trust)
+    assert (tmp_path / "a" / "page.html").stat().st_size > 1000
+
+
+def test_two_hosts_without_a_shared_directory(server: Server, settings: None, tmp_path: Path) -> None:
+    """Two processes in different folders give the bits of two in one folder."""
+    recipe, stores = f"{HELPERS / 'multiprocess_recipe.py'}:decoder", ("--data.store-dir", server.url("stores2"))
+    hosts = [Workspace(tmp_path / f"host{index}", server.environment) for index in (0, 1)]
+    hosts[0].run("prepare", recipe, *stores)
+
+    def train(workdirs: tuple[str, str]) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+        processes = []
+        for index, (host, workdir) in enumerate(zip(hosts, workdirs, strict=True)):
+            flags = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(index))
+            mesh = ("--devices", "2", "--sharding.data", "2", "--training.num-train-steps", "8")
+            processes.append(host.start("train", recipe, "--workdir", workdir, *mesh, *flags, *stores))
+        for process in processes:
+            finish(process)
+
+    run = at(server, "runs/two")
+    train((str(run), str(run)))
+    shared = str(tmp_path / "shared")
+    train((shared, shared))
+    metrics = (locations.read_bytes(run / "metrics.jsonl") or b"").decode()
+    assert logged(metrics) == logged((tmp_path / "shared" / "metrics.jsonl").read_text())
+    assert {"log.txt", "log.1.txt"} <= set(locations.children(run))
+
+
+@pytest.mark.parametrize("kind", ["bucket", "permission"])
+def test_missing_bucket_or_permission_ends_the_run_with_one_message(
+    local: Workspace, server: Server, faults: Faults, kind: str
+) -> None:
+    faults.status = 403 if kind == "permission" else 0
+    workdir = server.url("x", bucket="missing") if kind == "bucket" else server.url("x")
+    local.environment.update(server.environment)
+    output = local.run("train", RECIPE, "--workdir", workdir, code=EXIT_USAGE)
+    reason = "PERMISSION_DENIED" if kind == "permission" else "NOT_FOUND"
+    assert output.count("t5x-like: ") == 1 and reason in output and "Traceback" not in output
+    assert not os.path.exists(local.directory / "s3:") and not os.path.exists(local.directory / "gs:")

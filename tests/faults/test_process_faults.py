@@ -1,0 +1,212 @@
+"""Faults of processes, storage and services during a run: it ends as the undisturbed run, or with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers.fault_runs import (
+    LAST_STEP,
+    RECIPE,
+    Workspace,
+    assert_same_end,
+    children,
+    finish,
+    logged,
+    newest,
+    records_of,
+    wait_for,
+)
+from helpers.recorded_rows import recorded_rows
+from helpers.saved_state import saved_state
+
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, RESTART_CODES
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+SECONDS = 800.0
+"""Limit of a run of two processes, on a machine that does other work."""
+Uninterrupted = Callable[[str], Path]
+
+
+@pytest.mark.parametrize("phase", ["save", "evaluation"])
+def test_sigterm_during_a_save_or_an_evaluation(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, phase: str
+) -> None:
+    """The run ends with a checkpoint of the step that it had reached, and resumes to the same end."""
+    workdir = tmp_path / "run"
+    process = workspace.train(workdir)
+    wait_for(workdir / "checkpoints" / "8", process)
+    if phase == "save":
+        wait_for(workdir / "checkpoints" / "16.saving", process)
+    else:  # That of the end of the run.
+        wait_for(workdir / "checkpoints" / str(LAST_STEP), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    record = json.loads((workdir / "exit.json").read_text())
+    # An evaluation after the last step is finished: nothing is left to resume.
+    assert process.returncode == record["code"] == (EXIT_RESUMABLE if phase == "save" else EXIT_OK), output
+    assert newest(workdir) == record["step"]
+    finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_the_process_at_once(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, number: signal.Signals
+) -> None:
+    workdir = tmp_path / "run"
+    process = workspace.train(workdir)
+    wait_for(workdir / "checkpoints" / "8", process)
+    process.send_signal(signal.SIGSTOP)  # Both arrive before the process can have ended by the first one.
+    process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
+    while process.poll() is None:
+        process.send_signal(number)
+    assert process.wait() in (128 + number, EXIT_RESUMABLE, -number)
+    finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
+def test_process_killed_after_its_last_save(workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    """The next process trains no step, and completes the evaluation."""
+    workdir = tmp_path / "run"
+    workspace.train_and_kill(workdir, step=LAST_STEP)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    finish(workspace.train(workdir))
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert_same_end(workdir, uninterrupted("recipe"))
+    assert "nothing to train" in finish(workspace.train(workdir))
+
+
+def test_service_of_a_metric_writer_that_fails(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    output = finish(workspace.train(tmp_path / "run", recipe="broken_writer"))
+    assert output.count("the service does not answer") <= 2 and "Traceback" not in output
+    assert_same_end(tmp_path / "run", uninterrupted("recipe"))
+
+
+def test_storage_that_becomes_read_only(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, mount_disk: Callable[[int], Path]
+) -> None:
+    disk = mount_disk(64)
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(disk)
+    process = workspace.train(workdir)
+    wait_for(workdir / "checkpoints" / "8", process)
+    # Refused as long as a save is in progress.
+    while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode:
+        assert process.poll() is None
+    output = finish(process, code=EXIT_REFUSED)
+    assert "Read-only file system" in output and "Traceback" not in output
+    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
+def test_file_system_without_inodes(workspace: Workspace, mount_disk: Callable[..., Path]) -> None:
+    """There are bytes left, and no inodes: the message says so."""
+    disk = mount_disk(64, inodes=60)
+    process = workspace.train(disk / "run", "--checkpoints.max-to-keep", "50")
+    output = finish(process, code=EXIT_REFUSED)
+    assert "no inodes are free" in output and "Traceback" not in output
+
+
+def test_port_of_the_coordinator_is_taken(workspace: Workspace, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        variables = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_COORDINATOR_BIND_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": "0",
+        }
+        process = workspace.train(tmp_path / "run", "--initialization-timeout", "20", variables=variables)
+        output, _ = process.communicate(timeout=200)
+    assert (
+        process.returncode not in (EXIT_OK, None) and "address already in use" in output and "Traceback" not in output
+    )
+
+
+class Pair:
+    """Runs of two processes with two devices each."""
+
+    recipe = f"{RECIPE.with_name('multiprocess_recipe.py')}:encoder_decoder"
+    last_step = 24
+
+    def __init__(self, workspace: Workspace):
+        self._workspace = workspace
+        self.undisturbed = workspace.directory / "undisturbed_pair"
+        finish(self.train(self.undisturbed), seconds=SECONDS)
+
+    def train(self, workdir: Path, *overrides: str, **program: dict[str, str]) -> subprocess.Popen[str]:
+        cache = self._workspace.directory / "compiled_for_two"
+        variables = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        module = program.get("module", "t5x_like")
+        environment = {**variables, **program.get("variables", {})}
+        launcher = ("-n", "2", "--devices-per-process", "2", "--max-restarts", "0", "--")
+        command = (*launcher, sys.executable, "-m", module)
+        options = ("train", self.recipe, "--workdir", str(workdir), "--sharding.data", "2", *overrides)
+        return self._workspace.start(*command, *options, module="t5x_like.launching.local", variables=environment)
+
+
+@pytest.fixture(scope="module")
+def pair(workspace: Workspace) -> Iterator[Pair]:
+    recipe = RECIPE.with_name("multiprocess_recipe.py")
+    finish(workspace.start("prepare", f"{recipe}:encoder_decoder"))
+    yield Pair(workspace)
+
+
+def test_one_of_two_processes_is_killed_during_a_save(pair: Pair, tmp_path: Path) -> None:
+    """Both end with a code that restarts, the torn save is not listed, and the end is that of the undisturbed run."""
+    workdir = tmp_path / "run"
+    process = pair.train(workdir)
+    wait_for(workdir / "checkpoints" / "8.saving", process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode in RESTART_CODES, output
+    assert newest(workdir) in (4, 8)
+    finish(pair.train(workdir), seconds=SECONDS)
+    assert logged(workdir) == logged(pair.undisturbed)
+    assert recorded_rows(workdir) == recorded_rows(pair.undisturbed)
+    states = [saved_state(directory, pair.last_step) for directory in (workdir, pair.undisturbed)]
+    assert all(states[0][path].tobytes() == leaf.tobytes() for path, leaf in states[1].items())
+
+
+@pytest.mark.parametrize("policy", ["skip", "abort", "rollback"])
+def test_loss_of_one_of_two_processes_is_nan(pair: Pair, tmp_path: Path, policy: str) -> None:
+    """Only rows of process 1 are bad, and both processes reject the same step, 12, of rows 88 to 95."""
+    poisoned = {"module": "helpers.poisoned_train", "variables": {"POISONED_ROW": "88", "POISONED_PROCESS": "1"}}
+    workdir = tmp_path / "run"
+    # A run ends when all steps of a logging interval are rejected.
+    options = ("--training.guard.policy", policy, "--monitoring.log-every-steps", "2")
+    process = pair.train(workdir, *options, **poisoned)
+    output = finish(process, EXIT_REFUSED if policy == "abort" else EXIT_OK, SECONDS)
+    assert re.search(r"step 12 (had|was rejected)", output)
+    (rejected,) = records_of(workdir / "rejected_steps.jsonl")
+    assert (rejected["step"], rejected["first_row"], rejected["last_row"]) == (12, 88, 95)
+    steps = [line["step"] for line in logged(workdir)]
+    match policy:
+        case "skip":
+            assert steps == list(range(2, 25, 2)) and newest(workdir) == 24
+        case "abort":
+            assert newest(workdir) == 8
+        case "rollback":
+            assert steps == list(range(2, 25, 2)) and newest(workdir) == 24
+            ((restored, step, row),) = json.loads((workdir / "run.json").read_text())["rollbacks"]
+            assert (step, row) == (12, 96)
+            used = [index for rows in recorded_rows(workdir).values() for _, index, _ in rows]
+            after = range(96, 96 + 8 * (24 - restored))
+            assert sorted(used) == [*range(8 * restored), *after]

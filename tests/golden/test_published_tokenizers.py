@@ -1,0 +1,213 @@
+"""Tokenizers of published models have the ids that transformers gives, in both directions."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sentencepiece = pytest.importorskip("sentencepiece")
+transformers = pytest.importorskip("transformers", reason="tokenizers of transformers need the hf extra")
+
+from helpers.published_models import (  # noqa: E402
+    KINDS,
+    ODD,
+    TOPICS,
+    byte_level_bpe,
+    sentencepiece_model,
+    unigram,
+    write_model,
+    write_sentencepiece,
+)
+
+from t5x_like.cli.main import main  # noqa: E402
+from t5x_like.config.tokenizer import TRAINED_KINDS, TokenizerConfig  # noqa: E402
+from t5x_like.config.validation import validate  # noqa: E402
+from t5x_like.data.tokenizers.loading import keep_tokenizer, kept_tokenizer, load_tokenizer  # noqa: E402
+from t5x_like.data.tokenizers.published import load_published  # noqa: E402
+from t5x_like.data.tokenizers.tokenizer import Tokenizer, have_same_pieces  # noqa: E402
+from t5x_like.data.tokenizers.train_vocabulary import train_vocabulary  # noqa: E402
+from t5x_like.data.tokenizers.vocabulary import Vocabulary  # noqa: E402
+from t5x_like.errors import DataError  # noqa: E402
+from t5x_like.interop.huggingface.continued_run import continued_run  # noqa: E402
+from t5x_like.interop.huggingface.tokenizer_export import write_tokenizer  # noqa: E402
+
+pytestmark = pytest.mark.hf
+TEXTS = [*ODD, *TOPICS[::8]]
+
+
+def write_llama(folder: Path) -> Any:
+    write_sentencepiece(folder, "llama")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def write_gemma(folder: Path) -> Any:
+    write_sentencepiece(folder, "gemma")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def write_xlm_roberta(folder: Path) -> Any:
+    """Write sentencepiece.bpe.model as XLM-R was published with: a unigram model with NFKC and fairseq's ids."""
+    out = io.BytesIO()
+    lines = [line for topic in TOPICS for line in topic.split("\n") if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, vocab_size=500, model_type="unigram", minloglevel=2
+    )
+    (folder / "sentencepiece.bpe.model").write_bytes(out.getvalue())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "xlm-roberta"}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def write_llama_json(folder: Path) -> Any:
+    (folder / "source").mkdir()
+    write_llama(folder / "source").save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def write_bert(folder: Path) -> Any:
+    words = sorted({word for topic in TOPICS for word in topic.lower().split() if word.isalpha()})[:400]
+    letters = [prefix + chr(code) for prefix in ("", "##") for code in range(97, 123)]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *"0123456789.,:;-_()日本", *words]
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(names)) + "\n", encoding="utf-8")
+    return transformers.BertTokenizer(str(folder / "vocab.txt"))
+
+
+def write_gpt2(folder: Path) -> Any:
+    byte_level_bpe(eos_token="<|endoftext|>").backend_tokenizer.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({name: "<|endoftext|>" for name in ("eos_token", "bos_token", "unk_token")})
+    )
+    files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
+    return transformers.GPT2Tokenizer(*files)
+
+
+def write_t5(folder: Path) -> Any:
+    unigram(pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+WRITERS = [write_llama, write_gemma, write_xlm_roberta, write_llama_json, write_bert, write_gpt2, write_t5]
+
+
+@pytest.fixture(scope="module", params=WRITERS, ids=lambda writer: writer.__name__)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenizer, Any]:
+    folder = tmp_path_factory.mktemp("published")
+    reference = request.param(folder)
+    return folder, load_published(folder, 0), reference
+
+
+def test_ids_and_texts_equal_those_of_transformers(case: tuple[Path, Tokenizer, Any]) -> None:
+    _, tokenizer, reference = case
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+        assert ids.tolist() == reference(text, add_special_tokens=False)["input_ids"], text
+    assert tokenizer.eos_id == (reference.sep_token_id if reference.eos_token_id is None else reference.eos_token_id)
+    vocabulary = tokenizer.vocabulary
+    assert vocabulary.pad_id == (tokenizer.eos_id if reference.pad_token_id is None else reference.pad_token_id)
+    assert vocabulary.own_mask_id == reference.mask_token_id or not hasattr(tokenizer, "contents")
+    for text in ["def f(x):\n    return x\n", "The function returns a list.", "naive cafe"]:
+        ids = tokenizer.encode(text)
+        decoded = reference.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert tokenizer.decode(ids) == decoded
+        assert "".join(tokenizer.to_bytes(ids).decode().split()) == "".join(decoded.split())
+
+
+def test_tokenizer_is_kept_and_exported_with_its_added_tokens(
+    case: tuple[Path, Tokenizer, Any], tmp_path: Path
+) -> None:
+    folder, _, reference = case
+    tokenizer = load_published(folder, 7)
+    keep_tokenizer(tmp_path / "kept", tokenizer)
+    kept = kept_tokenizer(tmp_path / "kept")
+    assert kept is not None and kept.vocabulary == tokenizer.vocabulary and kept.fingerprint == tokenizer.fingerprint
+    assert kept.encode(ODD[-2]) == tokenizer.encode(ODD[-2])
+    assert tokenizer.sentinel_id(6) == tokenizer.vocabulary.base_size
+    assert tokenizer.encode_marked("a<extra_id_6>") == [*tokenizer.encode("a"), tokenizer.sentinel_id(6)]
+    (tmp_path / "out").mkdir()
+    if not write_tokenizer(tmp_path / "out", kept, "decoder"):
+        written = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        for text in TEXTS:
+            if "<extra_id_0>" not in text:
+                wanted = reference(text)["input_ids"]
+                assert written(text)["input_ids"] == wanted, text
+        assert written.convert_tokens_to_ids("<extra_id_6>") == tokenizer.sentinel_id(6)
+    model = (tmp_path / "kept" / "model").read_bytes()
+    (tmp_path / "kept" / "model").write_bytes(model[:-9])
+    with pytest.raises(DataError, match="found"):
+        kept_tokenizer(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("kind", TRAINED_KINDS[1:])
+def test_trained_vocabularies_are_read_by_transformers(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(train_vocabulary(kind, TOPICS, 450))
+    tokenizer = load_tokenizer(TokenizerConfig(kind=kind, path=str(path), num_sentinels=5), path)
+    assert tokenizer.vocabulary == Vocabulary(450, 5)
+    (tmp_path / "out").mkdir()
+    assert write_tokenizer(tmp_path / "out", tokenizer, "decoder") == []
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ODD:
+        if "<" not in text:
+            assert tokenizer.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
+    with pytest.raises(DataError, match="which is what the corpus has pieces for"):
+        train_vocabulary(kind, ["one small text"], 450)
+
+
+def test_bytes_of_byt5_have_their_ids_and_sentinels(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}')
+    tokenizer, reference = load_published(tmp_path, 0), transformers.ByT5Tokenizer()
+    for text in ODD[:10]:
+        assert tokenizer.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode_marked("a<extra_id_0>b<extra_id_1>") == [100, 258, 101, 257]
+    assert tokenizer.decode([100, 258, 101]) == "a<extra_id_0>b"
+
+
+def test_directories_without_a_readable_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none of tokenizer.json"):
+        load_published(tmp_path, 0)
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(sentencepiece_model("llama"))
+    with pytest.raises(DataError, match="whose ids transformers shifts"):
+        load_published(tmp_path, 0)
+    for broken in ("{}", "[]", '{"model": {}}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(DataError, match="found no tokenizer"):
+            load_published(tmp_path, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_that_continues_a_model_has_its_ids(kind: str, tmp_path: Path) -> None:
+    reference = write_model(tmp_path, kind)
+    run = continued_run(tmp_path)
+    assert validate(run) == []
+    tokenizer = load_tokenizer(run.data.tokenizer, tmp_path)
+    vocabulary, model = tokenizer.vocabulary, run.model
+    assert model.vocab_size == max(len(reference), vocabulary.vocab_size)
+    assert model.pad_token_id in (None, vocabulary.pad_id)
+    if model.decoder is not None:
+        assert (model.eos_ids, model.decoder_start_token_id) == ((vocabulary.eos_id,), vocabulary.start_id)
+    sentinels = {"t5": 100, "umt5": 100, "t5gemma": 100}
+    assert vocabulary.num_sentinels == sentinels.get(kind, 0)
+    assert (model.vocab_size > len(reference)) == (kind in sentinels)
+    if model.architecture == "encoder":
+        assert vocabulary.mask_id == reference.mask_token_id
+    assert have_same_pieces(tokenizer, load_published(tmp_path, 3))
+
+
+def test_tokenizer_that_is_not_the_models_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_model(tmp_path / "gpt2", "gpt2")
+    rng = random.Random(0)
+    (tmp_path / "text.txt").write_text(" ".join(rng.choices("one two three four five".split(), k=4000)))
+    command = ["train", "--from", str(tmp_path / "gpt2"), "--workdir", str(tmp_path / "run")]
+    command += ["--data.corpus.files", str(tmp_path / "*.txt"), "--data.store-dir", str(tmp_path / "stores")]
+    command += ["--data.inputs-length", "8", "--data.targets-length", "8"]
+    own = ["--data.tokenizer.kind", "bytes", "--data.tokenizer.path", "None"]
+    assert main([*command, *own]) == 2
+    error = capsys.readouterr().err
+    assert "model.decoder_start_token_id: found" in error and "model.eos_ids" in error
+    own += ["--model.decoder-start-token-id", "0", "--model.eos-ids", "1"]
+    assert main([*command, *own]) == 3
+    assert "found another tokenizer" in capsys.readouterr().err

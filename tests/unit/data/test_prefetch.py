@@ -1,0 +1,71 @@
+"""Prefetching keeps the order of batches, passes errors on, and stops its thread on close."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.data_examples import data_config, numbered_store
+
+from t5x_like.data.stream.host_shard import HostShard
+from t5x_like.data.stream.prefetch import Prefetcher
+from t5x_like.data.stream.row_stream import TrainingStream
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> TrainingStream:
+    return TrainingStream([numbered_store(tmp_path / "s", 3000)], data_config(), 6)
+
+
+def test_batches_are_in_order_from_the_first_row(stream: TrainingStream) -> None:
+    with Prefetcher(stream, 5 * 6, HostShard(1, 2)) as batches:
+        for step in range(5, 40):
+            expected = stream.batch(step, 1, 2)["main"]
+            assert all(np.array_equal(values, expected[name]) for name, values in next(batches)["main"].items())
+
+
+def test_prefetch_depth_is_bounded(stream: TrainingStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of batches per call at most doubles with each call, and is at most 16."""
+    made: list[int] = []
+    batches_at = stream.batches_at
+    monkeypatch.setattr(stream, "batches_at", lambda row, n, *location: made.append(n) or batches_at(row, n, *location))
+    with Prefetcher(stream, 0) as batches:
+        for taken in range(1, 60):
+            next(batches)
+            if taken in (1, 10, 59):
+                time.sleep(0.1)
+                assert sum(made) <= taken + stream.data.prefetch_batches + min(
+                    taken + stream.data.prefetch_batches + 1, 16
+                )
+    assert max(made) == 16
+
+
+def test_error_is_raised_in_place_of_its_batch(stream: TrainingStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = stream.get_rows
+
+    def failing(index_N: np.ndarray, *sub_batch: str) -> object:
+        if 12 in index_N:
+            raise OSError("the disk is gone")
+        return rows(index_N, *sub_batch)
+
+    monkeypatch.setattr(stream, "get_rows", failing)
+    batches = Prefetcher(stream, 0)
+    next(batches), next(batches)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_close_stops_the_thread_in_any_state(stream: TrainingStream) -> None:
+    for taken in range(4):
+        batches = Prefetcher(stream, 0)
+        for _ in range(taken):
+            next(batches)
+        batches.close()
+        batches.close()
+        assert not any(thread.name == "prefetch" for thread in threading.enumerate())

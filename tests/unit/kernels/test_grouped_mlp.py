@@ -1,0 +1,80 @@
+"""Products of rows with the kernels of their groups, for all platforms, against a loop over the groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from t5x_like.kernels import grouped_mlp
+from t5x_like.kernels.grouped_mlp import ExpertKernels, kernel_gradient
+
+ROWS, WIDTH, HIDDEN, EXPERTS = 40, 8, 12, 4
+SIZES = {
+    "uneven": (3, 0, 26, 11),
+    "one group": (0, 0, 40, 0),
+    "rows after the last group": (7, 9, 0, 8),
+    "no rows": (0, 0, 0, 0),
+}
+
+
+def arrays() -> tuple[Array, ExpertKernels]:
+    rng = np.random.default_rng(0)
+    shapes = ((ROWS, WIDTH), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH))
+    x, *kernels = (jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    return x, ExpertKernels(*kernels)
+
+
+def loop(x: Array, sizes: tuple[int, ...], kernels: ExpertKernels) -> Array:
+    parts, start = [], 0
+    for size, wi_0, wi_1, wo in zip(sizes, *kernels, strict=True):
+        rows = x[start : start + size]
+        parts.append((jax.nn.silu(rows @ wi_0) * (rows @ wi_1)) @ wo)
+        start += size
+    return jnp.concatenate([*parts, jnp.zeros((ROWS - start, WIDTH))])
+
+
+def gradients_by_loop(x: Array, d_out: Array, sizes: Array) -> Array:
+    ends = np.cumsum(np.asarray(sizes))
+    slices = [slice(end - size, end) for end, size in zip(ends, np.asarray(sizes), strict=True)]
+    return jnp.stack([x[rows].T @ d_out[rows] for rows in slices])
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("layout", ["_blocked_mlp", "_ragged_mlp"])
+def test_grouped_mlp_is_a_loop_over_groups(
+    layout: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The TPU's kernel is tested below, by JAX's interpreter.
+    monkeypatch.setattr(grouped_mlp, "kernel_gradient", _dense_gradient)
+    x, kernels = arrays()
+    mlp = getattr(grouped_mlp, layout)
+
+    def value(function: Any) -> Any:
+        def summed(x: Array, kernels: ExpertKernels) -> tuple[Array, Array]:
+            out = function(x, kernels)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.value_and_grad(summed, argnums=(0, 1), has_aux=True)
+
+    (_, found), grads = jax.jit(value(lambda x, kernels: mlp(x, jnp.array(sizes), kernels, jax.nn.silu)))(x, kernels)
+    (_, expected), expected_grads = value(lambda x, kernels: loop(x, sizes, kernels))(x, kernels)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, expected_grads)
+
+
+def _dense_gradient(x: Array, d_out: Array, sizes: Array) -> Array:
+    member = grouped_mlp._group_of(sizes, x.shape[0])[:, None] == jnp.arange(sizes.shape[0])
+    return jnp.einsum("ne,nd,nf->edf", member.astype(x.dtype), x, d_out)
+
+
+@pytest.mark.parametrize("sizes", [(100, 0, 130, 26), (0, 256, 0, 0), (40, 60, 0, 50)])
+def test_gradient_of_the_kernels_on_a_tpu_is_a_loop_over_groups(sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, d_out = (jnp.asarray(rng.standard_normal((256, width)), jnp.float32) for width in (128, 256))
+    found = kernel_gradient(x, d_out, jnp.array(sizes, jnp.int32), interpret=True)
+    np.testing.assert_allclose(found, gradients_by_loop(x, d_out, jnp.array(sizes)), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,151 @@
+"""Attention backends of a model: a registered one is used, an unknown or unsuitable one is refused before
+compilation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+import pytest
+from jax import Array
+
+from t5x_like.config.model import ModelConfig
+from t5x_like.errors import ConfigError
+from t5x_like.kernels import attention as registry
+from t5x_like.kernels.attention import backend_names, register_backend
+from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
+from t5x_like.kernels.attention_masks import (
+    BlockwiseMask,
+    DenseMask,
+    Mask,
+    MaskSpec,
+    SequenceSharding,
+    materialize,
+)
+from t5x_like.kernels.position_bias import RelativeBias
+from t5x_like.kernels.reference_attention import ReferenceAttention
+from t5x_like.models import presets
+from t5x_like.models.factory import abstract_model, bind_params, init_params
+
+
+class BlockwiseBackend(AttentionBackend):
+    """Keeps the description of the mask and builds its own mask when it attends."""
+
+    def __init__(self) -> None:
+        self.requests: list[AttentionRequest] = []
+
+    def supports(self, request: AttentionRequest) -> str | None:
+        self.requests.append(request)
+        return "it has no soft cap" if request.softcap is not None else None
+
+    def prepare_mask(
+        self,
+        mask: MaskSpec,
+        relative_bias: RelativeBias | None,
+        q_length: int,
+        kv_length: int,
+        split: SequenceSharding | None,
+    ) -> Mask:
+        return BlockwiseMask.of(mask, relative_bias, split)
+
+    def attend(
+        self, q_BxQxHxh: Array, keys: Sequence[Array], values: Sequence[Array], mask: Mask, options: AttentionOptions
+    ) -> Array:
+        assert isinstance(mask, BlockwiseMask) and len(mask.keys) == 1
+        described = mask.keys[0]
+        spec = described.mask
+        if described.dynamic_window is not None:
+            window = (described.dynamic_window[0], described.dynamic_window[1])
+            spec = dataclasses.replace(spec, window=window)  # type: ignore[arg-type]
+        dense = materialize(spec, described.relative_bias, q_BxQxHxh.shape[1], keys[0].shape[1])
+        assert isinstance(dense, DenseMask)
+        return ReferenceAttention().attend(q_BxQxHxh, keys, values, dense, options)
+
+
+@pytest.fixture
+def blockwise(monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockwiseBackend]:
+    monkeypatch.setattr(registry, "_BACKENDS", copy.deepcopy(registry._BACKENDS))
+    backend = BlockwiseBackend()
+    register_backend("blockwise", backend)
+    yield backend
+
+
+def small(attention: str, **stack_fields: object) -> ModelConfig:
+    model = presets.smoke("decoder", vocab_size=64)
+    assert model.decoder is not None
+    stack = dataclasses.replace(
+        model.decoder, num_layers=2, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16
+    )
+    return dataclasses.replace(model, attention=attention, decoder=dataclasses.replace(stack, **stack_fields))  # type: ignore[arg-type]
+
+
+def logits(model: ModelConfig) -> Array:
+    tokens = np.random.default_rng(0).integers(2, 64, (2, 12))
+    params = init_params(model, jax.random.key(0))
+    graphdef = abstract_model(model).graphdef
+    return jax.jit(lambda params: bind_params(graphdef, params)({"decoder_input_tokens": tokens}))(params)
+
+
+@pytest.mark.parametrize(
+    "stack_fields",
+    [
+        {"positions": "relative_bias"},
+        {"positions": "relative_bias", "relative_bias_per_layer": True},
+        {"layer_pattern": ("local", "global"), "sliding_window": (3, 0)},
+    ],
+    ids=["shared_bias", "bias_per_layer", "two_windows"],
+)
+def test_backend_that_never_gets_a_dense_mask_computes_the_same_logits(
+    blockwise: BlockwiseBackend, stack_fields: dict[str, object]
+) -> None:
+    np.testing.assert_array_equal(
+        logits(small("blockwise", **stack_fields)), logits(small("reference", **stack_fields))
+    )
+    assert {request.bias for request in blockwise.requests} <= {"relative", "none"}
+
+
+def test_unknown_backend_is_refused_with_the_registered_names() -> None:
+    with pytest.raises(ConfigError, match=r"model\.attention.*'flash'.*cudnn, reference, xla"):
+        abstract_model(small("flash"))
+
+
+def test_backend_that_lacks_a_feature_is_refused_with_its_reason(blockwise: BlockwiseBackend) -> None:
+    with pytest.raises(ConfigError, match=r"blockwise for model\.decoder.*it has no soft cap"):
+        abstract_model(small("blockwise", attention_softcap=2.0))
+
+
+@pytest.mark.parametrize(
+    ("attention", "stack_fields", "reason"),
+    [
+        ("xla", {"attention_softcap": 2.0}, "soft cap"),
+        ("xla", {"positions": "disentangled", "num_kv_heads": 2}, "disentangled"),
+        ("xla", {"dropout_rate": 0.1}, "dropout_broadcast_length=True"),
+        ("cudnn", {}, "dtype=bfloat16"),
+    ],
+)
+def test_library_backend_is_refused_before_compilation(
+    attention: str, stack_fields: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        abstract_model(small(attention, **stack_fields))
+
+
+def test_dropout_of_values_is_supported_by_every_backend() -> None:
+    abstract_model(small("xla", dropout_rate=0.1, dropout_broadcast_length=True, num_kv_heads=2))
+
+
+def test_incomplete_backend_and_taken_name_are_refused_at_registration() -> None:
+    class Incomplete(AttentionBackend):
+        def supports(self, request: AttentionRequest) -> str | None:
+            return None
+
+    with pytest.raises(TypeError, match="attend"):
+        Incomplete()  # type: ignore[abstract]
+    with pytest.raises(TypeError, match="instance of AttentionBackend"):
+        register_backend("new", ReferenceAttention)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="already registered"):
+        register_backend("xla", ReferenceAttention())
+    assert backend_names() == ("reference", "xla", "cudnn")

@@ -1,0 +1,101 @@
+"""Sums of the loss against their definition in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5x_like.monitoring.metrics import WeightedMean, add, compute
+from t5x_like.training.losses import batch_metrics, sub_batch_metrics
+
+ROWS, LENGTH, VOCABULARY = 6, 5, 11
+NAMES = ("r", "s", "x")
+
+
+def example(seed: int = 0, stack: str = "decoder") -> tuple[np.ndarray, dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((ROWS, LENGTH, VOCABULARY)).astype(np.float32) * 3
+    batch = {
+        f"{stack}_target_tokens": rng.integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32),
+        f"{stack}_loss_weights": rng.integers(0, 2, (ROWS, LENGTH)).astype(np.int32),
+        "denoiser_ids": np.array([0, 2, 0, 2, 2, 0], np.int32),
+    }
+    np.put_along_axis(logits[::2], batch[f"{stack}_target_tokens"][::2, :, None], 9.0, axis=-1)
+    return logits, batch
+
+
+def sums(logits: np.ndarray, batch: dict[str, Any], z_loss: float = 0.0) -> dict[str, WeightedMean]:
+    return sub_batch_metrics(jnp.asarray(logits), batch, z_loss=z_loss, label_smoothing=0.0, denoisers=NAMES)
+
+
+@pytest.mark.parametrize("stack", ["decoder", "encoder"])
+def test_sums_are_weighted_sums_over_tokens(stack: str) -> None:
+    logits, batch = example(stack=stack)
+    log_z = np.log(np.sum(np.exp(logits.astype(np.float64)), axis=-1))
+    targets, weights = batch[f"{stack}_target_tokens"], batch[f"{stack}_loss_weights"]
+    entropy = (log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]) * weights
+    found = sums(logits, batch, z_loss=1e-2)
+    assert compute(found["loss"]) == pytest.approx(entropy.sum() / weights.sum(), rel=1e-5)
+    assert compute(found["z_loss"]) == pytest.approx((1e-2 * log_z**2 * weights).sum() / weights.sum(), rel=1e-5)
+    right = (logits.argmax(-1) == targets) * weights
+    assert 0 < right.sum() < weights.sum()
+    assert float(found["accuracy"].sum) == right.sum() and float(found["accuracy"].weight) == weights.sum()
+    for index, name in enumerate(NAMES):
+        rows = batch["denoiser_ids"] == index
+        assert float(found[f"loss/{name}"].sum) == pytest.approx(entropy[rows].sum(), rel=1e-5)
+        assert float(found[f"loss/{name}"].weight) == weights[rows].sum()
+    assert np.isnan(compute(found["loss/s"])), "a denoiser that was not drawn has no loss, rather than 0"
+
+
+def test_positions_of_packed_rows_count_for_their_own_denoiser() -> None:
+    logits, batch = example()
+    weights = batch["decoder_loss_weights"]
+    whole = {name: x for name, x in sums(logits, batch).items() if name.startswith("loss/")}
+    by_position = {**batch, "denoiser_ids": np.broadcast_to(batch["denoiser_ids"][:, None], weights.shape)}
+    jax.tree.map(np.testing.assert_array_equal, {name: sums(logits, by_position)[name] for name in whole}, whole)
+
+    ids = np.random.default_rng(1).integers(-1, len(NAMES), weights.shape).astype(np.int32)
+    found = sums(logits, {**batch, "denoiser_ids": ids})
+    per_token = -np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(logits)), batch["decoder_target_tokens"][..., None], axis=-1
+    )[..., 0]
+    for index, name in enumerate(NAMES):
+        of_this = weights * (ids == index)
+        assert float(found[f"loss/{name}"].sum) == pytest.approx((per_token * of_this).sum(), rel=1e-5)
+        assert float(found[f"loss/{name}"].weight) == of_this.sum() > 0
+
+
+def test_rows_without_denoiser_ids_count_for_the_total_only() -> None:
+    logits, batch = example()
+    found = sums(logits, {name: x for name, x in batch.items() if name != "denoiser_ids"})
+    assert float(found["loss"].weight) > 0
+    assert all(float(found[f"loss/{name}"].weight) == 0 for name in NAMES)
+
+
+def test_sub_batches_of_other_lengths_add_to_one_sum_and_have_their_own_dropout_keys() -> None:
+    logits, batch = example()
+    short = {name: x[:2, :3] if x.ndim == 2 else x[:2] for name, x in batch.items()}
+    keys = []
+
+    def apply(params: Any, batch: Any, rng: Any) -> jax.Array:
+        keys.append(None if rng is None else jax.random.key_data(rng).tolist())
+        rows, length = batch["decoder_target_tokens"].shape
+        return params[:rows, :length]
+
+    options = {"z_loss": 0.0, "label_smoothing": 0.0, "denoisers": NAMES}
+    found, _ = batch_metrics(apply, jnp.asarray(logits), {"long": batch, "short": short}, jax.random.key(0), **options)
+    expected = add(sums(logits, batch), sums(logits[:2, :3], short))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    assert keys[0] != keys[1]
+    batch_metrics(apply, jnp.asarray(logits), {"long": batch}, None, **options)
+    assert keys[2] is None
+
+
+def test_added_means_are_weighted_by_tokens() -> None:
+    total = add({"a": WeightedMean(6.0, 2.0), "only": WeightedMean(1.0, 1.0)}, {"a": WeightedMean(10.0, 8.0)})
+    assert compute(total["a"]) == 1.6 and compute(total["only"]) == 1.0
+    assert np.isnan(compute(WeightedMean(0.0, 0.0)))
