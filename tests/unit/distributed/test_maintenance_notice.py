@@ -20,9 +20,9 @@ def test_change_to_a_notice_is_reported_once() -> None:
         server.set("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
         server.wait_for_requests("maintenance-event", 2)
         server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
-        assert notices.get(timeout=30) == "maintenance-event TERMINATE_ON_HOST_MAINTENANCE"
+        assert notices.get(timeout=120) == "maintenance-event TERMINATE_ON_HOST_MAINTENANCE"
         server.set("preempted", "TRUE")
-        assert notices.get(timeout=30) == "preempted TRUE"
+        assert notices.get(timeout=120) == "preempted TRUE"
     assert notices.empty()
 
 
@@ -36,7 +36,7 @@ def test_notice_before_the_start_does_not_end_the_restarted_run() -> None:
             server.wait_for_requests("maintenance-event", 2)
             assert notices.empty()
             server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
-            assert notices.get(timeout=30) == "maintenance-event TERMINATE_ON_HOST_MAINTENANCE"
+            assert notices.get(timeout=120) == "maintenance-event TERMINATE_ON_HOST_MAINTENANCE"
 
 
 def test_answers_of_other_servers_are_no_notices() -> None:

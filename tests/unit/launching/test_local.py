@@ -29,7 +29,7 @@ def is_alive(pid: int) -> bool:
 
 
 def pids_of(directory: Path, count: int) -> list[int]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(found := [path for path in directory.glob("*") if path.read_text()]) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -61,10 +61,13 @@ def test_first_failure_ends_all_processes_and_gives_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ending: str, code: int
 ) -> None:
     monkeypatch.setattr("t5x_like.launching.local.EXIT_GRACE_SECONDS", 0.2)
-    # Process 0 ignores SIGTERM; process 1 fails.
-    body = (
-        f"{writes_pid(tmp_path)} signal.signal(signal.SIGTERM, signal.SIG_IGN);\nif me == 0: time.sleep(60)\n{ending}"
-    )
+    # Process 0 ignores SIGTERM; process 1 fails when process 0 has come so far.
+    body = f"""{PRELUDE} signal.signal(signal.SIGTERM, signal.SIG_IGN)
+{writes_pid(tmp_path)}
+if me == 0: time.sleep(300)
+while not os.path.exists({str(tmp_path / "0")!r}): time.sleep(0.01)
+{ending}
+"""
     assert launch_local([*PYTHON, body], processes=2, max_restarts=0) == code
     assert not any(map(is_alive, pids_of(tmp_path, 2)))
     assert f"process 1 ended with exit code {code}" in capfd.readouterr().err
@@ -80,9 +83,13 @@ def test_all_processes_are_started_again_until_a_code_that_is_not_restarted(
     body = f"""{PRELUDE}
 starts = os.path.join({str(tmp_path)!r}, str(me))
 open(starts, 'a').write(os.environ['JAX_COORDINATOR_ADDRESS'] + '\\n')
-if me == 0: time.sleep(60)
+if me == 0: time.sleep(300)
+def lines(index):
+    path = os.path.join({str(tmp_path)!r}, str(index))
+    return len(open(path).readlines()) if os.path.exists(path) else 0
+while lines(0) < lines(1): time.sleep(0.01)
 codes = {[*RESTART_CODES, EXIT_REFUSED, EXIT_OK]}
-sys.exit(codes[len(open(starts).readlines()) - 1])
+sys.exit(codes[lines(1) - 1])
 """
     assert launch_local([*PYTHON, body], processes=2) == EXIT_REFUSED
     starts = [(tmp_path / name).read_text().splitlines() for name in ("0", "1")]
@@ -106,18 +113,18 @@ sys.exit(42 if count == 1 else 1)
     launcher = subprocess.Popen([*LAUNCHER, *PYTHON, body])
     pids_of(tmp_path, 2)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(timeout=30) == 42
+    assert launcher.wait(timeout=120) == 42
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux kills a process with its parent")
 def test_no_process_outlives_a_killed_launcher(tmp_path: Path) -> None:
-    body = f"{writes_pid(tmp_path)} signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    body = f"{PRELUDE} signal.signal(signal.SIGTERM, signal.SIG_IGN); {writes_pid(tmp_path)} time.sleep(300)"
     launcher = subprocess.Popen([*LAUNCHER, *PYTHON, body])
     pids = pids_of(tmp_path, 2)
     assert all(map(is_alive, pids))
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)

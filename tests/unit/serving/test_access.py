@@ -53,7 +53,7 @@ class Running:
     batcher: IdleBatcher
 
     def ask(self, method: str = "GET", path: str = "/v1/models", body: str | None = None, **headers: str) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method, path, body, names)
         return connection.getresponse().status
@@ -66,16 +66,16 @@ def server() -> Iterator[Running]:
     from t5x_like.serving.connections import ConnectionLimits, limited_protocol
 
     batcher: Any = IdleBatcher()
-    service = Service("m", batcher, lambda text: [1], lambda ids: "", 10, max_waiting_per_client=4, body_seconds=0.5)
+    service = Service("m", batcher, lambda text: [1], lambda ids: "", 10, max_waiting_per_client=4, body_seconds=2)
     app = make_app(service, AccessRules(("first key", "second"), ("localhost", "models.example")))
-    protocol = limited_protocol(ConnectionLimits(*LIMITS, header_seconds=0.5, request_seconds=5))
+    protocol = limited_protocol(ConnectionLimits(*LIMITS, header_seconds=2, request_seconds=30))
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
     running = uvicorn.Server(uvicorn.Config(app, http=protocol, log_level="critical", proxy_headers=False))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     yield Running(listening.getsockname()[1], batcher)
     running.should_exit = True
-    thread.join(timeout=10)
+    thread.join(timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_half_open_connections_do_not_keep_others_out_and_are_closed(server: Run
     key = {"Authorization": "Bearer first key"}
     assert [server.ask(**key) for _ in range(5)] == [200] * 5
     for connection in half_open:
-        connection.settimeout(20)
+        connection.settimeout(120)
         try:
             assert connection.recv(1) == b""
         except ConnectionResetError:
@@ -130,14 +130,14 @@ def test_half_open_connections_do_not_keep_others_out_and_are_closed(server: Run
 
 def test_headers_that_trickle_and_a_body_that_stops_are_ended(server: Running) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.settimeout(20)
+        connection.settimeout(120)
         with pytest.raises(OSError):
             for _ in range(200):
                 connection.sendall(b"GET" if _ == 0 else b" ")
                 time.sleep(0.05)
             raise AssertionError("the connection is still open")
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.settimeout(20)
+        connection.settimeout(120)
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer first key\r\nContent-Length: 9"
         )

@@ -33,7 +33,7 @@ def content(url: Url) -> dict[str, bytes | None]:
 
 
 def wait_for(url: Url, expected: dict[str, bytes | None]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while content(url) != expected and time.monotonic() < deadline:
         time.sleep(0.01)
     assert content(url) == expected
@@ -115,7 +115,7 @@ def test_failed_upload_does_not_end_the_run(url: Url, monkeypatch: pytest.Monkey
     monkeypatch.setattr(locations, "write_bytes", fail)
     with own.owned(0):
         (own.path / "log.txt").write_bytes(b"1")
-        assert failed.wait(20)
+        assert failed.wait(120)
         wait_for(url, {"log.txt": b"1"})
 
 
