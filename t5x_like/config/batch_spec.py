@@ -89,6 +89,11 @@ def rows_per_sub_batch(data: DataConfig, batch_size: int) -> dict[str, int]:
     return {name: batch_size * count // sum(counts.values()) for name, count in counts.items()}
 
 
+def loss_weight_type(data: DataConfig) -> str:
+    """Return the type of the loss weights: int32, or float32 where an objective weights its scored tokens."""
+    return "float32" if any(objective.fractional_loss_weights for objective in data.objectives) else "int32"
+
+
 def batch_spec(run: RunConfig) -> BatchSpec:
     """Return the global batch that `run` trains on: for each sub-batch the features of `sub_batch_spec`."""
     shapes = row_shapes(run.data)
@@ -103,7 +108,7 @@ def evaluation_spec(run: RunConfig) -> BatchSpec:
 
 
 def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str, ArraySpec]:
-    """Return the features of a sub-batch by layout, all int32 of [rows, length].
+    """Return the features of a sub-batch by layout, all int32 of [rows, length]; loss weights: `loss_weight_type`.
 
     encoder_decoder: encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, decoder_loss_weights.
     prefix_lm: decoder_input_tokens, decoder_target_tokens, decoder_loss_weights, decoder_causal_attention (1 where
@@ -131,7 +136,10 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
         features["decoder_causal_attention"] = targets
     if data.seqio is None:
         features["denoiser_ids"] = targets if shape.packed else (rows,)
-    return {name: ArraySpec(size, "int32") for name, size in features.items()}
+    weights = loss_weight_type(data)
+    return {
+        name: ArraySpec(size, weights if name.endswith("_loss_weights") else "int32") for name, size in features.items()
+    }
 
 
 def _labelled_spec(data: DataConfig, objective: LabeledExamples, rows: int) -> Mapping[str, ArraySpec]:

@@ -32,7 +32,8 @@ class KeepBest:
     """Checkpoints that are kept for their scores on held-out data, beside the newest ones."""
 
     metric: NonEmptyStr
-    """Name of the score as in TensorBoard: "loss/S", "accuracy/S", "bits_per_byte", "squad/em"."""
+    """Name of the score as in TensorBoard: "loss/S", "accuracy/S", "bits_per_byte" (of an encoder
+    "bits_per_byte_bound"), "squad/em"."""
     direction: Direction = "min"
     count: PositiveInt = 1
     """Number of best checkpoints that are kept."""

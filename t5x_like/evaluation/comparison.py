@@ -21,7 +21,14 @@ from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.evaluation.bootstrap import interval
 from t5x_like.evaluation.per_example_loss import HELD_OUT, held_out_draws
-from t5x_like.evaluation.results_store import DETAILS, SAMPLES, read_evaluations, scalars
+from t5x_like.evaluation.results_store import (
+    BITS_BOUND,
+    DETAILS,
+    DIFFUSION_BOUND,
+    SAMPLES,
+    read_evaluations,
+    scalars,
+)
 from t5x_like.utils.json_reader import parse_json, read_json
 from t5x_like.utils.type_aliases import FloatArray
 
@@ -275,10 +282,11 @@ def _text(value: Any) -> str:
 
 
 def _digests(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Any]:
+    of_text = {"bits_per_byte": "prefix_lm", BITS_BOUND: DIFFUSION_BOUND}.get(metric.rpartition("/")[2])
     matches: Callable[[str], bool] = (
-        (lambda name: name.rpartition("/")[2] == "prefix_lm")
-        if metric.endswith("bits_per_byte")
-        else (lambda name: f"loss/{name}" == metric)
+        (lambda name: f"loss/{name}" == metric)
+        if of_text is None
+        else (lambda name: name.rpartition("/")[2] == of_text)
     )
     return [row.get("digest") for row in rows if matches(str(row["objective"]))]
 

@@ -12,13 +12,14 @@ from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream import heldout
 from t5x_like.distributed.coordination import compile_on_all
 from t5x_like.evaluation import compression_baselines
-from t5x_like.evaluation.per_example_loss import PREFIX_LM, row_losses
+from t5x_like.evaluation.per_example_loss import PREFIX_LM, row_losses, window_bounds
+from t5x_like.evaluation.results_store import DIFFUSION_BOUND
 from t5x_like.evaluation.task_head_metrics import head_scores
 from t5x_like.monitoring.metrics import WeightedMean, add, compute
 from t5x_like.program import Program
 from t5x_like.sharding.batch_placement import on_host
 from t5x_like.training.losses import is_of_logits
-from t5x_like.utils.type_aliases import Features, PyTree
+from t5x_like.utils.type_aliases import Features, IntArray, PyTree
 
 
 def evaluate_held_out(
@@ -46,9 +47,12 @@ def evaluate_held_out(
         examples as tokens.
       prefix_lm: Scores of windows whose first half is given: loss_per_token (nats), bits_per_byte (the loss of all
         scored tokens over the bytes of their text; EOS between documents is scored and has no bytes), bytes. None for
-        encoders, as are the baselines.
+        models that predict tokens in place, such as encoders.
+      diffusion_bound: For these, the same by the bound of masked diffusion (`heldout.bound_batches`), an upper bound of
+        the negative log-likelihood: loss_per_token, bits_per_byte, bytes. Present only if there is one. The bound is
+        that of the generator in a model that has one.
       baselines: Bits per byte of the same bytes by codes without knowledge of language. The unigram code uses the same
-        tokens and the token frequencies of the training split.
+        tokens and the token frequencies of the training split. None without scores of text.
     """
     data, rows = program.run.data, program.run.training.global_batch_size
     objectives = {}
@@ -82,21 +86,35 @@ def evaluate_held_out(
     if split != "validation":
         result["split"] = split
     if text:
-        tokens = np.concatenate([batch.tokens for batch in scored])
         loss = _sums(program, params, [batch.batch for batch in scored])["loss"]
-        result["prefix_lm"] = {
-            "loss_per_token": compute(loss),
-            "bits_per_byte": bits_per_byte(loss, len(text)),
-            "bytes": len(text),
-        }
-        counts = np.sum([store.split("train").token_counts() for store in stores], axis=0)
-        result["baselines"] = {
-            "unigram_bits_per_byte": compression_baselines.unigram_bits(counts, tokens) / len(text),
-            "byte_entropy_bits_per_byte": compression_baselines.byte_entropy(text),
-            "gzip_bits_per_byte": compression_baselines.gzip_bits_per_byte(text),
-            "lzma_bits_per_byte": compression_baselines.lzma_bits_per_byte(text),
-        }
+        result["prefix_lm"] = _text_scores(loss, len(text))
+        result["baselines"] = _baselines(stores, np.concatenate([batch.tokens for batch in scored]), text)
+    windows = [window for store in stores for window in heldout.bound_batches(store, data, rows, num_batches, split)]
+    if text := b"".join(text for window in windows for text in window.texts):
+        bounds = window_bounds(program, params, windows)
+        loss = WeightedMean(sum(row["loss"] for row in bounds), sum(row["tokens"] for row in bounds))
+        result[DIFFUSION_BOUND] = _text_scores(loss, len(text))
+        tokens = np.concatenate([window.tokens_NxT.ravel() for window in windows])
+        result["baselines"] = _baselines(stores, tokens, text)
     return result
+
+
+def _text_scores(loss: WeightedMean, num_bytes: int) -> dict[str, float]:
+    return {
+        "loss_per_token": compute(loss),
+        "bits_per_byte": bits_per_byte(loss, num_bytes),
+        "bytes": num_bytes,
+    }
+
+
+def _baselines(stores: Sequence[Store], tokens: IntArray, text: bytes) -> dict[str, float]:
+    counts = np.sum([store.split("train").token_counts() for store in stores], axis=0)
+    return {
+        "unigram_bits_per_byte": compression_baselines.unigram_bits(counts, tokens) / len(text),
+        "byte_entropy_bits_per_byte": compression_baselines.byte_entropy(text),
+        "gzip_bits_per_byte": compression_baselines.gzip_bits_per_byte(text),
+        "lzma_bits_per_byte": compression_baselines.lzma_bits_per_byte(text),
+    }
 
 
 def _identity(store: Store, name: str) -> dict[str, Any]:
@@ -135,7 +153,8 @@ def held_out_rows(
     """Return the rows that the losses of `evaluate_held_out` are computed from.
 
     Each row has its objective, its index, and the entries of `row_losses`. The windows whose first half is given have
-    the objective "prefix_lm". Task heads, which score no tokens, and Tasks that are read live have no rows.
+    the objective "prefix_lm", or "diffusion_bound" where they are scored by that bound. Task heads, which score no
+    tokens, and Tasks that are read live have no rows.
     """
     data, rows = program.run.data, program.run.training.global_batch_size
     result: list[dict[str, Any]] = []
@@ -152,6 +171,9 @@ def held_out_rows(
         for name, objective_batches in batches.items():
             losses = row_losses(program, params, objective_batches, store.tokenizer)
             result += [{"objective": name, "row": number, **row} for number, row in enumerate(losses)]
+        bounds = window_bounds(program, params, heldout.bound_batches(store, data, rows, num_batches, split))
+        name = f"{share.name}/{DIFFUSION_BOUND}" if len(stores) > 1 else DIFFUSION_BOUND
+        result += [{"objective": name, "row": number, **row} for number, row in enumerate(bounds)]
     return result
 
 

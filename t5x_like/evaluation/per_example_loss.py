@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from t5x_like.data.stream.heldout import BoundBatches
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
+from t5x_like.distributed.coordination import compile_on_all
 from t5x_like.evaluation import bootstrap
+from t5x_like.evaluation.results_store import BITS_BOUND, DIFFUSION_BOUND
 from t5x_like.kernels.cross_entropy import cross_entropy
 from t5x_like.program import Program
 from t5x_like.training.losses import targets_and_weights
@@ -48,10 +51,37 @@ def row_losses(
                     "loss": float(sums_R[row]),
                     "tokens": float(weights_R[row]),
                     "bytes": len(text),
-                    "digest": hashlib.sha256(text).hexdigest()[:16],
+                    "digest": _digest(text),
                 }
             )
     return rows
+
+
+def window_bounds(program: Program, params: PyTree, windows: Iterable[BoundBatches]) -> list[dict[str, Any]]:
+    """Return upper bounds of the negative log-likelihood of held-out windows, in order.
+
+    Returns:
+      For each window: `loss` (an unbiased estimate of the bound, in nats), `tokens`, and `bytes` and `digest` of the
+      text of the scored half.
+    """
+    rows = []
+    for window in windows:
+        losses_R = np.zeros(0)
+        for batch in window.batches:
+            placed = program.shard_global_batch(batch)["main"]
+            if not rows and not losses_R.size:
+                compile_on_all(_row_losses, program, params, placed)
+            sums_R, _ = jax.device_get(_row_losses(program, params, placed))
+            losses_R = losses_R + sums_R if losses_R.size else sums_R.astype(np.float64)
+        tokens = float(window.tokens_NxT.shape[1])
+        # Rows that only complete a batch come last and have no text.
+        for loss, text in zip(losses_R, window.texts, strict=False):
+            rows.append({"loss": float(loss), "tokens": tokens, "bytes": len(text), "digest": _digest(text)})
+    return rows
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -73,7 +103,8 @@ def held_out_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def held_out_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, FloatArray]:
-    """Return the loss of each objective ("loss/NAME") and "bits_per_byte" on each bootstrap draw of the rows: [draws].
+    """Return the loss of each objective ("loss/NAME") and the bits per byte ("bits_per_byte", or "bits_per_byte_bound")
+    on each bootstrap draw of the rows: [draws].
 
     Args:
       rows: Output of `row_losses`, with the name of the `objective` of each row.
@@ -86,6 +117,8 @@ def held_out_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, FloatArray]:
         sums, tokens, sizes = (np.array([float(row[key]) for row in some]) for key in ("loss", "tokens", "bytes"))
         if name.rpartition("/")[2] == PREFIX_LM:
             draws[name.replace(PREFIX_LM, "bits_per_byte")] = bootstrap.ratio_draws(sums, sizes) / math.log(2)
+        elif name.rpartition("/")[2] == DIFFUSION_BOUND:
+            draws[name.replace(DIFFUSION_BOUND, BITS_BOUND)] = bootstrap.ratio_draws(sums, sizes) / math.log(2)
         else:
             draws[f"loss/{name}"] = bootstrap.ratio_draws(sums, tokens)
     return draws

@@ -25,6 +25,10 @@ EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.json"
 DETAILS = "evaluations"
 """Folder of the rows that the scores were computed from, by step."""
+DIFFUSION_BOUND = "diffusion_bound"
+"""Name of the scores of text by the bound of masked diffusion, and of the rows of which they are the mean."""
+BITS_BOUND = "bits_per_byte_bound"
+"""Name of the bits per byte of that bound. It is not that of exact bits per byte, so that no verdict compares them."""
 _LOG = logging.getLogger(__name__)
 
 Result = dict[str, Any]
@@ -113,6 +117,8 @@ def numbers(result: Mapping[str, Any]) -> dict[str, float]:
                 values[f"{metric}/{name}"] = value
     if result.get("prefix_lm"):
         values["bits_per_byte"] = result["prefix_lm"]["bits_per_byte"]
+    if result.get(DIFFUSION_BOUND):
+        values[BITS_BOUND] = result[DIFFUSION_BOUND]["bits_per_byte"]
     for name, scores in result.get("tasks", {}).items():
         values |= {f"{name}/{metric}": value for metric, value in scores.items() if metric != "examples"}
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}

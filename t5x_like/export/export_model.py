@@ -20,6 +20,7 @@ from t5x_like.config import ModelConfig
 from t5x_like.decoding.prompt_format import prompt_format
 from t5x_like.errors import EXIT_OK, ConfigError, ConfigProblem, DataError
 from t5x_like.evaluation.heldout_loss import evaluate_held_out
+from t5x_like.evaluation.results_store import DIFFUSION_BOUND
 from t5x_like.export.bundle import Prompts, write_exported
 from t5x_like.export.quantization import contracted_axes, quantized, unpacked
 from t5x_like.export.traced_functions import PLATFORMS, Lengths, Platform
@@ -186,4 +187,6 @@ def _losses(result: Scores) -> dict[str, float]:
     losses = {name: scores["loss"] for name, scores in result["objectives"].items()}
     if result["prefix_lm"] is not None:
         losses["bits per byte of continuations"] = result["prefix_lm"]["bits_per_byte"]
+    if DIFFUSION_BOUND in result:
+        losses["bits per byte of continuations, upper bound"] = result[DIFFUSION_BOUND]["bits_per_byte"]
     return losses

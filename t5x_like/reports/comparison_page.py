@@ -104,7 +104,7 @@ def _groups(rows: Sequence[MetricRow]) -> list[tuple[str, list[tuple[MetricRow, 
     groups: dict[str, list[tuple[MetricRow, list[CellView]]]] = {}
     for row in rows:
         first = row.name.partition("/")[0]
-        is_held_out = first in ("loss", "accuracy") or row.name.endswith("bits_per_byte")
+        is_held_out = first in ("loss", "accuracy") or row.name.endswith(("bits_per_byte", "bits_per_byte_bound"))
         groups.setdefault("Held-out text" if is_held_out else first, []).append((row, _bars(row.cells)))
     return list(groups.items())
 

@@ -141,6 +141,8 @@ def baseline_values(evaluation: Mapping[str, Any]) -> list[tuple[str, float, boo
     baselines = mapping(evaluation.get("baselines"))
     found = [(label, number(baselines.get(key)), False) for key, label in words.items()]
     found.append(("this model", number(mapping(evaluation.get("prefix_lm")).get("bits_per_byte")), True))
+    bound = number(mapping(evaluation.get("diffusion_bound")).get("bits_per_byte"))
+    found.append(("this model, upper bound", bound, True))
     return sorted((item for item in found if math.isfinite(item[1])), key=lambda item: item[1])
 
 

@@ -152,10 +152,13 @@ def _figures(files: RunFiles) -> list[tuple[str, str, str]]:
     if len(losses):
         first, last = formatting.number(losses.values[0]), formatting.number(losses.values[-1])
         figures.append(("Training loss", last, f"from {first} at step {int(losses.steps[0]):,}"))
-    bits = number(mapping(files.evaluation.get("prefix_lm")).get("bits_per_byte"))
+    bits, unit = number(mapping(files.evaluation.get("prefix_lm")).get("bits_per_byte")), "bits per byte"
+    if not math.isfinite(bits):
+        bits = number(mapping(files.evaluation.get("diffusion_bound")).get("bits_per_byte"))
+        unit = "bits per byte at most"
     if math.isfinite(bits):
         gzip = number(mapping(files.evaluation.get("baselines")).get("gzip_bits_per_byte"))
-        detail = f"bits per byte, gzip {formatting.number(gzip, 3)}" if math.isfinite(gzip) else "bits per byte"
+        detail = f"{unit}, gzip {formatting.number(gzip, 3)}" if math.isfinite(gzip) else unit
         figures.append(("Held-out text", formatting.number(bits, 3), detail))
     speed = series(files.records, "tokens_per_second").finite
     if len(speed):
@@ -223,7 +226,10 @@ def describe_objective(objective: Mapping[str, Any]) -> str:
 
 
 def _bits_charts(files: RunFiles, x: Scale) -> list[Chart]:
-    bits = evaluated(files, "prefix_lm", "bits_per_byte")
+    bits, title = evaluated(files, "prefix_lm", "bits_per_byte"), "Bits per byte over training"
+    if len(bits) < 2:
+        bits = evaluated(files, "diffusion_bound", "bits_per_byte")
+        title = "Bits per byte over training (upper bound)"
     if len(bits) < 2:
         return []
     gzip = number(mapping(files.evaluation.get("baselines")).get("gzip_bits_per_byte"))
@@ -231,7 +237,7 @@ def _bits_charts(files: RunFiles, x: Scale) -> list[Chart]:
     around = Series("references", np.zeros(len(references)), np.array(list(references.values())))
     y = value_scale([bits, around])
     lines = [draw_points(bits, "held-out", "held-out", x, y)]
-    return [chart("bits", "Bits per byte over training", lines, x, y, css="wide short", references=references)]
+    return [chart("bits", title, lines, x, y, css="wide short", references=references)]
 
 
 def _task_charts(files: RunFiles, x: Scale) -> list[Chart]:

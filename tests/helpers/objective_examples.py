@@ -14,6 +14,7 @@ from t5x_like.config import (
     CausalLM,
     CausalMasking,
     FillInTheMiddle,
+    MaskedDiffusion,
     MaskedLM,
     Objective,
     PrefixLM,
@@ -96,7 +97,14 @@ prefixes = st.builds(
     st.tuples(st.floats(0, 1), st.floats(0, 1)),
     mode=MODE,
 )
+diffusion = st.just(MaskedDiffusion())
 moving = st.one_of(fim, causal_maskings, barts, blanks)
 everything = st.one_of(
-    spans, prefixes, st.just(CausalLM()), st.builds(MaskedLM, mask_rate=st.floats(0.01, 1)), whole_words, moving
+    spans,
+    prefixes,
+    st.just(CausalLM()),
+    st.builds(MaskedLM, mask_rate=st.floats(0.01, 1)),
+    diffusion,
+    whole_words,
+    moving,
 )

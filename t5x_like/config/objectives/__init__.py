@@ -19,6 +19,7 @@ from t5x_like.config.objectives.causal_masking import CausalMasking
 from t5x_like.config.objectives.dialogues import Dialogues
 from t5x_like.config.objectives.fill_in_the_middle import FillInTheMiddle
 from t5x_like.config.objectives.labeled_examples import LabeledExamples
+from t5x_like.config.objectives.masked_diffusion import MaskedDiffusion
 from t5x_like.config.objectives.masked_lm import MaskedLM
 from t5x_like.config.objectives.prefix_lm import PrefixLM
 from t5x_like.config.objectives.registry import (
@@ -42,6 +43,7 @@ __all__ = [
     "FillInTheMiddle",
     "LabeledExamples",
     "Layout",
+    "MaskedDiffusion",
     "MaskedLM",
     "Mode",
     "Objective",
@@ -58,6 +60,7 @@ register_objective(SpanCorruption, "t5x_like.data.objectives.span_corruption:Spa
 register_objective(PrefixLM, "t5x_like.data.objectives.prefix_lm:PrefixLMDenoiser")
 register_objective(CausalLM, "t5x_like.data.objectives.causal_lm:CausalLMDenoiser")
 register_objective(MaskedLM, "t5x_like.data.objectives.masked_lm:MaskedLMDenoiser")
+register_objective(MaskedDiffusion, "t5x_like.data.objectives.masked_diffusion:MaskedDiffusionDenoiser")
 register_objective(FillInTheMiddle, "t5x_like.data.objectives.fill_in_the_middle:FillInTheMiddleDenoiser")
 register_objective(CausalMasking, "t5x_like.data.objectives.causal_masking:CausalMaskingDenoiser")
 register_objective(BartDenoising, "t5x_like.data.objectives.bart:BartDenoiser")

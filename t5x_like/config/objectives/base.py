@@ -52,6 +52,8 @@ class ObjectiveConfig(abc.ABC):
       predicts_in_place: True if the target of a position is the raw token of that same position (masked LM).
       example_source: Origin of the examples.
       unscored_first_targets: Number of tokens at the start of the targets that the loss never covers.
+      fractional_loss_weights: True if the weight of a scored token can differ from 1. The loss weights of the whole run
+        are then float32.
     """
 
     has_inputs: ClassVar[bool]
@@ -59,6 +61,7 @@ class ObjectiveConfig(abc.ABC):
     targets_are_text: ClassVar[bool] = False
     example_source: ClassVar[ExampleSource] = "text"
     unscored_first_targets: ClassVar[int] = 0
+    fractional_loss_weights: ClassVar[bool] = False
 
     kind: str
     name: str

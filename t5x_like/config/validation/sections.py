@@ -250,8 +250,9 @@ def _score_names(run: RunConfig) -> Iterator[str]:
     for share in run.data.sources:
         for objective in run.data.objectives_of(share):
             yield f"*/{share.name}/{objective.name}" if len(run.data.sources) > 1 else f"*/{objective.name}"
-    if run.model.decoder is not None and run.data.sources and run.data.labelled is None:
-        yield "bits_per_byte"
+    if run.data.sources and run.data.labelled is None:
+        in_place = all(objective.predicts_in_place for objective in run.data.objectives)
+        yield "bits_per_byte_bound" if in_place else "bits_per_byte"
 
 
 def inconsistent_evaluation(evaluation: EvaluationConfig) -> Problems:

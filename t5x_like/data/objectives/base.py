@@ -26,11 +26,14 @@ class ObjectiveImplementation(abc.ABC, Generic[ConfigT]):
       config: The objective.
       prompt_preference: Rank for prompts without a mode token: in a mixture without modes, prompts have the format of
         the objective with the lowest rank.
+      stratified: True if some of the noise is drawn from words that are stratified over the rows of the stream:
+        `denoise_stratified` is defined.
       continues_text: True if examples can be the beginning of a text and its continuation: `continuation` is defined.
     """
 
     prompt_preference: ClassVar[int] = 4
     continues_text: ClassVar[bool] = False
+    stratified: ClassVar[bool] = False
 
     def __init__(self, config: ConfigT):
         self.config = config
@@ -51,6 +54,20 @@ class ObjectiveImplementation(abc.ABC, Generic[ConfigT]):
           vocabulary: Ids of the sentinels and mode tokens.
           traits: Pieces that begin words and end sentences; not None if `config.needs_token_traits`.
         """
+
+    def denoise_stratified(
+        self,
+        tokens_NxL: Tokens,
+        keys_N: rng.Keys,
+        words_N: rng.Keys,
+        vocabulary: Vocabulary,
+        traits: TokenTraits | None,
+    ) -> Examples:
+        """Return the examples of N rows that also have a word of `rng.stratified` each. Defined if `stratified`.
+
+        As in `denoise`, an example is a function of the tokens, the key and the word of its row only.
+        """
+        raise NotImplementedError(f"{type(self).__name__} sets stratified without defining denoise_stratified")
 
     @abc.abstractmethod
     def restore(self, inputs: Tokens, targets: Tokens, vocabulary: Vocabulary) -> Sequence[int]:

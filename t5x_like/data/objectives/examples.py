@@ -23,6 +23,7 @@ class Examples:
       targets_NxT: Targets ended by EOS; for masked LM the raw text.
       input_lengths_N, target_lengths_N: Numbers of tokens that are not padding.
       scored_NxT: Mask of the target positions that the loss covers; None: all positions.
+      scored_weight_N: Loss weight of each scored token of an example; None: 1.
       aligned: True if each target is the raw token of the input at the same position (masked LM), so that inputs and
         targets share their positions; otherwise the targets follow the inputs.
     """
@@ -33,6 +34,7 @@ class Examples:
     target_lengths_N: npt.NDArray[np.int64]
     scored_NxT: Mask | None = None
     aligned: bool = False
+    scored_weight_N: npt.NDArray[np.float64] | None = None
 
 
 def without_inputs(targets_NxT: Tokens, target_lengths_N: npt.NDArray[np.int64]) -> Examples:

@@ -34,6 +34,7 @@ def denoise(
     objective: Objective,
     vocabulary: Vocabulary,
     traits: TokenTraits | None = None,
+    words_N: rng.Keys | None = None,
 ) -> Examples:
     """Turn windows of raw tokens into examples of `objective`.
 
@@ -45,6 +46,8 @@ def denoise(
       objective: The denoiser.
       vocabulary: Ids of sentinels and mode tokens.
       traits: Pieces that begin words and end sentences (`Tokenizer.traits`), for objectives with `needs_token_traits`.
+      words_N: A word of `rng.stratified` per row, for objectives whose noise is stratified over rows; None: the noise
+        of each row is drawn from its key alone.
 
     Raises:
       IndexError: the window can need more sentinels than the vocabulary has.
@@ -60,7 +63,10 @@ def denoise(
         expected = f"expected {objective.min_raw_length} or more"
         raise ValueError(f"{objective.name}: found windows of {length} tokens, {expected}")
     tokens_NxL = tokens_NxL.astype(np.int32, copy=False)
-    return implementation(objective).denoise(tokens_NxL, keys_N, vocabulary, traits)
+    made = implementation(objective)
+    if words_N is not None and made.stratified:
+        return made.denoise_stratified(tokens_NxL, keys_N, words_N, vocabulary, traits)
+    return made.denoise(tokens_NxL, keys_N, vocabulary, traits)
 
 
 def restore(

@@ -230,6 +230,10 @@ def _windows(data: DataConfig, vocabulary: Vocabulary) -> list[int]:
             problems.append(
                 ConfigProblem(where, "whole words", "pieces: seqio's vocabularies do not tell where words begin")
             )
+        elif objective.fractional_loss_weights:
+            problems.append(
+                ConfigProblem(where, "weighted loss tokens", "tokens of equal weight, as seqio scores them")
+            )
         elif window < 2:
             problems.append(
                 ConfigProblem(where, "rows too short for two tokens", "longer inputs_length and targets_length")

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import assert_never
+from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config.batch_spec import RowShape
 from t5x_like.config.objectives import Layout
-from t5x_like.data.objectives.examples import Examples, Mask, Tokens
+from t5x_like.data.objectives.examples import Examples, Tokens
 from t5x_like.data.tokenizers.vocabulary import EOS_ID, PAD_ID, Vocabulary
 
-Features = dict[str, Tokens]
+Features = dict[str, npt.NDArray[Any]]
 
 NO_DENOISER = -1
 """`denoiser_ids` of token positions that are padding."""
@@ -46,7 +46,9 @@ class RowIds:
 def convert(
     examples: Examples, layout: Layout, inputs_length: int, targets_length: int, ids: RowIds = RowIds()
 ) -> Features:
-    """Return model features, each int32 [rows, length]; `config.batch_spec.sub_batch_spec` lists those of a layout.
+    """Return model features, each [rows, length]; `config.batch_spec.sub_batch_spec` lists those of a layout.
+
+    They are int32; the loss weights are float32 if the examples have weights (`scored_weight_N`).
 
     Raises:
       ValueError: an example is longer than its row. The lengths of windows exclude this.
@@ -231,13 +233,15 @@ def _padded(tokens_NxL: Tokens, length: int) -> Tokens:
     return padded
 
 
-def _weights(examples: Examples, length: int) -> Mask:
-    """Return [N, length]: True at target positions that are scored."""
+def _weights(examples: Examples, length: int) -> Tokens | npt.NDArray[np.float32]:
+    """Return [N, length]: the loss weights of target positions, int32, or float32 if the examples have weights."""
     scored_NxT = np.arange(length) < examples.target_lengths_N[:, None]
     if examples.scored_NxT is not None:
         width = min(length, examples.scored_NxT.shape[1])
         scored_NxT[:, :width] &= examples.scored_NxT[:, :width]
-    return scored_NxT
+    if examples.scored_weight_N is None:
+        return scored_NxT.astype(np.int32)
+    return scored_NxT * examples.scored_weight_N[:, None].astype(np.float32)
 
 
 def _encoder_decoder(examples: Examples, inputs_length: int, targets_length: int) -> Features:
@@ -246,7 +250,7 @@ def _encoder_decoder(examples: Examples, inputs_length: int, targets_length: int
         "encoder_input_tokens": _padded(examples.inputs_NxI, inputs_length),
         "decoder_input_tokens": shift_right(targets_NxT),
         "decoder_target_tokens": targets_NxT,
-        "decoder_loss_weights": _weights(examples, targets_length).astype(np.int32),
+        "decoder_loss_weights": _weights(examples, targets_length),
     }
 
 
@@ -269,9 +273,10 @@ def _causal_lm(examples: Examples, inputs_length: int, targets_length: int) -> F
     row_NxL = np.full((len(input_lengths_N), length), PAD_ID, np.int32)
     row_NxL[is_input_NxL] = examples.inputs_NxI[has_input_NxI]
     row_NxL[is_target_NxL] = examples.targets_NxT[has_target_NxT]
-    weights_NxL = np.zeros_like(row_NxL)
+    weights_NxT = _weights(examples, examples.targets_NxT.shape[1])
+    weights_NxL = np.zeros(row_NxL.shape, weights_NxT.dtype)
     # Input positions keep weight 0: they are read, not predicted.
-    weights_NxL[is_target_NxL] = _weights(examples, examples.targets_NxT.shape[1])[has_target_NxT]
+    weights_NxL[is_target_NxL] = weights_NxT[has_target_NxT]
     return {
         "decoder_input_tokens": shift_right(row_NxL),
         "decoder_target_tokens": row_NxL,
@@ -305,7 +310,7 @@ def _masked_next_token(examples: Examples, length: int) -> Features:
     return {
         "decoder_input_tokens": np.where(present_NxL, shift_right(_padded(examples.inputs_NxI, length)), PAD_ID),
         "decoder_target_tokens": _padded(examples.targets_NxT, length),
-        "decoder_loss_weights": _weights(examples, length).astype(np.int32),
+        "decoder_loss_weights": _weights(examples, length),
         "decoder_causal_attention": present_NxL.astype(np.int32),
     }
 
@@ -320,7 +325,7 @@ def _encoder(examples: Examples, inputs_length: int, targets_length: int) -> Fea
     return {
         "encoder_input_tokens": _padded(examples.inputs_NxI, inputs_length),
         "encoder_target_tokens": _padded(examples.targets_NxT, inputs_length),
-        "encoder_loss_weights": _weights(examples, inputs_length).astype(np.int32),
+        "encoder_loss_weights": _weights(examples, inputs_length),
     }
 
 

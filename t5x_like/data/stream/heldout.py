@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.batch_spec import MAIN, RowShape, sub_batch_spec
+from t5x_like.config.batch_spec import MAIN, RowShape, loss_weight_type, sub_batch_spec
 from t5x_like.config.data import CorpusShareConfig, DataConfig
-from t5x_like.config.objectives import CausalLM, LabeledExamples, Objective, PrefixLM
+from t5x_like.config.objectives import CausalLM, LabeledExamples, MaskedDiffusion, Objective, PrefixLM
 from t5x_like.data.objectives.examples import Examples
+from t5x_like.data.objectives.masked_diffusion import mask_positions, masked_counts, random_masks
 from t5x_like.data.objectives.registry import denoise, implementation
 from t5x_like.data.store.token_store import Split, Store
 from t5x_like.data.stream import rng
@@ -26,7 +27,11 @@ from t5x_like.data.stream.packing import PackedRows
 Batch = dict[str, Features]
 
 # Constants in place of `data.seed`: runs of different seeds are scored on the same windows with the same noise.
-_ORDER, _NOISE = 0x0DE5, 0xE7A1
+_ORDER, _NOISE, _STRATUM = 0x0DE5, 0xE7A1, 0x57A7
+
+
+BOUND_GRID = 4
+"""Numbers of masked tokens at which each window is scored for the bound of masked diffusion."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,22 @@ class ScoredBatch:
     batch: Batch
     tokens: npt.NDArray[np.int32]
     text: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundBatches:
+    """Batches that together score the second half of N windows by the bound of masked diffusion.
+
+    Attributes:
+      batches: `BOUND_GRID` batches, with the same window in the same row. The loss of a row, summed over the batches,
+        estimates a bound of the negative log-likelihood of the second half of the window, given the first.
+      tokens_NxT: The second halves.
+      texts: Exact bytes of each of them. An EOS between two documents is scored and has no bytes.
+    """
+
+    batches: tuple[Batch, ...]
+    tokens_NxT: npt.NDArray[np.int32]
+    texts: tuple[bytes, ...]
 
 
 def objective_batches(
@@ -77,8 +98,12 @@ def objective_batches(
     single = objective.single_window()
     length = objective.raw_window_length(data.layout, data.inputs_length, data.targets_length)
     traits = store.traits_for((objective,))
+    first = 0
     for tokens_NxL, window_N in _windows(store.split(split), length, batch_size, num_batches):
-        examples = denoise(tokens_NxL, rng.fold_in(_NOISE, window_N), single, store.vocabulary, traits)
+        # By the rank of the window, so that the scored windows together are stratified.
+        words_N = rng.stratified(rng.fold_in(_STRATUM, 0), np.arange(first, first + len(window_N)))
+        first += len(window_N)
+        examples = denoise(tokens_NxL, rng.fold_in(_NOISE, window_N), single, store.vocabulary, traits, words_N)
         yield _batch(_features(examples, data, RowIds.of(store.vocabulary)), batch_size, number)
 
 
@@ -98,7 +123,7 @@ def _document_batches(
         # By example index, so that the noise of an example does not depend on the batch size.
         keys_N = rng.fold_in(_NOISE, np.arange(first, first + len(packed.row_N)))
         spec = sub_batch_spec(data, shape, batch_size)
-        out = {name: np.zeros(array.shape, np.int32) for name, array in spec.items()}
+        out: Features = {name: np.zeros(array.shape, array.dtype) for name, array in spec.items()}
         for row_n, examples in reader.examples(packed, keys_N, 0, store.vocabulary, traits):
             put_rows(out, row_n, examples, data.layout, shape, objective, RowIds.of(store.vocabulary))
         yield {MAIN: {**out, "denoiser_ids": np.full(batch_size, objective, np.int32)}}
@@ -127,9 +152,10 @@ def prefix_lm_batches(
     cut in the middle, or as close to the middle as its distribution of cuts allows, because a model that never produced
     targets of this length would expect EOS. A mixture without prefix LM uses its causal LM, which continues the first
     half. A mixture of span corruption only uses a prefix LM without mode token. The EOS at the end of the targets is
-    not text and has weight 0. An encoder and a corpus of pairs have no such batches.
+    not text and has weight 0. A model whose objectives all predict tokens in place (`has_bound`) and a corpus of pairs
+    have no such batches.
     """
-    if data.layout == "encoder":
+    if data.layout == "encoder" or has_bound(data):
         return
     if store.sequences_per_document > 1:
         return
@@ -140,6 +166,56 @@ def prefix_lm_batches(
         features = _features(examples, data, RowIds.of(store.vocabulary))
         scored = tokens_NxL[:, num_given:].astype(np.int32).ravel()
         yield ScoredBatch(_batch(features, batch_size, index), scored, store.tokenizer.to_bytes(scored.tolist()))
+
+
+def has_bound(data: DataConfig) -> bool:
+    """Return whether held-out text is scored by the bound of masked diffusion, and not token after token.
+
+    That is an encoder's text, and that of a bidirectional stream whose objectives all predict tokens in place.
+    """
+    if data.seqio is not None or not data.objectives:
+        return False
+    return all(objective.predicts_in_place for objective in data.objectives)
+
+
+def bound_batches(
+    store: Store, data: DataConfig, batch_size: int, num_batches: int, split: str = "validation"
+) -> Iterator[BoundBatches]:
+    """Yield batches of held-out windows whose first half is given and whose second half is scored by the bound.
+
+    Window and row lengths are those of training. Of the n tokens of the second half, k are masked and scored with the
+    weight n / k, for `BOUND_GRID` values of k: one in each of as many equal parts of 1..n. The values are shifted from
+    window to window, evenly within the parts, so that all k occur alike and the mean over windows is that over 1..n.
+    Windows, values of k and masks are the same for every model of this row length.
+
+    Yields nothing unless `has_bound`, and for a corpus of pairs.
+    """
+    if not has_bound(data) or store.sequences_per_document > 1:
+        return
+    ids = RowIds.of(store.vocabulary)
+    length = MaskedDiffusion().raw_window_length(data.layout, data.inputs_length, data.targets_length)
+    first = 0
+    for tokens_NxL, window_N in _windows(store.split(split), length, batch_size, num_batches):
+        rows, width = tokens_NxL.shape
+        scored = width - width // 2
+        words_N = rng.stratified(rng.fold_in(_STRATUM, 1), np.arange(first, first + rows))
+        first += rows
+        batches, tokens = [], tokens_NxL.astype(np.int32)
+        for part in range(BOUND_GRID):
+            # (part + fraction) / BOUND_GRID of the range, in integers: the quotient of 64-bit words is exact.
+            count_N = masked_counts(words_N // np.uint64(BOUND_GRID) + np.uint64(part * (2**64 // BOUND_GRID)), scored)
+            keys_N = rng.fold_in(rng.fold_in(_NOISE, window_N), part)
+            masked_NxL = np.zeros((rows, width), np.bool_)
+            masked_NxL[:, width - scored :] = random_masks(keys_N, count_N, scored)
+            total_N = np.full(rows, scored / BOUND_GRID)
+            examples = mask_positions(tokens, masked_NxL, store.vocabulary, total_N)
+            features = convert(examples, data.layout, data.inputs_length, data.targets_length, ids)
+            if data.mask_document_borders:
+                features = with_document_borders(features, examples, data.layout, ids)
+            batches.append(_batch(features, batch_size, 0))
+        scored_NxT = tokens[:, width - scored :]
+        texts = tuple(store.tokenizer.to_bytes(row) for row in scored_NxT.tolist())
+        yield BoundBatches(tuple(batches), scored_NxT, texts)
 
 
 def _continuation(data: DataConfig) -> tuple[Objective, int]:
@@ -178,6 +254,9 @@ def _windows(
 
 def _features(examples: Examples, data: DataConfig, ids: RowIds) -> Features:
     features = convert(examples, data.layout, data.inputs_length, data.targets_length, ids)
+    # All batches have the types of training, so that the evaluation step is compiled once.
+    weights = f"{data.target_stack}_loss_weights"
+    features[weights] = features[weights].astype(loss_weight_type(data), copy=False)
     return with_document_borders(features, examples, data.layout, ids) if data.mask_document_borders else features
 
 
@@ -185,7 +264,7 @@ def _batch(features: Features, batch_size: int, objective: int) -> Batch:
     """Complete the batch with rows of padding."""
     rows = len(next(iter(features.values())))
     padded = {
-        name: np.concatenate([values, np.zeros((batch_size - rows, values.shape[1]), np.int32)])
+        name: np.concatenate([values, np.zeros((batch_size - rows, values.shape[1]), values.dtype)])
         for name, values in features.items()
     }
     # By position if the rows have segments, as in training.

@@ -68,6 +68,24 @@ def below(words: Keys, bound: Integers) -> npt.NDArray[np.int64]:
     return (words % _as_uint64(bound)).astype(np.int64)
 
 
+def stratified(key: Keys, index_N: npt.NDArray[np.int64]) -> Keys:
+    """Return [N]: words for indices, such that each 2^m indices from a multiple of 2^m on are stratified.
+
+    The words of such a block lie one in each of the 2^m equal parts of the 64-bit range, for every m. Over random keys,
+    the word of an index is uniform. This is van der Corput's sequence in base 2 with a random digital shift.
+
+    Args:
+      key: The key of the shift, [1].
+      index_N: Indices from 0.
+    """
+    words_N = index_N.astype(np.uint64)
+    # The bits of the index in reverse order: neighbours are swapped, then pairs, and so on up to halves of the word.
+    for width, low in ((1, 0x5555555555555555), (2, 0x3333333333333333), (4, 0x0F0F0F0F0F0F0F0F)):
+        shift, mask = np.uint64(width), np.uint64(low)
+        words_N = words_N >> shift & mask | (words_N & mask) << shift
+    return words_N.byteswap() ^ key
+
+
 def choose(keys_N: Keys, stream: int, total: int, count: int) -> npt.NDArray[np.int64]:
     """Return [N, count]: for each key a uniform random subset of [0, total), in increasing order."""
     # Each number gets a random word whose lowest bits are replaced by the number itself. All words then differ, and the

@@ -26,7 +26,7 @@ from t5x_like.config.batch_spec import (
 from t5x_like.config.data import CorpusShareConfig, DataConfig
 from t5x_like.config.mixture_schedule import row_tokens
 from t5x_like.config.objectives import Objective
-from t5x_like.data.objectives.registry import denoise
+from t5x_like.data.objectives.registry import denoise, implementation
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream import rng
 from t5x_like.data.stream.feature_converters import (
@@ -53,7 +53,7 @@ VERSION = 2
 """Version of the algorithm that makes rows; part of the fingerprint."""
 
 # Uses of the seed. Changing a number changes the data of every seed.
-_CORPUS, _PERIOD, _ROW = range(1, 4)
+_CORPUS, _PERIOD, _ROW, _STRATUM = range(1, 5)
 
 
 class TrainingStream:
@@ -84,6 +84,7 @@ class TrainingStream:
         self._row_tokens = [row_tokens(objective, data) for objective in data.objectives]
         self.sources = [self._source(index, share) for index, share in enumerate(data.sources)]
         self.shapes = row_shapes(data)
+        self._stratified = any(implementation(objective).stratified for objective in data.objectives)
         # Validation requires that all phases have the same shares of the sub-batches.
         counts = sub_batch_rows_per_block(data)[0]
         # Rows of each sub-batch as a fraction (numerator, denominator) of the rows of a step.
@@ -190,8 +191,10 @@ class TrainingStream:
         # row.
         origin = self._indices[sub_batch].locate(index_N)
         # The noise of a row depends on its index only.
-        keys_N = rng.fold_in(rng.fold_in(self._key(_ROW), list(self.shapes).index(sub_batch)), index_N)
-        self._put_windows(out, shape, origin, keys_N)
+        number = list(self.shapes).index(sub_batch)
+        keys_N = rng.fold_in(rng.fold_in(self._key(_ROW), number), index_N)
+        words_N = rng.stratified(rng.fold_in(self._key(_STRATUM), number), index_N) if self._stratified else None
+        self._put_windows(out, shape, origin, keys_N, words_N)
         for index, source in enumerate(self.sources):
             row_n = np.flatnonzero(origin.corpus_N == index)
             # Whole examples have no windows; their rank leads to a row of the plan or to a pair.
@@ -274,7 +277,9 @@ class TrainingStream:
             for source in self.sources
         ]
 
-    def _put_windows(self, out: Features, shape: RowShape, origin: RowOrigin, keys_N: rng.Keys) -> None:
+    def _put_windows(
+        self, out: Features, shape: RowShape, origin: RowOrigin, keys_N: rng.Keys, words_N: rng.Keys | None
+    ) -> None:
         """Read and denoise the rows that are windows. All windows of an objective are denoised by one call."""
         # -1: the row is not a window.
         objective_id_N = np.full(len(keys_N), -1, np.int64)
@@ -295,7 +300,8 @@ class TrainingStream:
             if not row_n.size:
                 continue
             tokens = self._gather(self._row_tokens[number], origin.corpus_N[row_n], start_N[row_n])
-            examples = denoise(tokens, keys_N[row_n], objective, self.vocabulary, self._traits)
+            words_n = None if words_N is None else words_N[row_n]
+            examples = denoise(tokens, keys_N[row_n], objective, self.vocabulary, self._traits, words_n)
             per_row = objective.windows_per_row
             if per_row == 1:
                 borders = self.data.mask_document_borders

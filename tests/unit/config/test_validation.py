@@ -21,6 +21,7 @@ from t5x_like.config import (
     EarlyStopping,
     FillInTheMiddle,
     KeepBest,
+    MaskedDiffusion,
     MaskedLM,
     PrefixLM,
     RunConfig,
@@ -113,6 +114,8 @@ def test_scores_that_decide_about_checkpoints_exist_and_are_saved() -> None:
     assert [where for where, _ in problems("loss/S", every=None)] == ["checkpoints.keep_best"]
     assert [where for where, _ in problems("loss/S", every=1500)] == ["evaluation.every_steps"]
     assert [where for where, _ in problems("bits_per_byte", run=example("encoder"))] == ["checkpoints.keep_best.metric"]
+    assert problems("bits_per_byte_bound", run=example("encoder")) == []
+    assert [where for where, _ in problems("bits_per_byte_bound")] == ["checkpoints.keep_best.metric"]
     # The metrics of a Task are known at its first evaluation only.
     of_task = changed(example(), "evaluation.tasks", (EvaluationTask(mixture_or_task="squad"),))
     assert problems("squad/em", run=of_task) == []
@@ -162,6 +165,7 @@ OBJECTIVES = {
     "prefix_lm": PrefixLM(name="prefix"),
     "causal_lm": CausalLM(),
     "masked_lm": MaskedLM(),
+    "masked_diffusion": MaskedDiffusion(),
     "fill_in_the_middle": FillInTheMiddle(),
     "causal_masking": CausalMasking(),
     "bart": BartDenoising(),
@@ -172,11 +176,12 @@ OBJECTIVES = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_layout_requires_its_objectives(layout: Layout, kind: str) -> None:
+    in_place = {"masked_lm", "masked_diffusion"}
     takes = {
-        "encoder_decoder": OBJECTIVES.keys() - {"causal_lm", "masked_lm", "fill_in_the_middle", "causal_masking"},
+        "encoder_decoder": OBJECTIVES.keys() - {"causal_lm", *in_place, "fill_in_the_middle", "causal_masking"},
         "prefix_lm": OBJECTIVES.keys(),
-        "causal_lm": OBJECTIVES.keys() - {"masked_lm"},
-        "encoder": {"masked_lm"},
+        "causal_lm": OBJECTIVES.keys() - in_place,
+        "encoder": in_place,
     }
     found = [p.where for p in validate(changed(example(layout), "data.mixture", (OBJECTIVES[kind],)))]
     assert found == ([] if kind in takes[layout] else ["data.mixture.0.kind"])

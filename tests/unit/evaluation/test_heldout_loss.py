@@ -21,6 +21,7 @@ from t5x_like.evaluation import compression_baselines, results_store
 from t5x_like.evaluation.console_tables import result_tables
 from t5x_like.evaluation.decoded_samples import decode_samples
 from t5x_like.evaluation.heldout_loss import evaluate_held_out, held_out_rows
+from t5x_like.evaluation.per_example_loss import held_out_intervals
 from t5x_like.program import Program, build_program
 from t5x_like.utils.jsonl import read_records
 
@@ -79,7 +80,20 @@ def test_uniform_model_has_the_exact_loss(store, layout):
         assert scores["tokens"] == sum(batch["main"][weights].sum() for batch in batches) > 0
         assert scores["loss"] == pytest.approx(math.log(VOCABULARY), rel=1e-5)
     if layout == "encoder":
-        assert result["prefix_lm"] is None and result["baselines"] is None
+        windows = list(heldout.bound_batches(store, data, 8, 3))
+        texts = [text for window in windows for text in window.texts]
+        num_tokens, num_bytes = sum(window.tokens_NxT.size for window in windows), sum(map(len, texts))
+        assert num_tokens == 24 * len(texts) > num_bytes > 200
+        assert result["prefix_lm"] is None and result["baselines"]["gzip_bits_per_byte"] > 0
+        assert result["diffusion_bound"] == {
+            "loss_per_token": pytest.approx(math.log(VOCABULARY), rel=1e-5),
+            "bits_per_byte": pytest.approx(math.log2(VOCABULARY) * num_tokens / num_bytes, rel=1e-5),
+            "bytes": num_bytes,
+        }
+        # The title and the row name it a bound, and `compare` does not take it for exact bits per byte.
+        cells = [cell for table in result_tables(result) for column in table.columns for cell in column.cells]
+        assert any("upper bound" in cell for cell in cells)
+        assert {"bits_per_byte_bound"} == {name for name in results_store.scalars(result) if "bits" in name}
         return
     scored = list(heldout.prefix_lm_batches(store, program.run.data, 8, 3))
     num_tokens, num_bytes = sum(len(batch.tokens) for batch in scored), sum(len(batch.text) for batch in scored)
@@ -110,7 +124,8 @@ def test_metrics_of_the_model_are_among_the_scores(store):
     assert scores["discriminator/accuracy"] == pytest.approx(1 - scores["discriminator/replaced"], rel=1e-6)
     assert scores["discriminator/recall"] == 0 and math.isnan(scores["discriminator/precision"])
     columns = [column.header for table in result_tables(result) for column in table.columns]
-    assert columns == ["objective", "loss", "perplexity", "accuracy", "tokens", "objective", "metric", "mean"]
+    own = ["objective", "loss", "perplexity", "accuracy", "tokens", "objective", "metric", "mean"]
+    assert columns == [*own, "code", "bits"]
 
 
 def test_scores_count_each_token_once(store):
@@ -143,6 +158,50 @@ def test_scores_count_each_token_once(store):
     assert sum(row["bytes"] for row in rows if row["objective"] == "prefix_lm") == result["prefix_lm"]["bytes"]
     assert found["loss"] == pytest.approx(loss / tokens, rel=1e-5)
     assert found["accuracy"] == pytest.approx(right / tokens, rel=1e-6)
+
+
+def test_windows_are_bounded_at_a_grid_of_masked_counts(store):
+    """The first half is given; each quarter of 1..n has one count per window, and all counts occur alike."""
+    data = program_for("encoder").run.data
+    mask = store.vocabulary.mask_id
+    counts = []
+    for window in heldout.bound_batches(store, data, 8, 3):
+        rows, weights = len(window.texts), 0.0
+        assert len(window.batches) == heldout.BOUND_GRID
+        for part, batch in enumerate(window.batches):
+            features = {name: values[:rows] for name, values in batch["main"].items()}
+            masked = features["encoder_input_tokens"] == mask
+            assert np.array_equal(masked, features["encoder_loss_weights"] > 0) and not masked[:, :24].any()
+            assert np.array_equal(features["encoder_target_tokens"][:, 24:], window.tokens_NxT)
+            counts += masked.sum(axis=1).tolist()
+            assert ((masked.sum(axis=1) - 1) // 6 == part).all()
+            weights = weights + features["encoder_loss_weights"].sum(axis=1)
+        assert weights == pytest.approx(24.0, rel=1e-5)
+    occurrences = np.bincount(counts, minlength=25)[1:]
+    assert occurrences.max() - occurrences.min() <= 3 and occurrences.min() >= 1
+
+
+def test_bounds_of_windows_are_the_weighted_losses_of_their_masked_tokens(store):
+    program = program_for("encoder")
+    params = random_params(program)
+    logits_of = jax.jit(lambda batch: program.model(params)(batch))
+    expected, tokens = [], 0
+    for window in heldout.bound_batches(store, program.run.data, 8, 2):
+        losses = np.zeros(8)
+        for batch in window.batches:
+            features = batch["main"]
+            logits = np.asarray(logits_of(features), np.float64)
+            targets = np.take_along_axis(logits, features["encoder_target_tokens"][..., None], axis=-1)[..., 0]
+            nats = np.log(np.exp(logits - logits.max()).sum(axis=-1)) + logits.max() - targets
+            losses += (nats * features["encoder_loss_weights"]).sum(axis=1)
+        expected += losses[: len(window.texts)].tolist()
+        tokens += window.tokens_NxT.size
+    rows = held_out_rows(program, placed(program, params), [store], num_batches=2)
+    own = [row for row in rows if row["objective"] == "diffusion_bound"]
+    assert [row["loss"] for row in own] == pytest.approx(expected, rel=1e-4)
+    result = evaluate_held_out(program, placed(program, params), [store], step=0, num_batches=2)
+    assert result["diffusion_bound"]["loss_per_token"] == pytest.approx(sum(expected) / tokens, rel=1e-4)
+    assert {"loss/masked_lm", "bits_per_byte_bound"} == set(held_out_intervals(rows))
 
 
 def test_sharded_parameters_have_the_same_scores(store):
