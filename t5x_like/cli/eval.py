@@ -83,6 +83,19 @@ def register(commands: Any) -> None:
     )
     follow.add_argument("--timeout", type=float, metavar="SECONDS", help="stop if no checkpoint appears for this time")
 
+    pairs = parser.add_argument_group("minimal pairs")
+    pairs.add_argument(
+        "--pairs",
+        type=local_path,
+        metavar="FILE",
+        help="JSON lines with the texts good and bad: report how often the good one is the more likely one",
+    )
+    pairs.add_argument(
+        "--pairs-score",
+        choices=("log_likelihood", "pseudo_likelihood", "diffusion_bound"),
+        help="score of a text (default: log_likelihood; of an encoder pseudo_likelihood)",
+    )
+
     files = parser.add_argument_group("rows of files: --data FILE, or predictions without a model")
     files.add_argument(
         "--predictions", type=local_path, metavar="FILE", help="JSON lines with a target and a prediction"
@@ -115,6 +128,10 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         options.parser.error("--follow takes one run, all of whose steps it evaluates, and writes into its directory")
     if options.prediction_field:
         options.parser.error("--prediction-field is an option of --predictions FILE")
+    if options.pairs_score and options.pairs is None:
+        options.parser.error("--pairs-score is an option of --pairs FILE")
+    if options.pairs is not None:
+        return _score_pairs(options)
     if options.data and _names_files(options.data):
         return _score_answers(options)
     if options.metrics or options.target_field or options.inputs_field:
@@ -192,6 +209,31 @@ def _score_answers(options: argparse.Namespace) -> int:
                 )
             )
             _print_scores(found[-1])
+        if options.output is not None:
+            write_output(options.output, found[0] if len(found) == 1 else found)
+    return EXIT_OK
+
+
+def _score_pairs(options: argparse.Namespace) -> int:
+    if options.follow or options.all or options.task or options.data or options.metrics:
+        options.parser.error("--pairs FILE takes no --follow, --all, --task, --data or --metrics")
+    simulate_devices(options.devices)
+    from t5x_like.distributed.startup import initialize
+
+    with initialize(process_flags(options)):
+        from t5x_like.evaluation.console_tables import pairs_table
+        from t5x_like.evaluation.minimal_pairs import score_pairs
+        from t5x_like.evaluation.results_store import write_output
+        from t5x_like.model_loading import open_model
+        from t5x_like.utils.console import Console
+
+        found = []
+        for reference in options.models:
+            loaded = open_model(reference.path)
+            for step in reference.steps or (None,):
+                draws = {"draws": 0} if options.no_intervals else {}
+                found.append(score_pairs(loaded, options.pairs, step=step, scoring=options.pairs_score, **draws))
+        Console().print(pairs_table(found))
         if options.output is not None:
             write_output(options.output, found[0] if len(found) == 1 else found)
     return EXIT_OK

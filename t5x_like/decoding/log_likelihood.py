@@ -83,6 +83,67 @@ def score_tokens(
     return scores
 
 
+class MaskedRow(NamedTuple):
+    """Row of an encoder, some of whose tokens are predicted in place.
+
+    Attributes:
+      tokens: Ids that the encoder reads, with mask tokens.
+      positions: Positions that are predicted, at least one.
+      targets: The token at each of them.
+    """
+
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    targets: Sequence[int]
+
+
+def score_masked_tokens(
+    program: Program, params: PyTree | InferenceParams, rows: Sequence[MaskedRow]
+) -> list[tuple[float, ...]]:
+    """Return log p(target | row) in nats for each predicted position of each row of an encoder.
+
+    Rows of similar length are computed together, as in `score_tokens`.
+
+    Raises:
+      ConfigError: a row has more tokens than the model has learned positions, or the model is not an encoder.
+    """
+    config = program.run.model
+    if config.architecture != "encoder" or config.task_head is not None:
+        raise ConfigError([ConfigProblem("model", "no encoder with a head over the vocabulary", "one")])
+    require_positions(config, "the longest row", {"encoder": max((len(row.tokens) for row in rows), default=0)})
+    assert config.encoder is not None
+    limit = config.encoder.max_positions if config.encoder.positions == "learned" else None
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for index, row in enumerate(rows):
+        width = bucket(len(row.tokens)) if limit is None else min(bucket(len(row.tokens)), limit)
+        by_shape.setdefault((width, min(bucket(len(row.positions), minimum=1), width)), []).append(index)
+    scores: list[tuple[float, ...]] = [()] * len(rows)
+    shards = num_row_shards(program)
+    for width, predicted in sorted(by_shape, reverse=True):
+        size = _rows_per_batch(width, predicted, config.vocab_size, shards)
+        indices = by_shape[width, predicted]
+        for first in range(0, len(indices), size):
+            some = [rows[index] for index in indices[first : first + size]]
+            count = shards * bucket(-(-len(some) // shards), minimum=1)
+            batch = {
+                "encoder_input_tokens": pad_rows([row.tokens for row in some], count, width),
+                # Segment ids mark the valid positions, so that no token id counts as padding.
+                "encoder_segment_ids": pad_rows([[1] * len(row.tokens) for row in some], count, width),
+                "target_tokens": pad_rows([row.targets for row in some], count, predicted),
+                "target_positions": pad_rows([row.positions for row in some], count, predicted),
+            }
+            found_RxT, _ = jax.device_get(_score_batch(program, params, put_on_mesh(program, batch)))
+            for number, index in enumerate(indices[first : first + size]):
+                scores[index] = tuple(found_RxT[number, : len(rows[index].targets)].tolist())
+    return scores
+
+
+def _rows_per_batch(width: int, scored: int, vocab_size: int, shards: int) -> int:
+    """Return the number of rows of a batch: a power of two per shard, bound by tokens and by logits."""
+    rows = min(MAX_TOKENS_PER_BATCH // width, MAX_LOGITS_PER_BATCH // (scored * vocab_size))
+    return shards * max(1 << max(rows // shards, 1).bit_length() - 1, 1)
+
+
 class _Shape(NamedTuple):
     """Numbers of token positions of a row: in the encoder (0 without), in the decoder, and of the targets."""
 
@@ -129,9 +190,7 @@ def _batches(pairs: Sequence[Pair], config: ModelConfig, shards: int) -> Iterato
     # Longest first: a batch that needs too much memory fails at once and not after hours.
     for shape in sorted(by_shape, key=lambda shape: max(shape), reverse=True):
         # Short targets of a large vocabulary are bound by their logits, long texts by their tokens.
-        rows = min(MAX_TOKENS_PER_BATCH // max(shape), MAX_LOGITS_PER_BATCH // (shape.targets * config.vocab_size))
-        # A power of two per shard, rounded down.
-        size = shards * max(1 << max(rows // shards, 1).bit_length() - 1, 1)
+        size = _rows_per_batch(max(shape), shape.targets, config.vocab_size, shards)
         for start in range(0, len(by_shape[shape]), size):
             yield shape, by_shape[shape][start : start + size]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from t5x_like.evaluation.results_store import Result, scalars
+from t5x_like.evaluation.results_store import BITS_BOUND, DIFFUSION_BOUND, Result, scalars
 
 _SHOWN = ("loss", "perplexity", "accuracy", "tokens")
 
@@ -43,13 +43,19 @@ def _held_out(result: Result) -> list[Table]:
         for metric in [metric for metric in scores if metric not in _SHOWN]:
             model_metrics.add_row(name, metric, f"{scores[metric]:.4f}")
     shown = [objectives, model_metrics] if model_metrics.row_count else [objectives]
-    if result["prefix_lm"] is None:
+    bound = result.get(DIFFUSION_BOUND)
+    scores = bound or result["prefix_lm"]
+    if scores is None:
         return shown
-    bits = Table(title=f"bits per byte of the same {result['prefix_lm']['bytes']:,} bytes")
+    bits = Table(title=f"bits per byte of the same {scores['bytes']:,} bytes")
     bits.add_column("code")
     bits.add_column("bits", justify="right")
-    mean = _with_interval(result["prefix_lm"]["bits_per_byte"], result, "bits_per_byte", digits=3)
-    bits.add_row("this model, given the first half of each window", mean)
+    name = BITS_BOUND if bound else "bits_per_byte"
+    of_model = "this model, given the first half of each window"
+    bits.add_row(
+        f"{of_model}: upper bound" if bound else of_model,
+        _with_interval(scores["bits_per_byte"], result, name, digits=3),
+    )
     names = {
         "unigram_bits_per_byte": "token unigram",
         "byte_entropy_bits_per_byte": "byte entropy",
@@ -94,6 +100,21 @@ def predictions_table(scores: Mapping[str, Any]) -> Table:
     table.add_column("value", justify="right")
     for name, value in scores["metrics"].items():
         table.add_row(name, _with_interval(value, scores, name))
+    return table
+
+
+def pairs_table(scores: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of the results of `minimal_pairs.score_pairs` on one file."""
+    first = scores[0]
+    table = Table(title=f"{first['file']}: {first['num_pairs']:,} minimal pairs")
+    for name in ("model", "step", "score of a text", "accuracy", "mean difference (nats)"):
+        table.add_column(name, justify="left" if name in ("model", "score of a text") else "right")
+    for one in scores:
+        interval = one["interval"]
+        share = _percent(one["accuracy"])
+        shown = share if interval is None else f"{share} [{_percent(interval[0])}, {_percent(interval[1])}]"
+        kind = one["scoring"].replace("_", " ")
+        table.add_row(one["model"], f"{one['step']:,}", kind, shown, f"{one['mean_difference']:.3f}")
     return table
 
 

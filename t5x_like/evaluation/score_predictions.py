@@ -53,7 +53,7 @@ def score_file(
 ) -> dict[str, Any]:
     """Score the rows of a file of JSON lines; see `score_rows`."""
     require_metrics(names)
-    rows = _rows(path)
+    rows = json_lines(path, "a target and a prediction")
     return score_rows(str(path), rows, names, target_field=target_field, prediction_field=prediction_field, draws=draws)
 
 
@@ -120,7 +120,15 @@ def score_rows(
     }
 
 
-def _rows(path: Path) -> Rows:
+def json_lines(path: Path, content: str) -> Rows:
+    """Return (location, fields) of the JSON objects of a file, one per line that is not blank.
+
+    Args:
+      content: What each line should have, for the message about an empty file.
+
+    Raises:
+      DataError: the file cannot be read, a line is not a JSON object, or there are none.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -137,7 +145,7 @@ def _rows(path: Path) -> Rows:
             raise DataError(f"{path}:{number}: found a JSON {type(row).__name__}, expected an object")
         rows.append((f"{path}:{number}", row))
     if not rows:
-        raise DataError(f"{path}: found no rows, expected JSON lines with a target and a prediction")
+        raise DataError(f"{path}: found no rows, expected JSON lines with {content}")
     return rows
 
 

@@ -147,6 +147,7 @@ BEFORE = {
         "t5x-like train smoke:prefix_lm --training.num-train-steps 2",
         "cp -r runs/smoke runs/mine",
         """echo '{"answers": ["a cat"], "output": "the cat"}' >answers.jsonl""",
+        """echo '{"good": "a cat", "bad": "a cats"}' >pairs.jsonl""",
     ],
 }
 REPLACEMENTS = {
