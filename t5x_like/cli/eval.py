@@ -23,6 +23,12 @@ from t5x_like.errors import EXIT_OK, DataError
 from t5x_like.utils.json_reader import parse_json
 
 _MAX_CONFIGURATION_BYTES = 2**20
+_NOT_OF_PAIRS = (
+    *("all", "skip_evaluated", "num_batches", "data", "split", "no_held_out", "task", "module", "num_examples"),
+    *("inputs_length", "targets_length", "follow", "timeout", "predictions", "metrics", "inputs_field"),
+    *("target_field", "prediction_field"),
+)
+"""Options of evaluations of other data than minimal pairs."""
 
 
 def register(commands: Any) -> None:
@@ -118,7 +124,7 @@ def register(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
-    if options.predictions is not None:
+    if options.predictions is not None and options.pairs is None:
         return _score_predictions(options)
     if not options.models:
         options.parser.error("found no MODEL, expected at least one, or --predictions FILE")
@@ -215,8 +221,9 @@ def _score_answers(options: argparse.Namespace) -> int:
 
 
 def _score_pairs(options: argparse.Namespace) -> int:
-    if options.follow or options.all or options.task or options.data or options.metrics:
-        options.parser.error("--pairs FILE takes no --follow, --all, --task, --data or --metrics")
+    for name in _NOT_OF_PAIRS:
+        if getattr(options, name) != options.parser.get_default(name):
+            options.parser.error(f"--pairs FILE takes no --{name.replace('_', '-')}")
     simulate_devices(options.devices)
     from t5x_like.distributed.startup import initialize
 

@@ -15,6 +15,8 @@ from t5x_like.data.store.prepare import prepare
 from t5x_like.errors import EXIT_OK, EXIT_USAGE
 from t5x_like.trainer.train import train
 
+pytestmark = pytest.mark.slow
+
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -36,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stack={"num_layers": 2},
         model={"embedding_stddev": 0.2},
         training={
-            "num_train_steps": 150,
+            "num_train_steps": 120,
             "global_batch_size": 16,
             "schedule": ScheduleConfig(kind="cosine", learning_rate=1e-2, warmup_steps=20),
         },

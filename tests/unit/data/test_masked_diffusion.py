@@ -12,7 +12,7 @@ import pytest
 from helpers.data_examples import data_config, numbered_store, text_store
 from helpers.objective_examples import VOCABULARY, agree, keys, noisy, numbered
 
-from t5x_like.config import MaskedDiffusion, MaskedLM
+from t5x_like.config import CausalLM, MaskedDiffusion, MaskedLM
 from t5x_like.config.batch_spec import RowShape, sub_batch_spec
 from t5x_like.data.inspection.noise_distributions import ObservedNoise
 from t5x_like.data.objectives.registry import denoise, implementation
@@ -139,3 +139,22 @@ def test_words_decide_the_number_and_the_key_the_set() -> None:
     assert one.sum(axis=1).tolist() == [1, 1] and all_of_them.all()
     other = denoise(tokens, keys(2, seed=1), DIFFUSION, VOCABULARY, words_N=low).scored_NxT
     assert not np.array_equal(one, other)
+
+
+def test_a_single_stream_of_masked_diffusion_is_scored_by_the_bound(tmp_path: Path) -> None:
+    store = text_store(tmp_path / "store", ["the cat sat on the mat. " * 80], ["a dog ran to the cat. " * 40])
+    data = data_config("prefix_lm", (DIFFUSION,))
+    assert heldout.has_bound(data) and not list(heldout.prefix_lm_batches(store, data, 4, 2))
+    mixed = data_config("prefix_lm", (DIFFUSION, CausalLM()))
+    assert not heldout.has_bound(mixed) and list(heldout.prefix_lm_batches(store, mixed, 4, 2))
+    for window in heldout.bound_batches(store, data, 4, 2):
+        rows = len(window.texts)
+        total = np.zeros(rows)
+        for batch in window.batches:
+            features = {name: values[:rows] for name, values in batch["main"].items()}
+            scored = features["decoder_loss_weights"] > 0
+            # The stream reads the masked text one position later and attends to all of it; the first half is given.
+            assert (features["decoder_input_tokens"][:, 1:][scored[:, :-1]] == store.vocabulary.mask_id).all()
+            assert (features["decoder_causal_attention"] == 1).all() and not scored[:, :48].any()
+            total += features["decoder_loss_weights"].sum(axis=1)
+        assert total == pytest.approx(48.0, rel=1e-5)
