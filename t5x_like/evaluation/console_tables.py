@@ -51,11 +51,10 @@ def _held_out(result: Result) -> list[Table]:
     bits.add_column("code")
     bits.add_column("bits", justify="right")
     name = BITS_BOUND if bound else "bits_per_byte"
-    of_model = "this model, given the first half of each window"
-    bits.add_row(
-        f"{of_model}: upper bound" if bound else of_model,
-        _with_interval(scores["bits_per_byte"], result, name, digits=3),
+    of_model = (
+        "this model, given the first half: upper bound" if bound else "this model, given the first half of each window"
     )
+    bits.add_row(of_model, _with_interval(scores["bits_per_byte"], result, name, digits=3))
     names = {
         "unigram_bits_per_byte": "token unigram",
         "byte_entropy_bits_per_byte": "byte entropy",

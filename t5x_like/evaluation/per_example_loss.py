@@ -64,7 +64,7 @@ def window_bounds(program: Program, params: PyTree, windows: Iterable[BoundBatch
       For each window: `loss` (an unbiased estimate of the bound, in nats), `tokens`, and `bytes` and `digest` of the
       text of the scored half.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for window in windows:
         losses_R = np.zeros(0)
         for batch in window.batches:

@@ -241,7 +241,7 @@ def _weights(examples: Examples, length: int) -> Tokens | npt.NDArray[np.float32
         scored_NxT[:, :width] &= examples.scored_NxT[:, :width]
     if examples.scored_weight_N is None:
         return scored_NxT.astype(np.int32)
-    return scored_NxT * examples.scored_weight_N[:, None].astype(np.float32)
+    return np.where(scored_NxT, examples.scored_weight_N[:, None], 0.0).astype(np.float32)
 
 
 def _encoder_decoder(examples: Examples, inputs_length: int, targets_length: int) -> Features:
