@@ -144,7 +144,7 @@ def run_and_kill(directory: Path, log: dict[int, str], moment: str, delay: float
         if moment == "any":
             time.sleep(delay)
             process.kill()
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == -9

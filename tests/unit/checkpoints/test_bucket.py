@@ -93,12 +93,12 @@ def test_step_is_listed_only_when_its_record_is_written(url: Url, monkeypatch: p
     def slow(*arguments: Any) -> None:
         write(*arguments)
         written.set()
-        assert go_on.wait(timeout=60)
+        assert go_on.wait(timeout=240)
 
     monkeypatch.setattr(bucket_arrays, "write", slow)
     checkpoints = opened(url)
     checkpoints.save(1, make_state(), {})
-    assert written.wait(timeout=60) and checkpoints.steps() == []
+    assert written.wait(timeout=240) and checkpoints.steps() == []
     # Another process, which has taken over, removes the data of the first one, whose checkpoint must not appear intact.
     other = opened(url)
     assert not locations.children(url / "data")

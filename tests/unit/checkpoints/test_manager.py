@@ -65,7 +65,7 @@ def test_step_is_listed_only_when_its_checksums_are_there(manager: CheckpointMan
     go_on, write_checksums = threading.Event(), checksums.write_checksums
 
     def slow(directory: Path) -> None:
-        assert go_on.wait(timeout=60)
+        assert go_on.wait(timeout=240)
         write_checksums(directory)
 
     monkeypatch.setattr(checksums, "write_checksums", slow)

@@ -182,7 +182,7 @@ def test_restart_loop_forwards_signals_and_refuses_a_second_instance(tmp_path: P
         second = subprocess.run(argv, env=environment, capture_output=True, text=True)
         assert second.returncode == 3 and "still running" in second.stderr
         os.kill(int(pid_file.read_text()), signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=240)
     assert process.returncode == 42, "a stopped command must not be restarted"
     assert error == "restart_loop: exit code 42\n"
 
