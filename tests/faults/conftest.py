@@ -36,6 +36,59 @@ def mount_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", directory], check=True)
 
 
+@pytest.fixture
+def mount_image(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Return a function that mounts a file of the given size in MiB as a file system, until the end of the test."""
+    if os.geteuid() != 0 or any(shutil.which(name) is None for name in ("mount", "mkfs.ext4", "fsfreeze")):
+        pytest.skip("mounting an image needs root, mkfs.ext4 and fsfreeze")
+    mounted = []
+
+    def mount(mebibytes: int) -> Path:
+        directory, image = tmp_path / "image", tmp_path / "image.ext4"
+        directory.mkdir()
+        with image.open("wb") as file:
+            file.truncate(mebibytes << 20)
+        subprocess.run(["mkfs.ext4", "-q", image], check=True)
+        result = subprocess.run(["mount", "-o", "loop", image, directory], capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"cannot mount an image: {result.stderr.strip()}")
+        mounted.append(directory)
+        return directory
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@pytest.fixture
+def cover() -> Iterator[Callable[[Path], Callable[[], None]]]:
+    """Return a function that covers a directory by a file system which never answers: one of FUSE, without the process
+    that would serve it. Until the function that it returns is called, or the test ends, whatever opens a path below the
+    directory waits."""
+    if os.geteuid() != 0 or shutil.which("mount") is None or not Path("/dev/fuse").exists():
+        pytest.skip("a file system that does not answer needs root and /dev/fuse")
+    covered: dict[Path, int] = {}
+
+    def uncover(directory: Path) -> None:
+        os.close(covered.pop(directory))  # Those who wait get an error, and nobody else waits.
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+    def mount(directory: Path) -> Callable[[], None]:
+        device = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+        command = ["mount", "-i", "-t", "fuse", "-o", options, "unanswered", directory]
+        result = subprocess.run(command, pass_fds=[device], capture_output=True, text=True)
+        if result.returncode:
+            os.close(device)
+            pytest.skip(f"cannot mount a file system of FUSE: {result.stderr.strip()}")
+        covered[directory] = device
+        return lambda: uncover(directory)
+
+    yield mount
+    for directory in list(covered):
+        uncover(directory)
+
+
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("runs"))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from helpers.fault_runs import (
     Workspace,
     assert_same_end,
     children,
+    fill,
     finish,
     logged,
     newest,
@@ -34,6 +36,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SECONDS = 800.0
 """Limit of a run of two processes, on a machine that does other work."""
+SAVE_LIMIT = "40"
+"""Limit of a save in seconds, of a process whose storage does not answer; the first save compiles."""
 Uninterrupted = Callable[[str], Path]
 
 
@@ -120,6 +124,83 @@ def test_file_system_without_inodes(workspace: Workspace, mount_disk: Callable[.
     process = workspace.train(disk / "run", "--checkpoints.max-to-keep", "50")
     output = finish(process, code=EXIT_REFUSED)
     assert "no inodes are free" in output and "Traceback" not in output
+
+
+def test_launcher_does_not_restart_a_run_on_a_full_disk(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, mount_disk: Callable[[int], Path]
+) -> None:
+    """The disk becomes full during a save: the job ends, with its checkpoints, and resumes when there is space."""
+    disk, workdir = mount_disk(12), tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(disk)
+    process = workspace.launch(workdir)
+    wait_for(disk / "8", process)
+    saved = sum(path.stat().st_size for path in (disk / "8").rglob("*") if path.is_file())
+    filler = fill(disk, left=saved // 2)
+    output = finish(process, EXIT_REFUSED)
+    assert "No space left on device" in output and "Traceback" not in output and ", restart " not in output
+    assert json.loads((workdir / "exit.json").read_text())["code"] == EXIT_REFUSED
+    kept = {path.name for path in disk.iterdir()} - {"filler", "run_id"}
+    assert "8" in kept and all(name.isdecimal() for name in kept)
+    filler.unlink()
+    output = finish(workspace.launch(workdir))
+    assert f"step {max(map(int, kept))}" in output
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
+def test_launcher_restarts_a_run_whose_storage_did_not_answer(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, cover: Callable[[Path], Callable[[], None]]
+) -> None:
+    workdir = tmp_path / "run"
+    process = workspace.launch(workdir, "--timeouts.save", SAVE_LIMIT)
+    wait_for(workdir / "checkpoints" / "8", process)
+    first = children(process)
+    uncover = cover(workdir / "checkpoints")
+    while children(process) == first:
+        assert process.poll() is None
+        time.sleep(0.1)
+    uncover()
+    output = finish(process)
+    assert f"exit code {EXIT_RESUMABLE}, restart 1 of 3" in output and "Traceback" not in output
+    stacks = (workdir / "stacks.0.txt").read_text()
+    assert f"the stage 'save' takes longer than {SAVE_LIMIT} seconds" in stacks and "session.py" in stacks
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
+def test_stacks_are_printed_if_the_run_directory_does_not_answer(
+    workspace: Workspace, tmp_path: Path, cover: Callable[[Path], Callable[[], None]]
+) -> None:
+    workdir = tmp_path / "run"
+    # The process looks for a request of a profile after each step, and saves at every eighth.
+    process = workspace.launch(workdir, "--timeouts.save", SAVE_LIMIT, "--timeouts.step", SAVE_LIMIT, max_restarts=0)
+    wait_for(workdir / "checkpoints" / "8", process)
+    cover(workdir)
+    output = finish(process, EXIT_RESUMABLE)
+    assert f"takes longer than {SAVE_LIMIT} seconds" in output and "session.py" in output and "Traceback" not in output
+
+
+def test_save_on_a_frozen_file_system_is_reported(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, mount_image: Callable[[int], Path]
+) -> None:
+    """A thread that waits for a frozen file system ends when this answers again, and not even by SIGKILL before. The
+    stacks and exit.json do not wait for that."""
+    disk, workdir = mount_image(64), tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(disk)
+    process = workspace.train(workdir, "--timeouts.save", SAVE_LIMIT)
+    wait_for(disk / "8", process)
+    # Ends the freeze however this test ends.
+    script = 'fsfreeze --freeze "$0" && echo frozen && read -r _; fsfreeze --unfreeze "$0"'
+    with subprocess.Popen(["sh", "-c", script, disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as freezer:
+        assert freezer.stdout is not None and freezer.stdout.readline() == b"frozen\n"
+        wait_for(workdir / "exit.json", process)
+    record = json.loads((workdir / "exit.json").read_text())
+    assert record["code"] == EXIT_RESUMABLE
+    assert f"the stage 'save' takes longer than {SAVE_LIMIT} seconds" in record["reason"]
+    assert "session.py" in (workdir / "stacks.0.txt").read_text()
+    finish(process, EXIT_RESUMABLE)
+    finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
 
 
 def test_port_of_the_coordinator_is_taken(workspace: Workspace, tmp_path: Path) -> None:

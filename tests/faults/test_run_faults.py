@@ -19,6 +19,7 @@ from helpers.fault_runs import (
     RECIPE,
     Workspace,
     assert_same_end,
+    fill,
     finish,
     logged,
     newest,
@@ -243,13 +244,7 @@ def test_full_disk_is_reported_and_the_run_resumes(
 
     process = workspace.train(workdir)
     wait_for(small_disk / "8", process)
-    with filler.open("wb") as stream:
-        try:
-            while True:
-                stream.write(bytes(1 << 16))
-                stream.flush()
-        except OSError:
-            pass
+    filler = fill(small_disk)
     output = finish(process, code=EXIT_REFUSED)
     # TensorStore's threads print warnings, before our message and sometimes after it.
     last = output[output.rindex("t5x-like: ") :]

@@ -78,3 +78,10 @@ def broken_writer() -> RunConfig:
     run = recipe()
     monitoring = dataclasses.replace(run.monitoring, writers=("broken",))
     return dataclasses.replace(run, plugins=("broken_writer.py",), monitoring=monitoring)
+
+
+def faulty() -> RunConfig:
+    """Return the recipe with the faults of `fault_plugin`."""
+    run = recipe()
+    monitoring = dataclasses.replace(run.monitoring, callbacks=("faults",))
+    return dataclasses.replace(run, plugins=("fault_plugin.py",), monitoring=monitoring)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -67,6 +68,12 @@ class Workspace:
         options = (f"--compilation-cache.{cache[0]}", cache[1], *overrides)
         return self.start("train", f"{RECIPE}:{recipe}", "--workdir", workdir, *options, **program)
 
+    def launch(self, workdir: Path, *overrides: str, max_restarts: int = 3) -> subprocess.Popen[str]:
+        """Start a run of one process by `launch local`."""
+        options = ("-n", "1", "--workdir", workdir, "--execute", "--max-restarts", str(max_restarts))
+        train = ("--", "--compilation-cache.directory", self.directory / "compiled", *overrides)
+        return self.start("launch", "local", f"{RECIPE}:recipe", *options, *train)
+
     def train_and_kill(self, workdir: Path, step: int, recipe: str = "recipe") -> None:
         """Start a run, and kill it as soon as the checkpoint of `step` exists."""
         process = self.train(workdir, recipe=recipe)
@@ -76,7 +83,7 @@ class Workspace:
         assert process.returncode == -signal.SIGKILL
 
 
-def finish(process: subprocess.Popen[str], code: int = EXIT_OK, seconds: float = 240) -> str:
+def finish(process: subprocess.Popen[str], code: int = EXIT_OK, seconds: float = 600) -> str:
     """Wait for the end, check the exit code, and return the output as one line."""
     output, _ = process.communicate(timeout=seconds)
     assert process.returncode == code, output
@@ -84,12 +91,22 @@ def finish(process: subprocess.Popen[str], code: int = EXIT_OK, seconds: float =
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not path.exists():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             raise AssertionError(f"{path} did not appear:\n{process.communicate()[0]}")
         time.sleep(0.002)
+
+
+def fill(directory: Path, left: int = 0) -> Path:
+    """Fill a file system until so many bytes are left; return the file that does so."""
+    filler = directory / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(1 << 16))
+    os.truncate(filler, max(filler.stat().st_size - left, 0))
+    return filler
 
 
 def logged(workdir: Path) -> list[dict[str, Any]]:

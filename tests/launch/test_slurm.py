@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import fault_plugin
 from helpers.launch_examples import REPOSITORY
 from helpers.slurm_cluster import Cluster, cluster, why_not
 
@@ -20,6 +21,7 @@ WHY_NOT = why_not()
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900), pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 
 STEPS = 20
+ECC = "INTERNAL: CUDA error: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered"
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start a cluster, with a prepared recipe in the directory that its nodes share."""
     folder = tmp_path_factory.mktemp("cluster")
     shutil.copy(REPOSITORY / "tests/helpers/fault_recipe.py", folder / "recipe.py")
+    shutil.copy(REPOSITORY / "tests/helpers/fault_plugin.py", folder)
     (folder / "texts").mkdir()
     for number, source in enumerate(sorted((REPOSITORY / "t5x_like/config").glob("*.py"))):
         shutil.copy(source, folder / "texts" / f"{number}.txt")
@@ -43,8 +46,16 @@ def t5x_like(*arguments: str, cwd: Path) -> str:
     return result.stdout
 
 
-def submit(slurm: Cluster, name: str, *options: str) -> str:
-    """Render and submit a job with one process and two devices on each node; return its job id."""
+def submit(slurm: Cluster, name: str, *options: str, recipe: str = "recipe.py", overrides: tuple[str, ...] = ()) -> str:
+    """Render and submit a job with one process and two devices on each node; return its job id.
+
+    Args:
+      slurm: The cluster.
+      name: Name of the job and of its run directory.
+      options: Options of `t5x-like launch slurm`.
+      recipe: The recipe.
+      overrides: Further arguments of `train`.
+    """
     folder = slurm.directory
     variables = {
         "PYTHONPATH": str(REPOSITORY),
@@ -65,8 +76,9 @@ def submit(slurm: Cluster, name: str, *options: str) -> str:
         str(STEPS),
         "--monitoring.num_decoded_samples",
         "0",
+        *overrides,
     ]
-    t5x_like("launch", "slurm", "recipe.py", *cpus, *env, *files, *options, *train_arguments, cwd=folder)
+    t5x_like("launch", "slurm", recipe, *cpus, *env, *files, *options, *train_arguments, cwd=folder)
     return slurm.run("sbatch", "--parsable", f"{name}/train.sbatch", cwd=folder).strip()
 
 
@@ -113,6 +125,28 @@ def test_stopped_job_is_requeued_and_resumes(slurm: Cluster, undisturbed: tuple[
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), text
     assert "exit code 42: the job is requeued" in text
     assert losses(slurm.directory / "runs/stopped") == losses(slurm.directory / "runs/plain")
+
+
+def test_job_is_requeued_after_a_device_has_failed(slurm: Cluster, undisturbed: tuple[str, dict[str, Any]]) -> None:
+    (slurm.directory / fault_plugin.FAULTS).write_text(json.dumps([(STEPS // 2, ECC)]))
+    job = submit(slurm, "faulty", recipe="recipe.py:faulty")
+    ended = slurm.wait(job, "COMPLETED", "FAILED", seconds=600)
+    text = log(slurm, "faulty", job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), text
+    assert text.count("a device failed") == 1 and "exit code 42: the job is requeued" in text
+    assert "Traceback" not in text and "Check failed" not in text
+    assert losses(slurm.directory / "runs/faulty") == losses(slurm.directory / "runs/plain")
+
+
+def test_job_whose_device_fails_at_every_start_is_ended(slurm: Cluster) -> None:
+    (slurm.directory / fault_plugin.FAULTS).write_text(json.dumps([(1, ECC)] * 3))
+    limit = ("--monitoring.max-starts-without-progress", "2")
+    job = submit(slurm, "crash_loop", recipe="recipe.py:faulty", overrides=limit)
+    ended = slurm.wait(job, "COMPLETED", "FAILED", seconds=600)
+    text = log(slurm, "crash_loop", job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "2"), text
+    assert text.count("a device failed") == 2
+    assert "the last 2 starts ended before a checkpoint was saved at all" in text
 
 
 def test_job_with_a_configuration_error_is_not_restarted(slurm: Cluster) -> None:
