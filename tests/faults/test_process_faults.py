@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECONDS = 800.0
 """Limit of a run of two processes, on a machine that does other work."""
 SAVE_LIMIT = "40"
-"""Limit of a save in seconds, of a process whose storage does not answer; the first save compiles."""
+"""Limit of a save in seconds, for a storage that does not answer. The first save of a process may compile."""
 Uninterrupted = Callable[[str], Path]
 
 
@@ -151,7 +151,7 @@ def test_launcher_does_not_restart_a_run_on_a_full_disk(
 def test_launcher_restarts_a_run_whose_storage_did_not_answer(
     workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, cover: Callable[[Path], Callable[[], None]]
 ) -> None:
-    workdir = tmp_path / "run"
+    undisturbed, workdir = uninterrupted("recipe"), tmp_path / "run"  # Its programs are compiled then.
     process = workspace.launch(workdir, "--timeouts.save", SAVE_LIMIT)
     wait_for(workdir / "checkpoints" / "8", process)
     first = children(process)
@@ -164,7 +164,7 @@ def test_launcher_restarts_a_run_whose_storage_did_not_answer(
     assert f"exit code {EXIT_RESUMABLE}, restart 1 of 3" in output and "Traceback" not in output
     stacks = (workdir / "stacks.0.txt").read_text()
     assert f"the stage 'save' takes longer than {SAVE_LIMIT} seconds" in stacks and "session.py" in stacks
-    assert_same_end(workdir, uninterrupted("recipe"))
+    assert_same_end(workdir, undisturbed)
 
 
 def test_stacks_are_printed_if_the_run_directory_does_not_answer(
@@ -184,7 +184,7 @@ def test_save_on_a_frozen_file_system_is_reported(
 ) -> None:
     """A thread that waits for a frozen file system ends when this answers again, and not even by SIGKILL before. The
     stacks and exit.json do not wait for that."""
-    disk, workdir = mount_image(64), tmp_path / "run"
+    undisturbed, disk, workdir = uninterrupted("recipe"), mount_image(64), tmp_path / "run"
     workdir.mkdir()
     (workdir / "checkpoints").symlink_to(disk)
     process = workspace.train(workdir, "--timeouts.save", SAVE_LIMIT)
@@ -200,7 +200,7 @@ def test_save_on_a_frozen_file_system_is_reported(
     assert "session.py" in (workdir / "stacks.0.txt").read_text()
     finish(process, EXIT_RESUMABLE)
     finish(workspace.train(workdir))
-    assert_same_end(workdir, uninterrupted("recipe"))
+    assert_same_end(workdir, undisturbed)
 
 
 def test_port_of_the_coordinator_is_taken(workspace: Workspace, tmp_path: Path) -> None:
