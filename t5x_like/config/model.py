@@ -265,8 +265,8 @@ class ModelConfig:
     dtype: Dtype = "float32"
     """Type of activations and matrix products. Parameters are always float32."""
     attention: str = "reference"
-    """Name of a registered attention backend: reference, xla, cudnn, or one of a plug-in. The registry is that of
-    `kernels.attention`; the name is checked when the model is built."""
+    """Name of a registered attention backend: reference, xla, cudnn, blockwise, flash (TPU), or one of a plug-in. The
+    registry is that of `kernels.attention`; the name is checked when the model is built."""
     scan_layers: bool = True
     """Run the stacked layers by `lax.scan`. False unrolls them, for debugging; the parameters are the same."""
     remat: Remat = "none"

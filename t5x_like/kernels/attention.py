@@ -21,7 +21,9 @@ from t5x_like.kernels.attention_backend import (
     drops_values,
 )
 from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, Mask, MaskSpec
+from t5x_like.kernels.blockwise_attention import BlockwiseAttention
 from t5x_like.kernels.dropout import keep_mask
+from t5x_like.kernels.flash_attention import FlashAttention
 from t5x_like.kernels.library_attention import CudnnAttention, XlaAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
@@ -64,6 +66,8 @@ def unknown_backend(name: str) -> ConfigProblem | None:
 register_backend("reference", ReferenceAttention())
 register_backend("xla", XlaAttention())
 register_backend("cudnn", CudnnAttention())
+register_backend("blockwise", BlockwiseAttention())
+register_backend("flash", FlashAttention())
 
 
 def attention(
@@ -96,8 +100,8 @@ def attention(
       dropout_rng: Key of the dropout mask; None: no dropout.
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
       backend: Name of a registered backend. Built in are "reference" (einsums, and the ring for sequences that are
-        split over devices), "xla" (`jax.nn.dot_product_attention`) and "cudnn" (the same function with NVIDIA's
-        kernels).
+        split over devices), "xla" (`jax.nn.dot_product_attention`), "cudnn" (the same function with NVIDIA's kernels)
+        and "blockwise" (loops over blocks of keys, with memory linear in the length).
 
     Returns:
       [B, Q, H, h] in the type of q.
@@ -138,7 +142,7 @@ def attention(
         softcap=softcap,
         dropout_rate=0.0 if dropout_rng is None else dropout_rate,
         dynamic_window=isinstance(mask, BlockwiseMask) and any(k.dynamic_window is not None for k in mask.keys),
-        is_split=isinstance(mask, BlockwiseMask) and mask.split is not None,
+        is_split=isinstance(mask, BlockwiseMask) and mask.split is not None and mask.split.length != (),
     )
     reason = implementation.supports(request)
     if reason is not None:

@@ -36,7 +36,7 @@ class AttentionRequest:
       dropout_rate: Rate at which the backend has to drop single probabilities. It is 0 where `attention` drops values
         in their place (`drops_values`).
       dynamic_window: The window is an array (`KeySpec.dynamic_window`). Backends with dense masks never see it.
-      is_split: The sequence is split over devices (`BlockwiseMask.split`).
+      is_split: The sequence is split over devices (`BlockwiseMask.split` with axes of the length).
     """
 
     num_heads: int = 1
@@ -75,6 +75,8 @@ class AttentionBackend(abc.ABC):
     Attributes:
       is_portable: It runs on every platform, so that a model with it can be exported.
       materializes_scores: It writes the scores [B, H, Q, K] to memory; memory estimates read this.
+      needs_placement: XLA cannot partition its kernels. On a mesh of several devices it needs the placement of rows and
+        heads for `shard_map` (`SequenceSharding` without axes of the length).
       recomputes_scores: Its backward pass computes the scores again instead of keeping them; estimates of memory and
         operations read this.
     """
@@ -82,6 +84,7 @@ class AttentionBackend(abc.ABC):
     is_portable: ClassVar[bool] = False
     materializes_scores: ClassVar[bool] = False
     recomputes_scores: ClassVar[bool] = False
+    needs_placement: ClassVar[bool] = False
 
     @abc.abstractmethod
     def supports(self, request: AttentionRequest) -> str | None:
@@ -106,8 +109,8 @@ class AttentionBackend(abc.ABC):
           relative_bias: T5's bias, or None.
           q_length: Number of queries.
           kv_length: Number of keys.
-          split: Placement of a sequence that is split over devices; the result must be a `BlockwiseMask` with it. None
-            unless `supports` accepts `is_split`.
+          split: Placement for `shard_map`; the result must be a `BlockwiseMask` with it. None unless `supports` accepts
+            `is_split` and the sequence is split over devices, or the backend `needs_placement`.
         """
 
     @abc.abstractmethod

@@ -63,14 +63,15 @@ class DenseMask:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceSharding:
-    """Placement of the arrays of an attention whose sequence is split over devices.
+    """Placement of the arrays of an attention that runs under `shard_map`.
 
     Queries and keys are split over the same mesh axes.
 
     Attributes:
       mesh: Device mesh.
       batch: Mesh axes of the batch dimension, outermost first; empty if it is not split.
-      length: Mesh axes of queries and keys.
+      length: Mesh axes of queries and keys; empty if each device has whole sequences, for backends whose kernels XLA
+        does not partition (`AttentionBackend.needs_placement`).
       heads: Mesh axes of the query heads.
       kv_heads: Mesh axes of the key and value heads.
     """
@@ -108,7 +109,7 @@ class BlockwiseMask:
 
     Attributes:
       keys: One description per sequence of keys; most attentions have one.
-      split: Placement of queries and keys that are split over devices, or None.
+      split: Placement of queries and keys for `shard_map`, or None.
     """
 
     keys: tuple[KeySpec, ...]

@@ -66,6 +66,17 @@ def relative_position_buckets(
     return offset + jnp.where(n < exact, n, jnp.minimum(logarithmic, num_buckets - 1))
 
 
+def bias_by_distance(relative_bias: RelativeBias, relative_position: Array) -> Array:
+    """Return T5's bias of each (key position - query position), [..., H]."""
+    buckets = relative_position_buckets(
+        relative_position,
+        bidirectional=relative_bias.bidirectional,
+        num_buckets=relative_bias.table.shape[0],
+        max_distance=relative_bias.max_distance,
+    )
+    return jnp.take(relative_bias.table, buckets, axis=0)
+
+
 def dense_bias(
     relative_bias: RelativeBias,
     q_length: int,
@@ -85,17 +96,7 @@ def dense_bias(
       kv_positions: [1 or B, K]; None counts indices.
       offset: Index of the first key minus index of the first query; used only without positions.
     """
-    table = relative_bias.table
-
-    def lookup(relative_position: Array) -> Array:
-        buckets = relative_position_buckets(
-            relative_position,
-            bidirectional=relative_bias.bidirectional,
-            num_buckets=table.shape[0],
-            max_distance=relative_bias.max_distance,
-        )
-        return jnp.take(table, buckets, axis=0)
-
+    lookup = functools.partial(bias_by_distance, relative_bias)
     if q_positions is None and kv_positions is None:
         # The bias is constant along diagonals. Look up each distance once, as a row of distances 0 .. K-1, -Q .. -1 of
         # length P = Q + K. Repeating the row and reading the result in rows of length P - 1 shifts each row by one to

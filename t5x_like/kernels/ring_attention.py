@@ -2,11 +2,10 @@
 Ring Attention with Blockwise Transformers).
 
 Each device has a block of the queries and a block of the keys. There are as many rounds as devices. In each round a
-device attends to the block of keys that it holds and sends the block to its neighbor. The softmax is computed online:
-sums are rescaled when a larger score appears (Milakov & Gimelshein 2018). A device never holds more scores than those
-of one block of queries with one block of keys, and no more keys than its current block and the next one. The backward
-pass circulates the keys once more and computes the scores again; gradients of keys and values travel with their block
-and are back on its device after the last round.
+device attends to the block of keys that it holds and sends the block to its neighbor. The softmax is computed online
+(`kernels.online_softmax`). A device never holds more scores than those of one block of queries with one block of keys,
+and no more keys than its current block and the next one. The backward pass circulates the keys once more and computes
+the scores again; gradients of keys and values travel with their block and are back on its device after the last round.
 
 Shape letters in lower case are sizes on one device: b rows, q queries, k keys, h query heads, g key heads, r query
 heads per key head, x head width.
@@ -28,10 +27,9 @@ from jax.sharding import PartitionSpec
 
 from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, MaskSpec, SequenceSharding, dense_mask
 from t5x_like.kernels.dropout import keep_mask_block
+from t5x_like.kernels.online_softmax import Scores, Sums, add_block, block_gradients, block_scores, correction
 from t5x_like.kernels.position_bias import RelativeBias, dense_bias
 
-_HIDDEN = float(jnp.finfo(jnp.float32).min)
-"""Score of a hidden key: finite, so that a query without visible keys gets a mean of values instead of NaN."""
 Arrays = Mapping[str, Array]
 """Arrays by name and number of their sequence of keys, such as "k_0" or "kv_segment_ids_1"."""
 
@@ -149,10 +147,7 @@ def _forward(setting: _Setting, q: Array, kvs: Arrays, tables: Arrays, mask_arra
 
 def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...]:
     q, kvs, tables, mask_arrays, out, maximum, total = residuals
-    # sum_k p dp of each query (the softmax's correction term), which is the same for all blocks of keys.
-    # With out = sum_k p v and dp = dout v, it equals out . dout (Dao et al. 2022, FlashAttention, appendix B), so that
-    # no second pass over the keys is needed. Dropout is in `out` already.
-    delta = jnp.einsum("bqhx,bqhx->bqh", out, d_out, preferred_element_type=jnp.float32)
+    delta = jnp.moveaxis(correction(out, d_out), 1, 2)
     specs = _Specs(setting.split)
     d_q, d_kvs, d_tables = jax.shard_map(
         functools.partial(_backward_on_device, setting),
@@ -182,7 +177,7 @@ class _Specs:
             axes or None for axes in (split.batch, split.length, split.heads, split.kv_heads)
         )
         self.q = PartitionSpec(batch, length, heads)
-        self.statistic = PartitionSpec(batch, length, heads)
+        self.statistic = PartitionSpec(batch, heads, length)
         self._by_name = {
             "k": PartitionSpec(batch, length, kv_heads),
             "v": PartitionSpec(batch, length, kv_heads),
@@ -204,7 +199,7 @@ class _Specs:
 class _DeviceBlock:
     """Computations of one device inside `shard_map`: scores, masks and dropout of its queries with one block of keys.
 
-    Queries are [b, q, g, r, x] and keys [b, k, g, x]. `source` is the rank of the device whose block of keys is held.
+    Queries are [b, g, r, q, x] and keys [b, g, k, x]. `source` is the rank of the device whose block of keys is held.
     """
 
     def __init__(self, setting: _Setting, q: Array, tables: Arrays, mask_arrays: Arrays):
@@ -214,18 +209,11 @@ class _DeviceBlock:
         self.rank = jax.lax.axis_index(setting.split.length)
         self.rows, self.q_length, self.heads, self.width = q.shape
 
-    def scores(self, number: int, q: Array, k: Array, source: Array) -> tuple[Array, Array]:
-        """Return the scores [b, g, r, q, k] in float32 before the mask, and their derivative by the uncapped scores."""
-        settings, cap = self.setting.keys[number], self.setting.softcap
-        scores = jnp.einsum("bqgrx,bkgx->bgrqk", q, k, preferred_element_type=jnp.float32)
-        slope = jnp.ones(())
-        if cap is not None:
-            tanh = jnp.tanh(scores / cap)
-            scores, slope = cap * tanh, 1.0 - jnp.square(tanh)
-        if f"table_{number}" in self.tables:
-            bias = self.bias(self.tables[f"table_{number}"], settings, k.shape[1], source)
-            scores = scores + bias.reshape(1, *scores.shape[1:])
-        return scores, slope
+    def scores(self, number: int, q: Array, k: Array, source: Array, visible: Array | None) -> Scores:
+        """Return the scores [b, g, r, q, k] under the mask `visible`."""
+        table = self.tables.get(f"table_{number}")
+        bias = None if table is None else self.bias(table, self.setting.keys[number], k.shape[2], source)
+        return block_scores(q, k, softcap=self.setting.softcap, bias=bias, visible=visible)
 
     def bias(self, table: Array, settings: _KeySettings, kv_length: int, source: Array) -> Array:
         """Return T5's bias of these queries and keys, [1, h, q, k]."""
@@ -310,6 +298,11 @@ class _DeviceBlock:
             return jax.lax.dynamic_slice_in_dim(kv, first // repeats - before, 1, axis=2)
         return jnp.take(kv, (first + jnp.arange(self.heads)) // repeats - before, axis=2)
 
+    def own_kvs(self, kvs: Arrays) -> dict[str, Array]:
+        """Return keys and values with the heads that this device's queries read, [b, g, k, x] each."""
+        kv_heads = kvs["k_0"].shape[2] * _size(self.setting.split, self.setting.split.kv_heads)
+        return {name: jnp.swapaxes(self.own_heads(x, kv_heads), 1, 2) for name, x in kvs.items()}
+
     def source_of(self, step: Array) -> Array:
         """Return the rank of the device whose block of keys is held in round `step`."""
         return (self.rank - step) % self.size
@@ -332,14 +325,14 @@ def _kv_lengths(kvs: Arrays) -> list[int]:
     return [kvs[f"k_{number}"].shape[1] for number in range(len(kvs) // 2)]
 
 
-def _by_key_head(q: Array, kv: Array) -> Array:
-    """Reshape [b, q, h, ...] to [b, q, g, r, ...]."""
-    return q.reshape(*q.shape[:2], kv.shape[2], -1, *q.shape[3:])
+def _heads_first(x: Array, kv_heads: int) -> Array:
+    """Return queries or their cotangents [b, q, h, x] as [b, g, r, q, x]."""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3]), 1, 3)
 
 
-def _like_scores(statistic: Array, kv: Array) -> Array:
-    """Reshape one number per query and head, [b, q, h], so that it broadcasts with scores: [b, g, r, q, 1]."""
-    return jnp.moveaxis(_by_key_head(statistic, kv), 1, -1)[..., None]
+def _length_first(x: Array) -> Array:
+    """Return queries or outputs [b, g, r, q, x] as [b, q, h, x]."""
+    return jnp.moveaxis(x, 3, 1).reshape(x.shape[0], x.shape[3], -1, x.shape[4])
 
 
 def _if_any(visible: Array | None, is_first: Array, compute: Any, carry: Any) -> Any:
@@ -357,59 +350,39 @@ def _forward_on_device(
     setting: _Setting, q: Array, kvs: Arrays, tables: Arrays, mask_arrays: Arrays
 ) -> tuple[Array, Array, Array]:
     """Return the output of this device's queries [b, q, h, x], and the largest score and the sum of exponentials of
-    each query and head, [b, q, h], which the backward pass reads."""
+    each query and head, [b, h, q], which the backward pass reads."""
     here = _DeviceBlock(setting, q, tables, mask_arrays)
     lengths = _kv_lengths(kvs)
-    out = jnp.zeros(q.shape, jnp.float32)
-    # exp(-inf - new) is 0, so the first block replaces the initial sums.
-    maximum = jnp.full(q.shape[:3], -jnp.inf)
-    total = jnp.zeros(q.shape[:3])
-    carry = (out, maximum, total)
+    kvs = here.own_kvs(kvs)
+    queries = _heads_first(q, kvs["k_0"].shape[1])
+    sums = Sums.zeros_like(queries)
     for number in range(len(lengths)):
-        kv_heads = kvs[f"k_{number}"].shape[2] * _size(setting.split, setting.split.kv_heads)
-        kv = tuple(here.own_heads(kvs[f"{name}_{number}"], kv_heads) for name in "kv")
 
-        def attend(kv: Any, step: Array, carry: Any, number: int = number) -> Any:
+        def attend(kv: Any, step: Array, sums: Sums, number: int = number) -> Any:
             k, v = kv
             source = here.source_of(step)
-            visible = here.visible(number, k.shape[1], source)
+            visible = here.visible(number, k.shape[2], source)
 
-            def compute(carry: Any) -> Any:
-                out, maximum, total = carry
-                scores, _ = here.scores(number, _by_key_head(q, k), k, source)
-                if visible is not None:
-                    scores = jnp.where(visible, scores, _HIDDEN)
-                # Online softmax: sums so far are relative to the old maximum; `decay` makes them relative to the new.
-                old = _like_scores(maximum, k)
-                new = jnp.maximum(old, jnp.max(scores, axis=-1, keepdims=True))
-                weights, decay = jnp.exp(scores - new), jnp.exp(old - new)
-                total = total * _like_queries(decay, q) + _like_queries(jnp.sum(weights, axis=-1, keepdims=True), q)
-                # After `total`: dropout acts on probabilities, whose normalizer counts the dropped keys as well.
-                keep = here.keep(number, scores.shape, lengths, source)
-                if keep is not None:
-                    weights = jnp.where(keep, weights / (1.0 - setting.dropout_rate), 0.0)
-                added = jnp.einsum("bgrqk,bkgx->bqgrx", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
-                return out * _like_queries(decay, q)[..., None] + added.reshape(q.shape), _like_queries(new, q), total
+            def compute(sums: Sums) -> Sums:
+                scores = here.scores(number, queries, k, source, visible)
+                keep = here.keep(number, scores.values.shape, lengths, source)
+                return add_block(sums, scores, v, keep=keep, dropout_rate=setting.dropout_rate)
 
-            return _if_any(visible, (step == 0) & (number == 0), compute, carry)
+            return _if_any(visible, (step == 0) & (number == 0), compute, sums)
 
         def ring_step(state: Any, step: Array, attend: Any = attend) -> tuple[Any, None]:
-            kv, carry = state
+            kv, sums = state
             # Sent before it is used, so that the transfer runs beside the products.
             following = here.send_to_neighbor(kv)
-            return (following, attend(kv, step, carry)), None
+            return (following, attend(kv, step, sums)), None
 
         # A scan and not a Python loop: the program does not grow with the number of devices.
-        (kv, carry), _ = jax.lax.scan(ring_step, (kv, carry), jnp.arange(here.size - 1))
+        kv = (kvs[f"k_{number}"], kvs[f"v_{number}"])
+        (kv, sums), _ = jax.lax.scan(ring_step, (kv, sums), jnp.arange(here.size - 1))
         # The last block is not sent on.
-        carry = attend(kv, jnp.int32(here.size - 1), carry)
-    out, maximum, total = carry
-    return (out / total[..., None]).astype(q.dtype), maximum, total
-
-
-def _like_queries(statistic: Array, q: Array) -> Array:
-    """Reshape one number per query and head from [b, g, r, q, 1] to [b, q, h]; the inverse of `_like_scores`."""
-    return jnp.moveaxis(statistic[..., 0], -1, 1).reshape(q.shape[:3])
+        sums = attend(kv, jnp.int32(here.size - 1), sums)
+    statistics = (x.reshape(here.rows, here.heads, here.q_length) for x in (sums.maximum, sums.total))
+    return _length_first(sums.mean()).astype(q.dtype), *statistics
 
 
 def _backward_on_device(
@@ -427,59 +400,40 @@ def _backward_on_device(
     here = _DeviceBlock(setting, q, tables, mask_arrays)
     lengths = _kv_lengths(kvs)
     split = setting.split
-    d_q = jnp.zeros(q.shape, jnp.float32)
-    d_kvs: dict[str, Array] = {}
+    # The transpose of `own_kvs` adds the gradients of a key head that several query heads read, in float32.
+    own, return_heads = jax.vjp(here.own_kvs, {name: x.astype(jnp.float32) for name, x in kvs.items()})
+    queries, d_outs = (_heads_first(x, own["k_0"].shape[1]) for x in (q, d_out))
+    statistics = tuple(x.reshape(queries.shape[:4]) for x in (maximum, total, delta))
+    d_q = jnp.zeros(queries.shape, jnp.float32)
+    d_own: dict[str, Array] = {}
     d_tables: dict[str, Array] = {}
     for number in range(len(lengths)):
         names = [f"{name}_{number}" for name in "kv"]
-        kv_heads = kvs[names[0]].shape[2] * _size(split, split.kv_heads)
-        # The transpose of `own_heads` adds the gradients of a key head that several query heads read.
-        kv, return_heads = jax.vjp(
-            lambda kv, kv_heads=kv_heads: tuple(here.own_heads(x, kv_heads) for x in kv),
-            # In float32, so that the gradients of shared heads are added in float32.
-            tuple(kvs[name].astype(jnp.float32) for name in names),
-        )
-        kv = tuple(x.astype(q.dtype) for x in kv)
+        kv = tuple(own[name].astype(q.dtype) for name in names)
         table = tables.get(f"table_{number}")
 
         def ring_step(state: Any, step: Array, number: int = number, table: Array | None = table) -> tuple[Any, None]:
             (k, v), d_kv, carry = state
             source = here.source_of(step)
-            visible = here.visible(number, k.shape[1], source)
+            visible = here.visible(number, k.shape[2], source)
             following = here.send_to_neighbor((k, v))
-            queries, d_outs = _by_key_head(q, k), _by_key_head(d_out, k)
 
             def compute(sums: Any) -> Any:
                 (d_k, d_v), (d_q, d_table) = sums
-                scores, slope = here.scores(number, queries, k, source)
-                if visible is not None:
-                    scores = jnp.where(visible, scores, _HIDDEN)
-                # Probabilities, from the statistics of the forward pass.
-                weights = jnp.exp(scores - _like_scores(maximum, k)) / _like_scores(total, k)
-                d_weights = jnp.einsum("bqgrx,bkgx->bgrqk", d_outs, v, preferred_element_type=jnp.float32)
-                kept, keep = weights, here.keep(number, scores.shape, lengths, source)
-                if keep is not None:
-                    rate = setting.dropout_rate
-                    kept = jnp.where(keep, weights / (1.0 - rate), 0.0)
-                    d_weights = jnp.where(keep, d_weights / (1.0 - rate), 0.0)
-                # Gradient of the softmax: p (dp - sum_k p dp).
-                d_scores = weights * (d_weights - _like_scores(delta, k))
-                if visible is not None:
-                    # Hidden scores are a constant. A query without visible keys has equal weights and would otherwise
-                    # pass a gradient.
-                    d_scores = jnp.where(visible, d_scores, 0.0)
+                scores = here.scores(number, queries, k, source, visible)
+                keep = here.keep(number, scores.values.shape, lengths, source)
+                gradients = block_gradients(
+                    *(queries, k, v, d_outs, scores, statistics),
+                    visible=visible,
+                    keep=keep,
+                    dropout_rate=setting.dropout_rate,
+                )
                 if table is not None:
-                    settings, score_shape = setting.keys[number], d_scores.shape
-                    _, bias_vjp = jax.vjp(lambda table: here.bias(table, settings, k.shape[1], source), table)
-                    d_bias = jnp.sum(d_scores, axis=0).reshape(1, -1, *score_shape[3:])
+                    settings = setting.keys[number]
+                    _, bias_vjp = jax.vjp(lambda table: here.bias(table, settings, k.shape[2], source), table)
+                    d_bias = jnp.sum(gradients.scores, axis=0).reshape(1, -1, *scores.values.shape[3:])
                     d_table = d_table + bias_vjp(d_bias.astype(table.dtype))[0]
-                # Bias is added after the soft cap, so only the products get the factor 1 - tanh^2.
-                d_products = (d_scores * slope).astype(q.dtype)
-                product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-                d_q = d_q + product("bgrqk,bkgx->bqgrx", d_products, k).reshape(q.shape)
-                d_k = d_k + product("bgrqk,bqgrx->bkgx", d_products, queries)
-                d_v = d_v + product("bgrqk,bqgrx->bkgx", kept.astype(q.dtype), d_outs)
-                return (d_k, d_v), (d_q, d_table)
+                return (d_k + gradients.k, d_v + gradients.v), (d_q + gradients.q, d_table)
 
             d_kv, carry = _if_any(visible, (step == 0) & (number == 0), compute, (d_kv, carry))
             return (following, here.send_to_neighbor(d_kv), carry), None
@@ -488,13 +442,12 @@ def _backward_on_device(
         # Here every block is sent on after the last round as well, which returns the gradients to the block's device.
         d_table = None if table is None else jnp.zeros(table.shape, table.dtype)
         (_, d_kv, (d_q, d_table)), _ = jax.lax.scan(ring_step, (kv, zeros, (d_q, d_table)), jnp.arange(here.size))
-        (d_kv,) = return_heads(d_kv)
-        # Devices that share key heads but not query heads each have a part of the key heads' gradient.
-        others = tuple(axis for axis in split.heads if axis not in split.kv_heads)
-        for name, x in zip(names, d_kv, strict=True):
-            x = jax.lax.psum(x, others) if others else x
-            d_kvs[name] = x.astype(kvs[name].dtype)
+        d_own.update(zip(names, d_kv, strict=True))
         if d_table is not None:
             # Every device has seen some queries only; heads are split and not summed.
             d_tables[f"table_{number}"] = jax.lax.psum(d_table, (*split.batch, *split.length))
-    return d_q.astype(q.dtype), d_kvs, d_tables
+    # Devices that share key heads but not query heads each have a part of the key heads' gradient.
+    others = tuple(axis for axis in split.heads if axis not in split.kv_heads)
+    (d_kvs,) = return_heads(d_own)
+    d_kvs = {name: (jax.lax.psum(x, others) if others else x).astype(kvs[name].dtype) for name, x in d_kvs.items()}
+    return _length_first(d_q).astype(q.dtype), d_kvs, d_tables

@@ -145,7 +145,7 @@ class Attention(nnx.Module):
           dropout_rng: Key of the dropout of probabilities; None: no dropout.
         """
         keys, values = keys_values
-        if not (isinstance(mask, BlockwiseMask) and mask.split is not None):
+        if not (isinstance(mask, BlockwiseMask) and mask.split is not None and mask.split.length):
             # Each device computes the scores of its queries with all keys.
             # Without the ring, this constraint gathers keys and values along the length: the "all_gather" form of
             # context parallelism.

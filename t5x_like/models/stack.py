@@ -41,7 +41,7 @@ from t5x_like.models.kv_cache import KeysValues, KVCache, LayerCache, slot_posit
 from t5x_like.models.layers import Dense, Embedding, Norm, dropout
 from t5x_like.models.moe import Routing
 from t5x_like.models.rotary import CosSin, rope
-from t5x_like.sharding.constrain import constrain, sequence_split
+from t5x_like.sharding.constrain import attention_placement, constrain, sequence_split
 
 
 class Stack(nnx.Module):
@@ -126,14 +126,17 @@ class Stack(nnx.Module):
             cross_length = encoded.shape[1]
         elif cross is not None:
             cross_length = cross[0].shape[2]
+        backend = get_backend(self.attention_backend)
         # Disentangled attention has a bias of the size of the scores and cannot run as a ring.
         split = None
         if config.positions != "disentangled":
             lengths = [length, cross_length] if cross_length else [length]
             # Where the mesh splits the length, attention runs as a ring over the devices and the mask stays a
             # description.
-            split = sequence_split(x.shape[0], lengths, config.num_heads, config.num_kv_heads)
-        backend = get_backend(self.attention_backend)
+            sizes = (config.num_heads, config.num_kv_heads)
+            split = sequence_split(x.shape[0], lengths, *sizes)
+            if split is None and backend.needs_placement:
+                split = attention_placement(x.shape[0], *sizes)
         prepared_cross_mask = None
         if cross_mask is not None:
             prepared_cross_mask = _constrain_mask(backend.prepare_mask(cross_mask, None, length, cross_length, split))

@@ -87,9 +87,28 @@ def sequence_split(rows: int, lengths: Sequence[int], heads: int, kv_heads: int)
     # The ring passes blocks between the devices of the same axes: queries and keys must be split alike.
     if not over[0] or any(axes != over[0] for axes in over):
         return None
+    return _attention_sharding(mesh, rules, over[0], rows, heads, kv_heads)
+
+
+def attention_placement(rows: int, heads: int, kv_heads: int) -> SequenceSharding | None:
+    """Return the sharding of the arrays of an attention whose sequences are whole on each device.
+
+    None outside a context and on a single device. For backends with `needs_placement`; arguments as in
+    `sequence_split`.
+    """
+    active = _ACTIVE.get()
+    if active is None or active[0].size == 1:
+        return None
+    mesh, rules = active
+    return _attention_sharding(mesh, rules, (), rows, heads, kv_heads)
+
+
+def _attention_sharding(
+    mesh: Mesh, rules: Rules, length: tuple[str, ...], rows: int, heads: int, kv_heads: int
+) -> SequenceSharding:
     sizes = {"batch": rows, "heads": heads, "kv_heads": kv_heads}
     axes = {name: split_axes(name, rules.activations, size, mesh) for name, size in sizes.items()}
-    return SequenceSharding(mesh, axes["batch"], over[0], axes["heads"], axes["kv_heads"])
+    return SequenceSharding(mesh, axes["batch"], length, axes["heads"], axes["kv_heads"])
 
 
 def expert_sharding(rows: int, length: int, experts: int, mlp: int) -> ExpertSharding | None:

@@ -180,7 +180,7 @@ def layer_activations(config: ModelConfig, stack: StackConfig, inputs: StackInpu
         case _:
             assert_never(remat)
     if stack.dropout_rate > 0:
-        arrays += _dropout(stack, inputs, branches)
+        arrays += _dropout(config, stack, inputs, branches)
     if _saves_scores(config):
         arrays += attention_scores(config, stack, inputs)
     if stack.positions == "disentangled":
@@ -247,7 +247,7 @@ def _mlp(stack: StackConfig, inputs: StackInput, size: int, *, elementwise: bool
         yield _saved(inputs, "MLP", ("mlp", width), size).times(inner + elementwise)
 
 
-def _dropout(stack: StackConfig, inputs: StackInput, branches: int) -> Iterator[SavedArray]:
+def _dropout(config: ModelConfig, stack: StackConfig, inputs: StackInput, branches: int) -> Iterator[SavedArray]:
     """Yield the dropout masks; those that are shared over the length are too small to count."""
     if stack.dropout_broadcast_length:
         if stack.num_heads == stack.num_kv_heads:
@@ -256,6 +256,9 @@ def _dropout(stack: StackConfig, inputs: StackInput, branches: int) -> Iterator[
         return
     yield _saved(inputs, "dropout", ("embed", stack.d_model), _BOOL).times(branches)
     yield _saved(inputs, "dropout", ("mlp", stack.d_ff), _BOOL)
+    if not get_backend(config.attention).materializes_scores:
+        # The mask of the probabilities is drawn again, block by block.
+        return
     axes = ("batch", "heads", "length", None)
     for length in (inputs.length, *((inputs.source_length,) if branches == 3 else ())):
         yield SavedArray("dropout", axes, (inputs.rows, stack.num_heads, inputs.length, length), _BOOL)

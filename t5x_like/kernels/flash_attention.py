@@ -1,0 +1,215 @@
+"""Flash attention for TPUs: the kernels of `kernels.flash_kernels` with padding, T5's bias table and gradients.
+
+A query without any visible key gets the mean of all values, as in the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
+from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, Mask, MaskSpec, SequenceSharding
+from t5x_like.kernels.flash_block import KernelMask, KernelSetting
+from t5x_like.kernels.flash_kernels import forward, key_value_gradients, query_gradient
+from t5x_like.kernels.online_softmax import HIDDEN, correction
+from t5x_like.kernels.position_bias import RelativeBias, bias_by_distance
+
+_PADDING_CODE = -2
+"""Code of keys that are padding of the last block: its segment, -1, is that of no query."""
+
+
+class FlashAttention(AttentionBackend):
+    """Pallas kernels for TPUs, forward and backward.
+
+    Attributes:
+      block: Largest number of queries and of keys of a block; None: 512.
+      interpret: Run the kernels as ordinary operations on any platform, for tests. Otherwise compilation for another
+        platform than TPU fails.
+    """
+
+    recomputes_scores = True
+    needs_placement = True
+
+    def __init__(self, *, block: int | None = None, interpret: bool = False) -> None:
+        self.block, self.interpret = block, interpret
+
+    def supports(self, request: AttentionRequest) -> str | None:
+        if request.bias == "content":
+            return 'it does not support disentangled positions; set attention="reference"'
+        if request.dropout_rate:
+            return (
+                f"it cannot drop single probabilities (dropout_rate {request.dropout_rate:g}); set "
+                "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
+                'attention="blockwise"'
+            )
+        if request.is_split:
+            return (
+                "it cannot attend over a sequence that is split over devices; "
+                'set model.attention="blockwise", or sharding.context_attention="all_gather" to keep the backend'
+            )
+        return None
+
+    def prepare_mask(
+        self,
+        mask: MaskSpec,
+        relative_bias: RelativeBias | None,
+        q_length: int,
+        kv_length: int,
+        split: SequenceSharding | None,
+    ) -> Mask:
+        return BlockwiseMask.of(mask, relative_bias, split)
+
+    def attend(
+        self, q_BxQxHxh: Array, keys: Sequence[Array], values: Sequence[Array], mask: Mask, options: AttentionOptions
+    ) -> Array:
+        if not isinstance(mask, BlockwiseMask):
+            raise ValueError("found a dense mask, expected the result of this backend's prepare_mask")
+        if len(keys) > 1:
+            raise ValueError(
+                'attention backend "flash": found several sequences of keys (merged attention), expected one; '
+                'set attention="blockwise"'
+            )
+        described = mask.keys[0]
+        if described.mask.q_positions is not None or described.mask.kv_positions is not None:
+            raise ValueError(
+                'attention backend "flash": found explicit positions, expected a mask by index; '
+                'set attention="blockwise"'
+            )
+        q_length, kv_length = q_BxQxHxh.shape[1], keys[0].shape[1]
+        block = self.block or _block_size(q_length, kv_length)
+        q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
+        q, k, v = (_padded(jnp.swapaxes(x, 1, 2), 2, block) for x in (q, keys[0], values[0]))
+        distances = None
+        if described.relative_bias is not None:
+            # One number per head and distance; entry i belongs to distance i - Q, with Q and K in whole blocks.
+            count = q.shape[2] + k.shape[2]
+            row_PxH = bias_by_distance(described.relative_bias, jnp.arange(count) - q.shape[2]).astype(jnp.float32)
+            distances = row_PxH.T.reshape(-1, count // block, 1, block)
+        setting = KernelSetting(
+            block,
+            described.mask.causal,
+            described.mask.causal and described.mask.q_prefix is not None and described.mask.kv_prefix is not None,
+            described.mask.window if described.dynamic_window is None else None,
+            options.softcap,
+            self.interpret,
+        )
+        arrays = (q, k, v, distances, _kernel_mask(described, q_length, kv_length, block))
+        out = _attend_on_each_device(functools.partial(_attend, setting, kv_length), mask.split, *arrays)
+        return jnp.swapaxes(out[:, :, :q_length], 1, 2)
+
+
+def _attend_on_each_device(
+    attend: Callable[..., Array],
+    placement: SequenceSharding | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    distances: Array | None,
+    mask: KernelMask,
+) -> Array:
+    """Run `attend` on each device's rows and heads; XLA cannot partition the kernels itself."""
+    if placement is None:
+        return attend(q, k, v, distances, mask)
+    batch, heads, kv_heads = (axes or None for axes in (placement.batch, placement.heads, placement.kv_heads))
+    if heads != kv_heads:
+        # Fewer key heads than devices: each query head gets its own copy.
+        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+    by_head = PartitionSpec(batch, heads)
+
+    def rows_of(codes: Array | None) -> PartitionSpec:
+        return PartitionSpec(batch if codes is not None and codes.shape[0] == q.shape[0] else None)
+
+    return jax.shard_map(
+        attend,
+        mesh=placement.mesh,
+        in_specs=(
+            *(by_head,) * 3,
+            PartitionSpec(heads),
+            KernelMask(rows_of(mask.q_codes), rows_of(mask.kv_codes), PartitionSpec()),  # type: ignore[arg-type]
+        ),
+        out_specs=by_head,
+        check_vma=False,
+    )(q, k, v, distances, mask)
+
+
+def _block_size(q_length: int, kv_length: int) -> int:
+    """Return the size of the blocks with the least padding; the largest of several."""
+    return min((512, 256, 128), key=lambda block: (-(-q_length // block) * -(-kv_length // block)) * block**2)
+
+
+def _padded(x: Array, axis: int, block: int, value: int = 0) -> Array:
+    """Return `x` with `value` at the end of an axis up to a multiple of `block`."""
+    missing = -x.shape[axis] % block
+    widths = [(0, missing if dim == axis else 0) for dim in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if missing else x
+
+
+def _kernel_mask(keys: KeySpec, q_length: int, kv_length: int, block: int) -> KernelMask:
+    mask = keys.mask
+    q_codes = kv_codes = None
+    has_prefix = mask.causal and mask.q_prefix is not None and mask.kv_prefix is not None
+    if mask.kv_segment_ids is not None or has_prefix or kv_length % block:
+        kv_segments = jnp.zeros((1, kv_length), jnp.int32) if mask.kv_segment_ids is None else mask.kv_segment_ids
+        q_segments = mask.q_segment_ids
+        if mask.kv_segment_ids is None or q_segments is None:
+            # Without segments of the queries, keys of segment 0 are hidden: all other keys are in the queries' one.
+            q_segments = jnp.zeros((1, q_length), jnp.int32)
+            if mask.kv_segment_ids is not None:
+                q_segments, kv_segments = q_segments + 1, (jnp.asarray(kv_segments) != 0).astype(jnp.int32)
+        q_codes, kv_codes = (2 * jnp.asarray(x, jnp.int32) for x in (q_segments, kv_segments))
+        if has_prefix:
+            assert mask.q_prefix is not None and mask.kv_prefix is not None
+            q_codes, kv_codes = q_codes + jnp.asarray(mask.q_prefix), kv_codes + jnp.asarray(mask.kv_prefix)
+        q_codes = _padded(q_codes, 1, block)[:, None]
+        kv_codes = _padded(kv_codes, 1, block, _PADDING_CODE)[:, None]
+    return KernelMask(q_codes, kv_codes, keys.dynamic_window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(
+    setting: KernelSetting, kv_length: int, q: Array, k: Array, v: Array, distances: Array | None, mask: KernelMask
+) -> Array:
+    return _forward(setting, kv_length, q, k, v, distances, mask)[0]
+
+
+def _forward(
+    setting: KernelSetting, kv_length: int, q: Array, k: Array, v: Array, distances: Array | None, mask: KernelMask
+) -> tuple[Array, Any]:
+    out, maximum, log_total = forward(setting, q, k, v, distances, mask)
+    # The largest score of a query without visible keys is that of a hidden one.
+    seen = maximum > HIDDEN
+    mean = jnp.sum(v, axis=2, dtype=jnp.float32) / kv_length
+    mean = jnp.repeat(mean, q.shape[1] // k.shape[1], axis=1)[:, :, None]
+    out = jnp.where(jnp.swapaxes(seen, 2, 3), out, mean.astype(out.dtype))
+    return out, (q, k, v, distances, mask, out, jnp.where(seen, log_total, jnp.inf))
+
+
+def _backward(setting: KernelSetting, kv_length: int, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+    q, k, v, distances, mask, out, log_total = residuals
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "distances": distances,
+        "d_out": d_out,
+        "log_total": log_total,
+        "delta": correction(out, d_out)[:, :, None],
+    }
+    d_q, d_distances = query_gradient(setting, arrays, mask)
+    d_k, d_v = key_value_gradients(setting, arrays, mask)
+    # Probabilities of queries without visible keys are 0 in the kernels; the mean of all values has this gradient.
+    unseen = jnp.where(jnp.swapaxes(jnp.isinf(log_total), 2, 3), d_out.astype(jnp.float32), 0.0)
+    unseen = jnp.sum(unseen.reshape(*k.shape[:2], -1, k.shape[3]), axis=2, keepdims=True) / kv_length
+    if distances is not None and d_distances is not None:
+        d_distances = jnp.sum(d_distances, axis=(0, 3))[:, :, None].astype(distances.dtype)
+    return d_q, d_k, (d_v + unseen).astype(v.dtype), d_distances, None
+
+
+_attend.defvjp(_forward, _backward)
