@@ -155,7 +155,7 @@ def _padded(x: Array, axis: int, block: int) -> Array:
 def _padded_mask(mask: MaskSpec, q_block: int, kv_block: int) -> MaskSpec:
     """Return a mask whose arrays are padded to whole blocks."""
     blocks = {"q": q_block, "kv": kv_block}
-    changes = {
+    changes: dict[str, Any] = {
         f"{side}_{name}": _padded(jnp.asarray(x), 1, block)
         for side, block in blocks.items()
         for name in _ARRAYS
@@ -190,13 +190,10 @@ class _Block:
         high: list[Any] = [count]
         if mask.causal and (mask.q_prefix is None or mask.kv_prefix is None):
             high.append(last // block + 1)
-        left, right = (None, None) if mask.window is None else mask.window
-        if window is not None:
-            left, right = window[0], window[1]
-        if left is not None:
-            low.append((self.start - left) // block)
-        if right is not None:
-            high.append((last + right) // block + 1)
+        limits: Any = mask.window if window is None else window
+        if limits is not None:
+            low.append((self.start - limits[0]) // block)
+            high.append((last + limits[1]) // block + 1)
         if all(isinstance(x, int) for x in (*low, *high)):
             return max(low), min(high)
         return functools.reduce(jnp.maximum, low), functools.reduce(jnp.minimum, high)
@@ -231,11 +228,10 @@ class _Block:
                 return (start + jnp.arange(size))[None] if name == "positions" else None
             return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-        return dataclasses.replace(
-            mask,
-            window=mask.window if window is None else (window[0], window[1]),  # type: ignore[arg-type]
-            **{f"{side}_{name}": of(side, name) for side in ("q", "kv") for name in _ARRAYS},
-        )
+        arrays: dict[str, Any] = {f"{side}_{name}": of(side, name) for side in ("q", "kv") for name in _ARRAYS}
+        if window is not None:
+            arrays["window"] = (window[0], window[1])
+        return dataclasses.replace(mask, **arrays)
 
     def keep(self, number: int, index: Array | int, scores: Array) -> Array | None:
         """Return the part of the dropout mask of all scores that belongs to a block of `scores`; None: no dropout.
@@ -265,7 +261,13 @@ def _loop(low: Array | int, high: Array | int, body: Callable[[Any, Any], Any], 
     """Run `body` for each block; without a loop if there is one block, as for short rows."""
     if isinstance(low, int) and isinstance(high, int) and high - low == 1:
         return body(low, carry)
-    return jax.lax.fori_loop(low, high, body, carry)
+    # Not `fori_loop`, which is a scan if the limits are static: of a scan within a scan over layers, JAX computes what
+    # does not depend on the layer, the bias, once for all blocks and keeps it.
+    return jax.lax.while_loop(
+        lambda state: state[0] < high,
+        lambda state: (state[0] + 1, body(*state)),
+        (jnp.asarray(low, jnp.int32), carry),
+    )[1]
 
 
 def _mean_values(kvs: Sequence[_KeysValues], shape: _Shape) -> Array:
@@ -325,7 +327,7 @@ def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...
     def of_queries(index: Array | int, carry: Any) -> tuple[Any, Array]:
         block = _Block(setting, inputs, index, rows, groups * repeats)
         queries, d_outs = _slice(q, index, shape.q_block), _slice(d_out, index, shape.q_block)
-        here = tuple(_slice(x[..., None], index, shape.q_block)[..., 0] for x in statistics)
+        here: Any = tuple(_slice(x[..., None], index, shape.q_block)[..., 0] for x in statistics)
         d_kvs, d_tables = carry
         d_kvs, d_tables = list(d_kvs), list(d_tables)
         d_q = jnp.zeros(queries.shape, jnp.float32)

@@ -96,6 +96,7 @@ def _call(
         # All axes that run in order count as one.
         body(Cell(setting, by_name, i, j), by_name, refs[len(names) :], at[len(grid) - sequential :])
 
+    semantics: Any = ("parallel",) * (len(grid) - sequential) + ("arbitrary",) * sequential
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -103,9 +104,7 @@ def _call(
         out_specs=[spec(name, x) for name, x in outputs.items()],
         out_shape=list(outputs.values()),
         scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * (len(grid) - sequential) + ("arbitrary",) * sequential
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=setting.interpret,
     )(*inputs.values())
 
@@ -130,14 +129,14 @@ def forward(
         out, maximum, total = scratch
 
         @pl.when(_is_first(at))
-        def _() -> None:
+        def start() -> None:
             out[...] = jnp.zeros_like(out)
             # Finite, so that a block of queries that no key reaches has finite results.
             maximum[...] = jnp.full_like(maximum, HIDDEN)
             total[...] = jnp.zeros_like(total)
 
         @pl.when(cell.is_reached())
-        def _() -> None:
+        def add() -> None:
             scores, _, _ = cell.scores()
             old = maximum[...]
             new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
@@ -148,7 +147,7 @@ def forward(
             out[...] = out[...] * decay[:, :1] + added
 
         @pl.when(_is_last(at, grid[3:]))
-        def _() -> None:
+        def finish() -> None:
             # 1 for a block of queries that no key reaches.
             safe = jnp.where(total[:, :1] == 0.0, 1.0, total[:, :1])
             refs["out"][0, 0] = (out[...] / safe).astype(q.dtype)
@@ -188,17 +187,17 @@ def query_gradient(
         (d_q,) = scratch
 
         @pl.when(at[1] == 0)
-        def _() -> None:
+        def start_queries() -> None:
             d_q[...] = jnp.zeros_like(d_q)
 
         if distances is not None:
 
             @pl.when(_is_first(at))
-            def _() -> None:
+            def start() -> None:
                 refs["d_distances"][...] = jnp.zeros_like(refs["d_distances"])
 
         @pl.when(cell.is_reached())
-        def _() -> None:
+        def add() -> None:
             _, d_scores, d_products = cell.gradients()
             d_q[...] += dot(d_products.astype(q.dtype), refs["k"][0, 0], ROW_BY_COLUMN)
             if distances is not None:
@@ -207,7 +206,7 @@ def query_gradient(
                 refs["d_distances"][0, 0, first + 1] += sums[:, setting.block :]
 
         @pl.when(at[1] == grid[3] - 1)
-        def _() -> None:
+        def finish() -> None:
             refs["d_q"][0, 0] = d_q[...].astype(q.dtype)
 
     outputs = {"d_q": jax.ShapeDtypeStruct(q.shape, q.dtype)}
@@ -236,18 +235,18 @@ def key_value_gradients(
         d_k, d_v = scratch
 
         @pl.when(_is_first(at))
-        def _() -> None:
+        def start() -> None:
             d_k[...] = jnp.zeros_like(d_k)
             d_v[...] = jnp.zeros_like(d_v)
 
         @pl.when(cell.is_reached())
-        def _() -> None:
+        def add() -> None:
             weights, _, d_products = cell.gradients()
             d_k[...] += dot(d_products.astype(q.dtype), refs["q"][0, 0], COLUMN_BY_COLUMN)
             d_v[...] += dot(weights.astype(q.dtype), refs["d_out"][0, 0], COLUMN_BY_COLUMN)
 
         @pl.when(_is_last(at, grid[3:]))
-        def _() -> None:
+        def finish() -> None:
             refs["d_k"][0, 0] = d_k[...].astype(k.dtype)
             refs["d_v"][0, 0] = d_v[...].astype(k.dtype)
 

@@ -381,8 +381,8 @@ def _forward_on_device(
         (kv, sums), _ = jax.lax.scan(ring_step, (kv, sums), jnp.arange(here.size - 1))
         # The last block is not sent on.
         sums = attend(kv, jnp.int32(here.size - 1), sums)
-    statistics = (x.reshape(here.rows, here.heads, here.q_length) for x in (sums.maximum, sums.total))
-    return _length_first(sums.mean()).astype(q.dtype), *statistics
+    by_head = (here.rows, here.heads, here.q_length)
+    return _length_first(sums.mean()).astype(q.dtype), sums.maximum.reshape(by_head), sums.total.reshape(by_head)
 
 
 def _backward_on_device(
@@ -403,7 +403,7 @@ def _backward_on_device(
     # The transpose of `own_kvs` adds the gradients of a key head that several query heads read, in float32.
     own, return_heads = jax.vjp(here.own_kvs, {name: x.astype(jnp.float32) for name, x in kvs.items()})
     queries, d_outs = (_heads_first(x, own["k_0"].shape[1]) for x in (q, d_out))
-    statistics = tuple(x.reshape(queries.shape[:4]) for x in (maximum, total, delta))
+    statistics: Any = tuple(x.reshape(queries.shape[:4]) for x in (maximum, total, delta))
     d_q = jnp.zeros(queries.shape, jnp.float32)
     d_own: dict[str, Array] = {}
     d_tables: dict[str, Array] = {}

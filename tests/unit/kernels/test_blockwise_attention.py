@@ -185,7 +185,12 @@ def test_memory_grows_linearly_with_the_length() -> None:
 
         def loss(q: Array, k: Array, v: Array, table: Array) -> Array:
             bias = RelativeBias(table, bidirectional=True, max_distance=128)
-            return jnp.sum(attention(q, k, v, MaskSpec(), scale=1.0, relative_bias=bias, backend=backend))
+
+            # Two layers in a scan share the bias, as in a stack: it must not be kept for all blocks.
+            def layer(q: Array, _: None) -> tuple[Array, None]:
+                return attention(q, k, v, MaskSpec(), scale=1.0, relative_bias=bias, backend=backend), None
+
+            return jnp.sum(jax.lax.scan(layer, q, None, length=2)[0])
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(q, q, q, table).compile()
         return compiled.memory_analysis().temp_size_in_bytes

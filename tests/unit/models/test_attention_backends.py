@@ -108,7 +108,7 @@ def test_backend_that_never_gets_a_dense_mask_computes_the_same_logits(
 
 
 def test_unknown_backend_is_refused_with_the_registered_names() -> None:
-    with pytest.raises(ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, reference, xla"):
+    with pytest.raises(ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, reference, xla"):
         abstract_model(small("blokwise"))
 
 
@@ -148,4 +148,4 @@ def test_incomplete_backend_and_taken_name_are_refused_at_registration() -> None
         register_backend("new", ReferenceAttention)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="already registered"):
         register_backend("xla", ReferenceAttention())
-    assert backend_names() == ("reference", "xla", "cudnn", "blockwise")
+    assert backend_names() == ("reference", "xla", "cudnn", "blockwise", "flash")
