@@ -141,9 +141,9 @@ def test_job_is_requeued_after_a_device_has_failed(slurm: Cluster, undisturbed: 
 def test_job_whose_device_fails_at_every_start_is_ended(slurm: Cluster) -> None:
     (slurm.directory / fault_plugin.FAULTS).write_text(json.dumps([(1, ECC)] * 3))
     limit = ("--monitoring.max-starts-without-progress", "2")
-    job = submit(slurm, "crash_loop", recipe="recipe.py:faulty", overrides=limit)
+    job = submit(slurm, "looping", recipe="recipe.py:faulty", overrides=limit)
     ended = slurm.wait(job, "COMPLETED", "FAILED", seconds=600)
-    text = log(slurm, "crash_loop", job)
+    text = log(slurm, "looping", job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "2"), text
     assert text.count("a device failed") == 2
     assert "the last 2 starts ended before a checkpoint was saved at all" in text
