@@ -85,7 +85,8 @@ def _call(
                 return pl.BlockSpec((1, *x.shape[1:]), lambda *at: (cell(*at)[1], 0, 0, 0))
             case "d_distances":
                 return pl.BlockSpec((1, 1, *x.shape[2:]), lambda *at: (*cell(*at)[:2], 0, 0, 0))
-        raise AssertionError(name)
+            case _:
+                raise AssertionError(f"unknown array {name!r}")
 
     names = [*inputs, *outputs]
 
