@@ -43,7 +43,8 @@ def flip_one_bit(step_directory: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("recipe", ["recipe", pytest.param("prefix_lm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["recipe", "prefix_lm"])
 def test_killed_run_ends_as_the_uninterrupted_run(
     workspace: Workspace, uninterrupted: Callable[[str], Path], recipe: str
 ):
@@ -113,6 +114,7 @@ def test_sigterm_before_the_first_step(workspace: Workspace, tmp_path: Path, pha
     assert phase == "import" or not logged(workdir)
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(
     workspace: Workspace, killed_copy: Path, uninterrupted: Callable[[str], Path]
 ):
@@ -124,6 +126,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(
     assert_same_end(killed_copy, uninterrupted("recipe"))
 
 
+@pytest.mark.slow
 def test_run_without_an_intact_checkpoint_is_refused(workspace: Workspace, killed_copy: Path):
     checkpoints = killed_copy / "checkpoints"
     steps = {path.name for path in checkpoints.iterdir() if path.name.isdecimal()}
@@ -135,6 +138,7 @@ def test_run_without_an_intact_checkpoint_is_refused(workspace: Workspace, kille
     assert json.loads((killed_copy / "exit.json").read_text())["code"] == EXIT_REFUSED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed_up", ["swapped", "foreign"])
 def test_checkpoint_that_is_not_the_expected_one_is_refused(
     workspace: Workspace, killed_copy: Path, uninterrupted: Callable[[str], Path], mixed_up: str
@@ -156,6 +160,7 @@ def test_checkpoint_that_is_not_the_expected_one_is_refused(
     assert (killed_copy / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_run_without_its_checkpoints_starts_over_only_if_allowed(workspace: Workspace, killed_copy: Path):
     """An empty folder of checkpoints, as if a file system were not mounted."""
     shutil.rmtree(killed_copy / "checkpoints")
@@ -172,6 +177,7 @@ def test_run_without_its_checkpoints_starts_over_only_if_allowed(workspace: Work
     assert earlier.read_bytes() == before and logged(killed_copy)[0]["step"] == 3
 
 
+@pytest.mark.slow
 def test_checkpoints_that_vanish_during_a_run_end_it(workspace: Workspace, tmp_path: Path):
     """The folder of checkpoints is replaced by an empty one, as when its file system is unmounted."""
     process = workspace.train(tmp_path / "run")
@@ -185,6 +191,7 @@ def test_checkpoints_that_vanish_during_a_run_end_it(workspace: Workspace, tmp_p
     assert not any(path.name.isdecimal() for path in checkpoints.iterdir())
 
 
+@pytest.mark.slow
 def test_destructive_updates_are_neither_applied_nor_saved(workspace: Workspace, tmp_path: Path):
     """A learning rate with which each update is finite, and destroys the model."""
     output = finish(workspace.train(tmp_path / "run", "--training.schedule.learning-rate", "1e36"), code=EXIT_REFUSED)
@@ -193,6 +200,7 @@ def test_destructive_updates_are_neither_applied_nor_saved(workspace: Workspace,
     assert not any(path.name.isdecimal() for path in (tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_other_configuration_is_refused_with_the_difference(workspace: Workspace, killed_copy: Path):
     before = (killed_copy / "config.json").read_text()
     overrides = ("--training.schedule.learning-rate", "0.004", "--model.dtype", "bfloat16")
@@ -203,6 +211,7 @@ def test_other_configuration_is_refused_with_the_difference(workspace: Workspace
     assert (killed_copy / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_other_data_is_refused(workspace: Workspace, killed_copy: Path, tmp_path: Path):
     """The configuration is the same, but a text of the corpus has changed."""
     other = Workspace(tmp_path / "other")
@@ -229,6 +238,7 @@ def small_disk(mount_disk: Callable[[int], Path]) -> Path:
     return mount_disk(12)
 
 
+@pytest.mark.slow
 def test_full_disk_is_reported_and_the_run_resumes(
     workspace: Workspace, small_disk: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
 ):
@@ -257,6 +267,7 @@ def test_full_disk_is_reported_and_the_run_resumes(
     assert_same_end(workdir, uninterrupted("recipe"))
 
 
+@pytest.mark.slow
 def test_state_of_another_structure_is_refused_with_each_path(workspace: Workspace, killed_copy: Path):
     """The newest checkpoint is intact and the run's own, but lacks a parameter, has another one, and one of another
     shape."""
@@ -277,7 +288,8 @@ def test_state_of_another_structure_is_refused_with_each_path(workspace: Workspa
     assert newest(killed_copy) == step
 
 
-@pytest.mark.parametrize("policy", ["skip", pytest.param("abort", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "abort"])
 def test_step_that_is_not_finite_leaves_no_trace_in_the_state(workspace: Workspace, tmp_path: Path, policy: str):
     """The loss of step 2 is NaN: parameters and optimizer are those after step 1, and its rows are recorded."""
     options = ("--training.num-train-steps", "3", "--checkpoints.save-every-steps", "1", "--training.guard.policy")

@@ -78,6 +78,7 @@ def change_of_logits(run: RunConfig) -> float:
     return float(np.mean([compute(jax.random.key(seed)) for seed in range(3)]))
 
 
+@pytest.mark.slow
 def test_steps_change_the_logits_alike_at_two_widths_with_transfer_and_more_at_the_larger_one_without() -> None:
     at_base = change_of_logits(run_of(BASE, True))
     with_transfer, without = (change_of_logits(run_of(WIDE, transfer)) / at_base for transfer in (True, False))
