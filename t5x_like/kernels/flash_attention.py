@@ -49,6 +49,8 @@ class FlashAttention(AttentionBackend):
                 "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
                 'attention="blockwise"'
             )
+        if request.is_merged:
+            return 'it cannot attend to several sequences of keys (merged attention); set attention="blockwise"'
         if request.is_split:
             return (
                 "it cannot attend over a sequence that is split over devices; "
@@ -71,11 +73,6 @@ class FlashAttention(AttentionBackend):
     ) -> Array:
         if not isinstance(mask, BlockwiseMask):
             raise ValueError("found a dense mask, expected the result of this backend's prepare_mask")
-        if len(keys) > 1:
-            raise ValueError(
-                'attention backend "flash": found several sequences of keys (merged attention), expected one; '
-                'set attention="blockwise"'
-            )
         described = mask.keys[0]
         if described.mask.q_positions is not None or described.mask.kv_positions is not None:
             raise ValueError(
