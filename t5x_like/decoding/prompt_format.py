@@ -21,7 +21,8 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
     corruption, then the others).
 
     Raises:
-      ConfigError: the run has an encoder only, which generates no text, or its mixture does not have the mode.
+      ConfigError: the run has an encoder only, or objectives that all predict tokens in place, which generate no text;
+        or its mixture does not have the mode.
     """
     if data.labelled is not None:
         found = f"a run that trained a task head of kind {data.labelled.kind}"
@@ -34,8 +35,12 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
     objectives = [objective for objective in data.objectives if not objective.predicts_in_place]
     if data.layout == "encoder" or not objectives:
         found = f"layout '{data.layout}', objectives {', '.join(objective.name for objective in data.objectives)}"
-        fix = "an encoder fills masks but generates no text"
-        raise ConfigError([ConfigProblem("data", found, "a run with a decoder", fix)])
+        if data.layout == "encoder":
+            expected, fix = "a run with a decoder", "an encoder fills masks but generates no text"
+        else:
+            expected = "an objective that generates text, such as causal_lm or prefix_lm"
+            fix = "objectives that predict tokens in place fill masks only"
+        raise ConfigError([ConfigProblem("data", found, expected, fix)])
     by_mode: dict[str, Objective] = {}
     for objective in objectives:
         if objective.mode is not None:

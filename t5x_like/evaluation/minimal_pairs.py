@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ _BOUND_GRID = 8
 _MASKS = 0x3A5C
 """Constant in place of a seed: every model is scored with the same masks."""
 _ROWS_AT_ONCE = 4096
+"""Rows of an encoder that exist at the same time: a text of n tokens is n rows of n tokens each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,10 @@ def score_pairs(
         found = f"{scoring} with {'an encoder' if loaded.model.decoder is None else 'a decoder'}"
         expected = "log_likelihood for a model with a decoder, pseudo_likelihood or diffusion_bound for an encoder"
         raise ConfigError([ConfigProblem("--pairs-score", found, expected)])
+    for place, text in zip(where, texts, strict=True):
+        # Its score would be 0, more than that of any other text.
+        if not loaded.tokenizer.encode(text):
+            raise DataError(f"{place}: found {text!r}, which has no tokens, expected a text with at least one")
     values = (
         _log_likelihoods(loaded, texts, where, step)
         if scoring == "log_likelihood"
@@ -158,18 +164,24 @@ def _masked_scores(
     longest = LONGEST if loaded.trained_on is None else loaded.trained_on.inputs_length
     longest = min(longest, max_positions(loaded.model) or longest)
     bodies = [tokenizer.encode(text) for text in texts]
-    rows = encode_function(loaded)(texts, longest + 1)
-    prepared: list[tuple[MaskedRow, float]] = []
-    counts = []
-    for place, body, row in zip(where, bodies, rows, strict=True):
-        _require_length(place, len(row), longest)
-        masked = _masked_rows(row, _start_of(body, row, place), len(body), mask_id, scoring)
-        prepared += masked
-        counts.append(len(masked))
+    encode = encode_function(loaded)
+    num_special = len(encode([""], longest)[0])
+    for place, body in zip(where, bodies, strict=True):
+        _require_length(place, len(body) + num_special, longest)
+    rows = encode(texts, longest)
+    starts = [_start_of(body, row, place) for body, row, place in zip(bodies, rows, where, strict=True)]
+    counts: list[int] = []
+
+    def prepared() -> Iterator[tuple[MaskedRow, float]]:
+        for body, row, start in zip(bodies, rows, starts, strict=True):
+            masked = _masked_rows(row, start, len(body), mask_id, scoring)
+            counts.append(len(masked))
+            yield from masked
+
     found, params = loaded.params(step)
     sums: list[float] = []
-    for first in range(0, len(prepared), _ROWS_AT_ONCE):
-        part = prepared[first : first + _ROWS_AT_ONCE]
+    remaining = prepared()
+    while part := list(itertools.islice(remaining, _ROWS_AT_ONCE)):
         scores = score_masked_tokens(loaded.program, params, [row for row, _ in part])
         sums += [weight * float(np.sum(score)) for score, (_, weight) in zip(scores, part, strict=True)]
     ends = np.cumsum(counts)

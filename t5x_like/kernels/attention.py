@@ -100,8 +100,8 @@ def attention(
       dropout_rng: Key of the dropout mask; None: no dropout.
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
       backend: Name of a registered backend. Built in are "reference" (einsums, and the ring for sequences that are
-        split over devices), "xla" (`jax.nn.dot_product_attention`), "cudnn" (the same function with NVIDIA's kernels)
-        and "blockwise" (loops over blocks of keys, with memory linear in the length).
+        split over devices), "xla" (`jax.nn.dot_product_attention`), "cudnn" (the same function with NVIDIA's kernels),
+        "blockwise" (loops over blocks, with memory linear in the length) and "flash" (Pallas kernels for TPUs).
 
     Returns:
       [B, Q, H, h] in the type of q.
@@ -143,6 +143,7 @@ def attention(
         dropout_rate=0.0 if dropout_rng is None else dropout_rate,
         dynamic_window=isinstance(mask, BlockwiseMask) and any(k.dynamic_window is not None for k in mask.keys),
         is_split=isinstance(mask, BlockwiseMask) and mask.split is not None and mask.split.length != (),
+        is_merged=len(keys) > 1,
     )
     reason = implementation.supports(request)
     if reason is not None:

@@ -37,6 +37,7 @@ class AttentionRequest:
         in their place (`drops_values`).
       dynamic_window: The window is an array (`KeySpec.dynamic_window`). Backends with dense masks never see it.
       is_split: The sequence is split over devices (`BlockwiseMask.split` with axes of the length).
+      is_merged: Several sequences of keys count as one (merged attention, T5Gemma 2).
     """
 
     num_heads: int = 1
@@ -48,6 +49,7 @@ class AttentionRequest:
     dropout_rate: float = 0.0
     dynamic_window: bool = False
     is_split: bool = False
+    is_merged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

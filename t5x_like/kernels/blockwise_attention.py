@@ -304,10 +304,10 @@ def _forward(
 
             sums = _loop(*block.kv_range(number), add, sums)
         # The largest score of a query without visible keys is that of a hidden one, or -inf if no block was read.
-        # Ones in place of its sum keep the quotient finite.
-        seen = sums.maximum > HIDDEN
-        total = jnp.where(seen, sums.total, 1.0)
-        out = jnp.where(seen[..., None], sums._replace(total=total).mean(), mean)
+        # Ones in place of its sum keep the quotient finite. Scores that are NaN are no hidden ones: the output is NaN.
+        unseen = sums.maximum <= HIDDEN
+        total = jnp.where(unseen, 1.0, sums.total)
+        out = jnp.where(unseen[..., None], mean, sums._replace(total=total).mean())
         return carry, (out.astype(q.dtype), sums.maximum, total)
 
     _, (out, maximum, total) = _over_queries(of_queries, q.shape[3] // shape.q_block, None)
@@ -318,9 +318,9 @@ def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...
     q, kvs, biases, inputs, out, maximum, total = residuals
     shape = setting.shape
     rows, groups, repeats = q.shape[:3]
-    seen = maximum > HIDDEN
+    unseen = maximum <= HIDDEN
     # With 0 as largest score the weights of hidden keys are 0; the gradient of the mean of all values is added below.
-    statistics = (jnp.where(seen, maximum, 0.0), total, correction(out, d_out))
+    statistics = (jnp.where(unseen, 0.0, maximum), total, correction(out, d_out))
     # In float32, so that the gradient of the table is added up in float32.
     tables = tuple(None if bias is None else bias.table.astype(jnp.float32) for bias in biases)
 
@@ -361,9 +361,9 @@ def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (tuple(kvs), tables))
     (d_kvs, d_tables), d_q = _over_queries(of_queries, q.shape[3] // shape.q_block, zeros)
-    unseen = jnp.sum(jnp.where(seen[..., None], 0.0, d_out.astype(jnp.float32)), axis=(2, 3)) / sum(shape.kv_lengths)
+    d_mean = jnp.sum(jnp.where(unseen[..., None], d_out.astype(jnp.float32), 0.0), axis=(2, 3)) / sum(shape.kv_lengths)
     d_kvs = tuple(
-        (d_k.astype(k.dtype), (d_v + unseen[:, :, None]).astype(v.dtype))
+        (d_k.astype(k.dtype), (d_v + d_mean[:, :, None]).astype(v.dtype))
         for (d_k, d_v), (k, v) in zip(d_kvs, kvs, strict=True)
     )
     d_biases = tuple(

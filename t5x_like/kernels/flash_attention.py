@@ -49,6 +49,8 @@ class FlashAttention(AttentionBackend):
                 "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
                 'attention="blockwise"'
             )
+        if request.is_merged:
+            return 'it cannot attend to several sequences of keys (merged attention); set attention="blockwise"'
         if request.is_split:
             return (
                 "it cannot attend over a sequence that is split over devices; "
@@ -71,11 +73,6 @@ class FlashAttention(AttentionBackend):
     ) -> Array:
         if not isinstance(mask, BlockwiseMask):
             raise ValueError("found a dense mask, expected the result of this backend's prepare_mask")
-        if len(keys) > 1:
-            raise ValueError(
-                'attention backend "flash": found several sequences of keys (merged attention), expected one; '
-                'set attention="blockwise"'
-            )
         described = mask.keys[0]
         if described.mask.q_positions is not None or described.mask.kv_positions is not None:
             raise ValueError(
@@ -183,12 +180,12 @@ def _forward(
     setting: KernelSetting, kv_length: int, q: Array, k: Array, v: Array, distances: Array | None, mask: KernelMask
 ) -> tuple[Array, Any]:
     out, maximum, log_total = forward(setting, q, k, v, distances, mask)
-    # The largest score of a query without visible keys is that of a hidden one.
-    seen = maximum > HIDDEN
+    # The largest score of a query without visible keys is that of a hidden one. NaN is none: the output is NaN as well.
+    unseen = maximum <= HIDDEN
     mean = jnp.sum(v, axis=2, dtype=jnp.float32) / kv_length
     mean = jnp.repeat(mean, q.shape[1] // k.shape[1], axis=1)[:, :, None]
-    out = jnp.where(jnp.swapaxes(seen, 2, 3), out, mean.astype(out.dtype))
-    return out, (q, k, v, distances, mask, out, jnp.where(seen, log_total, jnp.inf))
+    out = jnp.where(jnp.swapaxes(unseen, 2, 3), mean.astype(out.dtype), out)
+    return out, (q, k, v, distances, mask, out, jnp.where(unseen, jnp.inf, log_total))
 
 
 def _backward(setting: KernelSetting, kv_length: int, residuals: Any, d_out: Array) -> tuple[Any, ...]:
@@ -205,11 +202,11 @@ def _backward(setting: KernelSetting, kv_length: int, residuals: Any, d_out: Arr
     d_q, d_distances = query_gradient(setting, arrays, mask)
     d_k, d_v = key_value_gradients(setting, arrays, mask)
     # Probabilities of queries without visible keys are 0 in the kernels; the mean of all values has this gradient.
-    unseen = jnp.where(jnp.swapaxes(jnp.isinf(log_total), 2, 3), d_out.astype(jnp.float32), 0.0)
-    unseen = jnp.sum(unseen.reshape(*k.shape[:2], -1, k.shape[3]), axis=2, keepdims=True) / kv_length
+    d_mean = jnp.where(jnp.swapaxes(jnp.isinf(log_total), 2, 3), d_out.astype(jnp.float32), 0.0)
+    d_mean = jnp.sum(d_mean.reshape(*k.shape[:2], -1, k.shape[3]), axis=2, keepdims=True) / kv_length
     if distances is not None and d_distances is not None:
         d_distances = jnp.sum(d_distances, axis=(0, 3))[:, :, None].astype(distances.dtype)
-    return d_q, d_k, (d_v + unseen).astype(v.dtype), d_distances, None
+    return d_q, d_k, (d_v + d_mean).astype(v.dtype), d_distances, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -56,14 +56,15 @@ def attention_problems(model: ModelConfig) -> Iterator[ConfigProblem]:
     for name, stack in [*model.stacks.items(), ("generator", model.generator)]:
         if stack is None:
             continue
-        reason = backend.supports(attention_request(stack, model.dtype))
+        is_merged = name == "decoder" and model.encoder is not None and stack.cross_attention == "merged"
+        reason = backend.supports(attention_request(stack, model.dtype, is_merged=is_merged))
         if reason is not None:
             yield ConfigProblem(
                 "model.attention", f"{model.attention} for model.{name}", f"a backend that supports it: {reason}"
             )
 
 
-def attention_request(stack: StackConfig, dtype: str) -> AttentionRequest:
+def attention_request(stack: StackConfig, dtype: str, *, is_merged: bool) -> AttentionRequest:
     """Return what the self-attention of a stack asks of its backend."""
     dropped_as_values = drops_values(stack.num_heads, stack.num_kv_heads, stack.dropout_broadcast_length)
     return AttentionRequest(
@@ -75,6 +76,7 @@ def attention_request(stack: StackConfig, dtype: str) -> AttentionRequest:
         softcap=stack.attention_softcap,
         dropout_rate=0.0 if dropped_as_values else stack.dropout_rate,
         dynamic_window=len(set(stack.layer_kinds)) > 1,
+        is_merged=is_merged,
     )
 
 

@@ -137,5 +137,9 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 def children(process: subprocess.Popen[str]) -> list[int]:
     """Return the ids of the processes that a launcher has started, in order."""
-    tasks = Path(f"/proc/{process.pid}/task").iterdir()
-    return sorted(int(pid) for task in tasks for pid in (task / "children").read_text().split())
+    pids: list[str] = []
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        # A thread of the launcher can end meanwhile.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            pids += (task / "children").read_text().split()
+    return sorted(map(int, pids))

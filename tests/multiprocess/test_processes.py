@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import fault_plugin, multiprocess_recipe
+from helpers.fault_runs import children
 from helpers.recorded_rows import recorded_rows
 
 from t5x_like.checkpoints.manager import CheckpointManager
@@ -230,12 +231,6 @@ def test_checkpoint_of_two_processes_resumes_in_one_on_another_mesh(
         for run in (copy, workdir)
     ]
     assert meta[0]["data"] == meta[1]["data"] and meta[0]["mesh"] != meta[1]["mesh"]
-
-
-def children(process: subprocess.Popen[str]) -> list[int]:
-    """Return the processes of the launcher, in order."""
-    tasks = Path(f"/proc/{process.pid}/task").iterdir()
-    return sorted(int(pid) for task in tasks for pid in (task / "children").read_text().split())
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:

@@ -49,7 +49,8 @@ class ObjectiveConfig(abc.ABC):
       rate: Share of the examples, relative to the other objectives of the mixture.
       mode: Mode token at the start of the inputs; None: no mode token.
       has_inputs: True if an example has inputs for an encoder or a prefix, False if the whole stream is predicted.
-      predicts_in_place: True if the target of a position is the raw token of that same position (masked LM).
+      predicts_in_place: True if the target of a position is the raw token of that same position (masked LM,
+        masked diffusion).
       example_source: Origin of the examples.
       unscored_first_targets: Number of tokens at the start of the targets that the loss never covers.
       fractional_loss_weights: True if the weight of a scored token can differ from 1. The loss weights of the whole run

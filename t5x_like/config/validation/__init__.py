@@ -136,7 +136,7 @@ def _objective_in_layout(where: str, objective: Objective, layout: Layout) -> Pr
         yield ConfigProblem(
             f"{where}.kind",
             found,
-            "masked_lm, which predicts each token at its own position",
+            "masked_lm or masked_diffusion, which predict each token at its own position",
             "or a layout with a decoder",
         )
     elif masked and layout not in ("encoder", "prefix_lm"):

@@ -52,7 +52,8 @@ def denoise(
     Raises:
       IndexError: the window can need more sentinels than the vocabulary has.
       ValueError: windows that are shorter than `objective.min_raw_length`, or several windows per row that do not have
-        one length; missing traits that the objective needs; or an objective whose examples are not made from text.
+        one length; missing traits that the objective needs; an objective whose examples are not made from text; or
+        loss weights of an objective without `fractional_loss_weights`.
       DataError: whole words are to be masked, and no piece of the vocabulary begins one.
     """
     if traits is None and objective.needs_token_traits:
@@ -65,8 +66,16 @@ def denoise(
     tokens_NxL = tokens_NxL.astype(np.int32, copy=False)
     made = implementation(objective)
     if words_N is not None and made.stratified:
-        return made.denoise_stratified(tokens_NxL, keys_N, words_N, vocabulary, traits)
-    return made.denoise(tokens_NxL, keys_N, vocabulary, traits)
+        examples = made.denoise_stratified(tokens_NxL, keys_N, words_N, vocabulary, traits)
+    else:
+        examples = made.denoise(tokens_NxL, keys_N, vocabulary, traits)
+    if examples.scored_weight_N is not None and not objective.fractional_loss_weights:
+        # Rows would have loss weights of type int32, which cut fractions off.
+        raise ValueError(
+            f"{objective.name}: found loss weights in the examples, expected none; "
+            f"set fractional_loss_weights = True in {type(objective).__name__}"
+        )
+    return examples
 
 
 def restore(

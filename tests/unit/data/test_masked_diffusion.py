@@ -141,6 +141,12 @@ def test_words_decide_the_number_and_the_key_the_set() -> None:
     assert not np.array_equal(one, other)
 
 
+def test_weights_of_an_objective_that_does_not_announce_them_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MaskedDiffusion, "fractional_loss_weights", False)
+    with pytest.raises(ValueError, match="set fractional_loss_weights = True in MaskedDiffusion"):
+        noisy(numbered(2, 8), DIFFUSION)
+
+
 def test_a_single_stream_of_masked_diffusion_is_scored_by_the_bound(tmp_path: Path) -> None:
     store = text_store(tmp_path / "store", ["the cat sat on the mat. " * 80], ["a dog ran to the cat. " * 40])
     data = data_config("prefix_lm", (DIFFUSION,))

@@ -67,6 +67,7 @@ def test_the_default_mode_is_s():
     ("config", "mode", "message"),
     [
         (data("encoder", MaskedLM()), None, "an encoder fills masks but generates no text"),
+        (data("prefix_lm", MaskedLM()), None, "expected an objective that generates text"),
         (
             dataclasses.replace(data("encoder_decoder"), seqio=SeqioConfig(mixture_or_task="mine")),
             None,

@@ -17,6 +17,7 @@ from t5x_like.config import CausalLM, MaskedDiffusion, Objective, PrefixLM
 from t5x_like.config.objectives import Layout
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
 from t5x_like.errors import EXIT_USAGE, ConfigError, DataError
+from t5x_like.evaluation import minimal_pairs
 from t5x_like.evaluation.minimal_pairs import read_pairs, score_pairs
 from t5x_like.program import build_program
 
@@ -131,10 +132,35 @@ def test_malformed_files_are_refused_with_the_line(content: str, expected: str, 
 def test_texts_and_scores_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     encoder = loaded_model("encoder", scale=1.0)
     long = write_pairs(tmp_path, [("a", "b"), ("x" * 40, "y")])
-    with pytest.raises(DataError, match=r"pairs.jsonl:2: found a text of \d+ tokens, expected at most 32"):
+    # With the EOS.
+    with pytest.raises(DataError, match=r"pairs.jsonl:2: found a text of 41 tokens, expected at most 32"):
         score_pairs(encoder, long)
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: found a text of 70 tokens, expected at most 64"):
+        score_pairs(loaded_model("causal_lm", scale=1.0), write_pairs(tmp_path, [("x" * 70, "y")]))
     file = write_pairs(tmp_path, PAIRS)
     with pytest.raises(ConfigError, match="log_likelihood with an encoder"):
         score_pairs(encoder, file, scoring="log_likelihood")
     with pytest.raises(ConfigError, match="pseudo_likelihood with a decoder"):
         score_pairs(loaded_model("causal_lm", scale=1.0), file, scoring="pseudo_likelihood")
+
+
+class WithoutSpaces(ByteTokenizer):
+    """Tokenizer that removes zero-width spaces, as the normalizations of published ones do."""
+
+    def encode(self, text: str) -> Any:
+        return super().encode(text.replace("\N{ZERO WIDTH SPACE}", ""))
+
+
+def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
+    """It would have the score 0, the highest of all."""
+    loaded = loaded_model("causal_lm", scale=1.0)
+    loaded.tokenizer = WithoutSpaces(16)
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: found .*, which has no tokens"):
+        score_pairs(loaded, write_pairs(tmp_path, [("a", "\N{ZERO WIDTH SPACE}")]))
+
+
+def test_scores_do_not_depend_on_the_number_of_rows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, file = loaded_model("encoder", scale=1.0), write_pairs(tmp_path, PAIRS)
+    expected = score_pairs(loaded, file)["scores"]
+    monkeypatch.setattr(minimal_pairs, "_ROWS_AT_ONCE", 8)
+    assert np.array(score_pairs(loaded, file)["scores"]) == pytest.approx(np.array(expected), rel=1e-4)

@@ -134,6 +134,13 @@ def test_random_masks_with_every_feature() -> None:
         assert_close((out, found), (expected_out, expected))
 
 
+def test_nan_in_a_query_is_nan_in_its_output() -> None:
+    q = numbers(0, 1, 12, 2, WIDTH).at[0, 3].set(jnp.nan)
+    k, v = numbers(1, 1, 12, 2, WIDTH), numbers(2, 1, 12, 2, WIDTH)
+    out = np.isnan(attend(BLOCKWISE, q, [k], [v], MaskSpec(), None))
+    assert out[0, 3].all() and not np.delete(out, 3, axis=1).any()
+
+
 PADDED = np.where(np.arange(LENGTH) < np.array([[11], [0]]), 1, 0)
 """A row of 11 tokens and an empty one, all of whose keys are hidden."""
 

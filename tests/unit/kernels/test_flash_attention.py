@@ -106,20 +106,25 @@ def test_what_the_kernels_lack_is_refused() -> None:
         (AttentionRequest(bias="content"), "disentangled"),
         (AttentionRequest(dropout_rate=0.1), "dropout_broadcast_length=True"),
         (AttentionRequest(is_split=True), "all_gather"),
+        (AttentionRequest(is_merged=True), "several sequences"),
     ]:
         assert reason in str(FLASH.supports(request))
     q = jnp.zeros((1, 8, 2, 8))
     positions = jnp.arange(8)[None]
     with pytest.raises(ValueError, match="explicit positions"):
         attention(q, q, q, MaskSpec(q_positions=positions, kv_positions=positions), scale=1.0, backend="flash")
+    merged = BlockwiseMask((KeySpec(MaskSpec(), None),) * 2)
     with pytest.raises(ValueError, match="several sequences"):
-        FLASH.attend(
-            q,
-            [q, q],
-            [q, q],
-            BlockwiseMask((KeySpec(MaskSpec(), None),) * 2),
-            AttentionOptions(1.0, None, 0.0, None, False),
-        )
+        attention(q, [q, q], [q, q], merged, scale=1.0, backend="flash")
+
+
+def test_nan_in_a_query_is_nan_in_its_output() -> None:
+    q = numbers(0, 1, 16, 2, WIDTH).at[0, 3].set(jnp.nan)
+    options = AttentionOptions(1.0, None, 0.0, None, dropout_broadcast_length=False)
+    mask = FLASH.prepare_mask(MaskSpec(), None, 16, 16, None)
+    k, v = numbers(1, 1, 16, 2, WIDTH), numbers(2, 1, 16, 2, WIDTH)
+    out = np.isnan(FLASH.attend(q, [k], [v], mask, options))
+    assert out[0, 3].all() and not np.delete(out, 3, axis=1).any()
 
 
 def test_kernels_are_refused_on_a_cpu() -> None:

@@ -124,6 +124,7 @@ def test_backend_that_lacks_a_feature_is_refused_with_its_reason(described: Desc
         ("xla", {"positions": "disentangled", "num_kv_heads": 2}, "disentangled"),
         ("xla", {"dropout_rate": 0.1}, "dropout_broadcast_length=True"),
         ("cudnn", {}, "dtype=bfloat16"),
+        ("flash", {"positions": "disentangled"}, "disentangled"),
     ],
 )
 def test_library_backend_is_refused_before_compilation(
@@ -131,6 +132,16 @@ def test_library_backend_is_refused_before_compilation(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         abstract_model(small(attention, **stack_fields))
+
+
+def test_flash_kernels_are_refused_for_merged_attention_when_the_model_is_built() -> None:
+    decoder = small("flash", cross_attention="merged")
+    stack = decoder.decoder
+    assert stack is not None
+    # Without an encoder, nothing is merged.
+    abstract_model(decoder)
+    with pytest.raises(ConfigError, match=r"flash for model\.decoder.*several sequences of keys"):
+        abstract_model(dataclasses.replace(decoder, encoder=dataclasses.replace(stack, cross_attention="separate")))
 
 
 def test_dropout_of_values_is_supported_by_every_backend() -> None:
