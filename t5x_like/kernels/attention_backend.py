@@ -76,6 +76,7 @@ class AttentionBackend(abc.ABC):
 
     Attributes:
       is_portable: It runs on every platform, so that a model with it can be exported.
+      platform: The only platform of JAX that its kernels are for, such as "tpu"; None: any, or not known.
       materializes_scores: It writes the scores [B, H, Q, K] to memory; memory estimates read this.
       needs_placement: XLA cannot partition its kernels. On a mesh of several devices it needs the placement of rows and
         heads for `shard_map` (`SequenceSharding` without axes of the length).
@@ -84,6 +85,7 @@ class AttentionBackend(abc.ABC):
     """
 
     is_portable: ClassVar[bool] = False
+    platform: ClassVar[str | None] = None
     materializes_scores: ClassVar[bool] = False
     recomputes_scores: ClassVar[bool] = False
     needs_placement: ClassVar[bool] = False

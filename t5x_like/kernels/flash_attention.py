@@ -34,6 +34,7 @@ class FlashAttention(AttentionBackend):
         platform than TPU fails.
     """
 
+    platform = "tpu"
     recomputes_scores = True
     needs_placement = True
 

@@ -11,15 +11,15 @@ from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import ModelConfig, Positions, StackConfig
-from t5x_like.errors import ConfigProblem
+from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.kernels.attention import attention, get_backend, unknown_backend
-from t5x_like.kernels.attention_backend import AttentionRequest, BiasKind, drops_values
+from t5x_like.kernels.attention_backend import AttentionBackend, AttentionRequest, BiasKind, drops_values
 from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, Mask
 from t5x_like.kernels.decode_attention import KVSegment, attend
 from t5x_like.models.kv_cache import KeysValues, LayerCache
 from t5x_like.models.layers import Dense, FusedDense, Norm, attention_scale, attention_stddevs
 from t5x_like.models.rotary import CosSin, rotate
-from t5x_like.sharding.constrain import constrain
+from t5x_like.sharding.constrain import active_platform, constrain
 
 SeveralKeysValues = tuple[tuple[Array, ...], tuple[Array, ...]]
 """Keys and values of several sequences."""
@@ -62,6 +62,16 @@ def attention_problems(model: ModelConfig) -> Iterator[ConfigProblem]:
             yield ConfigProblem(
                 "model.attention", f"{model.attention} for model.{name}", f"a backend that supports it: {reason}"
             )
+
+
+def backend_for_devices(name: str) -> AttentionBackend:
+    """Return a backend; raise ConfigError if its kernels are for other devices than those of the active mesh."""
+    backend = get_backend(name)
+    if backend.platform is not None and active_platform() not in (None, backend.platform):
+        found, expected = (f"devices of platform {platform!r}" for platform in (active_platform(), backend.platform))
+        fix = 'set model.attention="blockwise"'
+        raise ConfigError([ConfigProblem("model.attention", f"{name} on {found}", expected, fix)])
+    return backend
 
 
 def attention_request(stack: StackConfig, dtype: str, *, is_merged: bool) -> AttentionRequest:

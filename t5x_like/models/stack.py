@@ -26,7 +26,7 @@ from t5x_like.kernels.attention_masks import (
     stack_masks,
 )
 from t5x_like.kernels.position_bias import RelativeBias, disentangled_buckets
-from t5x_like.models.attention import Distances
+from t5x_like.models.attention import Distances, backend_for_devices
 from t5x_like.models.blocks import (
     Block,
     LayerInputs,
@@ -126,7 +126,7 @@ class Stack(nnx.Module):
             cross_length = encoded.shape[1]
         elif cross is not None:
             cross_length = cross[0].shape[2]
-        backend = get_backend(self.attention_backend)
+        backend = backend_for_devices(self.attention_backend)
         # Disentangled attention has a bias of the size of the scores and cannot run as a ring.
         split = None
         if config.positions != "disentangled":

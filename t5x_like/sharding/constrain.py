@@ -67,6 +67,12 @@ def is_split() -> bool:
     return active is not None and active[0].size > 1
 
 
+def active_platform() -> str | None:
+    """Return the platform of the devices of an active mesh, such as "tpu"; None outside a context."""
+    active = _ACTIVE.get()
+    return None if active is None else active[0].devices.flat[0].platform
+
+
 def sequence_split(rows: int, lengths: Sequence[int], heads: int, kv_heads: int) -> SequenceSharding | None:
     """Return the sharding of the arrays of an attention if "length" is split, for `AttentionBackend.prepare_mask`.
 

@@ -6,14 +6,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from jax import Array
 
+from t5x_like.config import ShardingConfig
 from t5x_like.config.model import ModelConfig
 from t5x_like.errors import ConfigError
+from t5x_like.hardware.fake_devices import fake_devices
+from t5x_like.hardware.topologies import parse_topology
 from t5x_like.kernels import attention as registry
 from t5x_like.kernels.attention import backend_names, register_backend
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
@@ -29,6 +33,9 @@ from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
 from t5x_like.models import presets
 from t5x_like.models.factory import abstract_model, bind_params, init_params
+from t5x_like.sharding.constrain import activation_context
+from t5x_like.sharding.mesh import make_mesh
+from t5x_like.sharding.rules import default_rules
 
 
 class DescribedMaskBackend(AttentionBackend):
@@ -142,6 +149,26 @@ def test_flash_kernels_are_refused_for_merged_attention_when_the_model_is_built(
     abstract_model(decoder)
     with pytest.raises(ConfigError, match=r"flash for model\.decoder.*several sequences of keys"):
         abstract_model(dataclasses.replace(decoder, encoder=dataclasses.replace(stack, cross_attention="separate")))
+
+
+def test_kernels_of_tpus_are_refused_on_other_devices_before_compilation() -> None:
+    model = small("flash")
+    spec = abstract_model(model)
+    tokens = jax.ShapeDtypeStruct((2, 12), np.int32)
+
+    def states(devices: Sequence[Any]) -> Any:
+        mesh = make_mesh(ShardingConfig(), devices)
+        with activation_context(mesh, default_rules(ShardingConfig())):
+            return jax.eval_shape(
+                lambda params, tokens: bind_params(spec.graphdef, params)({"decoder_input_tokens": tokens}),
+                spec.params,
+                tokens,
+            )
+
+    with pytest.raises(ConfigError, match="flash on devices of platform 'cpu', expected devices of platform 'tpu'"):
+        states(jax.devices()[:1])
+    # A program may be planned for devices that are not there.
+    assert states(fake_devices(parse_topology("v5e:2x2"))[:1]).shape[:2] == (2, 12)
 
 
 def test_dropout_of_values_is_supported_by_every_backend() -> None:
