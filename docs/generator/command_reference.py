@@ -8,8 +8,8 @@ from typing import Any
 
 from config_reference import table_text
 
-from t5x_like.cli.main import COMMANDS
 from t5x_like.cli.arguments import Parser
+from t5x_like.cli.main import COMMANDS
 
 INTRODUCTION = """# Command line
 

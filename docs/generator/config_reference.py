@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import html
 import inspect
 import re
 import textwrap
@@ -19,12 +20,13 @@ from t5x_like.config.config_registry import ConfigRegistry
 
 INTRODUCTION = """# Configuration
 
-Every field of a run, from `RunConfig` down. A recipe sets the fields in Python; the command line sets them by their path, as in
-`--training.schedule.learning-rate 0.01`; `config.json` has the same names. A field without a default must be set by the recipe. A
-value out of its bounds is reported before anything is computed, together with all other problems.
+Every field of a run, from `RunConfig` down. A recipe sets the fields in Python; the command line sets them by their
+path, as in `--training.schedule.learning-rate 0.01`; `config.json` has the same names. A field without a default must
+be set by the recipe. A value out of its bounds is reported before anything is computed, together with all other
+problems.
 
-This page is made from the source when the site is built. `t5x-like train RECIPE --help` prints the same fields with the values of
-a recipe.
+This page is made from the source when the site is built. `t5x-like train RECIPE --help` prints the same fields with the
+values of a recipe.
 """
 
 _UNITS = {
@@ -82,7 +84,7 @@ def _classes(hint: Any, repeated: bool = False) -> Iterator[tuple[type[Any], boo
     """Yield the configuration classes that a type can hold, and whether there are several."""
     for argument in getattr(hint, "__metadata__", ()):
         if isinstance(argument, ConfigRegistry):
-            for cls in dict.fromkeys(argument.values()):
+            for cls in _registered(argument):
                 yield cls, repeated
             return
     if dataclasses.is_dataclass(hint):
@@ -90,6 +92,11 @@ def _classes(hint: Any, repeated: bool = False) -> Iterator[tuple[type[Any], boo
         return
     for argument in typing.get_args(hint):
         yield from _classes(argument, repeated or typing.get_origin(hint) is tuple)
+
+
+def _registered(registry: ConfigRegistry) -> list[type[Any]]:
+    """Return the registered classes of the package."""
+    return [cls for cls in dict.fromkeys(registry.values()) if cls.__module__.startswith("t5x_like.")]
 
 
 def _where(section: Section) -> str:
@@ -127,8 +134,9 @@ def _table(section: Section, anchors: dict[type[Any], str]) -> str:
         unit = "seconds" if cls.__name__ == "TimeoutsConfig" and field.name != "measured_factor" else _unit(field.name)
         is_number = bool({int, float} & set(_leaves(hint)))
         bounds = "; ".join(part for part in (bounds_text(hint), unit if is_number else "") if part)
-        cells = (f"`{field.name}`", _type(hint, anchors), _default(field), table_text(bounds), meanings.get(field.name, ""))
-        lines.append(f"| {' | '.join(cells[:4])} | {table_text(cells[4])} |")
+        meaning = table_text(meanings.get(field.name, ""))
+        cells = (f"`{field.name}`", _type(hint, anchors), _default(field), table_text(bounds), meaning)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -150,7 +158,7 @@ def _type(hint: Any, anchors: dict[type[Any], str]) -> str:
     if hasattr(hint, "__metadata__"):
         registries = [argument for argument in hint.__metadata__ if isinstance(argument, ConfigRegistry)]
         if registries:
-            return " or ".join(_type(cls, anchors) for cls in dict.fromkeys(registries[0].values()))
+            return " or ".join(_type(cls, anchors) for cls in _registered(registries[0]))
         return _type(arguments[0], anchors)
     if origin is typing.Literal:
         return " or ".join(f"`{argument}`" for argument in arguments)
@@ -187,11 +195,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def table_text(text: str) -> str:
     """Return text for a cell of a table: outside of code, characters that Markdown would interpret are escaped."""
     parts = re.split(r"(`[^`]*`)", " ".join(text.split()) if not text.startswith("- ") else text)
-    escaped = [
-        part if part.startswith("`") else re.sub(r"([*_<>\[\]])", r"\\\1", part).replace("\\>", "&gt;").replace("\\<", "&lt;")
-        for part in parts
-    ]
+    escaped = [part if part.startswith("`") else _escaped(part) for part in parts]
     return "".join(escaped).replace("|", "\\|")
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([*_\[\]])", r"\\\1", html.escape(text, quote=False))
 
 
 @functools.cache

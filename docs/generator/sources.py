@@ -1,8 +1,8 @@
 """Write the sources of the documentation site to `build/docs`: the pages of `docs/`, and those that are generated.
 
-Links to files outside of `docs/` lead to the repository if `mkdocs.yml` gives its address as `repo_url`. Without it such a
-link becomes its text, followed by the path if the text does not contain it. A link to a file that does not exist is an
-error. Links between pages and to headings are checked by the generator of the site.
+Links to files outside of `docs/` lead to the repository if `mkdocs.yml` gives its address as `repo_url`. Without it
+such a link becomes its text, followed by the path if the text does not contain it. A link to a file that does not exist
+is an error. Links between pages and to headings are checked by the generator of the site.
 """
 
 from __future__ import annotations
