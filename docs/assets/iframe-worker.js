@@ -7,7 +7,7 @@ if (window.location.protocol === "file:") {
       this.frame = document.createElement("iframe")
       this.frame.hidden = true
       this.frame.srcdoc = "<!doctype html><title>worker</title>"
-      this.ready = new Promise((resolve, reject) => {
+      this.ready = new Promise((resolve) => {
         this.frame.addEventListener("load", () => {
           const scope = this.frame.contentWindow
           const load = (address) => new Promise((loaded, failed) => {
@@ -17,11 +17,11 @@ if (window.location.protocol === "file:") {
             script.onerror = failed
             scope.document.head.append(script)
           })
-          scope.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }))
+          scope.postMessage = (data) => this.report(new MessageEvent("message", { data }))
           scope.importScripts = async (...addresses) => {
             for (const address of addresses) await load(address)
           }
-          load(new URL(url, document.baseURI).href).then(() => resolve(scope), reject)
+          load(new URL(url, document.baseURI).href).then(() => resolve(scope), () => this.report(new ErrorEvent("error", { message: url })))
         }, { once: true })
       })
       const attach = () => document.body.append(this.frame)
@@ -30,6 +30,10 @@ if (window.location.protocol === "file:") {
     }
     postMessage(data) {
       this.ready.then((scope) => scope.dispatchEvent(new MessageEvent("message", { data })))
+    }
+    report(event) {
+      this.dispatchEvent(event)
+      this[`on${event.type}`]?.(event)
     }
     terminate() {
       this.frame.remove()

@@ -153,7 +153,6 @@ BEFORE = {
 }
 REPLACEMENTS = {
     # Page -> text of its examples -> text that is executed, with fewer steps.
-    "README.md": {"steps 200": "steps 4"},
     "docs/adapters.md": {"steps=200": "steps=2"},
     "docs/finetune.md": {"steps 300": "steps 2 --evaluation.num-batches 1 --data.inputs-length 40", "(400)": "(40)"},
     # A decoder compiles faster than an encoder-decoder. The two commands are alternatives: each gets a run.
