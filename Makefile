@@ -185,12 +185,28 @@ constraints: install-dev
 	$(PIP) install --quiet uv
 	mkdir -p build
 	echo 'torch==2.13.0' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
-	  --extra dev --extra hf --extra tpu --override - --no-emit-package triton --upgrade --output-file build/pins.txt pyproject.toml
+	  --extra dev --extra docs --extra hf --extra tpu --override - --no-emit-package triton --upgrade --output-file build/pins.txt pyproject.toml
 	{ sed -n '/^#/p' constraints.txt; grep -v -E '^(nvidia|cuda)-' build/pins.txt; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 	{ sed -n '/^#/p' requirements.lock; $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header \
 	  --no-annotate --generate-hashes --constraint constraints.txt pyproject.toml; } > build/requirements.lock
 	mv build/requirements.lock requirements.lock
+
+# The documentation site, build/site/index.html, which can be read offline. Warnings, such as a dead link, are errors.
+.PHONY: docs
+docs: $(VENV)-docs/.installed
+	PYTHONPATH=. $(VENV)-docs/bin/python docs/generator/sources.py
+	NO_COLOR=1 $(VENV)-docs/bin/zensical build --clean --strict --config-file mkdocs.yml
+
+# Its environment has the extra `docs` and what reading the configuration needs, but not the package's own dependencies.
+$(VENV)-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)-docs
+	$(VENV)-docs/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["docs"], *(d for d in project["dependencies"] if d.startswith("pydantic")), sep="\n")' \
+	  >$(VENV)-docs/requirements.txt
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
+	  --constraint constraints.txt --requirement $(VENV)-docs/requirements.txt
+	@touch $@
 
 # What this environment is made of: a CycloneDX bill of materials, and the licences. The tools have their own environment.
 .PHONY: sbom audit
@@ -210,4 +226,4 @@ $(VENV)-audit/.installed:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu $(VENV)-beam $(VENV)-buckets $(VENV)-external $(VENV)-audit build dist
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-beam $(VENV)-buckets $(VENV)-external $(VENV)-docs $(VENV)-audit build dist

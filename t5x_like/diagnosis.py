@@ -173,7 +173,7 @@ def _last_exit(target: Path) -> Findings:
     except (ValueError, TypeError, KeyError) as error:
         yield Finding("last exit", f"{run_directory.EXIT} is malformed ({error})", "the same command resumes the run")
         return
-    yield Finding("last exit", f"code {code}: {reason}", "see the README's table of exit codes" if code else "")
+    yield Finding("last exit", f"code {code}: {reason}", "docs/run-directory.md lists the exit codes" if code else "")
 
 
 def _data(loaded: LoadedModel) -> Findings:

@@ -64,6 +64,17 @@ def bound_problems(value: Any, where: str = "") -> Iterator[ConfigProblem]:
             yield from bound_problems(child, path)
 
 
+def bounds_text(hint: Any) -> str:
+    """Return the bounds that a field's type states, in the words of error messages; "" if it states none."""
+    constraints = _constraints(hint)
+    if constraints is None:
+        return ""
+    if constraints.description:
+        return constraints.description
+    is_lengths = any(getattr(bound, "min_length", 0) for bound in constraints.metadata)
+    return "not empty" if is_lengths else _limits_text(constraints)
+
+
 def above(where: str, value: float | None, bound: float) -> Problems:
     """Yield a problem unless `value` is None, or finite and greater than `bound`."""
     if value is not None and not (math.isfinite(value) and value > bound):
@@ -143,6 +154,11 @@ def _expected(detail: pydantic_core.ErrorDetails, constraints: FieldInfo) -> str
             return "at least one entry" if detail["type"] == "too_short" else "a value that is not empty"
         case "int_type" | "float_type" | "string_type" | "tuple_type" | "int_from_float":
             return detail["msg"].removeprefix("Input should be ")
+    return _limits_text(constraints) or detail["msg"].removeprefix("Input should be ")
+
+
+def _limits_text(constraints: FieldInfo) -> str:
+    """Return the limits of a number in words; "" if there is neither a lower limit nor an interval."""
     limits = {name: getattr(bound, name) for bound in constraints.metadata for name in _LIMITS if hasattr(bound, name)}
     lower = f"[{limits['ge']}" if "ge" in limits else f"({limits['gt']}" if "gt" in limits else None
     upper = f"{limits['le']}]" if "le" in limits else f"{limits['lt']})" if "lt" in limits else None
@@ -150,7 +166,7 @@ def _expected(detail: pydantic_core.ErrorDetails, constraints: FieldInfo) -> str
         return f"a number in {lower}, {upper}"
     if "ge" in limits:
         return f"{limits['ge']} or more"
-    return f"a number above {limits['gt']}" if "gt" in limits else detail["msg"].removeprefix("Input should be ")
+    return f"a number above {limits['gt']}" if "gt" in limits else ""
 
 
 def _without_bounds(schema: Any) -> Any:

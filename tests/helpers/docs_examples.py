@@ -23,6 +23,7 @@ NOT_EXECUTED = {
     # Key: a page and the heading above the command, or the command itself.
     "README.md: Install": "creates an environment and trains for ten minutes; CI does both",
     "README.md: Command line": "a list of forms with placeholders; the pages have an example of each command",
+    "docs/index.md: Start": "creates an environment and trains for ten minutes; CI does both",
     "docs/launch.md: Starting a run on many machines": "a form with placeholders",
     "docs/planning.md: Planning": "a form with placeholders",
     "docs/planning.md: From plan to run": "a form with placeholders",

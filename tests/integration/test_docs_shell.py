@@ -135,7 +135,8 @@ SHORT_BASE = "t5x-like train smoke:llama --workdir runs/base --training.num-trai
 EXPORTED_BASE = "t5x-like convert --to hf runs/base DIR --family llama"
 BEFORE = {
     # Page -> commands that make what the page takes for granted.
-    "README.md": [SHORT_BASE, EXPORTED_BASE],
+    "docs/adapters.md": [SHORT_BASE],
+    "docs/models.md": [SHORT_BASE, EXPORTED_BASE],
     "docs/checkpoints.md": [
         SHORT_BASE,
         EXPORTED_BASE,
@@ -152,7 +153,7 @@ BEFORE = {
 }
 REPLACEMENTS = {
     # Page -> text of its examples -> text that is executed, with fewer steps.
-    "README.md": {"steps 200": "steps 4", "steps=200": "steps=2"},
+    "docs/adapters.md": {"steps=200": "steps=2"},
     "docs/finetune.md": {"steps 300": "steps 2 --evaluation.num-batches 1 --data.inputs-length 40", "(400)": "(40)"},
     # A decoder compiles faster than an encoder-decoder. The two commands are alternatives: each gets a run.
     "docs/processes.md": {"local smoke ": "local smoke:decoder ", "steps 20": "steps 2"},

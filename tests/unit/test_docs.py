@@ -1,24 +1,35 @@
 """Examples of the documentation: Python parses and imports existing names, and commands have existing options.
 
-`tests/integration/` executes them: `test_docs_python.py`, `test_docs_shell.py` and `test_plugins.py`.
+`tests/integration/` executes them: `test_docs_python.py`, `test_docs_shell.py` and `test_plugins.py`. Here is also what
+the generator of the documentation site does not check: pages outside of the navigation, files, and the pages that are
+made from the source.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import re
 import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from helpers.docs_examples import LANGUAGES, NOT_EXECUTED, PAGES, REPOSITORY, Command, blocks, commands, indented_lines
 
 from t5x_like.cli.arguments import configured_run
+from t5x_like.cli.main import COMMANDS as command_modules
 from t5x_like.cli.main import main, parse
+from t5x_like.config.objectives.registry import OBJECTIVES
 from t5x_like.errors import EXIT_OK
 
+PROJECT_FILES = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "tests/README.md")
+FILES = [*PAGES.values(), *map(REPOSITORY.joinpath, PROJECT_FILES)]
 COMMANDS = {(command.text, command.section): command for command in commands()}.values()
 PLACEHOLDERS = {
     "TARGET RECIPE": "local smoke -n 2",
@@ -88,3 +99,58 @@ def test_an_unknown_option_in_an_example_is_found() -> None:
     with pytest.raises(SystemExit):
         test_arguments_of_commands_exist(Command("README.md:1", "", "t5x-like generate MODEL --no-such-option"))
     assert isinstance(parse(["eval", "MODEL"])[0], argparse.Namespace)
+
+
+def test_every_page_of_docs_is_in_the_navigation_once() -> None:
+    def pages(node: Any) -> Iterator[str]:
+        for child in node if isinstance(node, list) else node.values():
+            yield from [child] if isinstance(child, str) else pages(child)
+
+    navigation = list(pages(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]))
+    written = [str(path.relative_to(REPOSITORY / "docs")) for path in REPOSITORY.glob("docs/**/*.md")]
+    generated = [page for page in navigation if page.startswith("reference/")]
+    assert sorted(navigation) == sorted([*written, *generated])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_files_that_a_page_names_exist(path: Path) -> None:
+    """Targets of links and pictures, and source files in inline code, by their path or by its end."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    links = [path.parent / target for target in targets if "://" not in target and not target.startswith("reference/")]
+    assert [str(link) for link in links if not link.exists()] == []
+    roots = (REPOSITORY, REPOSITORY / "t5x_like", REPOSITORY / "tests", *(REPOSITORY / "t5x_like").iterdir())
+    sources = re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.py)(?::\w+)?`", text)
+    assert [source for source in sources if not any((root / source).exists() for root in roots)] == []
+
+
+@pytest.fixture
+def generator(monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "docs/generator"))
+    return REPOSITORY / "docs/generator"
+
+
+def test_the_configuration_page_has_every_field_with_its_bounds(generator: Path) -> None:
+    reference = importlib.import_module("config_reference")
+    sections = {section.cls.__name__: section for section in reference.sections()}
+    # Other tests register objectives of their own in this process.
+    objectives = [objective for objective in OBJECTIVES.values() if objective.__module__.startswith("t5x_like.")]
+    assert {objective.__name__ for objective in objectives} <= sections.keys()
+    assert {"RunConfig", "StackConfig", "MuonConfig", "KeepBest"} <= sections.keys()
+    tables = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", reference.page(), re.M | re.S))
+    for name, section in sections.items():
+        rows = re.findall(r"^\| `(\w+)` \|", tables[name], re.M)
+        assert rows == [field.name for field in dataclasses.fields(section.cls)], name
+    (row,) = re.findall(r"^\| `spike_window` .*", tables["GuardConfig"], re.M)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[2:4] == ["whole number", "`128`"] and "8" in cells[4] and "4096" in cells[4] and "median" in cells[5]
+    assert "| number or `None` | `1800.0` | a number above 0; seconds |" in tables["TimeoutsConfig"]
+
+
+def test_the_command_page_has_every_option(generator: Path) -> None:
+    reference = importlib.import_module("command_reference")
+    tables = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", reference.page(), re.M | re.S))
+    for name, parser in reference.parsers().items():
+        options = {option for action in parser._actions for option in action.option_strings}
+        assert options <= set(re.findall(r"`(-[\w-]+)[^`]*`", tables[name])), name
+    assert len(tables) == len(command_modules)

@@ -265,8 +265,8 @@ def test_trust_without_effect_is_reported(
     assert "--trust nobody.py: found no configuration that names it" in capsys.readouterr().err
 
 
-def test_exit_codes_are_in_the_readme() -> None:
-    table = re.search(r"^\| exit code .*?\n\n", (REPOSITORY / "README.md").read_text(), re.M | re.S)
+def test_exit_codes_are_in_the_documentation() -> None:
+    table = re.search(r"^\| exit code .*?\n\n", (REPOSITORY / "docs/run-directory.md").read_text(), re.M | re.S)
     assert table is not None
     codes = re.findall(r"\d+", " ".join(line.split("|")[1] for line in table[0].strip().splitlines()))
     assert sorted(map(int, codes)) == sorted(entry.code for entry in EXIT_CODES)
