@@ -110,7 +110,7 @@ def test_two_tasks_on_two_nodes_form_one_job(slurm: Cluster, undisturbed: tuple[
 
 def test_stopped_job_is_requeued_and_resumes(slurm: Cluster, undisturbed: tuple[str, dict[str, Any]]) -> None:
     job = submit(slurm, "stopped")
-    slurm.wait(job, "RUNNING", seconds=30)
+    slurm.wait(job, "RUNNING", seconds=200)
     deadline = time.monotonic() + 300
     while not losses(slurm.directory / "runs/stopped"):
         assert time.monotonic() < deadline, log(slurm, "stopped", job)
@@ -151,5 +151,5 @@ def test_job_whose_device_fails_at_every_start_is_ended(slurm: Cluster) -> None:
 
 def test_job_with_a_configuration_error_is_not_restarted(slurm: Cluster) -> None:
     job = submit(slurm, "wrong", "--env", "JAX_NUM_CPU_DEVICES=3")
-    ended = slurm.wait(job, "COMPLETED", "FAILED", seconds=200)
+    ended = slurm.wait(job, "COMPLETED", "FAILED", seconds=400)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), log(slurm, "wrong", job)
