@@ -87,6 +87,7 @@ def in_order(first_step: int, last_step: int, first_row: int) -> list[tuple[int,
     return [(step, first_row + ROWS * (step - first_step)) for step in range(first_step, last_step + 1)]
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_recorded_with_their_rows(train_with: Trainer, tmp_path: Path) -> None:
     assert train_with("skip") == in_order(1, STEPS, 0)
     (rejected,) = read_records(tmp_path / "rejected_steps.jsonl").records

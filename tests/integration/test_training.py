@@ -21,6 +21,8 @@ from t5x_like.config import (
 from t5x_like.data.store.prepare import prepare
 from t5x_like.trainer.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:

@@ -76,7 +76,10 @@ def assert_same(actual: PyTree, expected: PyTree, tolerance: float = 1e-5) -> No
 @pytest.mark.parametrize(
     "mesh", ["data_fsdp_tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "data_tensor"))]
 )
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name == "encoder_decoder" else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES],
+)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(
     architecture: str, mesh: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,9 +103,10 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
     "mesh",
     [
         ShardingConfig(data=2, fsdp=2, expert=2),
-        pytest.param(ShardingConfig(fsdp=2, tensor=4), marks=pytest.mark.slow),
+        ShardingConfig(fsdp=2, tensor=4),
     ],
 )
+@pytest.mark.slow
 def test_experts_are_split_over_their_axis(mesh: ShardingConfig, capfd: pytest.CaptureFixture[str]) -> None:
     expected_state, expected = one_device("experts")
     capfd.readouterr()
@@ -124,6 +128,7 @@ def test_layer_kinds_and_merged_attention_do_not_depend_on_the_mesh() -> None:
     assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
 
 
+@pytest.mark.slow
 def test_adafactor_factors_are_sharded_like_their_parameter() -> None:
     optimizer = AdafactorConfig(min_dim_size_to_factor=16)
     state = None
@@ -142,6 +147,7 @@ def test_adafactor_factors_are_sharded_like_their_parameter() -> None:
     assert shard_shape(moments["v_row"]) == (2, 32) and shard_shape(moments["v_col"]) == (2, 2, 16)
 
 
+@pytest.mark.slow
 def test_accumulation_parts_are_split_evenly_and_give_the_result_of_the_whole_batch() -> None:
     expected_state, expected = one_device("decoder")
     run = run_for("decoder", MESHES["fsdp"], gradient_accumulation_steps=2)

@@ -66,6 +66,7 @@ def check(architecture: str, mesh: ShardingConfig, capfd: pytest.CaptureFixture[
     return program
 
 
+@pytest.mark.slow
 def test_prefix_lm_with_fsdp_context_and_tensor(capfd: pytest.CaptureFixture[str]) -> None:
     """Packed prefixes, T5's bias and a tied head, with sequence, heads and parameters split."""
     program = check("prefix_lm", PRODUCT, capfd)

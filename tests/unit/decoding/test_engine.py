@@ -137,7 +137,7 @@ def test_training_parameters_give_the_same_tokens(name):
     np.testing.assert_array_equal(engine(config, "unequal", False, 0.0, inference_layout_params=False)[0], expected)
 
 
-@pytest.mark.parametrize("name", marked(("five local to one", "t5", "merged")))
+@pytest.mark.parametrize("name", [pytest.param("five local to one", marks=pytest.mark.slow), *marked(("t5", "merged"))])
 def test_error_of_int8_and_bfloat16_caches_is_small(name):
     """Compare the logits of the same tokens with those of the float32 cache, relative to their standard deviation, by
     the bounds in the documentation. The int8 error of a key or value is at most 1/254 of the largest number of its

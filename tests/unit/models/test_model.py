@@ -139,6 +139,7 @@ def gradients(config):
     return jax.jit(jax.grad(loss))(parameters(dataclasses.replace(config, scan_layers=True, remat="none")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "full"}])
 def test_scan_unrolled_and_remat_have_the_same_gradients(changes):
     config = model("encoder_decoder", stack_changes={"dropout_rate": 0.2})
