@@ -129,7 +129,7 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-model",
         metavar="MODEL",
-        help="speculative decoding with a smaller model; the answers are those of MODEL alone",
+        help="speculative decoding with a smaller model; the answers do not change",
     )
     parser.add_argument(
         "--prompt-lookup",

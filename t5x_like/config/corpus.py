@@ -62,7 +62,7 @@ class CorpusConfig:
     """A TensorFlow Datasets name with its config and version, as in `wikipedia/20230601.en:1.0.0`."""
     task: str | None = None
     """A registered seqio Task, or a Mixture, each Task of which is read once regardless of its rate. Reads the
-    `targets` feature: its ids if they are those of the run's tokenizer, or else the text that they were made from."""
+    `targets` feature: its ids if the run's tokenizer made them, or else the text that they were made from."""
     module: str | None = None
     """Module to import so that `task` is registered."""
     generator: str | None = None

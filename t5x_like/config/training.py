@@ -83,7 +83,7 @@ class LoraConfig:
     alpha: PositiveFloat = 16.0
     paths: NonEmptyPatterns = (r".*attention/(query|value)/kernel",)
     """Regular expressions for whole paths of kernels, such as `decoder/layers/mlp/wo/kernel`. The kernels of all layers
-    of a stack are one array, and so are those of all experts."""
+    of a stack are one array, and so are the arrays of all experts."""
 
 
 @config_dataclass

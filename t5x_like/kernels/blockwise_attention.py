@@ -24,7 +24,15 @@ from jax import Array
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
 from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding, dense_mask
 from t5x_like.kernels.dropout import keep_mask_block
-from t5x_like.kernels.online_softmax import HIDDEN, Sums, add_block, block_gradients, block_scores, correction
+from t5x_like.kernels.online_softmax import (
+    HIDDEN,
+    Sums,
+    add_block,
+    block_gradients,
+    block_scores,
+    correction,
+    pad_to_blocks,
+)
 from t5x_like.kernels.position_bias import RelativeBias, dense_bias
 from t5x_like.kernels.ring_attention import ring_attention
 
@@ -101,9 +109,9 @@ class BlockwiseAttention(AttentionBackend):
         )
         # Heads first. Lengths are padded to whole blocks; the mask hides the padding among the keys.
         grouped = jnp.moveaxis(q.reshape(batch, q_length, kv_heads, heads // kv_heads, width), 1, 3)
-        grouped = _padded(grouped, 3, shape.q_block)
+        grouped = pad_to_blocks(grouped, 3, shape.q_block)
         kvs = tuple(
-            tuple(_padded(jnp.swapaxes(x, 1, 2), 2, block) for x in pair)
+            tuple(pad_to_blocks(jnp.swapaxes(x, 1, 2), 2, block) for x in pair)
             for *pair, block in zip(keys, values, shape.kv_blocks, strict=True)
         )
         masks, windows = [], []
@@ -146,17 +154,11 @@ class _Inputs:
     rng: Array | None
 
 
-def _padded(x: Array, axis: int, block: int) -> Array:
-    """Return `x` with zeros at the end of an axis up to a multiple of `block`."""
-    missing = -x.shape[axis] % block
-    return jnp.pad(x, [(0, missing if dim == axis else 0) for dim in range(x.ndim)]) if missing else x
-
-
 def _padded_mask(mask: MaskSpec, q_block: int, kv_block: int) -> MaskSpec:
     """Return a mask whose arrays are padded to whole blocks."""
     blocks = {"q": q_block, "kv": kv_block}
     changes: dict[str, Any] = {
-        f"{side}_{name}": _padded(jnp.asarray(x), 1, block)
+        f"{side}_{name}": pad_to_blocks(jnp.asarray(x), 1, block)
         for side, block in blocks.items()
         for name in _ARRAYS
         if (x := getattr(mask, f"{side}_{name}")) is not None

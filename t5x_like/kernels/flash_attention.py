@@ -18,7 +18,7 @@ from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOption
 from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, Mask, MaskSpec, SequenceSharding
 from t5x_like.kernels.flash_block import KernelMask, KernelSetting
 from t5x_like.kernels.flash_kernels import forward, key_value_gradients, query_gradient
-from t5x_like.kernels.online_softmax import HIDDEN, correction
+from t5x_like.kernels.online_softmax import HIDDEN, correction, pad_to_blocks
 from t5x_like.kernels.position_bias import RelativeBias, bias_by_distance
 
 _PADDING_CODE = -2
@@ -83,7 +83,7 @@ class FlashAttention(AttentionBackend):
         q_length, kv_length = q_BxQxHxh.shape[1], keys[0].shape[1]
         block = self.block or _block_size(q_length, kv_length)
         q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
-        q, k, v = (_padded(jnp.swapaxes(x, 1, 2), 2, block) for x in (q, keys[0], values[0]))
+        q, k, v = (pad_to_blocks(jnp.swapaxes(x, 1, 2), 2, block) for x in (q, keys[0], values[0]))
         distances = None
         if described.relative_bias is not None:
             # One number per head and distance; entry i belongs to distance i - Q, with Q and K in whole blocks.
@@ -142,13 +142,6 @@ def _block_size(q_length: int, kv_length: int) -> int:
     return min((512, 256, 128), key=lambda block: (-(-q_length // block) * -(-kv_length // block)) * block**2)
 
 
-def _padded(x: Array, axis: int, block: int, value: int = 0) -> Array:
-    """Return `x` with `value` at the end of an axis up to a multiple of `block`."""
-    missing = -x.shape[axis] % block
-    widths = [(0, missing if dim == axis else 0) for dim in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value) if missing else x
-
-
 def _kernel_mask(keys: KeySpec, q_length: int, kv_length: int, block: int) -> KernelMask:
     mask = keys.mask
     q_codes = kv_codes = None
@@ -165,8 +158,8 @@ def _kernel_mask(keys: KeySpec, q_length: int, kv_length: int, block: int) -> Ke
         if has_prefix:
             assert mask.q_prefix is not None and mask.kv_prefix is not None
             q_codes, kv_codes = q_codes + jnp.asarray(mask.q_prefix), kv_codes + jnp.asarray(mask.kv_prefix)
-        q_codes = _padded(q_codes, 1, block)[:, None]
-        kv_codes = _padded(kv_codes, 1, block, _PADDING_CODE)[:, None]
+        q_codes = pad_to_blocks(q_codes, 1, block)[:, None]
+        kv_codes = pad_to_blocks(kv_codes, 1, block, _PADDING_CODE)[:, None]
     return KernelMask(q_codes, kv_codes, keys.dynamic_window)
 
 

@@ -168,3 +168,10 @@ def block_gradients(
         jnp.einsum("bgrqk,bgrqx->bgkx", kept.astype(q.dtype), d_out, preferred_element_type=jnp.float32),
         d_scores,
     )
+
+
+def pad_to_blocks(x: Array, axis: int, block: int, value: int = 0) -> Array:
+    """Return `x` with `value` at the end of an axis up to a multiple of `block`."""
+    missing = -x.shape[axis] % block
+    widths = [(0, missing if dim == axis else 0) for dim in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if missing else x

@@ -28,7 +28,7 @@ def text_with_sentinels(
 ) -> tuple[IntArray, IntArray]:
     """Return the pieces of the text with a sentinel in place of each span: starts and lengths, both [N, 2 M + 1].
 
-    The pieces are those of `concatenate`: text, sentinel, text, ..., sentinel, text.
+    The pieces have the form that `concatenate` takes: text, sentinel, text, ..., sentinel, text.
 
     Args:
       starts_NxM, ends_NxM: Bounds of the spans in the text; `length` for absent ones.

@@ -262,7 +262,7 @@ def _converter(config: EvaluationTask, data: DataConfig, provider: Any) -> tuple
 
 
 def _hides_length_advice(record: logging.LogRecord) -> bool:
-    """Return False for the Evaluator's advice to omit the lengths, which are those of training here."""
+    """Return False for the Evaluator's advice to omit the lengths: evaluation uses the lengths of training here."""
     return "sequence lengths" not in record.getMessage()
 
 

@@ -1,6 +1,6 @@
 """Shards of a store made by an Apache Beam pipeline, for corpora that are too large for one machine.
 
-The work units and the function that makes a shard are those of the local processes, so the store has the same bytes.
+Local processes use the same work units and the same function for a shard, so the store has the same bytes.
 Needs the extra `beam`.
 """
 
