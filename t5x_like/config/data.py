@@ -18,7 +18,9 @@ class CorpusShareConfig:
     """One corpus of a mixture of corpora."""
 
     name: str
+    """Name of the corpus in metrics, reports and `data.rate_schedule`."""
     corpus: CorpusConfig
+    """Source of the texts."""
     rate: NonNegativeFloat = 1.0
     """Share of the rows, relative to the other corpora; a factor on the share that `CorpusMixingConfig` computes from
     the size of the corpus."""
@@ -51,8 +53,11 @@ class RatePhaseConfig:
     """Change of rates at a step, as (name, rate) pairs. Objectives and corpora that are not named keep their rate."""
 
     start_step: int
+    """Step from which on the rates apply."""
     objectives: tuple[tuple[str, NonNegativeFloat], ...] = ()
+    """Rates of objectives, by their names in the mixture."""
     corpora: tuple[tuple[str, NonNegativeFloat], ...] = ()
+    """Rates of corpora, by `CorpusShareConfig.name`."""
 
 
 @config_dataclass
@@ -60,10 +65,13 @@ class DataConfig:
     """Data of a run. The content of a row is a function of this configuration and of the row's index only."""
 
     corpus: CorpusConfig = CorpusConfig()
+    """Source of the texts, where there is only one."""
     corpora: tuple[CorpusShareConfig, ...] = ()
     """A mixture of corpora, in place of `corpus`."""
     corpus_mixing: CorpusMixingConfig = CorpusMixingConfig()
+    """Rule for the shares of the corpora in `corpora`."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    """Vocabulary of all corpora: a file, a published tokenizer, or one that `prepare` trains."""
     seqio: SeqioConfig | None = None
     """A registered seqio Task or Mixture that is read live, in place of corpora, tokenizer and mixture (which must be
     empty)."""
@@ -89,6 +97,7 @@ class DataConfig:
     """Encoder-decoders: target lengths of further sub-batches of the same step. Rows of an objective are in the
     sub-batch with the smallest length that its longest targets fit."""
     seed: Seed = 0
+    """Seed of the order of the windows and of the noise of the objectives. Held-out data do not depend on it."""
     store_dir: NonEmptyStr = "runs/stores"
     """Folder of the prepared token stores; each store is named by the digest of its corpus and tokenizer."""
     prefetch_batches: PositiveInt = 2

@@ -41,11 +41,13 @@ class RopeScalingConfig:
     `attention_factor`. dynamic: in rows longer than original_max_positions the base grows with the length of the row,
     so that the lowest frequency is divided by about factor * length / original_max_positions - (factor - 1)."""
     factor: PositiveFloat
+    """Ratio of the new maximum length to that of the original training."""
     low_frequency_factor: PositiveFloat = 1.0
     """YaRN's beta_slow."""
     high_frequency_factor: float = 4.0
     """Must be above low_frequency_factor. YaRN's beta_fast, which its paper sets to 32."""
     original_max_positions: PositiveInt = 8192
+    """Maximum length of a row in the original training."""
     attention_factor: PositiveFloat = 1.0
     """Factor of cosines and sines of YaRN, whose square is a factor of the scores. Its paper recommends
     0.1 ln(factor) + 1."""
@@ -58,6 +60,7 @@ class MoEConfig:
     """Mixture of experts in place of the MLP: a router sends each token to the experts that it scores highest."""
 
     num_experts: PositiveInt
+    """Number of experts of each layer, without the shared ones."""
     experts_per_token: PositiveInt = 2
     """Number of experts that process each token. Their outputs are added, weighted by the router's scores. No token is
     dropped, however many choose the same expert."""
@@ -128,21 +131,29 @@ class StackConfig:
     """Stack of transformer blocks of one structure. A decoder stack beside an encoder also has cross-attention."""
 
     num_layers: PositiveInt
+    """Number of transformer blocks."""
     d_model: PositiveInt
+    """Width of the residual states."""
     num_heads: PositiveInt
+    """Number of query heads of attention."""
     num_kv_heads: PositiveInt
     """Number of key and value heads: num_heads for multi-head attention, 1 for multi-query attention, a divisor of
     num_heads for grouped-query attention."""
     head_dim: PositiveInt
+    """Width of each head; num_heads * head_dim may differ from d_model."""
     d_ff: PositiveInt
+    """Width of the hidden layer of the MLP, or of each expert."""
     mlp_activation: Activation = "gelu_tanh"
+    """Activation function of the MLP. gelu is the exact function, gelu_tanh its approximation by tanh."""
     mlp_gated: bool = True
     """Gated: activation(x wi_0) * (x wi_1); plain: activation(x wi)."""
     norm: Norm = "rmsnorm"
+    """rmsnorm: divide by the root mean square (Zhang and Sennrich 2019). layernorm: subtract the mean as well."""
     norm_placement: Literal["pre", "post", "both"] = "pre"
     """pre: pre-norm, with a final norm after the last layer. post: normalize after each residual addition. both:
     pre-norm, and each branch is normalized once more before it is added, as in Gemma 2."""
     norm_epsilon: PositiveFloat = 1e-6
+    """Number that the norms add to the mean square, or to the variance, before the root."""
     norm_scale_plus_one: bool = False
     """Multiply by 1 + scale in the norms, as in Gemma, so that scale is initialized to 0 and weight decay pulls it to
     0."""
@@ -156,16 +167,21 @@ class StackConfig:
     qkv_bias: bool = False
     """Add biases to the query, key and value projections of a stack without `use_bias`, as Qwen 2 does."""
     positions: Positions = "relative_bias"
+    """Source of position information. relative_bias: T5's bias on the attention scores. rope: rotary embedding of
+    queries and keys (Su et al. 2021). learned: a table that is added to the token embeddings. disentangled: DeBERTa's
+    products of contents with relative positions. none: only the mask of a causal decoder tells the order."""
     relative_bias_buckets: int = 32
     """Number of buckets. With disentangled positions: buckets on each side; DeBERTa-v3 has 256, with a maximum distance
     of 512."""
     relative_bias_max_distance: int = 128
+    """Distance in tokens from which on all keys share the last bucket."""
     relative_bias_bidirectional: bool = True
     """Use half of the buckets for keys to the right. False only for stacks that never attend to the right (a causal
     decoder)."""
     relative_bias_per_layer: bool = False
     """Give each layer its own table, as in umT5; otherwise all layers share one."""
     rope_base: RotaryBase = 10_000.0
+    """Rotary base: the wavelengths of the dimensions grow geometrically from 2 pi to nearly 2 pi times this number."""
     rope_scaling: RopeScalingConfig | None = None
     """Scaling of the rotary frequencies of global layers."""
     max_positions: PositiveInt = 512
@@ -200,6 +216,7 @@ class StackConfig:
     """Factor on the initial values of the kernels that write to the residual states: `out` of attention and `wo` of
     MLPs and experts. GPT-2 has (2 num_layers)**-0.5; 0: each block begins as the identity."""
     dropout_rate: UnitFloatBelowOne = 0.0
+    """Dropout rate of embeddings, attention probabilities, hidden units of the MLP, and outputs of branches and stack."""
     dropout_broadcast_length: bool = False
     """Share one dropout mask over the length dimension, as T5 does, which needs far fewer random numbers."""
 
@@ -218,7 +235,9 @@ class ModelConfig:
     """
 
     encoder: StackConfig | None
+    """Encoder; None: the model is a decoder alone."""
     decoder: StackConfig | None
+    """Decoder; None: the model is an encoder alone."""
     vocab_size: PositiveInt
     """Rows of the token embedding table: the tokenizer's ids, usually rounded up for the hardware."""
     pad_token_id: int | None = 0
@@ -252,6 +271,7 @@ class ModelConfig:
     """BERT's masked-LM head: dense layer, activation and norm before the output projection. The dense layer projects to
     the width of the token embedding table."""
     head_bias: bool = False
+    """Add a bias to the logits of the language-model head."""
     task_head: TaskHeadConfig | None = None
     """Head in place of the language-model head, for an encoder alone or a decoder alone."""
     generator: StackConfig | None = None

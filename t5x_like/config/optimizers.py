@@ -36,6 +36,7 @@ class OptimizerConfig:
     implementation: ClassVar[str] = ""
 
     kind: str
+    """Name of the optimizer in recipes, overrides and config.json."""
 
     def build(self, logical_axes: Any) -> Any:
         """Return the optimizer for parameters with these logical axes.
@@ -108,12 +109,17 @@ class AdafactorConfig(OptimizerConfig):
     clipping_threshold: PositiveFloat | None = 1.0
     """Upper bound on the root mean square of an update."""
     multiply_by_parameter_scale: bool = True
+    """Multiply each update by the root mean square of its parameter, so that the learning rate is relative."""
     epsilon1: PositiveFloat = 1e-30
+    """Number that is added to squared gradients, to avoid a division by zero."""
     epsilon2: PositiveFloat = 1e-3
     """Lower bound on a parameter's scale."""
     min_dim_size_to_factor: PositiveInt = 128
+    """Number of rows and of columns from which on the second moment of a matrix is factored."""
     momentum: UnitFloatBelowOne | None = None
+    """Decay of an average of the updates; None: no momentum, and no memory for it."""
     weight_decay: NonNegativeFloat = 0.0
+    """Fraction of each parameter that a step subtracts. As in T5X it is not multiplied by the learning rate."""
 
 
 @register_optimizer
@@ -125,8 +131,11 @@ class AdamWConfig(OptimizerConfig):
 
     kind: Literal["adamw"] = "adamw"
     b1: UnitFloatBelowOne = 0.9
+    """Decay of the average of the gradients."""
     b2: UnitFloatBelowOne = 0.95
+    """Decay of the average of the squared gradients."""
     eps: PositiveFloat = 1e-8
+    """Number that is added to the root of the average of the squared gradients."""
     weight_decay: NonNegativeFloat = 0.1
     """Applied to matrices only, not to norms, biases and relative-position tables."""
     rms_scaled: bool = False
@@ -142,8 +151,11 @@ class LambConfig(OptimizerConfig):
 
     kind: Literal["lamb"] = "lamb"
     b1: UnitFloatBelowOne = 0.9
+    """Decay of the average of the gradients."""
     b2: UnitFloatBelowOne = 0.999
+    """Decay of the average of the squared gradients."""
     eps: PositiveFloat = 1e-6
+    """Number that is added to the root of the average of the squared gradients."""
     weight_decay: NonNegativeFloat = 0.01
     """Applied to matrices only, not to norms, biases and relative-position tables."""
 
@@ -162,14 +174,19 @@ class MuonConfig(OptimizerConfig):
     beta: UnitFloatBelowOne = 0.95
     """Decay of the momentum, which is Nesterov's."""
     newton_schulz_steps: PositiveInt = 5
+    """Number of Newton-Schulz iterations of a step."""
     update_rms: PositiveFloat | None = 0.2
     """Root mean square of a kernel's step at a learning rate of 1. 0.2 is that of AdamW's steps, so that AdamW's
     learning rate and weight decay can be used (Liu et al. 2025). None: scale the orthogonal matrix by
     sqrt(max(1, outputs / inputs))."""
     b1: UnitFloatBelowOne = 0.9
+    """AdamW's decay of the average of the gradients."""
     """AdamW's, as are b2 and eps."""
     b2: UnitFloatBelowOne = 0.95
+    """AdamW's decay of the average of the squared gradients."""
     eps: PositiveFloat = 1e-8
+    """Number that is added to AdamW's root of the average of the squared gradients, and to the norm by which a kernel's
+    momentum is divided before the iterations."""
     weight_decay: NonNegativeFloat = 0.1
     """Applied to matrices only, not to norms, biases and relative-position tables."""
 
@@ -194,7 +211,9 @@ class ScheduleFreeConfig(OptimizerConfig):
     b1: UnitFloatBelowOne = 0.9
     """Weight of the average in the point at which the gradient is taken."""
     b2: UnitFloatBelowOne = 0.999
+    """Decay of the average of the squared gradients."""
     eps: PositiveFloat = 1e-8
+    """Number that is added to the root of the average of the squared gradients."""
     weight_decay: NonNegativeFloat = 0.1
     """Applied to matrices only, not to norms, biases and relative-position tables."""
 

@@ -35,6 +35,7 @@ class KeepBest:
     """Name of the score as in TensorBoard: "loss/S", "accuracy/S", "bits_per_byte" (of an encoder
     "bits_per_byte_bound"), "squad/em"."""
     direction: Direction = "min"
+    """min: a smaller score is better. max: a larger score is better."""
     count: PositiveInt = 1
     """Number of best checkpoints that are kept."""
 
@@ -46,6 +47,7 @@ class EarlyStopping:
     metric: NonEmptyStr
     """Name of the score, as in KeepBest."""
     direction: Direction = "min"
+    """min: a smaller score is better. max: a larger score is better."""
     patience: PositiveInt = 5
     """Number of evaluations in a row without an improvement after which the run ends."""
     min_delta: NonNegativeFloat = 0.0
@@ -55,6 +57,7 @@ class EarlyStopping:
 @config_dataclass
 class CheckpointConfig:
     save_every_steps: PositiveInt = 1000
+    """Save a checkpoint at multiples of this step; the last step is always saved."""
     save_every_minutes: PositiveFloat | None = None
     """Save as well at the first multiple of monitoring.log_every_steps that is so many minutes after the last save."""
     max_to_keep: PositiveInt = 3
@@ -119,12 +122,17 @@ class TimeoutsConfig:
     """From the start of the process until the run directory is claimed; again until data and program are opened, where
     packing documents takes the longest; and from the last save and evaluation to the end of the process."""
     restore: PositiveFloat | None = 7200.0
+    """Reading of a checkpoint."""
     compile: PositiveFloat | None = 7200.0
+    """Compilation of the training step."""
     step: PositiveFloat | None = 1800.0
+    """A training step: its dispatch, or the wait for the metrics of earlier steps."""
     data: PositiveFloat | None = 1800.0
     """The next batch."""
     save: PositiveFloat | None = 7200.0
+    """Saving of a checkpoint, as far as training waits for it."""
     evaluation: PositiveFloat | None = 7200.0
+    """One evaluation during training."""
     measured_factor: PositiveFloat = 20.0
     """After 20 steps, batches, saves or evaluations, the limit is this multiple of the longest one, but at least 120
     seconds for a step and 600 for the others, and never more than the limit above."""
@@ -135,6 +143,7 @@ class CompilationCacheConfig:
     """Compiled programs on disk, so that a restarted process does not compile them again."""
 
     enabled: bool = True
+    """Use the cache. False: each start of a process compiles its programs again."""
     directory: NonEmptyStr | None = None
     """Local folder, or URL of an object store; None: `compilation_cache` in the run directory. The variable
     JAX_COMPILATION_CACHE_DIR takes precedence. Loading a program executes code: nobody else may write there."""
@@ -145,17 +154,27 @@ class CompilationCacheConfig:
 @config_dataclass
 class RunConfig:
     name: RunName
+    """Name of the run; the run directory is `runs/NAME` unless `--workdir` names another one."""
     model: ModelConfig
+    """Architecture and types of the model."""
     data: DataConfig
+    """Corpora, tokenizer, objectives and the shape of the rows."""
     training: TrainingConfig
+    """Number of steps, batch size, optimizer, learning-rate schedule and loss."""
     initialize_from: InitializeFrom | None = None
     """Source of the initial parameters; None: random initialization."""
     sharding: ShardingConfig = ShardingConfig()
+    """Distribution of parameters and batches over devices."""
     checkpoints: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are saved, and which ones are kept."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation on held-out data during training, and of `t5x-like eval`."""
     monitoring: MonitoringConfig = MonitoringConfig()
+    """Metrics, writers, callbacks, profiles and checks."""
     compilation_cache: CompilationCacheConfig = CompilationCacheConfig()
+    """Compiled programs on disk."""
     timeouts: TimeoutsConfig = TimeoutsConfig()
+    """Limits after which a process that hangs is ended."""
     xla_flags: bool = True
     """Set the compiler flags of the platform (`hardware/xla_flags.py`) before jax starts; your own take precedence."""
     plugins: tuple[str, ...] = ()

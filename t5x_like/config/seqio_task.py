@@ -22,6 +22,7 @@ class SeqioConfig:
     pack: bool = True
     """Put several examples into a row, with segment ids and positions."""
     shuffle: bool = True
+    """Shuffle files and examples, with `data.seed`."""
     num_epochs: PositiveInt | None = None
     """Number of passes over the data, after which training ends with an error; None: unlimited."""
     use_cached: bool = False
@@ -39,6 +40,7 @@ class EvaluationTask:
     module: str | None = None
     """Module to import so that the Task or Mixture is registered."""
     split: str = "validation"
+    """Split of the Task that is evaluated."""
     num_examples: PositiveInt | None = None
     """Evaluate only this many examples from the beginning of each Task; None: all."""
     inputs_length: PositiveInt | None = None

@@ -21,10 +21,15 @@ class DcnConfig:
     """
 
     data: int = -1
+    """Data parallelism between slices."""
     fsdp: int = 1
+    """Fully sharded data parallelism between slices."""
     expert: int = 1
+    """Expert parallelism between slices."""
     context: int = 1
+    """Context parallelism between slices."""
     tensor: int = 1
+    """Tensor parallelism between slices."""
 
     @property
     def degrees(self) -> dict[str, int]:

@@ -35,16 +35,22 @@ class ScheduleConfig:
     """
 
     kind: Literal["constant", "rsqrt", "cosine", "wsd"] = "rsqrt"
+    """Shape of the schedule; the formulas are above."""
     learning_rate: PositiveFloat = 1.0
+    """Peak of the schedule. For rsqrt the factor of the formula: the rate is learning_rate / sqrt(warmup_steps) until
+    warmup_steps."""
     warmup_steps: NonNegativeInt = 10_000
+    """Number of steps of the warm-up. For rsqrt the number of steps with a constant rate."""
     decay_steps: PositiveInt | None = None
     """Step at which the decay ends; None: training.num_train_steps."""
     cooldown_fraction: UnitFloatAboveZero = 0.2
+    """wsd: part of `decay_steps` that the cooldown takes."""
     cooldown_shape: Literal["linear", "one_minus_sqrt", "cosine", "square"] = "linear"
     """Decay of wsd as a function of the fraction x of the cooldown that has passed: linear: 1 - x. one_minus_sqrt:
     1 - sqrt(x), the best shape in the comparison of Hägele et al. 2024. cosine: (1 + cos(pi x)) / 2. square:
     1 - x**2."""
     final_fraction: ClosedUnitFloat = 0.0
+    """cosine and wsd: learning rate at the end of the decay, as a fraction of the peak."""
 
 
 @config_dataclass
@@ -80,7 +86,9 @@ class LoraConfig:
     base: NonEmptyStr
     """Directory of the parameters W: a run, or the output of `t5x-like convert`."""
     rank: PositiveInt = 8
+    """Number of columns of A and of rows of B."""
     alpha: PositiveFloat = 16.0
+    """Numerator of the factor alpha / rank on A B."""
     paths: NonEmptyPatterns = (r".*attention/(query|value)/kernel",)
     """Regular expressions for whole paths of kernels, such as `decoder/layers/mlp/wo/kernel`. The kernels of all layers
     of a stack are one array, and so are the arrays of all experts."""
@@ -109,23 +117,28 @@ class GuardConfig:
 @config_dataclass
 class TrainingConfig:
     num_train_steps: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+    """Number of optimizer steps of the whole run; a resumed run continues to the same step."""
     global_batch_size: PositiveInt
     """Number of rows of one optimizer step, over all devices and gradient accumulation steps."""
     gradient_accumulation_steps: PositiveInt = 1
     """Number of parts in which a step's batch is processed. The result equals that of the whole batch."""
     optimizer: Optimizer = AdafactorConfig()
+    """Optimizer with its parameters; `kind` selects it."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate as a function of the step."""
     max_gradient_norm: PositiveFloat | None = 1.0
     """Global norm to which the gradient of the mean loss is clipped; None: no clipping."""
     z_loss: ClosedUnitFloat = 1e-4
     """Coefficient of log(Z)**2, which keeps the normalizer Z of the softmax near 1."""
     label_smoothing: UnitFloatBelowOne = 0.0
+    """Probability that the target distribution spreads over the other tokens of the vocabulary. Evaluation has none."""
     learning_rate_groups: tuple[LearningRateGroup, ...] = ()
     """Parameters with another learning rate. If several entries match a parameter, the first one applies."""
     ema_decay: UnitFloatBelowOne | None = None
     """Decay of an exponential moving average of the parameters, at most (1 + step) / (10 + step); None: no average. The
     average is evaluated, and other commands read it from checkpoints."""
     guard: GuardConfig = GuardConfig()
+    """What happens when a loss, a gradient or an update is not finite or is far above those before it."""
     freeze: tuple[FreezeConfig, ...] = ()
     """Parameters that do not train. If several entries match a parameter, the first one applies."""
     lora: LoraConfig | None = None

@@ -147,6 +147,18 @@ def test_the_configuration_page_has_every_field_with_its_bounds(generator: Path)
     assert "| number or `None` | `1800.0` | a number above 0; seconds |" in tables["TimeoutsConfig"]
 
 
+def test_every_field_of_the_configuration_has_a_meaning(generator: Path) -> None:
+    """A string below the field, as `ObjectiveConfig` and the other base classes have for what they share."""
+    reference = importlib.import_module("config_reference")
+    missing = [
+        f"{section.cls.__name__}.{field.name}"
+        for section in reference.sections()
+        for field in dataclasses.fields(section.cls)
+        if not reference.field_docstrings(section.cls).get(field.name)
+    ]
+    assert missing == [], "write what the field means in a string below it; see CONTRIBUTING.md"
+
+
 def test_the_command_page_has_every_option(generator: Path) -> None:
     reference = importlib.import_module("command_reference")
     tables = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", reference.page(), re.M | re.S))

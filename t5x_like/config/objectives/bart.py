@@ -37,11 +37,17 @@ class BartDenoising(ObjectiveConfig):
     rate: float = 1.0
     mode: Mode | None = None
     infill_rate: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.3
+    """Fraction of the window's tokens in spans that each become one mask token; 0: no infilling."""
     mean_span_length: Annotated[float, pydantic.Field(ge=1, le=1000)] = 3.0
+    """Mean of the Poisson distribution of the lengths of these spans, in tokens."""
     delete_rate: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
+    """Fraction of the window's tokens that is deleted; with infill_rate at most 1."""
     mask_rate: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
+    """Fraction of the window's tokens that is masked one by one; with infill_rate and delete_rate at most 1."""
     permute_sentences: bool = True
+    """Put the sentences in random order."""
     rotate_document: bool = False
+    """Begin the window at a random token."""
 
     @property
     def description(self) -> str:

@@ -33,6 +33,7 @@ class BlankInfilling(ObjectiveConfig):
     rate: float = 1.0
     mode: Mode | None = None
     mask_rate: Annotated[float, pydantic.Field(gt=0, le=0.5)] = 0.15
+    """Fraction of the window's tokens that is blanked out."""
     mean_span_length: Annotated[float, pydantic.Field(gt=0, le=1000)] = 3.0
     """Mean of the Poisson distribution before the condition: a value of 3 gives spans of 3.16 tokens on average."""
 

@@ -30,6 +30,7 @@ class CausalMasking(ObjectiveConfig):
     rate: float = 1.0
     mode: None = None
     mean_spans: Annotated[float, pydantic.Field(gt=0, le=100)] = 1.0
+    """Mean of the Poisson distribution of the number of spans, before its conditions."""
     max_spans: Annotated[int, pydantic.Field(ge=1, le=100)] = 8
     """Maximum number of spans, for which a window is sized. CM3 clips at 16 and InCoder at 256; with a mean of 1, more
     than 8 would be drawn in one window of half a million."""

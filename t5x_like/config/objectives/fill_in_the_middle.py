@@ -35,6 +35,7 @@ class FillInTheMiddle(ObjectiveConfig):
     rate: float = 1.0
     mode: None = None
     fim_rate: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.5
+    """Probability that a window is rearranged."""
     spm_rate: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.5
     """Share of SPM among the rearranged windows."""
 

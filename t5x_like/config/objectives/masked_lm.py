@@ -31,8 +31,11 @@ class MaskedLM(ObjectiveConfig):
     rate: float = 1.0
     mode: None = None
     mask_rate: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.15
+    """Fraction of the window's tokens that is chosen for prediction."""
     replace_with_mask: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.8
+    """Probability that a chosen token becomes the mask token."""
     replace_with_random: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.1
+    """Probability that a chosen token becomes a random token. The rest stay as they are."""
     masking_unit: Literal["token", "word", "span"] = "token"
     """token: tokens are chosen one by one. word: all tokens of a word are chosen or none. Words are taken in random
     order, and one that would exceed the count is skipped (BERT's whole-word masking): slightly fewer tokens can be

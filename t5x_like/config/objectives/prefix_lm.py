@@ -28,6 +28,7 @@ class PrefixLM(ObjectiveConfig):
     rate: float = 1.0
     mode: Mode | None = None
     min_target_fraction: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
+    """Smallest fraction of the window that is the targets."""
     max_target_fraction: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.5
     """UL2's table has a mean of 0.25, the listing in its appendix is uniform in [0, 1], T5Gemma 2 uses 0.75."""
     complementary_pairs: bool = False

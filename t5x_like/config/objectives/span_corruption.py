@@ -28,7 +28,9 @@ class SpanCorruption(ObjectiveConfig):
     mode: Mode | None = None
     """Mode token at the start of the inputs; None: no mode token."""
     mean_noise_span_length: Annotated[float, pydantic.Field(ge=1, allow_inf_nan=False)] = 3.0
+    """Mean number of tokens of a span."""
     noise_density: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.15
+    """Fraction of the window's tokens that is masked."""
     t5_exact: bool = False
     """T5's own placement: the window starts with clean tokens and ends with masked ones. The default rotates the mask
     by a uniform offset, so that each position is masked with the same probability; a span that the end of the window

@@ -40,7 +40,7 @@ def schedule_free(config: ScheduleFreeConfig, logical_axes: PyTree) -> Averaging
     learning rate and lr_max the largest one so far:
       z -= lr (g / (sqrt(v) + eps) + weight_decay y); c = lr_max**2 / (sum of lr_max**2 so far); x = (1 - c) x + c z.
 
-    The state is {"z", "adam": optax's `ScaleByAdamState` without a momentum, "max_learning_rate", "weight_sum"}.
+    The state is {"z", "rms": the state of `optax.scale_by_rms`, "max_learning_rate", "weight_sum"}.
     """
     rms_prop = optax.scale_by_rms(config.b2, eps=config.eps, eps_in_sqrt=False, bias_correction=True)
 
