@@ -198,6 +198,11 @@ docs: $(VENV)-docs/.installed
 	PYTHONPATH=. $(VENV)-docs/bin/python docs/generator/sources.py
 	NO_COLOR=1 $(VENV)-docs/bin/zensical build --clean --strict --config-file mkdocs.yml
 
+# The site in a browser: dead links, errors of its pages, and pages that are wider than the window.
+.PHONY: test-docs
+test-docs: docs install-dev
+	DOCS_SITE=$(abspath build/site) $(BIN)/python -m pytest tests/integration/test_docs_site.py
+
 # Its environment has the extra `docs` and what reading the configuration needs, but not the package's own dependencies.
 $(VENV)-docs/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)-docs
