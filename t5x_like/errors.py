@@ -1,8 +1,8 @@
 """Exit codes, and errors that are shown to the user.
 
-Every error that a user can cause is a ``UserError``: one message that states what was found, what was expected and how
+Every error that a user can cause is a `UserError`: one message that states what was found, what was expected and how
 to fix it. The command line prints it without a traceback and exits with its exit code. Any other exception is a defect
-of this package; it is printed with a traceback, and the exit code is ``EXIT_UNEXPECTED``.
+of this package; it is printed with a traceback, and the exit code is `EXIT_UNEXPECTED`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 EXIT_OK = 0
 """The command succeeded."""
 EXIT_UNEXPECTED = 1
-"""An exception that is not a ``UserError``: a traceback is printed."""
+"""An exception that is not a `UserError`: a traceback is printed."""
 EXIT_USAGE = 2
 """Wrong usage, configuration or input; nothing was started, and restarting cannot help."""
 EXIT_REFUSED = 3
@@ -71,10 +71,10 @@ class ConfigProblem:
     """Problem of a configuration.
 
     Attributes:
-      where: Dotted path of the field, for example ``data.inputs_length``.
+      where: Dotted path of the field, for example `data.inputs_length`.
       found: The value, or a description of it.
       expected: Description of valid values.
-      fix: Advice for the user; empty if ``expected`` is sufficient.
+      fix: Advice for the user; empty if `expected` is sufficient.
     """
 
     where: str
@@ -88,7 +88,7 @@ class ConfigProblem:
 
 
 class UserError(Exception):
-    """Error that the user can fix. ``exit_code`` is the exit code of the process."""
+    """Error that the user can fix. `exit_code` is the exit code of the process."""
 
     exit_code = EXIT_USAGE
 

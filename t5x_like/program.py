@@ -68,6 +68,7 @@ class Program:
 
     @property
     def abstract_params(self) -> PyTree:
+        """Trained parameters as `jax.ShapeDtypeStruct`s with shardings."""
         return self.abstract_state["params"]
 
     def init(self) -> PyTree:

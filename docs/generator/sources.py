@@ -15,6 +15,7 @@ from pathlib import Path
 
 import command_reference
 import config_reference
+import python_reference
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -22,6 +23,7 @@ OUTPUT = REPOSITORY / "build/docs"
 GENERATED = {
     "reference/configuration.md": config_reference.page,
     "reference/command-line.md": command_reference.page,
+    "reference/python.md": python_reference.page,
 }
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\((\.\.?/[^)\s#]+)(#[^)\s]*)?\)")
 

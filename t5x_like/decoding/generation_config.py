@@ -85,4 +85,5 @@ class GenerationConfig:
 
     @property
     def speculates(self) -> bool:
+        """True if tokens are proposed by a draft model or by prompt lookup."""
         return self.draft_model is not None or self.prompt_lookup

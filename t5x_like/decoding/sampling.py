@@ -73,6 +73,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
+        """True if the most likely token is taken instead of a draw."""
         return self.temperature == 0.0
 
     def for_rows(self, count: int) -> RowSampling:

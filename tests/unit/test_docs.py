@@ -159,6 +159,27 @@ def test_every_field_of_the_configuration_has_a_meaning(generator: Path) -> None
     assert missing == [], "write what the field means in a string below it; see CONTRIBUTING.md"
 
 
+def test_the_python_page_has_names_that_can_be_imported_and_are_documented(generator: Path) -> None:
+    """Every class and function of the page, and every public method of a class, has a docstring."""
+    reference = importlib.import_module("python_reference")
+    page = reference.page()
+    undocumented = []
+    for modules in reference.SECTIONS.values():
+        for module, names in modules.items():
+            for definition in reference.definitions(module, names):
+                public = importlib.import_module(reference.public_module(module, definition.name))
+                assert hasattr(public, definition.name)
+                assert f"from {public.__name__} import {definition.name}\n" in page
+                methods = reference.public_methods(definition) if isinstance(definition, ast.ClassDef) else []
+                undocumented += [
+                    f"{definition.name}.{node.name}" for node in (definition, *methods) if not ast.get_docstring(node)
+                ]
+    assert undocumented == []
+    # Arguments, results and errors are lists; a line that is indented further continues an item.
+    assert "**Returns**\n\nTrue when the last step is saved; False when a signal stopped" in page
+    assert "- `step`: Step of the parameters; None for the one in `model`, or else the newest." in page
+
+
 def test_the_command_page_has_every_option(generator: Path) -> None:
     reference = importlib.import_module("command_reference")
     tables = dict(re.findall(r"^## ([\w-]+)\n(.*?)(?=^## |\Z)", reference.page(), re.M | re.S))

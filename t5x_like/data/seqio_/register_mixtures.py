@@ -39,9 +39,9 @@ def register_mixture(
     has inputs, use `{"targets": data.row_length}`; for masked LM, use `data.inputs_length` for both.
 
     Args:
-      name: Name of the Mixture. data: Mixture, layout, lengths and seed. `data.seed` decides which documents belong to
-      an objective; the seed given
-        to seqio decides the noise.
+      name: Name of the Mixture.
+      data: Mixture, layout, lengths and seed. `data.seed` decides which documents belong to an objective; the seed
+        given to seqio decides the noise.
       task: A Task, or the name of one, whose `targets` are the tokens of a document.
       vocabulary: Vocabulary of its ids; None for `vocabulary_of`. Mode tokens follow its last id, so the model's
         embedding table needs `vocabulary.vocab_size` rows.
