@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "t5x_like"
 WIDTH = 96
 INTRODUCTION = """# Python reference
 
-The functions and classes that programs and plug-ins use, with their docstrings. [Python API](../python.md) has examples of the
-first ones, [Plug-ins](../plugins.md) and [Extend the package](../extend.md) of the extension points, and
+The functions and classes that programs and plug-ins use, with their docstrings. [Python API](../python.md) has examples
+of the first ones, [Plug-ins](../plugins.md) and [Extend the package](../extend.md) of the extension points, and
 [Configuration](configuration.md) lists the configuration classes.
 
 This page is made from the source when the site is built.

@@ -216,7 +216,8 @@ class StackConfig:
     """Factor on the initial values of the kernels that write to the residual states: `out` of attention and `wo` of
     MLPs and experts. GPT-2 has (2 num_layers)**-0.5; 0: each block begins as the identity."""
     dropout_rate: UnitFloatBelowOne = 0.0
-    """Dropout rate of embeddings, attention probabilities, hidden units of the MLP, and outputs of branches and stack."""
+    """Dropout rate of embeddings, attention probabilities, hidden units of the MLP, and outputs of branches and
+    stack."""
     dropout_broadcast_length: bool = False
     """Share one dropout mask over the length dimension, as T5 does, which needs far fewer random numbers."""
 
