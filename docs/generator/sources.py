@@ -1,4 +1,5 @@
-"""Write the sources of the documentation site to `build/docs`: the pages of `docs/`, and those that are generated.
+"""Write the sources of the documentation site to `build/docs`: the pages of `docs/`, its notebooks as pages, and those
+that are generated.
 
 Links to files outside of `docs/` lead to the repository if `mkdocs.yml` gives its address as `repo_url`. Without it
 such a link becomes its text, followed by the path if the text does not contain it. A link to a file that does not exist
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import command_reference
 import config_reference
+import notebooks
 import python_reference
 import yaml
 
@@ -33,6 +35,8 @@ def main() -> int:
     repo_url = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text()).get("repo_url")
     shutil.rmtree(OUTPUT, ignore_errors=True)
     shutil.copytree(REPOSITORY / "docs", OUTPUT, ignore=shutil.ignore_patterns("generator"))
+    for name, text in notebooks.pages(REPOSITORY / "docs/notebooks").items():
+        (OUTPUT / "notebooks" / name).write_text(text)
     problems: list[str] = []
     for path in sorted(OUTPUT.rglob("*.md")):
         page = path.relative_to(OUTPUT).as_posix()

@@ -50,7 +50,7 @@ def exported_functions(
     encode: (weights, tokens int32 [B, P], lengths int32 [B]) -> states [B, P, d].
     predict: only for encoders: (weights, tokens, lengths) -> logits of the head, float32 [B, P, V] or [B, labels].
     prefill: (weights, tokens int32 [B, P], lengths int32 [B]) -> {"logits": float32 [B, V], "cache": list of arrays}.
-      The tokens are those of the encoder; without an encoder the beginning of the stream, with the start token first.
+      The tokens are the encoder's inputs; without an encoder, the beginning of the stream with the start token first.
     decode: (weights, cache, tokens int32 [B]) -> the same as prefill, after one more token per row.
 
     Args:

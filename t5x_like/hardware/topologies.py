@@ -71,7 +71,7 @@ def _gpu(name: str, kinds: tuple[str, ...], gib: float, tflops: float, tb_per_s:
     return Accelerator(name, "gpu", kinds, memory, memory * 3 // 4, tflops * 1e12, tb_per_s * 1e12, link * 1e9, network)
 
 
-# TPUs: FLOP/s, memory, bandwidths and hosts are those of Google Cloud's page on each (cloud.google.com/tpu/docs/v4,
+# TPUs: FLOP/s, memory, bandwidths and hosts are from Google Cloud's page on each (cloud.google.com/tpu/docs/v4,
 # v5e, v5p, v6e, tpu7x; for v5p and v6e also the comparison on the page of tpu7x). That page gives ICI bandwidth for
 # both directions (400, 1200, 800, 1200 GB/s) or in Gbit/s for one (1600, 4800, 3200); the table has one direction. v4:
 # six links of 50 GB/s (Jouppi et al. 2023, arXiv 2304.01433). DCN: 6.4 Tbit/s per pod of 256 for v5e, 50 or 100 Gbit/s

@@ -84,7 +84,7 @@ def machine_of_devices(devices: Sequence[Any]) -> MachineSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Requirements of a run on a machine. Bytes are those of one device unless stated otherwise.
+    """Requirements of a run on a machine. Bytes are per device unless stated otherwise.
 
     Attributes:
       parts: Part of the model -> its parameters.

@@ -105,7 +105,7 @@ def choose_degrees(pool: DevicePool, experts: int, estimate: EstimateMesh) -> Me
       estimate: Returns the estimate for given axis sizes.
 
     Raises:
-      ConfigError: No mesh is valid; the problems are those of the simplest mesh.
+      ConfigError: No mesh is valid; the problems of the simplest mesh are listed.
     """
     # 0 where the memory of the devices is not known: then every valid mesh counts as fitting.
     budget = int(MEMORY_FRACTION * pool.usable_bytes)

@@ -246,7 +246,7 @@ def moving_average(average: PyTree, params: PyTree, decay: float, step: jax.Arra
 def make_eval_step(run: RunConfig, apply: Apply) -> Callable[[PyTree, Batch], Metrics]:
     """Return the evaluation (params, batch) -> metrics, to be jitted.
 
-    There is no dropout and no label smoothing. The metrics are those of `losses.batch_metrics`, and loss_tokens.
+    There is no dropout and no label smoothing. It returns the metrics of `losses.batch_metrics`, and loss_tokens.
     """
     denoisers = [objective.name for objective in run.data.objectives]
 

@@ -137,6 +137,7 @@ BEFORE = {
     # Page -> commands that make what the page takes for granted.
     "docs/adapters.md": [SHORT_BASE],
     "docs/models.md": [SHORT_BASE, EXPORTED_BASE],
+    "docs/migrate-huggingface.md": [SHORT_BASE, EXPORTED_BASE],
     "docs/checkpoints.md": [
         SHORT_BASE,
         EXPORTED_BASE,
@@ -154,6 +155,7 @@ BEFORE = {
 REPLACEMENTS = {
     # Page -> text of its examples -> text that is executed, with fewer steps.
     "docs/adapters.md": {"steps=200": "steps=2"},
+    "docs/migrate-huggingface.md": {"steps 2000": "steps 2"},
     "docs/finetune.md": {"steps 300": "steps 2 --evaluation.num-batches 1 --data.inputs-length 40", "(400)": "(40)"},
     # A decoder compiles faster than an encoder-decoder. The two commands are alternatives: each gets a run.
     "docs/processes.md": {"local smoke ": "local smoke:decoder ", "steps 20": "steps 2"},

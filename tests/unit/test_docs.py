@@ -108,8 +108,9 @@ def test_every_page_of_docs_is_in_the_navigation_once() -> None:
 
     navigation = list(pages(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"]))
     written = [str(path.relative_to(REPOSITORY / "docs")) for path in REPOSITORY.glob("docs/**/*.md")]
+    notebooks = [f"notebooks/{path.stem}.md" for path in (REPOSITORY / "docs/notebooks").glob("*.ipynb")]
     generated = [page for page in navigation if page.startswith("reference/")]
-    assert sorted(navigation) == sorted([*written, *generated])
+    assert sorted(navigation) == sorted([*written, *notebooks, *generated])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -117,6 +118,8 @@ def test_files_that_a_page_names_exist(path: Path) -> None:
     """Targets of links and pictures, and source files in inline code, by their path or by its end."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+    # The pages of notebooks are made from them.
+    targets = [re.sub(r"^notebooks/(.*)\.md$", r"notebooks/\1.ipynb", target) for target in targets]
     links = [path.parent / target for target in targets if "://" not in target and not target.startswith("reference/")]
     assert [str(link) for link in links if not link.exists()] == []
     roots = (REPOSITORY, REPOSITORY / "t5x_like", REPOSITORY / "tests", *(REPOSITORY / "t5x_like").iterdir())

@@ -71,7 +71,7 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
     if run.initialize_from is not None:
         yield from inconsistent_initialization(run.initialize_from)
         if run.training.lora is not None:
-            expected = "one of the two: with adapters all other parameters are those of training.lora.base"
+            expected = "one of the two: adapters take all other parameters from training.lora.base"
             yield ConfigProblem("initialize_from", "beside training.lora", expected)
     yield from sharding_problems(run.sharding)
     yield from inconsistent_checkpoints(run.checkpoints)

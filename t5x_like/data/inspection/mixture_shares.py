@@ -35,8 +35,8 @@ class MixtureShare:
 def mixture_shares(stream: TrainingStream) -> list[MixtureShare]:
     """Return the shares of the mixture in the first phase.
 
-    By example, every row counts as one, and a packed row is divided among its examples. Packed rows are those of the
-    plan: the objectives of their documents are drawn by the rates, and long documents are cut.
+    By example, every row counts as one, and a packed row is divided among its examples. Packed rows are counted
+    in the packing plan: the objectives of their documents are drawn by the rates, and long documents are cut.
     """
     pairs: list[tuple[str, str, str, float]] = []
     sizes: list[tuple[float, float]] = []

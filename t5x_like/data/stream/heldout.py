@@ -148,7 +148,7 @@ def prefix_lm_batches(
 ) -> Iterator[ScoredBatch]:
     """Yield batches of held-out windows whose first half is given and whose second half is scored.
 
-    Windows and rows are those of training. The mixture's prefix LM is used with its window length and mode token. It is
+    Windows and rows are as long as in training. The mixture's prefix LM is used with its window length and mode token. It is
     cut in the middle, or as close to the middle as its distribution of cuts allows, because a model that never produced
     targets of this length would expect EOS. A mixture without prefix LM uses its causal LM, which continues the first
     half. A mixture of span corruption only uses a prefix LM without mode token. The EOS at the end of the targets is
@@ -183,7 +183,7 @@ def bound_batches(
 ) -> Iterator[BoundBatches]:
     """Yield batches of held-out windows whose first half is given and whose second half is scored by the bound.
 
-    Window and row lengths are those of training. Of the n tokens of the second half, k are masked and scored with the
+    Windows and rows are as long as in training. Of the n tokens of the second half, k are masked and scored with the
     weight n / k, for `BOUND_GRID` values of k: one in each of as many equal parts of 1..n. The values are shifted from
     window to window, evenly within the parts, so that all k occur alike and the mean over windows is that over 1..n.
     Windows, values of k and masks are the same for every model of this row length.

@@ -103,7 +103,7 @@ _OUR_IDS = bytes.fromhex("1215c00202c802ffffffffffffffffff01d00201d80200")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a model's encoding; the defaults are those of the format.
+    """Settings of a model's encoding; the defaults are the format's own.
 
     Attributes:
       kind: 1 unigram, 2 BPE, 3 words, 4 characters.

@@ -149,8 +149,8 @@ def decode_speculatively(
     def step(state: SpeculativeState) -> SpeculativeState:
         live_R = (~state.done_R).astype(jnp.int32)
         proposal, draft_state = draft.propose(state.draft, state.last_R, live_R, selection, state.selection_state)
-        # The model reads the newest token and the G proposals: T = G + 1 tokens, whose logits are those of each
-        # proposal and of the token after the last one.
+        # The model reads the newest token and the G proposals: T = G + 1 tokens, whose logits predict each
+        # proposal and the token after the last one.
         tokens_RxT = jnp.concatenate([state.last_R[:, None], proposal.tokens_RxG], axis=1)
         # Rows that are done have a count of 0: their tokens are not added to the cache.
         logits_RxTxV, cache = decode(tokens_RxT, state.cache, live_R * tokens_RxT.shape[1])

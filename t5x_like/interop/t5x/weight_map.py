@@ -1,6 +1,6 @@
 """Rules that map arrays of T5X checkpoints to parameters.
 
-The names are those of T5X's own networks (examples/t5, scalable_t5, decoder_only), which Flaxformer's T5s share. Each
+T5X's own networks (examples/t5, scalable_t5, decoder_only) and Flaxformer's T5s use these names. Each
 layer has its own arrays, `encoder/layers_0/...`, or all layers share one array, `encoder/encoder/...`, with the layers
 as second dimension ("scanned"). Kernels of attention have heads and head_dim in one dimension or in two.
 """

@@ -37,7 +37,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A step as XLA compiled it, or the reason why it did not. Bytes are those of one device.
+    """A step as XLA compiled it, or the reason why it did not. Bytes are per device.
 
     Attributes:
       step: "train" or "decode".
