@@ -148,12 +148,12 @@ def prefix_lm_batches(
 ) -> Iterator[ScoredBatch]:
     """Yield batches of held-out windows whose first half is given and whose second half is scored.
 
-    Windows and rows are as long as in training. The mixture's prefix LM is used with its window length and mode token. It is
-    cut in the middle, or as close to the middle as its distribution of cuts allows, because a model that never produced
-    targets of this length would expect EOS. A mixture without prefix LM uses its causal LM, which continues the first
-    half. A mixture of span corruption only uses a prefix LM without mode token. The EOS at the end of the targets is
-    not text and has weight 0. A model whose objectives all predict tokens in place (`has_bound`) and a corpus of pairs
-    have no such batches.
+    Windows and rows are as long as in training. The mixture's prefix LM is used with its window length and mode token.
+    It is cut in the middle, or as close to the middle as its distribution of cuts allows, because a model that never
+    produced targets of this length would expect EOS. A mixture without prefix LM uses its causal LM, which continues
+    the first half. A mixture of span corruption only uses a prefix LM without mode token. The EOS at the end of the
+    targets is not text and has weight 0. A model whose objectives all predict tokens in place (`has_bound`) and a
+    corpus of pairs have no such batches.
     """
     if data.layout == "encoder" or has_bound(data):
         return
