@@ -203,6 +203,13 @@ docs: $(VENV)-docs/.installed
 test-docs: docs install-dev
 	DOCS_SITE=$(abspath build/site) $(BIN)/python -m pytest tests/integration/test_docs_site.py
 
+# The page on quoted numbers, written anew: look at the difference.
+.PHONY: quoted-numbers
+quoted-numbers: install
+	mkdir -p build
+	$(RUN) account --quoted >build/quoted-numbers.md
+	mv build/quoted-numbers.md docs/quoted-numbers.md
+
 # Its environment has the extra `docs` and what reading the configuration needs, but not the package's own dependencies.
 $(VENV)-docs/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)-docs

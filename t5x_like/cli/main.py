@@ -17,6 +17,7 @@ import t5x_like
 from t5x_like import plugins
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.cli import (
+    account,
     average,
     compare,
     convert,
@@ -51,6 +52,7 @@ COMMANDS = (
     prepare,
     inspect_data,
     plan,
+    account,
     eval,
     compare,
     lm_eval,

@@ -29,6 +29,19 @@ def size(value: float) -> str:
     return _scaled(value, 1024.0, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
 
 
+def decimal_size(value: float) -> str:
+    """Return bytes with a decimal prefix, the unit of bandwidths: 512 B, 2.68 GB."""
+    return _scaled(value, 1000.0, (" B", " kB", " MB", " GB", " TB", " PB"))
+
+
+def short_time(seconds: float) -> str:
+    """Return a time with three digits in the unit that suits it: 310 µs, 7.36 ms, 1.29 s, 3:12 above a minute."""
+    if not math.isfinite(seconds) or seconds >= 60:
+        return duration(seconds)
+    unit, factor = ("s", 1.0) if seconds >= 0.9995 else ("ms", 1e3) if seconds >= 0.9995e-3 else ("µs", 1e6)
+    return f"{number(seconds * factor, 3)} {unit}"
+
+
 def flops(value: float) -> str:
     """Return floating-point operations with a decimal prefix: 167 GFLOP."""
     return _scaled(value, 1000.0, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP"))

@@ -30,6 +30,7 @@ NOT_EXECUTED = {
     "docs/evaluation.md: lm-evaluation-harness": "needs the extra harness: tests/integration/test_harness.py",
     "docs/prepare.md: Apache Beam": "needs the extra beam and a cluster: tests/integration/test_prepare_beam.py",
     "docs/migrate-t5x.md: Checkpoints": "needs a T5X checkpoint: tests/unit/interop/test_t5x.py",
+    "docs/quoted-numbers.md: Numbers people quote": "prints the page itself: tests/unit/planning/test_account.py",
     "docs/planning-compiled.md: Compiled plans": "needs XLA's compiler for TPUs: tests/aot",
     "docs/planning-compiled.md: Searching the batch size": "needs XLA's compiler for TPUs: tests/aot",
     "docs/planning-compiled.md: Peaks of the shipped recipes": "needs XLA's compiler for TPUs, and an hour",

@@ -82,6 +82,31 @@ def describe(fields: Fields, weights: Weights, *, scale_logits: bool | None = No
     present = Present(head=family.lm_head in names, masked_lm=masked_lm)
     if family.head_bias_copy is not None:
         names.pop(family.head_bias_copy, None)
+    model = _read(family, fields, present)
+    if scale_logits is not None:
+        model = dataclasses.replace(model, scale_logits=scale_logits)
+    return CheckpointDescription(family, model, names, tuple(unused))
+
+
+def model_of_config(fields: Fields) -> ModelConfig:
+    """Return the model that a config.json describes without tensors beside it.
+
+    What only tensors tell follows from `tie_word_embeddings` and from the classes in `architectures`.
+
+    Raises:
+      DataError: the `model_type` is unknown, or a field is wrong or not supported.
+    """
+    classes = [str(name) for name in fields.values.get("architectures") or ()]
+    # The encoder of an encoder-decoder has the same `model_type`.
+    is_encoder = any(name.endswith("EncoderModel") for name in classes)
+    family = get_family(model_type(fields, () if is_encoder else ("decoder.",)))
+    tied = fields.flag("tie_word_embeddings", family.ties_by_default)
+    masked_lm = any(name.endswith(("MaskedLM", "PreTraining", "CausalLM")) for name in classes)
+    return _read(family, fields, Present(head=not tied, masked_lm=masked_lm))
+
+
+def _read(family: Family, fields: Fields, present: Present) -> ModelConfig:
+    """Return the model of a config.json, all of whose fields must be understood."""
     model = special_tokens.read(fields, family.special_tokens, family.read(fields, present))
     # A family may write fields that it does not read back.
     unknown = {name: value for name, value in fields.not_read().items() if name not in family.write(model)}
@@ -91,9 +116,7 @@ def describe(fields: Fields, weights: Weights, *, scale_logits: bool | None = No
             f"{fields.where}: found fields that are not understood and may change what the model computes: {shown}; "
             "expected none. Remove those that do not"
         )
-    if scale_logits is not None:
-        model = dataclasses.replace(model, scale_logits=scale_logits)
-    return CheckpointDescription(family, model, names, tuple(unused))
+    return model
 
 
 def _require_decoder(family: Family, fields: Fields, names: Iterable[str], weights: Weights) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,20 +19,15 @@ from t5x_like.interop.t5x import state_dict
 from t5x_like.interop.t5x.adafactor_state import read_slots
 from t5x_like.interop.t5x.checkpoint_reader import Arrays
 from t5x_like.interop.t5x.weight_map import Tensor, scan_axis, tensors
-from t5x_like.models import presets
 from t5x_like.models.factory import abstract_model
+from t5x_like.models.presets.by_name import preset
 from t5x_like.utils import tree_paths
 from t5x_like.utils.sanitize import say
 from t5x_like.utils.type_aliases import PyTree
 
 TARGET = "target/"
-PRESETS: Mapping[str, Callable[..., ModelConfig]] = {
-    "t5_1_0": presets.t5_1_0,
-    "t5_1_1": presets.t5_1_1,
-    "ul2_20b": presets.ul2_20b,
-    "mt5": presets.mt5,
-    "umt5": presets.umt5,
-}
+PRESETS = ("t5_1_0", "t5_1_1", "ul2_20b", "mt5", "umt5")
+"""Presets of the models that T5X's networks have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +53,10 @@ def model_of(reference: str) -> tuple[ModelConfig, OptimizerConfig]:
     Raises:
       ConfigError: there is no such preset, size or recipe.
     """
-    name, _, size = reference.partition(":")
-    if name not in PRESETS:
+    if reference.partition(":")[0] not in PRESETS:
         run = load_recipe(reference)
         return run.model, run.training.optimizer
-    try:
-        return PRESETS[name](*[size] if size else []), AdafactorConfig()
-    except (KeyError, TypeError):
-        expected = f"{name}:SIZE with a size of the preset, such as small or base" if size else name
-        raise ConfigError([ConfigProblem("--model", repr(reference), expected)]) from None
+    return preset(reference, "--model"), AdafactorConfig()
 
 
 def open_directory(directory: Path, model: ModelConfig) -> T5XCheckpoint:

@@ -13,6 +13,7 @@ from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.kernels.attention import get_backend
 from t5x_like.models.factory import kernels
 from t5x_like.models.flops import forward_flops_by_part
+from t5x_like.planning.estimate.kv_cache_bytes import attended_tokens
 from t5x_like.planning.estimate.tokens import tokens_per_step
 
 BACKWARD = 2
@@ -69,16 +70,16 @@ def optimizer_flops(run: RunConfig) -> int:
     return total
 
 
-def decode_flops(run: RunConfig, *, rows: int, length: int, encoder_length: int = 0) -> float:
+def decode_flops(config: ModelConfig, *, rows: int, length: int, encoder_length: int = 0) -> float:
     """Return the FLOPs of matrix products in a decoding step of one token per row.
 
     Args:
-      run: The run.
+      config: Model with a decoder.
       rows: Number of rows.
-      length: Tokens in the cache of each row, all of which are attended to.
+      length: Tokens of each row, the new one included. Global layers attend to all of them, local layers to those in
+        their window.
       encoder_length: Tokens of the encoder's output, for cross-attention.
     """
-    config = run.model
     decoder = config.decoder
     assert decoder is not None
     # The encoder does not run again, and the keys and values of its output are cached: a source of length 0.
@@ -90,8 +91,8 @@ def decode_flops(run: RunConfig, *, rows: int, length: int, encoder_length: int 
     products = sum(
         count for part, count in parts.items() if not part.startswith("encoder ") and not part.endswith(" scores")
     )
-    keys = length + encoder_length
-    return float(products + rows * 4 * decoder.num_layers * decoder.num_heads * decoder.head_dim * keys)
+    keys = attended_tokens(decoder, length) + decoder.num_layers * encoder_length
+    return float(products + rows * 4 * decoder.num_heads * decoder.head_dim * keys)
 
 
 def _recomputed(config: ModelConfig, forward: Mapping[str, int]) -> float:

@@ -9,7 +9,7 @@ from t5x_like.config.model import ModelConfig, StackConfig
 
 CacheType = Literal["float32", "bfloat16", "int8"]
 
-_SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
+ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 _SCALE = 4
 """Bytes of the scale that each head stores per cached token beside int8 numbers."""
 _INT32 = 4
@@ -79,6 +79,32 @@ def cache_bytes(
     return total
 
 
+def attended_tokens(decoder: StackConfig, length: int) -> int:
+    """Return the cached tokens of a row that a new token attends to, itself among them, summed over the layers.
+
+    Args:
+      length: Tokens of the row, the new one included.
+    """
+    window = length if decoder.sliding_window is None else decoder.sliding_window[0] + 1
+    return sum(min(length, window) if kind == "local" else length for kind in decoder.layer_kinds)
+
+
+def attended_bytes(
+    config: ModelConfig, *, rows: int, length: int, encoder_length: int = 0, dtype: CacheType | None = None
+) -> int:
+    """Return the bytes of keys and values that a decoding step must read: those that its tokens attend to.
+
+    Args:
+      rows: Number of rows, of one token each.
+      length: Tokens of a row, the new one included.
+      encoder_length: Tokens of the encoder's input.
+      dtype: Type of keys and values; None means the model's.
+    """
+    decoder = _decoder(config)
+    source = 0 if config.encoder is None else decoder.num_layers * encoder_length
+    return rows * (attended_tokens(decoder, length) + source) * _slot_bytes(decoder, dtype or config.dtype)
+
+
 def _decoder(config: ModelConfig) -> StackConfig:
     if config.decoder is None:
         raise ValueError("found a model without a decoder, expected a decoder: an encoder has no KV cache")
@@ -87,5 +113,5 @@ def _decoder(config: ModelConfig) -> StackConfig:
 
 def _slot_bytes(decoder: StackConfig, dtype: str) -> int:
     """Return the bytes of the key and value of one token in one layer."""
-    numbers = decoder.head_dim * _SIZES[dtype] + (_SCALE if dtype == "int8" else 0)
+    numbers = decoder.head_dim * ITEM_BYTES[dtype] + (_SCALE if dtype == "int8" else 0)
     return 2 * decoder.num_kv_heads * numbers

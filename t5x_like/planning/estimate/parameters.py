@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from t5x_like.config.model import ModelConfig
+from t5x_like.models.factory import abstract_model
 from t5x_like.planning.estimate.memory import leaf_bytes
 from t5x_like.program import Program
-from t5x_like.sharding.shardings import logical_leaves
+from t5x_like.sharding.shardings import LogicalArray, logical_leaves
 
 _KINDS = {
     "self_attention": "attention",
@@ -49,17 +51,32 @@ def parameter_parts(program: Program) -> dict[str, ParameterCount]:
     The parts are the embedding; of each stack attention, cross-attention, MLP or experts, positions and norms; and the
     head. A tied table is counted once, as embedding. The sum of `count` is the number of parameters.
     """
-    model = program.run.model
     params = program.abstract_params if program.lora is None else program.abstract_base_params
+    return _parts(program.run.model, logical_leaves(program.spec.logical_axes, params), leaf_bytes)
+
+
+def model_parts(model: ModelConfig) -> dict[str, ParameterCount]:
+    """Count the parameters of a model that belongs to no run, by the parts of `parameter_parts`.
+
+    `bytes_per_device` are those of the float32 parameters on one device.
+    """
+    spec = abstract_model(model)
+    leaves = logical_leaves(spec.logical_axes, spec.params)
+    return _parts(model, leaves, lambda x: math.prod(x.shape) * x.dtype.itemsize)
+
+
+def _parts(
+    model: ModelConfig, leaves: Iterable[LogicalArray], bytes_of: Callable[[Any], int]
+) -> dict[str, ParameterCount]:
     parts: dict[str, ParameterCount] = {}
-    for leaf in logical_leaves(program.spec.logical_axes, params):
+    for leaf in leaves:
         name = part_of(leaf.path, leaf.axes)
         count = math.prod(leaf.array.shape)
         part = parts.get(name, ParameterCount(0, 0, 0))
         parts[name] = ParameterCount(
             part.count + count,
             part.active + _active(count, leaf.path, leaf.axes, model),
-            part.bytes_per_device + leaf_bytes(leaf.array),
+            part.bytes_per_device + bytes_of(leaf.array),
         )
     return parts
 

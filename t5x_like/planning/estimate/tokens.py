@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterator
 
 from t5x_like.config import RunConfig, batch_spec
-from t5x_like.config.batch_spec import MAIN, rows_per_sub_batch, sub_batch_of
+from t5x_like.config.batch_spec import MAIN, row_shapes, rows_per_sub_batch, sub_batch_of, sub_batch_spec
 from t5x_like.config.data import CorpusShareConfig, DataConfig
 from t5x_like.config.mixture_schedule import Phase, phases, row_loss_tokens, row_tokens, rows_per_block
+from t5x_like.config.model import ModelConfig
 from t5x_like.config.objectives import Objective
+from t5x_like.models.flops import forward_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,3 +95,33 @@ def _counts(
     if data.examples_of(share) == "windows":
         return tuple(float(count) for count in rows_per_block(objectives, data, phase.objectives))
     return tuple(phase.objectives[objective.name] for objective in objectives)
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveCost:
+    """What a row of an objective teaches and costs.
+
+    Attributes:
+      raw_tokens: Tokens of the text that the row was made from; an upper bound as in `DenoiserTokens`.
+      loss_tokens: Mean number of target tokens with a loss.
+      flops: Model FLOPs of training on the row: three times the forward pass.
+    """
+
+    name: str
+    raw_tokens: float
+    loss_tokens: float
+    flops: float
+
+
+def objective_costs(model: ModelConfig, data: DataConfig) -> list[ObjectiveCost]:
+    """Return the costs of the objectives of `data`, each in rows of its own sub-batch; empty for live seqio data."""
+    if data.seqio is not None or model.task_head is not None:
+        return []
+    shapes = row_shapes(data)
+    costs = []
+    for objective in data.objectives:
+        shape = shapes[sub_batch_of(objective, data) if len(shapes) > 1 else MAIN]
+        forward = forward_flops(model, sub_batch_spec(data, shape, rows=1))
+        raw, loss = row_tokens(objective, data), row_loss_tokens(objective, data)
+        costs.append(ObjectiveCost(objective.name, raw, loss, 3.0 * forward))
+    return costs

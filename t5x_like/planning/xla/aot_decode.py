@@ -73,7 +73,7 @@ def compile_decode_step(
     return dataclasses.replace(
         compiled,
         work=f"one token for each of {rows} rows, caches of {length} tokens",
-        executed_flops=decode_flops(run, rows=rows, length=length, encoder_length=encoder_length),
+        executed_flops=decode_flops(run.model, rows=rows, length=length, encoder_length=encoder_length),
     )
 
 

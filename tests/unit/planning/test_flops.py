@@ -107,7 +107,7 @@ def test_decode_flops_are_products_with_the_kernels_and_the_cache(family: str) -
     source = 24 if run.model.encoder is not None else 0
     heads = decoder.num_layers * decoder.num_heads * decoder.head_dim
     expected = 3 * (2 * kernels + 4 * heads * (100 + source))
-    assert decode_flops(run, rows=3, length=100, encoder_length=source) == pytest.approx(expected)
+    assert decode_flops(run.model, rows=3, length=100, encoder_length=source) == pytest.approx(expected)
 
 
 def test_products_of_muon_match_xla() -> None:
