@@ -60,6 +60,25 @@ PEER_LOST = Fault(
     EXIT_RESUMABLE,
     (errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.EPIPE),
 )
+STORAGE_FAILED = Fault(
+    "the storage or the network failed",
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|timed out|input/output error|stale (nfs )?file handle|"
+    r"remote i/o error|transport endpoint is not connected|network is (down|unreachable)|no route to host|"
+    r"name resolution|couldn't (resolve|connect)|please try again|too many requests|"
+    r"HTTP.*\b(429|50[0234])\b",
+    EXIT_RESUMABLE,
+    (
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EREMOTEIO,
+        errno.ENOTCONN,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTUNREACH,
+        errno.EHOSTDOWN,
+    ),
+)
 FAULTS = (
     # The first entry that matches decides.
     Fault(
@@ -82,25 +101,7 @@ FAULTS = (
     DEVICE_FAILED,
     PEER_LOST,
     Fault("preempted", r"preempt(ed|ion)|maintenance event|SIGTERM", EXIT_RESUMABLE),
-    Fault(
-        "the storage or the network failed",
-        r"UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|timed out|input/output error|stale (nfs )?file handle|"
-        r"remote i/o error|transport endpoint is not connected|network is (down|unreachable)|no route to host|"
-        r"name resolution|couldn't (resolve|connect)|please try again|too many requests|"
-        r"HTTP.*\b(429|50[0234])\b",
-        EXIT_RESUMABLE,
-        (
-            errno.EIO,
-            errno.ESTALE,
-            errno.ETIMEDOUT,
-            errno.EREMOTEIO,
-            errno.ENOTCONN,
-            errno.ENETDOWN,
-            errno.ENETUNREACH,
-            errno.EHOSTUNREACH,
-            errno.EHOSTDOWN,
-        ),
-    ),
+    STORAGE_FAILED,
 )
 
 

@@ -30,7 +30,7 @@ from t5x_like.checkpoints import bucket_arrays
 from t5x_like.checkpoints.checkpoint_ref import missing_step
 from t5x_like.checkpoints.commit_record import Record, decoded, encoded
 from t5x_like.checkpoints.fingerprints import FINGERPRINTS, changes, fingerprints
-from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require
+from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require, error_of_save
 from t5x_like.checkpoints.retention import removable
 from t5x_like.config.run import CheckpointConfig
 from t5x_like.distributed.coordination import on_process_0, set_value, unique_key, wait_for_value
@@ -109,8 +109,9 @@ class BucketCheckpoints(Checkpoints):
 
     def wait(self) -> None:
         if self._pending is not None:
-            (_, finish), self._pending = self._pending, None
-            finish.result()
+            (step, finish), self._pending = self._pending, None
+            if (error := error_of_save(finish, step)) is not None:
+                raise error
 
     def close(self, *, abandon: bool = False) -> None:
         if abandon:
@@ -119,7 +120,7 @@ class BucketCheckpoints(Checkpoints):
         try:
             self.wait()
         finally:
-            self._executor.shutdown()
+            self._executor.shutdown(wait=False)
 
     def restore(
         self,

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from t5x_like.utils.atomic_write import sync_directory, write_atomically
+from t5x_like.utils.stall_limit import progress
 
 SUMS = "SHA256SUMS"
 _TEMPORARY = "unfinished"
@@ -85,4 +86,6 @@ def _file_names(directory: Path) -> list[str]:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    progress()
+    return digest

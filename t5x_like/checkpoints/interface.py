@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from t5x_like.faults import STORAGE_FAILED, FaultError
+from t5x_like.utils.stall_limit import stall_seconds
 
 FORMAT = 1
 """Version of the layout of checkpoints and of their metadata."""
@@ -130,3 +134,16 @@ class Checkpoints(ABC):
     @abstractmethod
     def remove_after(self, step: int) -> None:
         """Remove the checkpoints after `step`, in process 0."""
+
+
+def error_of_save(finish: Future[None], step: int) -> BaseException | None:
+    """Wait for a save in the background and return its error: a FaultError if it takes longer than `stall_seconds()`,
+    None without one."""
+    try:
+        return finish.exception(stall_seconds())
+    except TimeoutError:
+        return FaultError(
+            f"the save of step {step} takes longer than {stall_seconds():g} s, expected less; the storage does not "
+            "answer, or --stall-timeout is too short. Earlier checkpoints are intact",
+            STORAGE_FAILED,
+        )

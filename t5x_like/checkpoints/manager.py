@@ -38,7 +38,7 @@ from t5x_like.checkpoints import checksums, orbax_arrays
 from t5x_like.checkpoints.checkpoint_ref import missing_step
 from t5x_like.checkpoints.disk_space import disk_reason, failed_save, state_bytes
 from t5x_like.checkpoints.fingerprints import FINGERPRINTS, changes, fingerprints
-from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require
+from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require, error_of_save
 from t5x_like.checkpoints.orbax_arrays import PARAMS, TRAINING
 from t5x_like.checkpoints.retention import removable
 from t5x_like.config.run import CheckpointConfig
@@ -131,7 +131,7 @@ class CheckpointManager(Checkpoints):
         if self._pending is None:
             return
         (step, finish), self._pending = self._pending, None
-        error = finish.exception()
+        error = error_of_save(finish, step)
         # All processes raise or none does: one that went on alone would wait in the next collective operation forever.
         failed = error is not None
         if jax.process_count() > 1:
@@ -148,7 +148,7 @@ class CheckpointManager(Checkpoints):
         try:
             self.wait()
         finally:
-            self._executor.shutdown()
+            self._executor.shutdown(wait=False)
             if not self._read_only and jax.process_index() == 0:
                 # A write in progress when its save failed may have created its directory again.
                 self._remove_leftovers()

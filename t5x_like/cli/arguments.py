@@ -15,8 +15,9 @@ from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.config import RunConfig
 from t5x_like.config.recipes import BASE
 from t5x_like.distributed.flags import DistributedFlags, Launcher
-from t5x_like.errors import EXIT_USAGE, ConfigError
+from t5x_like.errors import EXIT_RESUMABLE, EXIT_USAGE, ConfigError
 from t5x_like.utils.sanitize import say, visible
+from t5x_like.utils.stall_limit import STALL_SECONDS
 from t5x_like.utils.trusted_urls import require_local, scheme_of
 
 
@@ -95,6 +96,14 @@ def add_command(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", **keywords
     )
     add_plugin_options(parser)
+    if name != "train":
+        parser.add_argument(
+            "--stall-timeout",
+            type=positive_number,
+            default=STALL_SECONDS,
+            metavar="SECONDS",
+            help=f"end with exit code {EXIT_RESUMABLE} after this time without progress (default: {STALL_SECONDS:g})",
+        )
     parser.set_defaults(run=run, parser=parser)
     return parser
 

@@ -7,6 +7,7 @@ configuration are shown without delay.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
@@ -36,6 +37,7 @@ from t5x_like.cli import (
     train,
 )
 from t5x_like.cli.arguments import Parser, load_plugins, recipe_words
+from t5x_like.cli.stall_watch import ended_when_stalled
 from t5x_like.errors import (
     EXIT_BROKEN_PIPE,
     EXIT_INTERRUPTED,
@@ -46,6 +48,7 @@ from t5x_like.errors import (
     is_broken_pipe,
 )
 from t5x_like.utils.sanitize import sanitize_tracebacks, say
+from t5x_like.utils.stall_limit import set_stall_seconds
 
 COMMANDS = (
     train,
@@ -71,6 +74,8 @@ COMMANDS = (
 
 EXIT_SECONDS = 20.0
 """Time that Python's clean-up after a failed command may take."""
+SUCCESS_EXIT_SECONDS = 600.0
+"""The same after a command that has succeeded."""
 
 
 def entry() -> NoReturn:
@@ -85,11 +90,16 @@ def entry() -> NoReturn:
         code = exit_code_of(error)
         raise
     finally:
-        if code != EXIT_OK:
-            timer = threading.Timer(EXIT_SECONDS, os._exit, (code,))
-            timer.daemon = True
-            timer.start()
+        timer = threading.Timer(SUCCESS_EXIT_SECONDS if code == EXIT_OK else EXIT_SECONDS, _end, (code,))
+        timer.daemon = True
+        timer.start()
     sys.exit(code)
+
+
+def _end(code: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,9 +109,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, extra = parse(sys.argv[1:] if argv is None else argv)
         load_plugins(options)
         command: Callable[[argparse.Namespace, list[str]], int] = options.run
-        _fetch_models(options)
-        code = command(options, extra)
-        _upload_results()
+        with contextlib.ExitStack() as stack:
+            # Training has limits of its own, and a launcher waits for it as long as it runs.
+            if "stall_timeout" in options:
+                set_stall_seconds(options.stall_timeout)
+                stack.enter_context(ended_when_stalled())
+            _fetch_models(options)
+            code = command(options, extra)
+            _upload_results()
         for name in plugins.unused_trust(options.trust):
             say(f"t5x-like: --trust {name}: found no configuration that names it; it had no effect", file=sys.stderr)
         return code

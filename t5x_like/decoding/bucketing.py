@@ -13,6 +13,7 @@ from t5x_like.config import ModelConfig
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.program import Program
 from t5x_like.sharding.shardings import batch_shardings
+from t5x_like.utils.stall_limit import progress
 
 MIN_BUCKET_SIZE = 16
 
@@ -67,6 +68,7 @@ def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> npt.NDArr
 
 def put_on_mesh(program: Program, batch: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, jax.Array]:
     """Return arrays [rows] or [rows, length] on the mesh. Every process passes the whole arrays."""
+    progress()
     shardings = batch_shardings(program.mesh, program.rules, {"rows": batch})["rows"]
     return {
         # Each process passes only the parts that its devices hold, so that no data is sent between hosts.

@@ -26,6 +26,7 @@ from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.slots import SlotSettings, decode_slots, empty_slots, free_slots, prefill_slots
 from t5x_like.decoding.token_selection import NOT_FINITE
 from t5x_like.program import Program
+from t5x_like.utils.stall_limit import progress
 from t5x_like.utils.type_aliases import PyTree
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -34,6 +35,7 @@ OnTokens = Callable[[list[int], FinishReason | None], None]
 """Called with new tokens without EOS, and the finish reason with the last ones (None before)."""
 
 NUM_SEEDS = 2**32
+_IDLE_SECONDS = 60.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -193,10 +195,14 @@ class Batcher:
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._closed or self._queue or self.num_active)
+                    # A server without requests waits for the next one, which is no stall.
+                    while not (self._closed or self._queue or self.num_active):
+                        self._changed.wait(timeout=_IDLE_SECONDS)
+                        progress()
                     if self._closed:
                         break
                 self.run_once()
+                progress()
         except BaseException as error:
             self.failure = error
             raise

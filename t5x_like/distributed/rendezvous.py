@@ -21,6 +21,8 @@ from t5x_like.utils.json_reader import parse_json
 _RETRY_SECONDS = 0.2
 _EXTRA_SECONDS = 10.0
 """Additional time for which the others wait, because process 0 knows which processes are missing."""
+_ANSWER_SECONDS = 5.0
+"""Time for the answer to a process that has connected."""
 _MAX_LISTED = 20
 
 
@@ -81,7 +83,7 @@ def _serve(bind: str, port: int, count: int, seconds: float) -> None:
             all_connections.append(connection)
         for connection in all_connections:
             with contextlib.suppress(OSError):
-                connection.setblocking(True)
+                connection.settimeout(_ANSWER_SECONDS)
                 connection.sendall(json.dumps(verdict).encode() + b"\n")
     _raise_for(verdict, 0, count, seconds)
 

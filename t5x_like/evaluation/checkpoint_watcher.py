@@ -12,6 +12,7 @@ from t5x_like import run_directory
 from t5x_like.errors import EXIT_OK, SafetyError, UserError
 from t5x_like.utils.file_lock import lock
 from t5x_like.utils.json_reader import read_json
+from t5x_like.utils.stall_limit import progress
 
 POLL_SECONDS = 5.0
 _LOG = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def watch_checkpoints(
                 return evaluated
             if timeout is not None and clock() - waiting_since >= timeout:
                 return evaluated
+            progress()
             sleep(poll_seconds)
 
 
@@ -80,6 +82,7 @@ def wait_for(exists: Callable[[], bool], timeout: float | None, what: str) -> No
     while not exists():
         if timeout is not None and time.monotonic() - begun >= timeout:
             raise SafetyError(f"{what}: no run has appeared within {timeout:g} seconds")
+        progress()
         time.sleep(min(POLL_SECONDS, 1.0))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from t5x_like.errors import DataError
 from t5x_like.monitoring.writers import TENSORBOARD, TensorBoardWriter
 from t5x_like.utils.atomic_write import write_atomically
-from t5x_like.utils.file_lock import lock
+from t5x_like.utils.file_lock import lock_within
 from t5x_like.utils.jsonl import dumps, encode_records, read_records
 
 EVALUATION = "evaluation.json"
@@ -30,6 +30,9 @@ DIFFUSION_BOUND = "diffusion_bound"
 BITS_BOUND = "bits_per_byte_bound"
 """Name of the bits per byte of that bound. It is not that of exact bits per byte, so that no verdict compares them."""
 _LOG = logging.getLogger(__name__)
+
+LOCK_SECONDS = 600.0
+"""Limit of the wait for another process that adds results."""
 
 Result = dict[str, Any]
 
@@ -156,5 +159,5 @@ class EvaluationEvents:
 @contextlib.contextmanager
 def _locked(run_dir: Path) -> Iterator[None]:
     with (run_dir / f"{EVALUATIONS}.lock").open("a") as file:
-        lock(file, wait=True)
+        lock_within(file, LOCK_SECONDS)
         yield

@@ -6,12 +6,17 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from t5x_like.errors import EXIT_OK, ConfigError, ConfigProblem, UserError
 from t5x_like.launching.rendering import Rendering, Step, commands_text
 
 COMMANDS = "commands.sh"
+COMMAND_SECONDS = 7200.0
+"""Limit of a command, which may copy files to all machines."""
+STATE_SECONDS = 600.0
+"""Limit of a command that asks for a state."""
 _POLL_SECONDS = 30.0
 
 
@@ -42,7 +47,7 @@ def execute(rendering: Rendering, report: Callable[[str], None]) -> int:
 
     Raises:
       ConfigError: A program is not installed; nothing was run.
-      UserError: A state that was waited for can no longer be reached.
+      UserError: A state that was waited for can no longer be reached, or a command has not ended within its limit.
     """
     missing = [program for program in rendering.programs if shutil.which(program) is None]
     if missing:
@@ -54,17 +59,32 @@ def execute(rendering: Rendering, report: Callable[[str], None]) -> int:
         if step.stage != "launch":
             continue
         report(f"{step.purpose}: {shlex.join(step.argv)}")
-        code = _wait(step, report) if step.until is not None else subprocess.run(step.argv).returncode
+        code = _wait(step, report) if step.until is not None else run_within(step.argv, COMMAND_SECONDS).returncode
         if code != EXIT_OK:
             report(f"exit code {code}: the commands after it were not run")
             return 128 - code if code < 0 else code
     return EXIT_OK
 
 
+def run_within(argv: Sequence[str], seconds: float, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command as `subprocess.run` does.
+
+    Raises:
+      UserError: It has not ended after `seconds`, and was killed.
+    """
+    try:
+        return subprocess.run(argv, text=True, timeout=seconds, **keywords)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"{shlex.join(argv)}: found a command that runs for more than {seconds:g} s, expected it to end; it was "
+            "killed. Check the network and the credentials with this command, and launch again"
+        ) from None
+
+
 def _wait(step: Step, report: Callable[[str], None]) -> int:
     last_state = None
     while True:
-        result = subprocess.run(step.argv, stdout=subprocess.PIPE, text=True)
+        result = run_within(step.argv, STATE_SECONDS, stdout=subprocess.PIPE)
         state = result.stdout.strip()
         if result.returncode != EXIT_OK or state == step.until:
             return result.returncode

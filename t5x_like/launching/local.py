@@ -33,6 +33,9 @@ EXIT_GRACE_SECONDS = 10.0
 """Time for the other processes to exit by themselves after one has failed, with their own messages."""
 RESUMABLE_EXIT_GRACE_SECONDS = 120.0
 """The same after a process has stopped on request, when the others may still be saving."""
+KILL_SECONDS = 60.0
+"""Time after which a process that was killed and has not ended, or whose first thread alone has ended, is given up: a
+thread of it waits in the kernel, usually for a disk that does not answer."""
 RESTART_DELAY_SECONDS = 1.0
 """Delay before the first restart. All processes have ended by then."""
 _PR_SET_PDEATHSIG = 1
@@ -65,7 +68,7 @@ def launch_local(
 
     Returns:
       0 if all processes succeed; otherwise the exit code of the first that fails, 128 + the signal's number if a signal
-      ended it.
+      ended it. EXIT_RESUMABLE, without a restart here, if a process cannot be ended.
 
     Raises:
       UserError: The log directory cannot be created; nothing was started.
@@ -87,7 +90,10 @@ def launch_local(
                     break
                 variables = process_environment(index, processes, port, devices_per_process, environment)
                 group.start(command, index, {**environment, **variables})
-            return group.wait()
+            code = group.wait()
+            if group.has_given_up:
+                restarts.stop()
+            return code
         finally:
             group.kill()
 
@@ -134,7 +140,11 @@ def describe(command: Sequence[str], processes: int, devices_per_process: int | 
 
 
 class _ProcessGroup:
-    """The processes, with a thread for each of their output streams."""
+    """The processes, with a thread for each of their output streams.
+
+    Attributes:
+      has_given_up: True if a process does not end although it was killed.
+    """
 
     def __init__(self, log_dir: Path | None):
         self._log_dir = log_dir
@@ -142,6 +152,7 @@ class _ProcessGroup:
         self._threads: list[threading.Thread] = []
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._print_lock = threading.Lock()
+        self.has_given_up = False
 
     def start(self, command: Sequence[str], index: int, environment: Mapping[str, str]) -> None:
         process = subprocess.Popen(
@@ -185,18 +196,28 @@ class _ProcessGroup:
         """Wait until all processes have ended; terminate the others some time after the first failure."""
         left = set(range(len(self._processes)))
         first: int | None = None
-        deadline = float("inf")
-        while left:
+        deadline = given_up_at = float("inf")
+        half_ended: dict[int, float] = {}
+        while left and time.monotonic() < given_up_at:
             try:
                 index = self._ended.get(timeout=min(max(deadline - time.monotonic(), 0.0), 0.5))
             except queue.Empty:
                 if time.monotonic() > deadline:
-                    self._report(f"killing {_processes(left)}, still running after {_exit_text(self._code(first))}")
+                    after = "" if first is None else f" after {_exit_text(self._code(first))}"
+                    self._report(f"killing {_processes(left)}, still running{after}")
                     self.kill()
-                    deadline = float("inf")
+                    deadline, given_up_at = float("inf"), time.monotonic() + KILL_SECONDS
                 elif first is not None:
                     # A process that was stopped (SIGSTOP) does not save.
                     self.kill(only_stopped=True)
+                # Such a process has called exit, and its exit code is not available before its last thread ends.
+                half_ended = {
+                    index: half_ended.get(index, time.monotonic())
+                    for index in left
+                    if _state(self._processes[index].pid) == "Z"
+                }
+                if half_ended and time.monotonic() > min(half_ended.values()) + KILL_SECONDS:
+                    deadline = min(deadline, time.monotonic())
                 continue
             left.discard(index)
             code = self._code(index)
@@ -205,6 +226,13 @@ class _ProcessGroup:
                 resumable = code == EXIT_RESUMABLE
                 deadline = time.monotonic() + (RESUMABLE_EXIT_GRACE_SECONDS if resumable else EXIT_GRACE_SECONDS)
                 self._report(f"process {index} ended with {_exit_text(code)}")
+        if left:
+            self.has_given_up = True
+            self._report(
+                f"{_processes(left)} cannot be killed: a thread waits in the kernel, usually for a disk that does not "
+                "answer; restart this machine, and run the same command again"
+            )
+            return EXIT_RESUMABLE if first is None else self._code(first)
         for thread in self._threads:
             thread.join(timeout=5.0)
         if not self._processes:
@@ -224,7 +252,7 @@ class _ProcessGroup:
     def kill(self, *, only_stopped: bool = False) -> None:
         """Kill the remaining processes, or only those that a signal has stopped, and all processes of theirs."""
         for process in self._processes:
-            if process.poll() is None and (not only_stopped or _is_stopped(process.pid)):
+            if process.poll() is None and (not only_stopped or _state(process.pid) in ("T", "t")):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
 
@@ -238,11 +266,12 @@ def _report(text: str) -> None:
         say(f"t5x-like launch: {text}", file=sys.stderr, flush=True)
 
 
-def _is_stopped(pid: int) -> bool:
+def _state(pid: int) -> str | None:
+    """Return the state of the first thread of a process, as `ps` shows it; None if it cannot be read."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return None
 
 
 def _create(log_dir: Path) -> None:

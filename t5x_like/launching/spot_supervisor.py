@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from t5x_like.errors import EXIT_OK, UserError
-from t5x_like.launching.executor import execute
+from t5x_like.launching.executor import COMMAND_SECONDS, STATE_SECONDS, execute, run_within
 from t5x_like.launching.rendering import Recovery, Rendering
 
 POLL_SECONDS = 60.0
@@ -34,7 +34,7 @@ def supervise(rendering: Rendering, recovery: Recovery, report: Callable[[str], 
             report(f"the run has ended with exit code {ended}")
             return ended
         report(f"the machines were taken away; {shlex.join(recovery.remove)}")
-        removed = subprocess.run(recovery.remove)
+        removed = run_within(recovery.remove, COMMAND_SECONDS)
         if removed.returncode != EXIT_OK:
             return removed.returncode
 
@@ -59,6 +59,9 @@ def _state(recovery: Recovery) -> str | None:
 
 
 def _output(argv: tuple[str, ...]) -> str | None:
-    """Return the output of a command; None if it fails."""
-    result = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
+    """Return the output of a command; None if it fails, or does not end within `STATE_SECONDS`."""
+    try:
+        result = run_within(argv, STATE_SECONDS, stdout=subprocess.PIPE)
+    except UserError:
+        return None
     return result.stdout.strip() if result.returncode == EXIT_OK else None

@@ -15,6 +15,7 @@ from t5x_like.decoding.prompted_model import PromptedModel, ends_in_eos, formats
 from t5x_like.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, ConfigProblem, SafetyError
 from t5x_like.serving.chat_schema import EncodeChat
 from t5x_like.utils.sanitize import say
+from t5x_like.utils.stall_limit import CLEANUP_SECONDS, end_thread
 
 DEFAULT_PROMPT_LENGTH = 512
 """Largest number of prompt tokens of a model whose training lengths are unknown."""
@@ -191,11 +192,13 @@ def _run(server: Any, socket: Any, batcher: Batcher) -> int:
         finally:
             server.should_exit = True
 
-    thread = threading.Thread(target=decode, name="decode")
+    thread = threading.Thread(target=decode, name="decode", daemon=True)
     thread.start()
     try:
         server.run(sockets=[socket])
     finally:
         batcher.close()
-        thread.join()
-    return EXIT_OK if batcher.failure is None else EXIT_UNEXPECTED
+        has_ended = end_thread(thread)
+    if not has_ended:
+        say(f"t5x-like: a decoding step did not end within {CLEANUP_SECONDS:g} s after the shutdown", file=sys.stderr)
+    return EXIT_OK if has_ended and batcher.failure is None else EXIT_UNEXPECTED

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_like.sharding.rules import Rules, spec
 from t5x_like.sharding.shardings import batch_shardings
+from t5x_like.utils.stall_limit import progress
 from t5x_like.utils.type_aliases import IntArray
 
 Batch = Mapping[str, Mapping[str, Any]]
@@ -64,6 +65,7 @@ def shard_batch(mesh: Mesh, rules: Rules, batch: Batch) -> Batch:
 
 def shard_global_batch(mesh: Mesh, rules: Rules, batch: Batch) -> Batch:
     """Place a batch that every process holds as a whole on the mesh, asynchronously."""
+    progress()
     if jax.process_count() == 1:
         arrays = jax.tree.map(np.asarray, batch)
         placed: Batch = jax.device_put(arrays, batch_shardings(mesh, rules, arrays))

@@ -20,6 +20,7 @@ from t5x_like.storage import locations
 from t5x_like.storage.locations import Url
 from t5x_like.utils.json_reader import parse_json
 from t5x_like.utils.sanitize import visible
+from t5x_like.utils.stall_limit import end_thread, progress
 
 RENEWAL_SECONDS = 10.0
 EXPIRY_SECONDS = 60.0
@@ -57,7 +58,7 @@ class Lease:
     def release(self) -> None:
         """Release the lease, if this process still holds it."""
         self._released.set()
-        self._thread.join()
+        end_thread(self._thread, 2 * locations.REQUEST_SECONDS)
         if not self._is_lost:
             with contextlib.suppress(Exception):
                 locations.replace_key(self._key, None, self._generation)
@@ -135,6 +136,8 @@ def _acquire(key: Url, secret: str, on_wait: Callable[[str], object], refuse: bo
         if not is_told:
             on_wait(by)
             is_told = True
+        # A holder that renews its lease has limits of its own.
+        progress()
         time.sleep(_POLL_SECONDS)
 
 

@@ -22,18 +22,24 @@ from typing import Any
 import tensorstore
 
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
-from t5x_like.faults import FaultError, fault_of
+from t5x_like.faults import STORAGE_FAILED, FaultError, fault_of
 from t5x_like.utils.atomic_write import replaced_file
+from t5x_like.utils.stall_limit import progress, stall_seconds
 from t5x_like.utils.trusted_urls import STORE_SCHEMES, require_trusted
 
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 WAIT_SECONDS = 10.0
-"""Time after which an unanswered request is reported."""
+"""Time after which an unanswered request to an object store is reported, each time."""
+FILE_WAIT_SECONDS = 60.0
+"""Time after which a file system that does not answer is reported, each time."""
 REQUEST_SECONDS = 120.0
-"""Time after which an unanswered request fails, its repetitions included."""
+"""Time after which an unanswered request to an object store fails, its repetitions included. Of a file system, the
+limit is that of a process without progress."""
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 CONTEXT = tensorstore.Context({"s3_request_retries": _RETRIES, "gcs_request_retries": _RETRIES})
 """Shared by all arrays, since the contents of `memory://` belong to a context."""
+_ANSWERED: set[str] = set()
+"""Buckets that have answered a request of this process."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -119,28 +125,38 @@ def open_kvstore(url: Url) -> Any:
 
 
 def wait(path: Location, future: Any) -> Any:
-    """Return the result of a TensorStore request. A warning says when an object store does not answer.
+    """Return the result of a TensorStore request. A warning says when the storage does not answer.
 
     Raises:
-      DataError: the object store has not answered for `REQUEST_SECONDS`.
+      FaultError: the file system, or an object store that has answered before, does not answer; a restart resumes.
+      DataError: an object store has not answered the first request: its address may be wrong.
       ValueError: TensorStore reports an error.
     """
-    if not isinstance(path, Url):
-        return future.result()
+    bucket = path.text.split("/")[2] if isinstance(path, Url) else None
+    storage = "file system" if bucket is None else "object store"
+    interval, limit = (FILE_WAIT_SECONDS, stall_seconds()) if bucket is None else (WAIT_SECONDS, REQUEST_SECONDS)
     waited = 0.0
     while True:
-        seconds = min(WAIT_SECONDS, REQUEST_SECONDS - waited)
+        seconds = min(interval, limit - waited)
         try:
-            return future.result(timeout=seconds)
+            found = future.result(timeout=seconds)
+            break
         except TimeoutError:
             waited += seconds
-        if waited >= REQUEST_SECONDS:
+        if waited >= limit:
             future.cancel()
-            raise DataError(
-                f"{path}: the object store did not answer for {waited:g} s; check the URL, the endpoint "
-                "(AWS_ENDPOINT_URL) and the network"
-            )
-        _LOG.warning("%s: waiting for the object store, for %g s now", path, waited)
+            problem = f"{path}: the {storage} did not answer for {waited:g} s"
+            if bucket is None:
+                raise FaultError(f"{problem}, the limit of --stall-timeout; a restart resumes", STORAGE_FAILED)
+            if bucket in _ANSWERED:
+                raise FaultError(f"{problem}; a restart resumes", STORAGE_FAILED)
+            raise DataError(f"{problem}; check the URL, the endpoint (AWS_ENDPOINT_URL) and the network")
+        _LOG.warning("%s: waiting for the %s, for %g s now", path, storage, waited)
+    progress()
+    # To open a store sends no request.
+    if bucket is not None and not isinstance(found, tensorstore.KvStore | tensorstore.TensorStore):
+        _ANSWERED.add(bucket)
+    return found
 
 
 def result(url: Url, request: Callable[[], Any]) -> Any:

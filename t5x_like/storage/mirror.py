@@ -28,6 +28,7 @@ from t5x_like.storage import locations
 from t5x_like.storage.lease import Lease
 from t5x_like.storage.locations import Url
 from t5x_like.utils.sanitize import say
+from t5x_like.utils.stall_limit import end_thread
 
 UPLOAD_SECONDS = 15.0
 LEASE = "lease"
@@ -112,10 +113,12 @@ class Mirror:
             yield
         finally:
             ended.set()
-            thread.join()
-            # A failure must not hide the error that ends the context, nor make a finished run a failure.
-            with _warned(self.url):
-                self.upload()
+            if end_thread(thread, 2 * locations.REQUEST_SECONDS):
+                # A failure must not hide the error that ends the context, nor make a finished run a failure.
+                with _warned(self.url):
+                    self.upload()
+            else:
+                _LOG.warning("%s: an upload does not end, so the last files of the run are not uploaded", self.url)
 
     def download(self, required: str | None = None) -> None:
         """Copy the files of the run directory here, and remove others.

@@ -12,10 +12,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from t5x_like.errors import EXIT_RESUMABLE
+from t5x_like.trainer.exit_timer import exit_after
 from t5x_like.utils.sanitize import say
 
 GRACE_SECONDS = 60.0
 """Time after a limit after which the C library ends a process whose threads do not run Python any more."""
+_DUMP_SECONDS = 5.0
+"""Time for the C library to print the stacks before the process ends."""
 _WRITE_SECONDS = 10.0
 """Limit of each write: the storage of the run directory may be what hangs."""
 
@@ -31,25 +35,31 @@ def report_hang(message: str, stacks: Path, record: Callable[[str], None]) -> No
     _within_limit(lambda: record(message))
 
 
-def dump_stacks(message: str, stacks: Path) -> None:
-    """Write a message and the stacks of all threads to standard error and to a file; a failure is ignored."""
+def dump_stacks(message: str, stacks: Path | None) -> None:
+    """Write a message and the stacks of all threads to standard error and to a file, if there is one; a failure is
+    ignored."""
     with contextlib.suppress(Exception):
         say(f"t5x-like: {message}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-    _within_limit(lambda: _write(message, stacks))
+    if stacks is not None:
+        _within_limit(lambda: _write(message, stacks))
 
 
 def end_later(seconds: float | None) -> None:
-    """Let the C library print the stacks and end the process with exit code 1 after `seconds`; None cancels this.
+    """Let the C library print the stacks and end the process with EXIT_RESUMABLE after `seconds`; None cancels this.
 
-    A thread that holds the interpreter's lock forever stops every watchdog written in Python.
+    A thread that holds the interpreter's lock forever stops every watchdog written in Python. Where the C library has
+    no such timer, the exit code is that of `faulthandler`, 1.
     """
     # Under a test runner, standard error may not be a file.
     with contextlib.suppress(Exception):
+        has_timer = False
+        with contextlib.suppress(OSError, AttributeError):
+            has_timer = exit_after(None if seconds is None else seconds + _DUMP_SECONDS, EXIT_RESUMABLE)
         if seconds is None:
             faulthandler.cancel_dump_traceback_later()
         else:
-            faulthandler.dump_traceback_later(seconds, exit=True)
+            faulthandler.dump_traceback_later(seconds, exit=not has_timer)
 
 
 def _write(message: str, stacks: Path) -> None:

@@ -43,13 +43,15 @@ from t5x_like.trainer.session import (
 )
 from t5x_like.trainer.stacks import stacks_name
 from t5x_like.trainer.step_guard import RejectedStepError
-from t5x_like.trainer.watchdog import Watchdog
+from t5x_like.trainer.watchdog import Watchdog, stage_limits
 from t5x_like.training.schedules import make_schedule
 from t5x_like.utils.sanitize import say
+from t5x_like.utils.stall_limit import STALL_SECONDS, set_stall_seconds
 
 LEASE_PATIENCE_SECONDS = 90.0
 """Time in which a run directory in an object store that another process may own is observed: more than the time in
 which the lease of a process that was killed expires."""
+_NO_LIMIT = 365 * 86400.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -179,6 +181,8 @@ def _train(run: RunConfig, record: RunRecord, stop: StopRequest, end: RunExit) -
     clock = end.clock = TimeTracker()
     stacks = record.directory / stacks_name(jax.process_index())
     end.limit.set("start", None)
+    # Waits that bound themselves must not end before the stage does.
+    set_stall_seconds(max(STALL_SECONDS, *(limit or _NO_LIMIT for limit in stage_limits(run.timeouts).values())))
     watchdog = Watchdog(run.timeouts, clock, stacks, lambda reason: end.record(EXIT_RESUMABLE, reason))
     try:
         with open_session(run, record, clock) as session:

@@ -44,7 +44,7 @@ class Watchdog:
     processes do the same, and ends all of them with EXIT_RESUMABLE.
 
     A thread that holds the interpreter's lock forever would stop the watchdog as well. For that case a timer of the C
-    library (`faulthandler`) prints the stacks a minute later and ends the process with exit code 1, its only choice.
+    library (`faulthandler`) prints the stacks a minute later, and another one ends the process with EXIT_RESUMABLE.
     """
 
     def __init__(

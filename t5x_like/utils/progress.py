@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t5x_like.utils import formatting
 from t5x_like.utils.console import Console
+from t5x_like.utils.stall_limit import progress
 
 
 class ProgressDisplay:
@@ -66,6 +67,7 @@ class ProgressDisplay:
           amount: Work since the last call.
           text: New description of the state; without one, no line is reported.
         """
+        progress()
         self._done += amount
         if self._bar is not None:
             self._bar.update(self._task, completed=min(self._done, self._total), description=text)

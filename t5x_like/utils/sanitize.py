@@ -12,6 +12,8 @@ import traceback
 from types import TracebackType
 from typing import IO
 
+from t5x_like.utils.stall_limit import progress
+
 # C0 except tab and newline, DEL, C1, bidirectional overrides and isolates, line and paragraph separators, surrogates.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -27,7 +29,8 @@ def visible(text: str) -> str:
 
 
 def say(text: object = "", *, file: IO[str] | None = None, end: str = "\n", flush: bool = False) -> None:
-    """Print `text`, sanitized, to `file`, by default standard output."""
+    """Print `text`, sanitized, to `file`, by default standard output. A line of output is progress."""
+    progress()
     print(visible(str(text)), file=sys.stdout if file is None else file, end=end, flush=flush)
 
 

@@ -22,6 +22,7 @@ from t5x_like.data.sources.tfds_and_seqio import tokenizer_of
 from t5x_like.data.tokenizers.tokenizer import TokenizerProtocol, have_same_pieces
 from t5x_like.data.tokenizers.vocabulary import EOS_ID, PAD_ID
 from t5x_like.errors import DataError
+from t5x_like.utils.stall_limit import stall_seconds
 from t5x_like.utils.type_aliases import Features
 
 OutputKind = Literal["predict", "score", "predict_with_aux"]
@@ -193,9 +194,14 @@ class TaskEvaluator:
                 predict_fn=model_fn_for("predict"),
                 score_fn=model_fn_for("score"),
                 predict_with_aux_fn=model_fn_for("predict_with_aux"),
-            )[0].result()
+            )[0].result(timeout=stall_seconds())
         except ValueError as error:
             raise DataError(f"{self.config.mixture_or_task!r}: {error}") from error
+        except TimeoutError:
+            raise DataError(
+                f"{self.config.mixture_or_task!r}: found metrics that take longer than {stall_seconds():g} s, expected "
+                "less; increase --stall-timeout"
+            ) from None
         (captured,) = self._evaluator.loggers
         return [self._result(name, *captured.results[name]) for name in self._tasks]
 

@@ -27,6 +27,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+READ_SECONDS = 1800.0
+"""Limit of the time to read the source files, which takes about ten seconds."""
 DEPENDENCIES = (
     "jax",
     "flax",
@@ -181,7 +183,17 @@ def read_all(paths: Sequence[Path], workers: int = 2) -> list[list[str]]:
     command = [sys.executable, "-I", "-S", __file__]
 
     def run_worker(worker_paths: list[str]) -> list[list[str]]:
-        process = subprocess.run(command, input=json.dumps(worker_paths).encode(), stdout=subprocess.PIPE, check=True)
+        text = json.dumps(worker_paths).encode()
+        try:
+            process = subprocess.run(command, input=text, stdout=subprocess.PIPE, check=True, timeout=READ_SECONDS)
+        except subprocess.TimeoutExpired:
+            # As a script, this module imports the standard library only.
+            from t5x_like.errors import DataError
+
+            raise DataError(
+                f"the docstrings of the installed packages were not read within {READ_SECONDS:g} s, expected about ten "
+                "seconds; check the file system of this Python installation"
+            ) from None
         return json.loads(process.stdout)
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from t5x_like.config.corpus import CorpusConfig
 from t5x_like.config.data import DataConfig
@@ -48,6 +49,7 @@ from t5x_like.storage.locations import Location
 from t5x_like.utils.file_lock import lock
 from t5x_like.utils.progress import ProgressDisplay
 from t5x_like.utils.sanitize import say
+from t5x_like.utils.stall_limit import progress, stall_seconds
 
 Report = Callable[[str], None]
 """Receives one line of text."""
@@ -58,6 +60,7 @@ and reduces the number of tokens of held-out text by less than 2 %."""
 _DESCRIBED_TOKENS = 2**16
 QUARANTINE = "quarantine.jsonl"
 """File of a store that lists the rows that were left out because they are invalid."""
+_LOCK_POLL_SECONDS = 1.0
 LINE_SECONDS = 5.0
 """Time between two lines of progress without a terminal."""
 _TRAINED_NAMES = {"sentencepiece": "SentencePiece", "bpe": "BPE", "wordpiece": "WordPiece", "unigram": "Unigram"}
@@ -175,8 +178,34 @@ def _lock(path: Location, report: Report) -> Iterator[None]:
     with open(path.with_name(path.name + ".lock"), "w") as file:
         if not lock(file):
             report(f"{path}: another process is preparing this store; waiting")
-            lock(file, wait=True)
+            _wait_for_lock(file, path)
         yield
+
+
+def _wait_for_lock(file: IO[str], path: Path) -> None:
+    """Wait for the lock of a store as long as the process that holds it writes files."""
+    partial = partial_of(path)
+    assert isinstance(partial, Path)
+    newest, since = 0, time.monotonic()
+    while not lock(file):
+        found = max((_time_of_change(one) for one in partial.rglob("*")), default=0)
+        if found != newest:
+            newest, since = found, time.monotonic()
+            progress()
+        elif time.monotonic() - since > stall_seconds():
+            raise SafetyError(
+                f"{path}: found another process that prepares this store and has written nothing for "
+                f"{stall_seconds():g} s, the limit of --stall-timeout; end it (`fuser {file.name}` shows its id), and "
+                "run the same command again"
+            )
+        time.sleep(_LOCK_POLL_SECONDS)
+
+
+def _time_of_change(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 class _StoreBuilder:

@@ -67,10 +67,11 @@ class ArrayWriter:
         stop = self.size + len(values)
         try:
             # The final length is not known before, so the array grows with each write.
-            self._array = self._array.resize(exclusive_max=[stop]).result()
+            self._array = locations.wait(self._path, self._array.resize(exclusive_max=[stop]))
             for start in range(0, len(values), SHARD_TOKENS):
                 shard = values[start : start + SHARD_TOKENS]
-                self._array[self.size + start : self.size + start + len(shard)].write(shard).result()
+                target = self._array[self.size + start : self.size + start + len(shard)]
+                locations.wait(self._path, target.write(shard))
                 self.digest.update(np.ascontiguousarray(shard).data)
         except ValueError as error:  # TensorStore reports every error of the file system as a ValueError.
             is_disk_full = os.strerror(errno.ENOSPC) in str(error)

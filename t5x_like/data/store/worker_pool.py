@@ -29,6 +29,14 @@ from t5x_like.data.sources.work_units import WorkUnit
 from t5x_like.data.store import shards
 from t5x_like.data.store.shards import ProgressCallback, ShardJob
 from t5x_like.errors import DataError
+from t5x_like.faults import STORAGE_FAILED, FaultError
+from t5x_like.utils.stall_limit import (
+    CLEANUP_SECONDS,
+    end_process,
+    end_thread,
+    set_stall_seconds,
+    stall_seconds,
+)
 
 _WORKER_CODE = """
 import json, sys
@@ -38,6 +46,7 @@ run_worker()
 """
 _PROGRESS_SECONDS = 0.5
 """Minimum time between two progress messages of a worker."""
+_POLL_SECONDS = 1.0
 
 Progress = tuple[int, int, int]
 """Arguments of a `ProgressCallback`."""
@@ -55,6 +64,7 @@ def make_shards(job: ShardJob, todo: Sequence[tuple[int, WorkUnit]], workers: in
     Raises:
       DataError, OSError: a unit failed. Of several, the first in the order of the corpus is raised, whatever the number
         of workers.
+      FaultError: a worker has made no progress for `stall_seconds()`.
     """
     pending: queue.SimpleQueue[tuple[int, WorkUnit]] = queue.SimpleQueue()
     for item in todo:
@@ -62,15 +72,23 @@ def make_shards(job: ShardJob, todo: Sequence[tuple[int, WorkUnit]], workers: in
     messages: queue.SimpleQueue[tuple[int | None, Progress | Exception | None]] = queue.SimpleQueue()
     stop = threading.Event()
     workers_ = [_WorkerProcess(job) for _ in range(min(workers, len(todo)))]
-    # One thread per worker waits for its answers. Only the calling thread reports progress.
-    threads = [threading.Thread(target=_drive, args=(worker, pending, messages, stop)) for worker in workers_]
+    # One thread per worker waits for its answers. Only the calling thread reports progress. A thread whose process
+    # cannot be killed is abandoned.
+    threads = [
+        threading.Thread(target=_drive, args=(worker, pending, messages, stop), daemon=True) for worker in workers_
+    ]
     errors: dict[int, Exception] = {}
     try:
         for thread in threads:
             thread.start()
         running = len(threads)
         while running:
-            index, message = messages.get()
+            for worker in workers_:
+                worker.require_progress()
+            try:
+                index, message = messages.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
             if message is None:
                 running -= 1
             elif isinstance(message, Exception):
@@ -83,7 +101,7 @@ def make_shards(job: ShardJob, todo: Sequence[tuple[int, WorkUnit]], workers: in
             worker.kill()
         for thread in threads:
             if thread.ident is not None:
-                thread.join()
+                end_thread(thread)
     if errors:
         raise errors[min(errors)]
 
@@ -116,9 +134,13 @@ class _WorkerProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _WORKER_CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
+        self._asked_or_answered: float | None = None
+        """Time of the last progress of the unit in progress; None without one."""
+        self._is_stalled = False
         with contextlib.suppress(OSError):  # If it has exited already, the first unit raises the error.
             self._send(sys.path)
             self._send(job.to_json())
+            self._send(stall_seconds())
 
     def _send(self, value: Any) -> None:
         assert self._process.stdin
@@ -128,11 +150,13 @@ class _WorkerProcess:
     def make(self, index: int, unit: WorkUnit) -> Iterator[Progress]:
         """Let the worker make a shard and yield its progress. Raises the error that occurred in the worker."""
         assert self._process.stdout
+        self._asked_or_answered = time.monotonic()
         # A worker that has died cannot read; the end of its output below says how it died.
         with contextlib.suppress(BrokenPipeError):
             self._send([index, unit.to_json()])
         for line in self._process.stdout:
             answer = json.loads(line)
+            self._asked_or_answered = time.monotonic() if "progress" in answer else None
             if "progress" in answer:
                 yield tuple(answer["progress"])
             elif answer.get("made"):
@@ -140,20 +164,44 @@ class _WorkerProcess:
             else:
                 raise _error_of(answer)
         # End of output without an answer: the process has ended.
-        code = self._process.wait()
+        self._asked_or_answered = None
+        if self._is_stalled:
+            raise _stalled()
+        code = self._process.wait(CLEANUP_SECONDS)
         cause = f"by signal {-code}, as when memory runs out" if code < 0 else f"with exit code {code}"
         raise DataError(
             f"a worker process ended {cause}; finished shards are kept: run the same command again, possibly with "
             "fewer --workers"
         )
 
+    def require_progress(self) -> None:
+        """Kill the process if it makes no progress with its unit, which ends `make`.
+
+        Raises:
+          FaultError: the process cannot be killed.
+        """
+        since = self._asked_or_answered
+        if since is None or time.monotonic() - since <= stall_seconds():
+            return
+        self._is_stalled = True
+        if not end_process(self._process):
+            raise _stalled()
+
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        if not end_process(self._process):
+            return  # To close a pipe would wait for the thread that reads it.
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 if pipe:
                     pipe.close()
+
+
+def _stalled() -> FaultError:
+    return FaultError(
+        f"a worker process has made no progress for {stall_seconds():g} s, the limit of --stall-timeout; finished "
+        "shards are kept: run the same command again",
+        STORAGE_FAILED,
+    )
 
 
 def _error_of(answer: dict[str, Any]) -> Exception:
@@ -176,6 +224,7 @@ def run_worker() -> None:
 
     requests = sys.stdin.buffer
     job = ShardJob.from_json(json.loads(requests.readline()))
+    set_stall_seconds(json.loads(requests.readline()))
     tokenizer = None
     try:
         for line in requests:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 
 from t5x_like.data.stream.feature_converters import Features
 from t5x_like.data.stream.host_shard import WHOLE, HostShard
 from t5x_like.data.stream.row_stream import TrainingStream
+from t5x_like.faults import STORAGE_FAILED, FaultError
+from t5x_like.utils.stall_limit import CLEANUP_SECONDS, stall_seconds
 from t5x_like.utils.type_aliases import IntArray
 
 _MAX_ROWS_AT_ONCE = 2048
@@ -25,7 +28,8 @@ class Prefetcher(Iterator[dict[str, Features]]):
     """Endless iterator over the batches of a stream after its first `first_row` rows.
 
     An error while a batch is made is raised by the `next` call that would have returned this batch. `close` stops the
-    thread and waits for it. The iterator is also a context manager.
+    thread and waits for it, for at most `CLEANUP_SECONDS`: its storage may not answer. The iterator is also a context
+    manager.
     """
 
     def __init__(self, stream: TrainingStream, first_row: int, host_shard: HostShard = WHOLE):
@@ -42,7 +46,14 @@ class Prefetcher(Iterator[dict[str, Features]]):
     def __next__(self) -> dict[str, Features]:
         if self._stop.is_set():
             raise StopIteration
-        result = self._queue.get()
+        try:
+            result = self._queue.get(timeout=stall_seconds())
+        except queue.Empty:
+            raise FaultError(
+                f"found no batch within {stall_seconds():g} s, expected the next one: the file system of the data does "
+                "not answer, or --stall-timeout is too short; a restart resumes",
+                STORAGE_FAILED,
+            ) from None
         if isinstance(result, BaseException):
             self.close()
             raise result
@@ -59,7 +70,8 @@ class Prefetcher(Iterator[dict[str, Features]]):
 
     def close(self) -> None:
         self._stop.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + CLEANUP_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:  # Free a slot for a thread that waits to put its batch.
                 self._queue.get_nowait()
             except queue.Empty:

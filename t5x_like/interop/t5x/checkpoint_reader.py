@@ -23,6 +23,7 @@ import numpy.typing as npt
 import tensorstore as ts
 
 from t5x_like.errors import DataError
+from t5x_like.storage import locations
 from t5x_like.utils.json_reader import parse_json
 
 INDEX = "checkpoint"
@@ -117,8 +118,9 @@ class Arrays(Mapping[str, Stored]):
         else:
             store = {**self._kvstore, "path": f"{self._kvstore['path']}{self._names[path]}/"}
             try:
-                opened = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=_CONTEXT).result()
-                array = (opened[slices] if slices else opened).read().result()
+                opening = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True, context=_CONTEXT)
+                opened = locations.wait(self.directory, opening)
+                array = locations.wait(self.directory, (opened[slices] if slices else opened).read())
             except (ValueError, OSError) as error:
                 reason = str(error).splitlines()[0][:300]
                 raise DataError(f"{self.directory}: {path} is damaged or truncated: {reason}") from None
@@ -128,8 +130,8 @@ class Arrays(Mapping[str, Stored]):
         """List all files by their folder."""
         self._chunks: dict[str, set[str]] = {}
         try:
-            self._store = ts.KvStore.open(self._kvstore, context=_CONTEXT).result()
-            keys = self._store.list().result()
+            self._store = locations.wait(self.directory, ts.KvStore.open(self._kvstore, context=_CONTEXT))
+            keys = locations.wait(self.directory, self._store.list())
         except (ValueError, OSError) as error:
             raise DataError(f"{self.directory}: cannot be read: {str(error).splitlines()[0][:300]}") from None
         for key in keys:
@@ -145,7 +147,7 @@ class Arrays(Mapping[str, Stored]):
         """Return the array's own description after checking it, because TensorStore relies on it."""
         if ".zarray" not in self._chunks.get(name, ()):
             raise DataError(f"{self.directory}: {path}: the array's folder {name!r} is missing or not a zarr array")
-        text = self._store.read(f"{name}/.zarray".encode()).result().value
+        text = locations.wait(self.directory, self._store.read(f"{name}/.zarray".encode())).value
         try:
             document = parse_json(text[: 2**16])
             shape, chunks = tuple(document["shape"]), tuple(document["chunks"])

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from t5x_like.errors import EXIT_OK, EXIT_REFUSED, RESTART_CODES, UserError
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, RESTART_CODES, UserError
+from t5x_like.launching import local
 from t5x_like.launching.local import describe, launch_local, process_environment
 
 # Without site packages a process starts in a few milliseconds.
@@ -96,6 +97,32 @@ sys.exit(codes[lines(1) - 1])
     assert starts[0] == starts[1] and len(starts[0]) == len(RESTART_CODES) + 1
     assert len(set(starts[0])) > 1, "each start has a port of its own"
     assert f"exit code {RESTART_CODES[-1]}, restart {len(RESTART_CODES)} of 10" in capfd.readouterr().err
+
+
+# As when a thread waits in the kernel for a disk: the first thread has ended, and another one has not.
+ENDS_BY_HALF = "import ctypes, threading; threading.Thread(target=time.sleep, args=(600,)).start();"
+EXITS_ALONE = "ctypes.CDLL(None).pthread_exit(None)"
+
+
+@pytest.mark.parametrize("can_be_killed", [True, False])
+def test_a_process_whose_threads_do_not_all_end_is_killed_or_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], can_be_killed: bool
+) -> None:
+    monkeypatch.setattr(local, "KILL_SECONDS", 1.0)
+    kill = local._ProcessGroup.kill
+    groups = []
+    if not can_be_killed:
+        monkeypatch.setattr(local._ProcessGroup, "kill", lambda group, **keywords: groups.append(group))
+    code = f"{writes_pid(tmp_path)} {ENDS_BY_HALF} {EXITS_ALONE}"
+    result = launch_local([*PYTHON, code], processes=1, max_restarts=1, restart_codes=(EXIT_RESUMABLE,))
+    output = capfd.readouterr().err
+    if can_be_killed:
+        assert result == 128 + signal.SIGKILL and "cannot be killed" not in output
+    else:
+        # It is not started again beside the process that still runs.
+        assert result == EXIT_RESUMABLE and "process 0 cannot be killed" in output and "restart 1" not in output
+        kill(groups[-1])
+    assert "killing process 0, still running" in output
 
 
 def test_signal_reaches_each_process_once_and_their_exit_code_is_returned(tmp_path: Path) -> None:

@@ -89,3 +89,30 @@ def test_an_import_that_hangs_ends_with_its_stacks(tmp_path: Path) -> None:
     assert "jax/__init__.py" in stacks.read_text()
     exit_record = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert exit_record["code"] == EXIT_RESUMABLE and "the start takes longer than 2 seconds" in exit_record["reason"]
+
+
+HOLDS_THE_LOCK = """
+import ctypes
+from t5x_like.trainer import stacks
+stacks._DUMP_SECONDS = 2.0
+stacks.end_later(600.0)
+stacks.end_later(1.0)
+def holds_the_lock():
+    ctypes.PyDLL(None).sleep({seconds})
+holds_the_lock()
+stacks.end_later(None)
+ctypes.PyDLL(None).sleep(4)
+print("alive")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems have no such timer")
+@pytest.mark.parametrize("seconds, code, output", [(600, EXIT_RESUMABLE, ""), (0, 0, "alive\n")])
+def test_an_interpreter_that_runs_no_thread_ends_with_the_code_that_restarts_it(
+    seconds: int, code: int, output: str
+) -> None:
+    """A call that holds the interpreter's lock forever stops the watchdog, and not the timer of the C library."""
+    command = [sys.executable, "-c", HOLDS_THE_LOCK.format(seconds=seconds)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (code, output)
+    assert ("in holds_the_lock" in result.stderr) == (code != 0)
