@@ -17,14 +17,21 @@ from typing import Any, TypeVar, cast
 import jax
 
 from t5x_like.errors import SafetyError, UserError
+from t5x_like.utils.stall_limit import stall_seconds
 
 T = TypeVar("T")
 POLL_SECONDS = 1.0
 """Interval at which a `KeyWatcher` looks for its key."""
 MAX_WAIT_SECONDS = 7200.0
-"""Limit of every wait for another process here. In a training run the watchdog's limits are lower."""
+"""Limit of every wait for another process here, or `stall_seconds()` if that is more. In a training run the watchdog's
+limits are lower."""
 _PREFIX = "t5x_like"
 _numbers = itertools.count()
+
+
+def max_wait_seconds() -> float:
+    """Return the limit of a wait for another process in seconds."""
+    return max(MAX_WAIT_SECONDS, stall_seconds())
 
 
 class RemoteProcessError(UserError):
@@ -63,7 +70,7 @@ def on_process_0(decide: Callable[[], T]) -> T:
 def barrier() -> None:
     """Return when all processes have called this."""
     if jax.process_count() > 1:
-        _client().wait_at_barrier(unique_key("barrier"), int(MAX_WAIT_SECONDS * 1000))
+        _client().wait_at_barrier(unique_key("barrier"), int(max_wait_seconds() * 1000))
 
 
 def compile_on_all(function: Any, *arguments: Any) -> None:
@@ -120,9 +127,9 @@ def wait_for_value(key: str) -> str:
     """Wait for the value of a key and return it. Ctrl-C interrupts the wait.
 
     Raises:
-      JaxRuntimeError: there is none after `MAX_WAIT_SECONDS`, or the service is gone.
+      JaxRuntimeError: there is none after `max_wait_seconds()`, or the service is gone.
     """
-    deadline = time.monotonic() + MAX_WAIT_SECONDS
+    deadline = time.monotonic() + max_wait_seconds()
     while True:
         # One call blocks in native code, where Python does not handle signals: wait in short intervals.
         try:

@@ -17,8 +17,8 @@ from typing import Protocol
 import jax
 
 from t5x_like.distributed.coordination import (
-    MAX_WAIT_SECONDS,
     KeyWatcher,
+    max_wait_seconds,
     set_value,
     set_value_if_absent,
     unique_key,
@@ -115,7 +115,7 @@ class _CoordinatedStop:
             # The common case: a comparison of numbers, without communication.
             if self._proposal < 0 or step < self._proposal:
                 return False
-        if not self._is_agreed.wait(MAX_WAIT_SECONDS):
+        if not self._is_agreed.wait(max_wait_seconds()):
             raise TimeoutError("timed out waiting for the step before which all processes stop")
         return step >= self._agreed
 
