@@ -26,7 +26,7 @@ from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.slots import SlotSettings, decode_slots, empty_slots, free_slots, prefill_slots
 from t5x_like.decoding.token_selection import NOT_FINITE
 from t5x_like.program import Program
-from t5x_like.utils.stall_limit import progress
+from t5x_like.utils.stall_limit import progress, stall_seconds
 from t5x_like.utils.type_aliases import PyTree
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -197,12 +197,11 @@ class Batcher:
                 with self._changed:
                     # A server without requests waits for the next one, which is no stall.
                     while not (self._closed or self._queue or self.num_active):
-                        self._changed.wait(timeout=_IDLE_SECONDS)
+                        self._changed.wait(timeout=min(_IDLE_SECONDS, stall_seconds() / 4))
                         progress()
                     if self._closed:
                         break
                 self.run_once()
-                progress()
         except BaseException as error:
             self.failure = error
             raise
@@ -236,6 +235,7 @@ class Batcher:
 
     def run_once(self) -> None:
         """Free the slots of cancelled requests, read waiting prompts into free slots, and run a step."""
+        progress()
         # Cancelled requests go first, so that their slots can be taken by waiting prompts in the same call.
         self._drop_cancelled()
         # Several prefills may follow each other before the next step: a new request costs the active ones one prefill
