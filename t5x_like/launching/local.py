@@ -216,7 +216,8 @@ class _ProcessGroup:
                     for index in left
                     if _state(self._processes[index].pid) == "Z"
                 }
-                if half_ended and time.monotonic() > min(half_ended.values()) + KILL_SECONDS:
+                is_killed = given_up_at < float("inf")
+                if half_ended and not is_killed and time.monotonic() > min(half_ended.values()) + KILL_SECONDS:
                     deadline = min(deadline, time.monotonic())
                 continue
             left.discard(index)
