@@ -90,7 +90,7 @@ def test_errors_of_programs_are_not_faults() -> None:
 def test_failed_read_of_a_store_is_not_a_damaged_store() -> None:
     def code(message: str) -> int:
         class Read:
-            def result(self) -> None:
+            def result(self, timeout: float) -> None:
                 raise ValueError(message)
 
         with pytest.raises(UserError) as caught:
