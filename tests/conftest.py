@@ -31,6 +31,7 @@ EXTENDED = re.compile(
     r"|parallel/test_products.*(slices|gathered|expert2xcontext2xtensor2|expert4)\]"
     r"|parallel/test_meshes.*(-data_tensor|-fsdp|\[fsdp|mesh1|\[experts)\]"
     r"|integration/test_mixture_training.*\[prefix_lm\]"
+    r"|integration/test_docs_shell.*\[docs/migrate-huggingface.md\]"
 )
 """Slow tests of a case that another case of the same test, in the slow tier, makes unlikely to fail alone."""
 

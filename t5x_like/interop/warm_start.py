@@ -16,7 +16,8 @@ from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import CheckpointConfig, InitializeFrom, RunConfig
 from t5x_like.data.store.token_store import Store
-from t5x_like.data.tokenizers.loading import has_tokenizer, kept_tokenizer, load_directory_tokenizer
+from t5x_like.data.tokenizers.loading import has_tokenizer, kept_tokenizer, load_directory_tokenizer, stored_config
+from t5x_like.data.tokenizers.published import load_published
 from t5x_like.data.tokenizers.tokenizer import Tokenizer, have_same_pieces
 from t5x_like.errors import ConfigError, ConfigProblem, SafetyError
 from t5x_like.interop.huggingface.checkpoint import HuggingFaceModel, open_directory
@@ -107,7 +108,7 @@ def require_tokenizer_of_source(run: RunConfig, stores: Sequence[Store]) -> None
     if any(re.fullmatch(pattern, "token_embedder/embedding") for pattern in source.reinit):
         return
     directory = Path(source.directory)
-    tokenizer = _tokenizer_of(directory)
+    tokenizer = _tokenizer_of(directory, is_published=stored_config(stores[0].tokenizer).kind == "published")
     if tokenizer is not None and not have_same_pieces(stores[0].tokenizer, tokenizer):
         raise SafetyError(
             f"{directory}: found another tokenizer ({tokenizer.vocabulary.base_size:,} pieces) than that of "
@@ -117,8 +118,13 @@ def require_tokenizer_of_source(run: RunConfig, stores: Sequence[Store]) -> None
         )
 
 
-def _tokenizer_of(directory: Path) -> Tokenizer | None:
-    """Return the tokenizer of a run, of an imported model or of a Hugging Face directory; None if it has none."""
+def _tokenizer_of(directory: Path, *, is_published: bool) -> Tokenizer | None:
+    """Return the tokenizer of a run, of an imported model or of a Hugging Face directory; None if it has none.
+
+    Args:
+      is_published: Read the files of a published model as a tokenizer of that kind does. Of a directory that was
+        exported from here, other readers take the SentencePiece model, which does not list the mode tokens.
+    """
     kept = kept_tokenizer(directory / run_directory.TOKENIZER)
     if kept is not None:
         return kept
@@ -126,6 +132,8 @@ def _tokenizer_of(directory: Path) -> Tokenizer | None:
     folder = directory / model_dir.HUGGINGFACE_DIR if imported else directory
     if not has_tokenizer(folder):
         return None
+    if is_published:
+        return load_published(folder, 0)
     published = _published(directory)
     model = model_dir.read_model(directory)[0] if published is None else published.model
     return load_directory_tokenizer(folder, model)
