@@ -64,8 +64,8 @@ def starts_from_model(reference: str) -> bool:
     return reference.startswith(CONTINUE) or BASE in reference
 
 
-def _load_recipe(reference: str) -> RunConfig:
-    """Return the run of a RECIPE."""
+def recipe_run(reference: str) -> RunConfig:
+    """Return the run of a RECIPE, without overrides and not validated."""
     if reference.startswith(CONTINUE):
         from t5x_like.interop.huggingface.continued_run import continued_run
 
@@ -85,7 +85,7 @@ class RecipeHelp(argparse.Action):
 
             plugins.trust(namespace.trust or ())
             say()
-            apply_overrides(_load_recipe(namespace.recipe), ["--help"])
+            apply_overrides(recipe_run(namespace.recipe), ["--help"])
         parser.exit()
 
 
@@ -256,7 +256,7 @@ def configured_run(options: argparse.Namespace, overrides: list[str], further: S
     from t5x_like.config.overrides import apply_overrides
     from t5x_like.config.validation import validate
 
-    run = _load_recipe(options.recipe)
+    run = recipe_run(options.recipe)
     # A module on the command line was named by the user, even if config.json names it as well.
     plugins.trust(part for word in overrides for part in (word, word.partition("=")[2]) if part)
     run = apply_overrides(run, overrides, options=[*further, *options.parser.option_strings])

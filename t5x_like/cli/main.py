@@ -34,6 +34,7 @@ from t5x_like.cli import (
     predict,
     prepare,
     serve,
+    sweep,
     train,
 )
 from t5x_like.cli.arguments import Parser, load_plugins, recipe_words
@@ -58,6 +59,7 @@ COMMANDS = (
     account,
     eval,
     compare,
+    sweep,
     lm_eval,
     generate,
     embed,
@@ -162,7 +164,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     # Arguments after -- are overrides of the recipe, even if the command has an option of the same name.
     arguments = list(arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    if arguments[:1] in (["train"], ["prepare"], ["inspect"], ["plan"]):
+    if arguments[:1] in (["train"], ["prepare"], ["inspect"], ["plan"], ["sweep"]):
         words = recipe_words(arguments[1:cut])
         arguments = [arguments[0], *words, *arguments[cut:]]
         cut = len(words) + 1

@@ -78,6 +78,8 @@ def test_arguments_of_commands_exist(command: Command) -> None:
             options, overrides = parse(words)
             if command.reason_not_executed and words[0] == "launch":
                 assert main(words) == EXIT_OK
+            elif command.reason_not_executed and words[0] == "sweep":
+                assert main([*words, "--plan"]) == EXIT_OK
             elif command.reason_not_executed and hasattr(options, "recipe"):
                 configured_run(options, overrides)
         case "make", target:

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("decoding", "text_inputs", "finetuning"),
     ("evaluation", "embedding", "launching", "serving"),
     ("export", "reports", "diagnosis"),
-    ("trainer",),
+    ("trainer", "studies"),
     ("api", "cli"),
     ("__main__",),
 )

@@ -1,0 +1,55 @@
+"""`t5x-like sweep`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from t5x_like.cli.arguments import add_devices_option, add_recipe_command, configured_run, local_path, recipe_run
+from t5x_like.errors import EXIT_OK
+from t5x_like.utils.sanitize import say
+
+
+def register(commands: Any) -> None:
+    parser = add_recipe_command(
+        commands, "sweep", _run, "train a run for each combination of values of fields, and compare them"
+    )
+    parser.add_argument(
+        "--workdir",
+        type=local_path,
+        metavar="DIR",
+        help="directory of the sweep, with a run directory for each combination (default: runs/NAME-sweep)",
+    )
+    parser.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="score by which the runs are ordered, such as loss/S or squad/em (default: bits_per_byte or its bound)",
+    )
+    parser.add_argument("--plan", action="store_true", help="print the runs and exit")
+    add_devices_option(parser)
+
+
+def _run(options: argparse.Namespace, overrides: list[str]) -> int:
+    from t5x_like.studies.sweep_arms import sweep_arms
+
+    run = recipe_run(options.recipe)
+    arms = sweep_arms(run, overrides, lambda words: configured_run(options, list(words)))
+    workdir = options.workdir or Path("runs") / f"{run.name}-sweep"
+    if options.plan:
+        from t5x_like.planning.estimate.flops import training_flops
+        from t5x_like.utils import formatting
+
+        for arm in arms:
+            steps = arm.run.training.num_train_steps
+            say(f"{workdir / arm.name}: {steps:,} steps, {formatting.flops(training_flops(arm.run) * steps)}")
+        return EXIT_OK
+    from t5x_like.studies.sweep import report, sweep_result, train_arms
+    from t5x_like.utils.console import Console
+
+    devices = () if options.devices is None else ("--devices", str(options.devices))
+    code = train_arms(options.recipe, arms, workdir, devices)
+    if code != EXIT_OK:
+        return code
+    say(report(sweep_result(arms, workdir, options.metric), workdir, Console()))
+    return EXIT_OK

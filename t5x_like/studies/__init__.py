@@ -1,0 +1,1 @@
+"""Studies: several runs that answer one question. Their runs are ordinary run directories."""
