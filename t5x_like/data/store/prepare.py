@@ -264,7 +264,7 @@ class _StoreBuilder:
                 break
             except shards.DamagedShard as error:
                 self.report(f"shard {error} is damaged and is made again")
-        _report_summary(Store.open(path), time.monotonic() - started, self.report)
+        _report_summary(Store.open(path), self.tokenizer, time.monotonic() - started, self.report)
 
     def _plan(self, corpus: CorpusConfig, partial: Location) -> tuple[ShardJob, list[WorkUnit]]:
         """Return the job and the work units of a store. The first documents decide the hold-out rule."""
@@ -360,7 +360,7 @@ def _absolute(path: Location) -> Location:
     return path.absolute() if isinstance(path, Path) else path
 
 
-def _report_summary(store: Store, seconds: float, report: Report) -> None:
+def _report_summary(store: Store, tokenizer: Tokenizer, seconds: float, report: Report) -> None:
     for name in store.splits:
         split = store.split(name)
         report(f"{name}: {split.num_documents:,} documents, {split.num_bytes:,} bytes, {split.num_tokens:,} tokens")
@@ -369,16 +369,16 @@ def _report_summary(store: Store, seconds: float, report: Report) -> None:
         report(f"left out: {count:,} documents ({reason}{listed})")
     if not store.split("validation").num_tokens:
         report("no text is held out: the corpus is too small to be split")
-    report(_describe_tokens(store))
+    report(_describe_tokens(store, tokenizer))
     report(f"{store.path}: prepared in {seconds:.1f} s, vocabulary of {store.vocabulary.vocab_size:,}")
 
 
-def _describe_tokens(store: Store) -> str:
+def _describe_tokens(store: Store, tokenizer: Tokenizer) -> str:
     """Return how well the tokenizer fits the corpus, by the first tokens of the training split."""
     split, vocabulary = store.split("train"), store.vocabulary
     tokens = split.tokens(0, min(split.num_tokens, _DESCRIBED_TOKENS))
     text = tokens[tokens != vocabulary.eos_id]
-    words = len(store.tokenizer.decode(text.tolist()).split())
+    words = len(tokenizer.decode(text.tolist()).split())
     unknown = 0.0 if vocabulary.unk_id is None else 100 * float((text == vocabulary.unk_id).mean() if len(text) else 0)
     return (
         f"tokenizer: {len(text) / max(words, 1):.2f} tokens per word, "

@@ -139,7 +139,8 @@ _SETTINGS = {
 def settings(model: bytes) -> Settings:
     """Return the settings in a model; raise ValueError if it is not a SentencePiece model."""
     found: dict[str, Any] = {}
-    for number, value in _fields(model):
+    others = (raw for piece, raw in _entries(model) if piece is None)
+    for number, value, _ in (_field(raw, 0) for raw in others):
         if number in (2, 3) and isinstance(value, bytes):
             found |= {name: x for inner, x in _fields(value) if (name := _SETTINGS.get((number, inner)))}
     for name, x in found.items():
