@@ -204,6 +204,7 @@ def test_bounds_of_windows_are_the_weighted_losses_of_their_masked_tokens(store)
     assert {"loss/masked_lm", "bits_per_byte_bound"} == set(held_out_intervals(rows))
 
 
+@pytest.mark.slow
 def test_sharded_parameters_have_the_same_scores(store):
     one, many = program_for("encoder_decoder"), program_for("encoder_decoder", fsdp=2, tensor=2)
     params = random_params(one)

@@ -49,6 +49,7 @@ def test_a_hung_process_ends_with_its_stacks_and_a_code_that_restarts_it(tmp_pat
         assert "in hangs_here" in text and "takes longer than 3 seconds" in text
 
 
+@pytest.mark.slow
 def test_another_stage_has_its_own_limit_and_closing_ends_nothing(tmp_path: Path) -> None:
     """The stage of a save may take longer than a step; a closed watchdog does nothing."""
     result = run('clock.enter("save"); time.sleep(5); watchdog.close(); time.sleep(4)', tmp_path / "stacks.0.txt")
