@@ -37,7 +37,7 @@ def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequenc
       recipe: RECIPE as the user named it.
       arms: The arms.
       workdir: Directory of the sweep, in which each arm has a run directory.
-      further: Further options of `train`.
+      further: Further options of both `train` and `eval`.
 
     Returns:
       The exit code: that of the first command that fails, or 0.
@@ -51,7 +51,7 @@ def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequenc
     directories = [workdir / arm.name for arm in arms]
     # Training evaluates the last step, but does not keep what intervals are computed from.
     missing = [str(path) for path in directories if not _has_draws(path)]
-    return _run(["eval", *missing]) if missing else EXIT_OK
+    return _run(["eval", *missing, *further]) if missing else EXIT_OK
 
 
 def _has_draws(directory: Path) -> bool:
@@ -86,9 +86,9 @@ class SweepResult:
 
     @property
     def not_told_apart(self) -> list[EvaluatedCheckpoint]:
-        """Arms whose difference from the best has an interval that contains 0, or none."""
+        """Arms scored on the same text whose difference from the best has an interval that contains 0, or none."""
         pairs = zip(self.checkpoints[1:], self.cells[1:], strict=True)
-        return [checkpoint for checkpoint, cell in pairs if not cell.verdict]
+        return [checkpoint for checkpoint, cell in pairs if not cell.verdict and not cell.other_text]
 
 
 def sweep_result(arms: Sequence[Arm], workdir: Path, metric: str | None = None) -> SweepResult:
@@ -129,7 +129,7 @@ def report(result: SweepResult, workdir: Path, console: Console) -> Path:
             _interval(cell.interval),
             difference,
             _interval(cell.difference_interval),
-            cell.verdict,
+            "other text" if cell.other_text else cell.verdict,
         )
     console.print(table)
     best, cell = result.checkpoints[0], result.cells[0]
