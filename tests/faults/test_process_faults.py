@@ -182,26 +182,39 @@ def test_stacks_are_printed_if_the_run_directory_does_not_answer(
     assert f"takes longer than {SAVE_LIMIT} seconds" in output and "session.py" in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
 def test_save_on_a_frozen_file_system_is_reported(
-    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, mount_image: Callable[[int], Path]
+    workspace: Workspace,
+    uninterrupted: Uninterrupted,
+    tmp_path: Path,
+    mount_image: Callable[[int], Path],
+    launched: bool,
 ) -> None:
     """A thread that waits for a frozen file system ends when this answers again, and not even by SIGKILL before. The
-    stacks and exit.json do not wait for that."""
+    stacks and exit.json do not wait for that, and neither does the launcher, which restarts nothing beside it."""
     undisturbed, disk, workdir = uninterrupted("recipe"), mount_image(64), tmp_path / "run"
     workdir.mkdir()
     (workdir / "checkpoints").symlink_to(disk)
-    process = workspace.train(workdir, "--timeouts.save", SAVE_LIMIT)
+    process = (workspace.launch if launched else workspace.train)(workdir, "--timeouts.save", SAVE_LIMIT)
     wait_for(disk / "8", process)
+    started = children(process)
     # Ends the freeze however this test ends.
     script = 'fsfreeze --freeze "$0" && echo frozen && read -r _; fsfreeze --unfreeze "$0"'
     with subprocess.Popen(["sh", "-c", script, disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as freezer:
         assert freezer.stdout is not None and freezer.stdout.readline() == b"frozen\n"
         wait_for(workdir / "exit.json", process)
+        if launched:
+            output = finish(process, EXIT_RESUMABLE)
+            assert "process 0 cannot be killed" in output and ", restart " not in output
+            assert all(Path(f"/proc/{pid}").exists() for pid in started)
     record = json.loads((workdir / "exit.json").read_text())
     assert record["code"] == EXIT_RESUMABLE
     assert f"the stage 'save' takes longer than {SAVE_LIMIT} seconds" in record["reason"]
     assert "session.py" in (workdir / "stacks.0.txt").read_text()
-    finish(process, EXIT_RESUMABLE)
+    if not launched:
+        finish(process, EXIT_RESUMABLE)
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        time.sleep(0.1)
     finish(workspace.train(workdir))
     assert_same_end(workdir, undisturbed)
 
