@@ -65,7 +65,7 @@ def register(commands: Any) -> None:
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
     if bool(options.models) == options.quoted:
-        options.parser.error("found no MODEL, expected one or more, or --quoted alone")
+        options.parser.error("expected one or more MODELs, or --quoted alone")
     import jax
 
     # Models are described by shapes only. Do not initialize accelerators, which another process may be using.
@@ -128,6 +128,9 @@ def _check(options: argparse.Namespace, models: list[tuple[str, ModelConfig]]) -
         problems.append(ConfigProblem(alone, f"no {other}", "both", "for example --draft llama_3:8b --acceptance 0.75"))
     if options.acceptance is not None and not 0 <= options.acceptance <= 1:
         problems.append(ConfigProblem("--acceptance", f"{options.acceptance:g}", "a probability, 0 to 1"))
+    if options.answer == 1 and any(generates(model) and model.encoder is None for _, model in models):
+        expected = "2 or more: a decoder gets the first token from reading the prompt, and decodes from the second on"
+        problems.append(ConfigProblem("--answer", "1", expected))
     if problems:
         raise ConfigError(problems)
     needing = {"--turns": options.turns, "--draft": options.draft, "--claim": options.claim}

@@ -96,7 +96,8 @@ def add_command(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", **keywords
     )
     add_plugin_options(parser)
-    if name != "train":
+    # `train` has a limit for each stage, and a sweep waits for its runs.
+    if name not in ("train", "sweep"):
         parser.add_argument(
             "--stall-timeout",
             type=positive_number,
@@ -126,6 +127,12 @@ def add_plugin_options(parser: argparse.ArgumentParser) -> None:
         help="import this file of yours, which registers a metric, say, or a model family; repeatable (the plug-ins of "
         "a run are named by its recipe)",
     )
+
+
+def plugin_arguments(options: argparse.Namespace) -> list[str]:
+    """Return --plugin and --trust as arguments of another command, which needs them as well."""
+    named = [("--plugin", str(path)) for path in options.plugin] + [("--trust", name) for name in options.trust]
+    return [word for pair in named for word in pair]
 
 
 def load_plugins(options: argparse.Namespace) -> None:

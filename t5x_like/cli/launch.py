@@ -15,6 +15,7 @@ from t5x_like.cli.arguments import (
     load_plugins,
     local_path,
     not_negative,
+    plugin_arguments,
     positive,
 )
 from t5x_like.cli.launch_targets import TARGETS, Target, assignment
@@ -116,7 +117,7 @@ def _add_local(targets: Any) -> None:
 
 
 def _run_local(options: argparse.Namespace, extra: list[str]) -> int:
-    extra = [*_plugin_arguments(options), *extra]
+    extra = [*plugin_arguments(options), *extra]
     run = _checked(options, extra)
     workdir = options.workdir or str(Path("runs") / run.name)
     # -P: nothing is imported from the folder that the processes start in.
@@ -136,7 +137,7 @@ def _run_local(options: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace, extra: list[str]) -> int:
-    extra = [*_plugin_arguments(options), *extra]
+    extra = [*plugin_arguments(options), *extra]
     run = _checked(options, extra)
     name = options.name or run.name
     job = Job(
@@ -168,12 +169,6 @@ def _run(options: argparse.Namespace, extra: list[str]) -> int:
 
 def _report(line: str) -> None:
     say(f"t5x-like: {line}", file=sys.stderr)
-
-
-def _plugin_arguments(options: argparse.Namespace) -> list[str]:
-    """Return --plugin and --trust as arguments of `train`, which needs them on the target as well."""
-    named = [("--plugin", str(path)) for path in options.plugin] + [("--trust", name) for name in options.trust]
-    return [word for pair in named for word in pair]
 
 
 def _checked(options: argparse.Namespace, arguments: list[str]) -> RunConfig:

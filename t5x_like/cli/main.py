@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_plugins(options)
         command: Callable[[argparse.Namespace, list[str]], int] = options.run
         with contextlib.ExitStack() as stack:
-            # Training has limits of its own, and a launcher waits for it as long as it runs.
+            # Training has limits of its own; launchers and sweeps wait for it as long as it runs.
             if "stall_timeout" in options:
                 set_stall_seconds(options.stall_timeout)
                 stack.enter_context(ended_when_stalled())

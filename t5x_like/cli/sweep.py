@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from t5x_like.cli.arguments import add_devices_option, add_recipe_command, configured_run, local_path, recipe_run
+from t5x_like.cli.arguments import (
+    add_devices_option,
+    add_recipe_command,
+    configured_run,
+    local_path,
+    plugin_arguments,
+    recipe_run,
+)
 from t5x_like.errors import EXIT_OK
 from t5x_like.utils.sanitize import say
 
@@ -47,8 +54,10 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     from t5x_like.studies.sweep import report, sweep_result, train_arms
     from t5x_like.utils.console import Console
 
-    devices = () if options.devices is None else ("--devices", str(options.devices))
-    code = train_arms(options.recipe, arms, workdir, devices)
+    further = plugin_arguments(options)
+    if options.devices is not None:
+        further += ["--devices", str(options.devices)]
+    code = train_arms(options.recipe, arms, workdir, further)
     if code != EXIT_OK:
         return code
     say(report(sweep_result(arms, workdir, options.metric), workdir, Console()))

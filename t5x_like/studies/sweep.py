@@ -1,4 +1,4 @@
-"""Sweep: one run for each arm, evaluated alike, with the best arm and what can be told from it.
+"""Sweep: one run for each arm, all evaluated in the same way, and the arms in the order of a metric with intervals.
 
 Each arm is a process of `t5x-like train` on a run directory of its own. The same command again resumes a sweep:
 finished runs are recognized, and a further value adds its runs only.
@@ -40,7 +40,7 @@ def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequenc
       further: Further options of both `train` and `eval`.
 
     Returns:
-      The exit code: that of the first command that fails, or 0.
+      The exit code of the first command that fails, or 0.
     """
     for number, arm in enumerate(arms, 1):
         say(f"arm {number} of {len(arms)}: {arm.name}")
@@ -49,13 +49,13 @@ def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequenc
         if code != EXIT_OK:
             return code
     directories = [workdir / arm.name for arm in arms]
-    # Training evaluates the last step, but does not keep what intervals are computed from.
+    # Training evaluates the last step, but does not save the draws that intervals are computed from.
     missing = [str(path) for path in directories if not _has_draws(path)]
     return _run(["eval", *missing, *further]) if missing else EXIT_OK
 
 
 def _has_draws(directory: Path) -> bool:
-    """Return whether the newest evaluated step of a run has what intervals are computed from."""
+    """Return whether the newest evaluated step of a run has the draws that intervals are computed from."""
     try:
         return bool(comparison.read_checkpoint(CheckpointRef(directory)).draws)
     except ConfigError:
@@ -85,8 +85,9 @@ class SweepResult:
     cells: tuple[MetricCell, ...]
 
     @property
-    def not_told_apart(self) -> list[EvaluatedCheckpoint]:
-        """Arms scored on the same text whose difference from the best has an interval that contains 0, or none."""
+    def not_worse(self) -> list[EvaluatedCheckpoint]:
+        """Arms scored on the same text that are not significantly worse than the best: the interval of the difference
+        contains 0, or there is none."""
         pairs = zip(self.checkpoints[1:], self.cells[1:], strict=True)
         return [checkpoint for checkpoint, cell in pairs if not cell.verdict and not cell.other_text]
 
@@ -108,8 +109,8 @@ def sweep_result(arms: Sequence[Arm], workdir: Path, metric: str | None = None) 
     if chosen is None or chosen not in shared:
         found = "no metric that is the usual one" if chosen is None else f"{chosen}, which not all arms have"
         raise ConfigError([ConfigProblem("--metric", found, f"one of {', '.join(shared) or 'none'}")])
-    worst_first = not comparison.lower_is_better(chosen)
-    ordered = sorted(checkpoints, key=lambda each: each.values[chosen], reverse=worst_first)
+    highest_first = not comparison.lower_is_better(chosen)
+    ordered = sorted(checkpoints, key=lambda each: each.values[chosen], reverse=highest_first)
     row: MetricRow = next(row for row in comparison.compare(ordered) if row.name == chosen)
     return SweepResult(chosen, tuple(ordered), row.cells)
 
@@ -135,10 +136,10 @@ def report(result: SweepResult, workdir: Path, console: Console) -> Path:
     best, cell = result.checkpoints[0], result.cells[0]
     around = f", 95 % {_interval(cell.interval)}" if cell.interval else ""
     say(f"best: {best.path.name}, {result.metric} {formatting.number(best.values[result.metric])}{around}")
-    close = [checkpoint.path.name for checkpoint in result.not_told_apart]
+    close = [checkpoint.path.name for checkpoint in result.not_worse]
     if close:
-        say(f"not told apart from it on this text: {', '.join(close)}")
-    say("The intervals are over held-out text: another seed gives other values, for which sweep a seed as well.")
+        say(f"not significantly worse on this text: {', '.join(close)}")
+    say("The intervals cover the choice of the held-out text only; sweep a seed as well to see how much seeds differ.")
     shown = result.checkpoints[: comparison.MAX_RUNS]
     if len(shown) < len(result.checkpoints):
         say(f"the page shows the best {len(shown)} arms")

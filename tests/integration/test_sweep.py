@@ -59,7 +59,7 @@ def test_a_sweep_orders_its_arms_and_adds_only_new_ones(
     out = capsys.readouterr().out
     assert "best: learning-rate_0.01, bits_per_byte" in out
     # A model that has not moved is far behind: no seed or text decides it.
-    assert "not told apart" not in out and "worse" in out
+    assert "not significantly worse" not in out and "worse" in out
     assert [command[0] for command in commands] == ["train", "train", "eval"]
     page = (workdir / "comparison.html").read_text()
     assert "learning-rate_0.01" in page and "learning-rate_1e-6" in page

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from t5x_like import errors
+from t5x_like.cli.main import parse
 from t5x_like.config import TimeoutsConfig
 
 ROOT = Path(errors.__file__).parent
@@ -101,6 +102,13 @@ def test_an_unbounded_call_is_found(call: str) -> None:
 )
 def test_a_bounded_call_is_not_found(call: str) -> None:
     assert not list(unbounded(call))
+
+
+def test_a_command_that_waits_for_runs_has_no_limit_of_its_own() -> None:
+    """A run may train for days without a word to the process that started it."""
+    for words in (["train", "smoke"], ["sweep", "smoke"], ["launch", "local", "smoke", "-n", "2"]):
+        assert "stall_timeout" not in parse(words)[0]
+    assert "stall_timeout" in parse(["prepare", "smoke"])[0]
 
 
 def test_limits_of_the_documentation_are_those_of_the_code() -> None:

@@ -188,7 +188,7 @@ def _wait_for_lock(file: IO[str], path: Path) -> None:
     assert isinstance(partial, Path)
     newest, since = 0, time.monotonic()
     while not lock(file):
-        found = max((_time_of_change(one) for one in partial.rglob("*")), default=0)
+        found = _last_change(partial)
         if found != newest:
             newest, since = found, time.monotonic()
             progress()
@@ -201,11 +201,14 @@ def _wait_for_lock(file: IO[str], path: Path) -> None:
         time.sleep(_LOCK_POLL_SECONDS)
 
 
-def _time_of_change(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
+def _last_change(folder: Path) -> int:
+    """Return the newest time of change of the files in a folder in nanoseconds, while they are written and removed."""
+    newest = 0
+    for path, _, names in os.walk(folder):  # It skips folders that are removed meanwhile.
+        for name in names:
+            with contextlib.suppress(OSError):
+                newest = max(newest, os.stat(os.path.join(path, name)).st_mtime_ns)
+    return newest
 
 
 class _StoreBuilder:

@@ -125,7 +125,7 @@ def objectives(subject: Subject) -> Section | None:
     """Return the section of the run's objectives, or of common ones; None if there are none for this model."""
     prompt, answer = subject.inference.prompt, subject.inference.answer
     datas = common_objectives(subject.model, prompt, answer) if subject.run is None else (subject.run.data,)
-    costs = [cost for data in datas for cost in objective_costs(subject.model, data) if cost.raw_tokens]
+    costs = [cost for data in datas for cost in objective_costs(subject.model, data)]
     if not costs:
         return None
     remark = "Only tokens with a loss teach: compare objectives both at equal FLOPs and at equal loss tokens."

@@ -176,8 +176,9 @@ def dialogue(subject: Subject, turns: int) -> Section:
 def speculation(subject: Subject, draft: Draft) -> Section:
     inference = subject.inference
     drafting = dataclasses.replace(inference, model=draft.model)
-    step = inference.seconds(inference.step(inference.first_length))
-    cost = drafting.seconds(drafting.step(drafting.first_length)) / step
+    # Steps like checks read the experts that their rows are expected to use: their ratio is compared.
+    step = inference.seconds(inference.check(0))
+    cost = drafting.seconds(drafting.check(0)) / step
 
     def check(length: int) -> float:
         return inference.seconds(inference.check(length)) / step

@@ -114,14 +114,19 @@ class ObjectiveCost:
 
 
 def objective_costs(model: ModelConfig, data: DataConfig) -> list[ObjectiveCost]:
-    """Return the costs of the objectives of `data`, each in rows of its own sub-batch; empty for live seqio data."""
+    """Return the costs of the objectives of `data`, each in rows of its own sub-batch; empty for live seqio data.
+
+    Objectives whose rows are too short for any text are left out.
+    """
     if data.seqio is not None or model.task_head is not None:
         return []
     shapes = row_shapes(data)
     costs = []
     for objective in data.objectives:
+        raw = row_tokens(objective, data)
+        if not raw:
+            continue
         shape = shapes[sub_batch_of(objective, data) if len(shapes) > 1 else MAIN]
         forward = forward_flops(model, sub_batch_spec(data, shape, rows=1))
-        raw, loss = row_tokens(objective, data), row_loss_tokens(objective, data)
-        costs.append(ObjectiveCost(objective.name, raw, loss, 3.0 * forward))
+        costs.append(ObjectiveCost(objective.name, raw, row_loss_tokens(objective, data), 3.0 * forward))
     return costs

@@ -108,7 +108,8 @@ EXITS_ALONE = "ctypes.CDLL(None).pthread_exit(None)"
 def test_a_process_whose_threads_do_not_all_end_is_killed_or_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], can_be_killed: bool
 ) -> None:
-    monkeypatch.setattr(local, "KILL_SECONDS", 1.0)
+    # A process that can be killed must end within this time, also on a loaded machine.
+    monkeypatch.setattr(local, "KILL_SECONDS", 5.0 if can_be_killed else 1.0)
     kill = local._ProcessGroup.kill
     groups = []
     if not can_be_killed:

@@ -129,6 +129,7 @@ def test_a_config_json_alone_describes_the_model_of_its_family(kind: str) -> Non
         (["llama_3:8b", "--acceptance", "0.5"], "--acceptance: found no --draft, expected both"),
         (["llama_3:8b", "--draft", "llama_3:1b", "--acceptance", "75"], "found 75, expected a probability"),
         (["llama_3:8b", "--draft", "bert", "--acceptance", "0.7"], "--draft with bert: found an encoder"),
+        (["bert", "llama_3:8b", "--answer", "1"], "--answer: found 1, expected 2 or more"),
         (["bert", "--answer", "10"], "--answer with bert: found an encoder, expected a model with a decoder"),
         (["llama_3:8b", "bert", "--turns", "2"], "--turns with bert: found an encoder"),
         (["llama_3:9b"], "found 'llama_3:9b', expected llama_3:SIZE with one of 1b, 3b, 8b, 70b"),
@@ -155,6 +156,26 @@ def test_a_hugging_face_configuration_that_is_not_understood_is_refused(
     path.write_text(json.dumps({"model_type": "llama", **family.write(model), "logit_warp": 2.0}))
     assert main(["account", str(path)]) == EXIT_USAGE
     assert "logit_warp" in capsys.readouterr().err
+
+
+def test_rows_that_are_too_short_for_an_objective_have_an_account(capsys: pytest.CaptureFixture[str]) -> None:
+    pair, alone = accounts(capsys, "t5_1_1:small", "llama_3:1b", "--prompt", "1", "--answer", "2")
+    assert ("span corruption (3, 15 %)", "tokens") not in pair.get("loss tokens per GFLOP of training", {})
+    assert ("causal LM", "tokens") in alone["loss tokens per GFLOP of training"]
+    (pair,) = accounts(capsys, "t5_1_1:small", "--answer", "1")
+    assert pair["least time"]["the answer", "seconds"] == pair["least time"]["the last step", "seconds"]
+
+
+def test_drafts_pay_where_a_step_of_the_batch_reads_all_experts_anyway(capsys: pytest.CaptureFixture[str]) -> None:
+    draft = ["--draft", "llama_3:1b", "--acceptance", "0.7"]
+    speeds = {}
+    for rows in ("1", "16"):
+        (found,) = accounts(capsys, "mixtral_8x7b", *draft, "--batch", rows)
+        section = found["speculative decoding"]
+        free = next(each["value"] for name, each in section.items() if "(1 - a**" in name)
+        speeds[rows] = section["speed", "times"] / free
+    # A single row chooses 2 of 8 experts in a step and more in a check; 16 rows choose nearly all in either.
+    assert speeds["1"] < 0.8 and speeds["16"] > 0.9
 
 
 @pytest.fixture(scope="module")

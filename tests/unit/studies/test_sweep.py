@@ -1,4 +1,4 @@
-"""Results of a sweep: the order of its arms, what is told apart, and the page of the best."""
+"""Results of a sweep: the order of its arms, which arms are significantly worse, and the page of the best."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def arms(monkeypatch: pytest.MonkeyPatch) -> list[Arm]:
     return [Arm(name, (), dataclasses.replace(example(), name=name)) for name in BITS]
 
 
-def test_arms_are_ordered_and_only_clear_differences_are_told(arms: list[Arm]) -> None:
+def test_arms_are_ordered_and_only_significant_differences_have_a_verdict(arms: list[Arm]) -> None:
     found = sweep.sweep_result(arms[:-1], Path("w"))
     assert [checkpoint.path.name for checkpoint in found.checkpoints] == list("bcgfeda")
     # Each interval alone is +-0.1 wide: the paired differences tell the arms apart.
-    assert [checkpoint.path.name for checkpoint in found.not_told_apart] == ["c"]
+    assert [checkpoint.path.name for checkpoint in found.not_worse] == ["c"]
     assert [cell.verdict for cell in found.cells[2:]] == ["worse"] * 5
     highest_first = sweep.sweep_result(arms[:-1], Path("w"), "score")
     assert highest_first.checkpoints[0].path.name == "a"
@@ -61,7 +61,7 @@ def test_arms_are_ordered_and_only_clear_differences_are_told(arms: list[Arm]) -
 def test_scores_of_other_text_have_no_verdict(arms: list[Arm]) -> None:
     found = sweep.sweep_result(arms, Path("w"))
     assert found.checkpoints[0].path.name == "h"
-    assert found.not_told_apart == [] and all(cell.other_text for cell in found.cells[1:])
+    assert found.not_worse == [] and all(cell.other_text for cell in found.cells[1:])
 
 
 def test_the_page_has_the_best_that_fit(
@@ -79,7 +79,7 @@ def test_the_page_has_the_best_that_fit(
     assert written == list("bcgfed")
     out = capsys.readouterr().out
     assert "best: b, bits_per_byte 1.500" in out
-    assert "not told apart from it on this text: c" in out and "the page shows the best 6 arms" in out
+    assert "not significantly worse on this text: c" in out and "the page shows the best 6 arms" in out
 
 
 def test_a_metric_that_an_arm_lacks_is_refused(arms: list[Arm]) -> None:

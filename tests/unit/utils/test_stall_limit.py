@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -112,6 +113,23 @@ def test_another_process_that_prepares_a_store_and_writes_nothing(
         assert "waiting" in said[0]
     with prepare._lock(path, said.append):
         assert len(said) == 1
+
+
+def test_a_store_that_is_finished_while_its_files_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process renames the folder, which then is no longer there."""
+    for name in ("a", "b"):
+        (tmp_path / "store.partial" / name).mkdir(parents=True)
+        (tmp_path / "store.partial" / name / "tokens").touch()
+    assert prepare._last_change(tmp_path / "store.partial") > 0
+
+    def finish(path: str) -> os.stat_result:
+        monkeypatch.undo()
+        shutil.move(tmp_path / "store.partial", tmp_path / "store")
+        return os.stat(path)
+
+    monkeypatch.setattr(prepare.os, "stat", finish)
+    assert prepare._last_change(tmp_path / "store.partial") == 0
+    assert (tmp_path / "store").is_dir()
 
 
 def test_a_lock_that_is_held_for_too_long(tmp_path: Path) -> None:
