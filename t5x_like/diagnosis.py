@@ -9,6 +9,7 @@ import dataclasses
 import os
 import platform
 import resource
+import secrets
 import shutil
 import tempfile
 import time
@@ -17,13 +18,15 @@ from importlib import metadata
 from pathlib import Path
 
 from t5x_like import run_directory
-from t5x_like.checkpoints.checksums import verify_checksums
-from t5x_like.checkpoints.manager import CheckpointManager
+from t5x_like.checkpoints.opening import open_checkpoints
 from t5x_like.config.run import CheckpointConfig
 from t5x_like.data.store.prepare import open_stores
 from t5x_like.data.store.token_store import Store
 from t5x_like.errors import SafetyError, UserError
 from t5x_like.model_loading import LoadedModel, open_model
+from t5x_like.storage import locations
+from t5x_like.storage.locations import Location, Url
+from t5x_like.storage.mirror import local_copy
 from t5x_like.utils import formatting
 from t5x_like.utils.file_lock import lock
 from t5x_like.utils.json_reader import read_json
@@ -107,22 +110,48 @@ def _storage(directory: Path) -> Findings:
             yield Finding("locks", str(error), "see the message")
 
 
-def examine(target: Path) -> Findings:
-    """Yield findings about a run, a token store, an imported model or a Hugging Face directory."""
-    if (target / "info.json").is_file() or (target / "COMMITTED").is_file():
-        yield from _guarded("token store", lambda: _store(Store.open(target)))
-        return
+def examine_object_store(url: Url) -> Findings:
+    """Yield findings about the object store of a URL: whether keys can be written, on a condition, and listed."""
+    yield from _guarded(f"storage of {url}", lambda: _object_store(url))
+
+
+def _object_store(url: Url) -> Findings:
+    key = url / f".doctor-{secrets.token_hex(8)}"
+    began = time.monotonic()
+    is_new = locations.write_new(key, b"1")
+    seconds = time.monotonic() - began
     try:
+        holds = is_new and not locations.write_new(key, b"2") and locations.read_bytes(key) == b"1"
+        advice = "leases need conditional writes: two processes could own one run" if not holds else ""
+        yield Finding("conditional writes", "work" if holds else "do not work", advice, is_failure=not holds)
+        is_listed = key.name in locations.keys_between(url, key.name, f"{key.name}/")
+        advice = "" if is_listed else "allow the account to list the bucket"
+        yield Finding("list", "works" if is_listed else "does not work", advice, is_failure=not is_listed)
+    finally:
+        locations.remove_key(key)
+    yield Finding("permission", f"{url} can be written: {seconds:.2f} s for a read and a write")
+
+
+def examine(target: Location) -> Findings:
+    """Yield findings about a run, a token store, an imported model or a Hugging Face directory."""
+    try:
+        if isinstance(target, Url) and not locations.exists(target):
+            yield Finding("content", "no objects")
+            return
+        if any(locations.read_bytes(target / name) is not None for name in ("info.json", "COMMITTED")):
+            yield from _guarded("token store", lambda: _store(Store.open(target)))
+            return
+        target = local_copy(str(target), "RUN|STORE|MODEL")
         loaded = open_model(target)
     except UserError as error:
         yield Finding(str(target), str(error), "see the message", is_failure=True)
         return
     yield Finding("kind", _KINDS[loaded.kind])
     if loaded.kind != "huggingface":
-        yield from _guarded("checkpoints", lambda: _checkpoints(target, loaded.kind == "run"))
+        yield from _guarded("checkpoints", lambda: _checkpoints(loaded.path, loaded.kind == "run"))
     if loaded.kind == "run":
-        yield from _guarded("records", lambda: _records(target))
-        yield from _guarded("last exit", lambda: _last_exit(target))
+        yield from _guarded("records", lambda: _records(loaded.path))
+        yield from _guarded("last exit", lambda: _last_exit(loaded.path))
         yield from _guarded("data", lambda: _data(loaded))
     else:
         yield from _guarded("tokenizer", lambda: _tokenizer(loaded))
@@ -138,12 +167,13 @@ def _guarded(subject: str, check: Callable[[], Findings]) -> Findings:
 
 def _checkpoints(target: Path, is_run: bool) -> Findings:
     directory = target / run_directory.CHECKPOINTS
-    steps = CheckpointManager(directory, CheckpointConfig(), read_only=True).steps()
+    checkpoints = open_checkpoints(target, CheckpointConfig(), read_only=True)
+    steps = checkpoints.steps()
     if not steps:
         advice = "nothing was saved, or the volume with the checkpoints is not mounted"
         yield Finding("checkpoints", "none", advice, is_failure=not is_run)
     for step in steps:
-        problems = verify_checksums(directory / str(step))
+        problems = checkpoints.find_damage(step)
         advice = "resuming uses the newest intact one and sets this one aside" if problems else ""
         yield Finding(f"checkpoint {step}", "; ".join(problems) or "intact", advice, bool(problems))
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:

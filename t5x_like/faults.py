@@ -79,6 +79,12 @@ STORAGE_FAILED = Fault(
         errno.EHOSTDOWN,
     ),
 )
+ACCESS_REFUSED = Fault(
+    "the storage refuses access",
+    r"PERMISSION_DENIED|UNAUTHENTICATED|permission denied|access denied|invalid_grant|ExpiredToken",
+    EXIT_USAGE,
+    (errno.EACCES, errno.EPERM),
+)
 FAULTS = (
     # The first entry that matches decides.
     Fault(
@@ -92,12 +98,7 @@ FAULTS = (
         r"RESOURCE_EXHAUSTED|out of memory|CUDA_ERROR_OUT_OF_MEMORY|failed to allocate",
         EXIT_UNEXPECTED,
     ),
-    Fault(
-        "the storage refuses access",
-        r"PERMISSION_DENIED|UNAUTHENTICATED|permission denied|access denied|invalid_grant",
-        EXIT_USAGE,
-        (errno.EACCES, errno.EPERM),
-    ),
+    ACCESS_REFUSED,
     DEVICE_FAILED,
     PEER_LOST,
     Fault("preempted", r"preempt(ed|ion)|maintenance event|SIGTERM", EXIT_RESUMABLE),

@@ -16,14 +16,17 @@ from t5x_like import run_directory
 from t5x_like.adapters.lora import LoraSpec
 from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.interface import Checkpoints
-from t5x_like.checkpoints.manager import CheckpointManager
+from t5x_like.checkpoints.opening import open_checkpoints
 from t5x_like.config import CheckpointConfig, LoraConfig, ModelConfig
 from t5x_like.errors import SafetyError
 from t5x_like.sharding.batch_placement import on_host
+from t5x_like.storage.mirror import local_copy, original
 from t5x_like.utils import tree_paths
 from t5x_like.utils.json_reader import read_json
 from t5x_like.utils.type_aliases import PyTree
 
+BASE = "training.lora.base"
+"""Name of the field with the directory of the base."""
 RECORD = "base"
 """Key of a checkpoint's meta under which it records the base."""
 _EXECUTION_FIELDS = frozenset(
@@ -61,23 +64,24 @@ def open_base(
     Raises:
       SafetyError: the base is missing, damaged, of another shape, has adapters itself, or is not the recorded one.
     """
-    directory = Path(config.base)
-    checkpoints = directory / run_directory.CHECKPOINTS
+    directory = local_copy(config.base, BASE)
     fix = "restore it, or name its directory by --training.lora.base DIR"
-    if not checkpoints.is_dir():
-        raise SafetyError(f"the base of the adapters is not in {directory}: found no checkpoints there; {fix}")
+    if not (directory / run_directory.CHECKPOINTS).is_dir():
+        raise SafetyError(
+            f"the base of the adapters is not in {original(directory)}: found no checkpoints there; {fix}"
+        )
     base_document = _describe(directory)
     if base_document.get("training", {}).get("lora"):
         merge = f"`t5x-like convert --merge {directory} OUT` and take OUT"
         raise SafetyError(f"the base {directory} is a run of adapters itself, expected whole parameters: {merge}")
-    manager = CheckpointManager(checkpoints, CheckpointConfig(), read_only=True)
+    manager = open_checkpoints(directory, CheckpointConfig(), read_only=True)
     try:
         # An import of the recorded run has another step. The fingerprint below decides whether it is the right base.
         known_step = recorded["step"] if recorded is not None and recorded["step"] in manager.steps() else None
         step, params, _ = manager.restore_params(abstract_params, known_step)
     finally:
         manager.close()
-    record = {"path": str(directory), "step": step, "fingerprint": fingerprint(params)}
+    record = {"path": original(directory), "step": step, "fingerprint": fingerprint(params)}
     if recorded is not None and recorded["fingerprint"] != record["fingerprint"]:
         raise SafetyError(
             f"the base {directory}, step {step}: found parameters with the fingerprint {record['fingerprint']}, "

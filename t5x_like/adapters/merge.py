@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from t5x_like import run_directory
-from t5x_like.adapters.base_weights import RECORD
+from t5x_like.adapters.base_weights import BASE, RECORD
 from t5x_like.adapters.restore import restore_whole
 from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.manager import CheckpointManager
@@ -19,6 +19,7 @@ from t5x_like.checkpoints.model_dir import HUGGINGFACE_DIR
 from t5x_like.config import CheckpointConfig, RunConfig
 from t5x_like.config.serialization import to_dict, to_json
 from t5x_like.errors import ConfigError, ConfigProblem
+from t5x_like.storage.mirror import local_copy
 from t5x_like.utils import tree_paths
 from t5x_like.utils.sanitize import say
 from t5x_like.utils.type_aliases import PyTree
@@ -67,7 +68,7 @@ def write_whole(directory: Path, run: RunConfig, out: Path, step: int, params: P
       SafetyError: `out` exists or cannot be written.
     """
     plain = dataclasses.replace(run, training=dataclasses.replace(run.training, lora=None, ema_decay=None))
-    source = directory if run.training.lora is None else Path(run.training.lora.base)
+    source = directory if run.training.lora is None else local_copy(run.training.lora.base, BASE)
     with model_dir.made_whole(out) as partial:
         if (source / model_dir.MODEL).is_file():
             model_dir.describe(partial, run.model, model_dir.read_model(source)[1])

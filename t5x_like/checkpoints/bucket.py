@@ -159,6 +159,12 @@ class BucketCheckpoints(Checkpoints):
     def digest(self, step: int) -> str:
         return hashlib.sha256(encoded(self._required_record(step))).hexdigest()[:32]
 
+    def find_damage(self, step: int) -> list[str]:
+        record, problems = self._read_record(step)
+        if record is None:
+            return problems
+        return bucket_arrays.find_damage(self._data(record), record["arrays"]) + self._files_of(record)[1]
+
     def remove_after(self, step: int) -> None:
         for later in reversed(self.steps()):
             if later > step:

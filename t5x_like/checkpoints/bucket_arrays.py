@@ -9,6 +9,7 @@ own. Orbax is not used here: it needs a file system with renames and cannot be p
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -135,6 +136,43 @@ def read(
         return {}, sorted(problems)
     # The parts of an array are released as soon as it is on the devices.
     return {path: _assemble(leaf, parts.pop(path)) for path, leaf in leaves.items()}, []
+
+
+def find_damage(url: Url, described: Mapping[str, Metadata]) -> list[str]:
+    """Read all chunks of all arrays, one by one, and return the problems of the damaged arrays.
+
+    Raises:
+      FaultError: the object store failed.
+    """
+    problems: dict[str, str] = {}
+
+    def begin(part: tuple[str, Index]) -> tuple[int, Callable[[], object]]:
+        path, index = part
+        view = _open(url, path, described[path])[index]
+        future = view.read()
+
+        def finish() -> None:
+            try:
+                locations.wait(url, future)
+            except ValueError as error:
+                _raise_fault(url, error)
+                problems.setdefault(path, f"{path}: {_reason(error)}")
+
+        return view.size * view.dtype.numpy_dtype.itemsize, finish
+
+    for finish in _windowed(((path, index) for path in described for index in _chunks(described[path])), begin):
+        finish()
+    return [problems[path] for path in sorted(problems)]
+
+
+def _chunks(metadata: Metadata) -> Iterable[Index]:
+    """Yield the parts of an array that its chunks hold."""
+    lengths = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    parts = [
+        [slice(start, min(start + length, size)) for start in range(0, size, length)]
+        for size, length in zip(metadata["shape"], lengths, strict=True)
+    ]
+    yield from itertools.product(*parts)
 
 
 def _open(url: Url, path: str, metadata: Metadata) -> Any:

@@ -132,6 +132,10 @@ class Checkpoints(ABC):
         """
 
     @abstractmethod
+    def find_damage(self, step: int) -> list[str]:
+        """Read a whole checkpoint in this process, and return what is not as it was saved."""
+
+    @abstractmethod
     def remove_after(self, step: int) -> None:
         """Remove the checkpoints after `step`, in process 0."""
 

@@ -201,6 +201,9 @@ class CheckpointManager(Checkpoints):
         except OSError as error:
             raise SafetyError(f"{sums}: unreadable ({error.strerror}), expected a checkpoint's checksums") from None
 
+    def find_damage(self, step: int) -> list[str]:
+        return checksums.verify_checksums(self._path(step))
+
     def _finish(self, step: int, committed: Callable[[], None], record: str, size: int) -> None:
         """Complete a save after its arrays have been handed to Orbax; runs in the background."""
         try:

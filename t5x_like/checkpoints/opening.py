@@ -30,7 +30,7 @@ def open_checkpoints(
       kept: Returns which of the saved steps are kept although newer ones exist.
     """
     directory, mirror = run_dir / CHECKPOINTS, mirror_of(run_dir)
-    if mirror is None:
+    if mirror is None or mirror.has_local_checkpoints:
         return CheckpointManager(directory, config, read_only=read_only, record=record, kept=kept)
     return BucketCheckpoints(
         mirror.url / CHECKPOINTS,

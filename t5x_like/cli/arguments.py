@@ -12,13 +12,13 @@ from typing import Any, NoReturn, get_args
 
 from t5x_like import plugins
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
+from t5x_like.cli.recipe_argument import recipe_run
 from t5x_like.config import RunConfig
-from t5x_like.config.recipes import BASE
 from t5x_like.distributed.flags import DistributedFlags, Launcher
 from t5x_like.errors import EXIT_RESUMABLE, EXIT_USAGE, ConfigError
 from t5x_like.utils.sanitize import say, visible
 from t5x_like.utils.stall_limit import STALL_SECONDS
-from t5x_like.utils.trusted_urls import require_local, scheme_of
+from t5x_like.utils.trusted_urls import location_problems, require_local, scheme_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,42 +37,6 @@ class Parser(argparse.ArgumentParser):
         hint = f" (perhaps you meant {', '.join(near)})" if near else ""
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, visible(f"t5x-like: {message}{hint}\n"))
-
-
-CONTINUE = "from:"
-"""Prefix of a recipe that continues a published model."""
-
-
-def recipe_words(arguments: list[str]) -> list[str]:
-    """Return the arguments of a command that takes a recipe, with `--from MODEL_DIR` as a part of the recipe.
-
-    Alone it is the recipe `from:MODEL_DIR`; after a recipe it is the model that this starts from, `RECIPE@MODEL_DIR`.
-    """
-    for position, word in enumerate(arguments):
-        name, has_value, value = word.partition("=")
-        if name == "--from" and (has_value or position + 1 < len(arguments)):
-            rest = arguments[position + (1 if has_value else 2) :]
-            directory = value if has_value else arguments[position + 1]
-            if not arguments[0].startswith("-"):
-                return [f"{arguments[0]}{BASE}{directory}", *arguments[1:position], *rest]
-            return [f"{CONTINUE}{directory}", *arguments[:position], *rest]
-    return arguments
-
-
-def starts_from_model(reference: str) -> bool:
-    """Return whether a RECIPE names a model that it starts from, so that `train` prepares its data as well."""
-    return reference.startswith(CONTINUE) or BASE in reference
-
-
-def recipe_run(reference: str) -> RunConfig:
-    """Return the run of a RECIPE, without overrides and not validated."""
-    if reference.startswith(CONTINUE):
-        from t5x_like.interop.huggingface.continued_run import continued_run
-
-        return continued_run(Path(reference.removeprefix(CONTINUE)))
-    from t5x_like.config.recipes import load_recipe
-
-    return load_recipe(reference)
 
 
 class RecipeHelp(argparse.Action):
@@ -171,6 +135,9 @@ MODEL_HELP = (
     "directory of a run (`train --workdir`), of a model written by `convert --from`, or of a Hugging Face model; "
     "DIR:STEP takes the checkpoint of a step instead of the newest"
 )
+
+
+OUT_HELP = "directory or URL (gs:// or s3://) to write, which must not exist"
 
 
 def add_model_argument(parser: argparse.ArgumentParser, help: str = MODEL_HELP) -> None:
@@ -285,6 +252,56 @@ def local_path(text: str) -> Path:
     """Return the path of an argument that must not be a URL, which would become a folder of that name."""
     require_local(text, "a path argument")
     return Path(text)
+
+
+def input_path(text: str) -> Path:
+    """Return the path of a file to read; of a URL, the local path that it is downloaded to."""
+    if not scheme_of(text):
+        return Path(text)
+    # TensorStore takes a second to import.
+    from t5x_like.storage.transfers import input_file
+
+    return input_file(text, "a file to read")
+
+
+def output_path(text: str) -> Path:
+    """Return the path of a file to write; of a URL, the local path that is uploaded when the command has ended."""
+    if not scheme_of(text):
+        return Path(text)
+    from t5x_like.storage.transfers import output_file
+
+    return output_file(text, "a file to write")
+
+
+def continued_output_path(text: str) -> Path:
+    """Return the path of a file to write, as `output_path` does, which the same command continues."""
+    if not scheme_of(text):
+        return Path(text)
+    from t5x_like.storage.transfers import output_file
+
+    return output_file(text, "a file to write", is_continued=True)
+
+
+def output_directory_path(text: str) -> Path:
+    """Return the path of a directory to create; of a URL, the local path that is uploaded at the end."""
+    if not scheme_of(text):
+        return Path(text)
+    from t5x_like.storage.transfers import output_directory
+
+    return output_directory(text, "a directory to write")
+
+
+def location_text(text: str) -> str:
+    """Return the text of a path or URL that is opened later, or elsewhere, after a check of its scheme."""
+    if problems := location_problems(text, "a path argument"):
+        raise ConfigError(problems)
+    return text
+
+
+def local_text(text: str) -> str:
+    """Return the text of a path on another machine, which must not be a URL."""
+    require_local(text, "a path argument")
+    return text
 
 
 def run_directory_path(text: str) -> Path:

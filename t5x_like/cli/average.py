@@ -6,7 +6,14 @@ import argparse
 from typing import Any
 
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
-from t5x_like.cli.arguments import add_command, add_devices_option, local_path, positive, simulate_devices
+from t5x_like.cli.arguments import (
+    OUT_HELP,
+    add_command,
+    add_devices_option,
+    output_directory_path,
+    positive,
+    simulate_devices,
+)
 from t5x_like.errors import EXIT_OK
 
 
@@ -15,7 +22,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "run_dir", type=CheckpointRef.parse, metavar="RUN", help="run directory; DIR:STEP,STEP names the checkpoints"
     )
-    parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write, which must not exist")
+    parser.add_argument("out", type=output_directory_path, metavar="OUT", help=OUT_HELP)
     parser.add_argument(
         "--last", type=positive, default=5, metavar="N", help="without steps: the N newest checkpoints (default: 5)"
     )

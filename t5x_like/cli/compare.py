@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from t5x_like.cli.arguments import add_command, add_models_argument, local_path, positive
+from t5x_like.cli.arguments import add_command, add_models_argument, output_path, positive
 from t5x_like.errors import EXIT_OK
 from t5x_like.utils.sanitize import say
 
@@ -19,7 +19,7 @@ def register(commands: Any) -> None:
         help="directory of an evaluated run; DIR:STEP or DIR:STEP,STEP for steps (default: the newest evaluated one)",
     )
     parser.add_argument(
-        "--output", type=local_path, default=Path("comparison.html"), metavar="PATH", help="file of the HTML page"
+        "--output", type=output_path, default=Path("comparison.html"), metavar="PATH", help="file of the HTML page"
     )
     parser.add_argument("--samples", type=positive, default=6, metavar="N", help="samples of each Task (default: 6)")
     parser.set_defaults(overrides=False)

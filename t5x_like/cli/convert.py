@@ -7,10 +7,11 @@ from typing import Any
 
 from t5x_like.cli.arguments import (
     MODEL_HELP,
+    OUT_HELP,
     add_command,
     add_devices_option,
     add_model_argument,
-    local_path,
+    output_directory_path,
     positive_number,
     simulate_devices,
 )
@@ -35,7 +36,7 @@ def register(commands: Any) -> None:
     direction.add_argument("--to", dest="to_format", choices=("hf",), help="write MODEL as a Hugging Face directory")
     direction.add_argument("--merge", action="store_true", help="merge the adapters of the run MODEL into its base")
     add_model_argument(parser, help=f"{MODEL_HELP}; with --from, the directory to import")
-    parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write, which must not exist")
+    parser.add_argument("out", type=output_directory_path, metavar="OUT", help=OUT_HELP)
     parser.add_argument(
         "--model",
         dest="architecture",

@@ -10,7 +10,8 @@ from t5x_like.cli.arguments import (
     add_devices_option,
     add_model_argument,
     add_processes_options,
-    local_path,
+    input_path,
+    output_path,
     positive,
     process_flags,
     simulate_devices,
@@ -23,11 +24,11 @@ def register(commands: Any) -> None:
     add_devices_option(parser)
     add_processes_options(parser)
     parser.add_argument(
-        "--input", type=local_path, required=True, metavar="FILE", help='file of JSON lines {"text": ...}'
+        "--input", type=input_path, required=True, metavar="FILE", help='file of JSON lines {"text": ...}'
     )
     parser.add_argument(
         "--output",
-        type=local_path,
+        type=output_path,
         required=True,
         metavar="FILE",
         help="file to write, .npy or .parquet, with rows in the order of the texts",

@@ -14,7 +14,8 @@ from t5x_like.cli.arguments import (
     add_devices_option,
     add_models_argument,
     add_processes_options,
-    local_path,
+    input_path,
+    output_path,
     positive,
     process_flags,
     simulate_devices,
@@ -46,7 +47,7 @@ def register(commands: Any) -> None:
     parser.add_argument("--num-batches", type=positive, metavar="N", help="batches per objective (default: the run's)")
     parser.add_argument(
         "--output",
-        type=local_path,
+        type=output_path,
         metavar="PATH",
         help="file to write the results to (default: MODEL/evaluation.json)",
     )
@@ -92,7 +93,7 @@ def register(commands: Any) -> None:
     pairs = parser.add_argument_group("minimal pairs")
     pairs.add_argument(
         "--pairs",
-        type=local_path,
+        type=input_path,
         metavar="FILE",
         help="JSON lines with the texts good and bad: report how often the good one is the more likely one",
     )
@@ -104,7 +105,7 @@ def register(commands: Any) -> None:
 
     files = parser.add_argument_group("rows of files: --data FILE, or predictions without a model")
     files.add_argument(
-        "--predictions", type=local_path, metavar="FILE", help="JSON lines with a target and a prediction"
+        "--predictions", type=input_path, metavar="FILE", help="JSON lines with a target and a prediction"
     )
     files.add_argument(
         "--metrics",
@@ -146,8 +147,6 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         )
     if options.data and len(options.data) > 1:
         options.parser.error(f"--data takes one recipe, or files of rows: found {' '.join(options.data)}")
-    if options.follow and _is_in_bucket(options.models[0].path):
-        options.parser.error("--follow watches a local directory: evaluate the steps of a bucket one by one")
     if options.follow and options.split != "validation":
         options.parser.error("--follow scores the validation split: evaluate other splits when the run has finished")
     if options.follow and options.data:
@@ -253,12 +252,6 @@ def _print_scores(scores: dict[str, Any]) -> None:
     Console().print(predictions_table(scores))
     if "confusion" in scores:
         Console().print(confusion_table(scores["confusion"]))
-
-
-def _is_in_bucket(path: Path) -> bool:
-    from t5x_like.storage.mirror import mirror_of
-
-    return mirror_of(path) is not None
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from t5x_like.cli.arguments import add_command, add_model_argument, local_path, positive
+from t5x_like.cli.arguments import OUT_HELP, add_command, add_model_argument, output_directory_path, positive
 
 
 def register(commands: Any) -> None:
@@ -13,7 +13,7 @@ def register(commands: Any) -> None:
         commands, "export", _run, "export a model as StableHLO, with a loader that needs jax but not this package"
     )
     add_model_argument(parser)
-    parser.add_argument("out", type=local_path, metavar="OUT", help="directory to write, which must not exist")
+    parser.add_argument("out", type=output_directory_path, metavar="OUT", help=OUT_HELP)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8"),

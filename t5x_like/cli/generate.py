@@ -10,7 +10,9 @@ from t5x_like.cli.arguments import (
     add_devices_option,
     add_model_argument,
     add_processes_options,
-    local_path,
+    continued_output_path,
+    input_path,
+    location_text,
     positive,
     process_flags,
     simulate_devices,
@@ -26,13 +28,13 @@ def register(commands: Any) -> None:
     source.add_argument("--prompt", metavar="TEXT", help="a single prompt")
     source.add_argument(
         "--input",
-        type=local_path,
+        type=input_path,
         metavar="FILE",
         help='file of JSON lines {"prompt": ...}, answered by JSON lines (default: standard input)',
     )
     parser.add_argument(
         "--output",
-        type=local_path,
+        type=continued_output_path,
         metavar="FILE",
         help="write the JSON lines to this file; if the command is killed, the same command continues the file",
     )
@@ -128,6 +130,7 @@ def _add_search_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--draft-model",
+        type=location_text,
         metavar="MODEL",
         help="speculative decoding with a smaller model; the answers do not change",
     )

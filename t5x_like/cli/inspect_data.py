@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from t5x_like.cli.arguments import add_recipe_command, configured_run, local_path, not_negative, positive
+from t5x_like.cli.arguments import add_recipe_command, configured_run, not_negative, output_path, positive
 from t5x_like.errors import EXIT_OK
 from t5x_like.utils.sanitize import say
 
@@ -25,7 +25,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--output",
-        type=local_path,
+        type=output_path,
         metavar="PATH",
         help="with --stats: file of the page (default: runs/NAME.statistics.html)",
     )

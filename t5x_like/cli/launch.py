@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from t5x_like.cli.arguments import (
     configured_run,
     load_plugins,
     local_path,
+    location_text,
     not_negative,
     plugin_arguments,
     positive,
@@ -24,9 +26,10 @@ from t5x_like.errors import EXIT_OK, ConfigError, ConfigProblem
 from t5x_like.launching import local
 from t5x_like.launching.executor import execute, write
 from t5x_like.launching.job import SHARED_MOUNT, Job
-from t5x_like.launching.rendering import to_text
+from t5x_like.launching.rendering import Step, to_text
 from t5x_like.launching.spot_supervisor import supervise
 from t5x_like.utils.sanitize import say
+from t5x_like.utils.trusted_urls import scheme_of
 
 
 def register(commands: Any) -> None:
@@ -55,8 +58,10 @@ def _add_target(targets: Any, target: Target) -> None:
     job.add_argument("--name", help="name of the job (default: the run's)")
     job.add_argument(
         "--workdir",
+        type=location_text,
         metavar="DIR",
-        help="run directory on the target, or a URL (default: NAME in the shared volume or in runs)",
+        help="run directory on the target, or a URL (default: runs/NAME in the bucket, NAME in the shared volume, or "
+        "runs/NAME in the current directory)",
     )
     job.add_argument(
         "--env",
@@ -109,7 +114,9 @@ def _add_local(targets: Any) -> None:
     parser.add_argument(
         "--devices-per-process", type=positive, metavar="N", help="GPUs per process, or CPU devices without GPUs"
     )
-    parser.add_argument("--workdir", metavar="DIR", help="run directory (default: runs/NAME)")
+    parser.add_argument(
+        "--workdir", type=location_text, metavar="DIR", help="run directory, or a URL (default: runs/NAME)"
+    )
     parser.add_argument(
         "--log-dir", type=local_path, metavar="DIR", help="directory for the output of process N, process.N.txt"
     )
@@ -140,11 +147,12 @@ def _run(options: argparse.Namespace, extra: list[str]) -> int:
     extra = [*plugin_arguments(options), *extra]
     run = _checked(options, extra)
     name = options.name or run.name
+    stores = _stores_in_bucket(options, run, extra)
     job = Job(
         name=name,
         recipe=options.recipe,
-        workdir=options.workdir or f"{_shared(options) or 'runs'}/{name}",
-        arguments=tuple(extra),
+        workdir=options.workdir or f"{_place(options)}/{name}",
+        arguments=(*extra, *stores),
         env=dict(options.env),
         secrets=tuple(options.secret),
         max_restarts=options.max_restarts,
@@ -152,6 +160,10 @@ def _run(options: argparse.Namespace, extra: list[str]) -> int:
         grace_seconds=options.grace_seconds,
     )
     rendering = options.render(options, run, job, options.output or Path("runs") / f"{job.resource}.launch")
+    if stores:
+        data = [*_data_overrides(extra), *stores]
+        prepare = Step("prepare the data", ("t5x-like", "prepare", options.recipe, *data), "before")
+        rendering = dataclasses.replace(rendering, steps=(prepare, *rendering.steps))
     recreate = getattr(options, "recreate", False)
     if recreate and (rendering.recovery is None or not options.execute):
         found, fix = "without --spot or --execute", "a supervisor runs the commands, and recreates spot slices only"
@@ -184,9 +196,38 @@ def _checked(options: argparse.Namespace, arguments: list[str]) -> RunConfig:
     return configured_run(train_options, overrides, options.parser.option_strings)
 
 
-def _shared(options: argparse.Namespace) -> str | None:
-    """Return the mount point of a target's shared volume, if there is one."""
+def _place(options: argparse.Namespace) -> str:
+    """Return the directory, or the URL, in which the run directory is by default.
+
+    Raises:
+      ConfigError: the machines of the target share no disk, and lose theirs, and no place is named.
+    """
+    if "bucket" not in options:
+        return "runs"
+    if options.bucket is not None:
+        return f"{options.bucket}/runs"
     if getattr(options, "nfs", None):
         return SHARED_MOUNT
-    is_mounted = getattr(options, "claim", None) or getattr(options, "bucket", None)
-    return options.mount.rstrip("/") if is_mounted else None
+    if getattr(options, "claim", None):
+        return str(options.mount).rstrip("/")
+    volumes = [f"--{name}" for name in ("nfs", "claim") if name in options]
+    fix = f"or --workdir URL{''.join(f', or a shared volume by {name}' for name in volumes)}"
+    found = "none, for machines that share no disk and are deleted after the run"
+    raise ConfigError([ConfigProblem("--bucket", found, "gs://BUCKET or gs://BUCKET/PATH", fix)])
+
+
+def _stores_in_bucket(options: argparse.Namespace, run: RunConfig, extra: list[str]) -> tuple[str, ...]:
+    """Return the override that puts the token stores into the bucket; none if the recipe or an override names one."""
+    is_named = any(word.partition("=")[0] in ("--data.store-dir", "--data.store_dir") for word in extra)
+    if getattr(options, "bucket", None) is None or is_named or scheme_of(run.data.store_dir) or run.data.seqio:
+        return ()
+    return ("--data.store-dir", f"{options.bucket}/stores")
+
+
+def _data_overrides(words: list[str]) -> list[str]:
+    """Return the overrides of data fields, with their values, which `prepare` needs as well."""
+    found, is_data = [], False
+    for word in words:
+        is_data = word.startswith("--data.") if word.startswith("--") else is_data
+        found += [word] if is_data else []
+    return found

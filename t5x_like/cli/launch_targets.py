@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from t5x_like.cli.arguments import local_path, not_negative, positive
+from t5x_like.cli.arguments import local_path, local_text, not_negative, positive
 from t5x_like.config import RunConfig
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.hardware.topologies import Topology, parse_topology
 from t5x_like.launching import gke, skypilot, slurm, tpu_vm
 from t5x_like.launching.job import SHARED_MOUNT, Job
 from t5x_like.launching.rendering import Rendering
+from t5x_like.utils.trusted_urls import unsupported_url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,22 @@ def assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _add_bucket(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bucket",
+        type=_bucket,
+        metavar="URL",
+        help="gs://BUCKET or s3://BUCKET, with or without a path: the run directory is URL/runs/NAME, and the token "
+        "stores are in URL/stores",
+    )
+
+
+def _bucket(text: str) -> str:
+    if problems := unsupported_url(text, ("gs", "s3"), "--bucket"):
+        raise ConfigError(problems)
+    return text.rstrip("/")
+
+
 def _add_topology(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology",
@@ -57,6 +74,11 @@ def _topology(options: argparse.Namespace, run: RunConfig) -> Topology:
     return parse_topology(text, options.num_slices or 1)
 
 
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    help = "directory to copy and install (default: current)"
+    parser.add_argument("--source", type=local_text, default=".", metavar="DIR", help=help)
+
+
 def _tpu_vm_options(parser: argparse.ArgumentParser) -> None:
     _add_topology(parser)
     parser.add_argument("--zone", required=True, help="zone of the VMs")
@@ -72,8 +94,10 @@ def _tpu_vm_options(parser: argparse.ArgumentParser) -> None:
     )
     capacity.add_argument("--reserved", action="store_true", help="use capacity of a reservation")
     parser.add_argument("--valid-until", metavar="6h", help="time for which a queued request waits (default: no limit)")
-    parser.add_argument("--nfs", metavar="HOST:/EXPORT", help=f"volume for all workers, mounted at {SHARED_MOUNT}")
-    parser.add_argument("--source", default=".", metavar="DIR", help="directory to copy and install (default: current)")
+    _add_bucket(parser)
+    help = f"in place of a bucket: volume for all workers, mounted at {SHARED_MOUNT}"
+    parser.add_argument("--nfs", metavar="HOST:/EXPORT", help=help)
+    _add_source(parser)
     parser.add_argument(
         "--gcloud-flag",
         action="append",
@@ -110,10 +134,11 @@ def _gke_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queue", default=gke.Gke.queue, help=f"Kueue's local queue (default: {gke.Gke.queue})")
     parser.add_argument("--no-queue", action="store_true", help="for a cluster without Kueue")
     parser.add_argument("--service-account", metavar="NAME", help="Kubernetes service account")
-    parser.add_argument("--claim", metavar="NAME", help="volume claim for all pods, for the run directory")
-    parser.add_argument(
-        "--mount", default=gke.Gke.mount, metavar="DIR", help=f"mount point of the claim (default: {gke.Gke.mount})"
-    )
+    _add_bucket(parser)
+    help = "in place of a bucket: volume claim for all pods, for the run directory"
+    parser.add_argument("--claim", metavar="NAME", help=help)
+    help = f"mount point of the claim (default: {gke.Gke.mount})"
+    parser.add_argument("--mount", type=local_text, default=gke.Gke.mount, metavar="DIR", help=help)
     parser.add_argument(
         "--secret-object", metavar="NAME", help="Secret object with the secrets (default: the job's name)"
     )
@@ -239,9 +264,8 @@ def _skypilot_options(parser: argparse.ArgumentParser) -> None:
     _add_topology(parser)
     parser.add_argument("--spot", action="store_true", help="use preemptible machines")
     parser.add_argument("--infra", metavar="CLOUD/REGION", help="cloud and region (default: SkyPilot's choice)")
-    parser.add_argument("--bucket", metavar="URL", help="bucket for all nodes, for the run directory")
-    parser.add_argument("--mount", default=skypilot.SkyPilot.mount, metavar="DIR", help="mount point of the bucket")
-    parser.add_argument("--source", default=".", metavar="DIR", help="directory to copy and install (default: current)")
+    _add_bucket(parser)
+    _add_source(parser)
 
 
 def _skypilot(options: argparse.Namespace, run: RunConfig, job: Job, directory: Path) -> Rendering:
@@ -251,8 +275,6 @@ def _skypilot(options: argparse.Namespace, run: RunConfig, job: Job, directory: 
             topology=_topology(options, run),
             spot=options.spot,
             infra=options.infra,
-            bucket=options.bucket,
-            mount=options.mount,
             source=options.source,
             directory=directory,
         )

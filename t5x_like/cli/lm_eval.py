@@ -11,6 +11,7 @@ from t5x_like.cli.arguments import (
     add_model_argument,
     local_path,
     not_negative,
+    output_path,
     positive,
     simulate_devices,
 )
@@ -36,7 +37,7 @@ def register(commands: Any) -> None:
         choices=("R", "S", "X"),
         help="mode token in front of each prompt (default: S if the model was trained with it)",
     )
-    parser.add_argument("--output", type=local_path, metavar="PATH", help="write the results to this file as JSON")
+    parser.add_argument("--output", type=output_path, metavar="PATH", help="write the results to this file as JSON")
     parser.set_defaults(overrides=False)
 
 

@@ -11,7 +11,8 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import t5x_like
@@ -37,7 +38,8 @@ from t5x_like.cli import (
     sweep,
     train,
 )
-from t5x_like.cli.arguments import Parser, load_plugins, recipe_words
+from t5x_like.cli.arguments import Parser, load_plugins
+from t5x_like.cli.recipe_argument import recipe_words
 from t5x_like.cli.stall_watch import ended_when_stalled
 from t5x_like.errors import (
     EXIT_BROKEN_PIPE,
@@ -116,9 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "stall_timeout" in options:
                 set_stall_seconds(options.stall_timeout)
                 stack.enter_context(ended_when_stalled())
-            _fetch_models(options)
-            code = command(options, extra)
-            _upload_results()
+            with _objects(options):
+                code = command(options, extra)
         for name in plugins.unused_trust(options.trust):
             say(f"t5x-like: --trust {name}: found no configuration that names it; it had no effect", file=sys.stderr)
         return code
@@ -137,18 +138,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
 
 
-def _fetch_models(options: argparse.Namespace) -> None:
-    """Download the files of the models in object stores."""
-    values = [one for value in vars(options).values() for one in (value if isinstance(value, list) else [value])]
-    if "t5x_like.storage.mirror" in sys.modules:
+@contextlib.contextmanager
+def _objects(options: argparse.Namespace) -> Iterator[None]:
+    """Download the models and files in object stores that the options name, and upload what the command has written."""
+    if "t5x_like.storage.mirror" not in sys.modules:
+        # No option is a URL. TensorStore takes a second to import.
+        yield
+    else:
         from t5x_like.storage.mirror import fetch
+        from t5x_like.storage.transfers import transferred
 
-        for path in {value.path for value in values if isinstance(value, CheckpointRef)}:
+        values = [one for value in vars(options).values() for one in (value if isinstance(value, list) else [value])]
+        # A run that is followed may not have begun.
+        is_followed = getattr(options, "follow", False)
+        for path in {value.path for value in values if isinstance(value, CheckpointRef) and not is_followed}:
             fetch(path)
-
-
-def _upload_results() -> None:
-    """Upload what the command has written for models in object stores."""
+        with transferred(value for value in values if isinstance(value, Path)):
+            yield
     if "t5x_like.storage.mirror" in sys.modules:
         from t5x_like.storage.mirror import upload_results
 

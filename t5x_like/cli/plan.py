@@ -10,7 +10,7 @@ from t5x_like.cli.arguments import (
     add_devices_option,
     add_recipe_command,
     configured_run,
-    local_path,
+    output_path,
     positive,
     simulate_devices,
 )
@@ -38,7 +38,7 @@ def register(commands: Any) -> None:
         "--shardings", action="store_true", help="also list the sharding of each parameter and activation"
     )
     parser.add_argument(
-        "--save", type=local_path, metavar="FILE", help="write the plan; `train --plan FILE` compares with it"
+        "--save", type=output_path, metavar="FILE", help="write the plan; `train --plan FILE` compares with it"
     )
     parser.add_argument("--json", action="store_true", help="print only the plan, as JSON")
     add_compile_options(parser)

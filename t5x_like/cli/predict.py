@@ -10,7 +10,7 @@ from t5x_like.cli.arguments import (
     add_devices_option,
     add_model_argument,
     add_processes_options,
-    local_path,
+    continued_output_path,
     process_flags,
     simulate_devices,
 )
@@ -31,7 +31,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--output",
-        type=local_path,
+        type=continued_output_path,
         required=True,
         metavar="FILE",
         help="JSON lines with the row's fields and the prediction; if the command is killed, the same command "

@@ -12,8 +12,8 @@ from t5x_like.cli.arguments import (
     configured_run,
     local_path,
     plugin_arguments,
-    recipe_run,
 )
+from t5x_like.cli.recipe_argument import recipe_run
 from t5x_like.errors import EXIT_OK
 from t5x_like.utils.sanitize import say
 

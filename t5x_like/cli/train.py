@@ -14,12 +14,12 @@ from t5x_like.cli.arguments import (
     add_processes_options,
     add_recipe_command,
     configured_run,
-    local_path,
+    input_path,
     process_flags,
     run_directory_path,
     simulate_devices,
-    starts_from_model,
 )
+from t5x_like.cli.recipe_argument import starts_from_model
 from t5x_like.errors import EXIT_OK
 from t5x_like.utils.sanitize import say
 
@@ -49,7 +49,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--plan",
-        type=local_path,
+        type=input_path,
         metavar="FILE",
         help="file of `plan --save`: report differences from it; it is kept in the run's directory for the next start",
     )

@@ -38,10 +38,12 @@ def load_recipe(reference: str) -> RunConfig:
         `NAME[:FUNCTION]`, a file of that name in configs/runs, here or among the shipped ones.
 
     Raises:
-      ConfigError: no such file or function, or values of the wrong type.
+      ConfigError: no such file or function, a URL, or values of the wrong type.
       SafetyError: a configuration in JSON names plug-ins that the user does not trust, or that have been changed.
       UserError: the recipe or a plug-in raised an exception.
     """
+    # Code, and files beside it, are taken from this machine only.
+    trusted_urls.require_local(reference.partition(BASE)[0], "RECIPE")
     if reference.endswith(".json"):
         path = Path(reference)
         if not path.is_file():

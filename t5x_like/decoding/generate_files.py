@@ -26,6 +26,7 @@ from t5x_like.decoding.prompt_reader import (
 from t5x_like.decoding.prompted_model import Formats, PromptedModel, formats_of, open_prompted
 from t5x_like.distributed.preemption import SignalStop, stop_on_signals
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, ConfigProblem, SafetyError
+from t5x_like.storage.transfers import is_transferred
 from t5x_like.utils import jsonl, resumable_jsonl
 from t5x_like.utils.progress import RowProgress
 from t5x_like.utils.resumable_jsonl import ResumableLines
@@ -71,8 +72,8 @@ def generate_completions(
     Raises:
       UserError: the input, the settings or the model cannot be used, or the output was made with other settings.
     """
-    if processes > 1 and (output is None or input_path is None):
-        found = f"{processes} processes"
+    if processes > 1 and (output is None or input_path is None or is_transferred(output)):
+        found = f"{processes} processes" + (" with a URL as --output" if is_transferred(output) else "")
         raise ConfigError(
             [ConfigProblem("--input, --output", found, "both, as files that every process can read and write")]
         )

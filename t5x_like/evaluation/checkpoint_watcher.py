@@ -10,11 +10,15 @@ from pathlib import Path
 
 from t5x_like import run_directory
 from t5x_like.errors import EXIT_OK, SafetyError, UserError
+from t5x_like.storage import lease as leases
+from t5x_like.storage.mirror import mirror_of
 from t5x_like.utils.file_lock import lock
 from t5x_like.utils.json_reader import read_json
 from t5x_like.utils.stall_limit import progress
 
 POLL_SECONDS = 5.0
+LOCK = "follow.lock"
+"""File, or key of a lease, of the process that follows a run."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -24,6 +28,7 @@ def watch_checkpoints(
     steps: Callable[[], list[int]],
     is_done: Callable[[int], bool],
     evaluate: Callable[[int], None],
+    refresh: Callable[[], object] = lambda: None,
     timeout: float | None = None,
     poll_seconds: float = POLL_SECONDS,
     sleep: Callable[[float], None] = time.sleep,
@@ -36,6 +41,7 @@ def watch_checkpoints(
     cannot be read is reported once, and not tried again by this process.
 
     Args:
+      refresh: Called before the state of the run is read.
       timeout: Return after this number of seconds without a new checkpoint; None: wait for the end of the run.
 
     Returns:
@@ -49,6 +55,7 @@ def watch_checkpoints(
     waiting_since = clock()
     with _exclusive_lock(run_dir):
         while True:
+            refresh()
             # Read before the steps are listed, so that the list contains all steps of a finished run.
             finished = has_finished(run_dir)
             pending = [step for step in steps() if step not in failed and not is_done(step)]
@@ -97,7 +104,14 @@ def has_finished(run_dir: Path) -> bool:
 
 @contextlib.contextmanager
 def _exclusive_lock(run_dir: Path) -> Iterator[None]:
-    with (run_dir / "follow.lock").open("a") as file:
+    if (mirror := mirror_of(run_dir)) is not None:
+        try:
+            with leases.lease(mirror.url / LOCK, lambda by: None, refuse=True, patience=leases.EXPIRY_SECONDS):
+                yield
+        except leases.HeldError as error:
+            raise SafetyError(f"{error}: it follows {mirror.url}; stop it first") from None
+        return
+    with (run_dir / LOCK).open("a") as file:
         if not lock(file):
             raise SafetyError(f"another process follows {run_dir}; stop it first")
         yield

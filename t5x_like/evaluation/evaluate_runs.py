@@ -20,6 +20,7 @@ from t5x_like.evaluation.options import EvalOptions
 from t5x_like.evaluation.results_store import Result, is_evaluated, write_output
 from t5x_like.model_loading import LoadedModel, model_kind, open_model
 from t5x_like.program import Program
+from t5x_like.storage.mirror import mirror_of
 from t5x_like.utils.console import Console
 
 __all__ = ["evaluate_and_record", "evaluate_checkpoints", "follow_run", "is_evaluated"]
@@ -102,7 +103,19 @@ def follow_run(
             [ConfigProblem("--follow", f"{jax.process_count()} processes", "one process, with any number of devices")]
         )
     console = Console(quiet=jax.process_index() > 0)
-    checkpoint_watcher.wait_for((run_dir / run_directory.CONFIG).is_file, timeout, str(run_dir))
+    mirror = mirror_of(run_dir)
+
+    def refresh() -> None:
+        if mirror is not None:
+            mirror.refresh((run_directory.CONFIG, run_directory.EXIT, run_directory.METRICS, results_store.EVALUATIONS))
+
+    def has_begun() -> bool:
+        refresh()
+        return (run_dir / run_directory.CONFIG).is_file()
+
+    checkpoint_watcher.wait_for(has_begun, timeout, str(run_dir))
+    if mirror is not None:
+        mirror.fetch()
     if model_kind(run_dir) != "run":
         raise ConfigError(
             [ConfigProblem(str(run_dir), "a model that is not a run", "a run, which gets new checkpoints")]
@@ -116,10 +129,12 @@ def follow_run(
             console.print(table)
         if jax.process_index() == 0:
             write_report(run_dir)
+        if mirror is not None:
+            mirror.upload()
 
     is_done = functools.partial(_is_done, run_dir, spec)
     count = checkpoint_watcher.watch_checkpoints(
-        run_dir, steps=loaded.steps, is_done=is_done, evaluate=evaluate, timeout=timeout
+        run_dir, steps=loaded.steps, is_done=is_done, evaluate=evaluate, refresh=refresh, timeout=timeout
     )
     not_done = [step for step in loaded.steps() if not is_done(step)]
     console.print(f"{run_dir}: {count} checkpoints evaluated" + (f", not steps {not_done}" if not_done else ""))

@@ -1,7 +1,9 @@
 """Results store of a run: evaluations.jsonl, evaluation.json of the newest step, and TensorBoard's curves.
 
 Training and a process that follows the run may both write. Each addition reads, merges and replaces the file under a
-lock, so no result is lost, and each step has one line however often a process was killed.
+lock, so no result is lost, and each step has one line however often a process was killed. In an object store, which has
+no locks, only the process that owns the run writes evaluations.jsonl. Others add a file for each result (ADDED), and
+readers join both.
 """
 
 from __future__ import annotations
@@ -10,19 +12,25 @@ import contextlib
 import json
 import logging
 import math
+import secrets
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from t5x_like.errors import DataError
 from t5x_like.monitoring.writers import TENSORBOARD, TensorBoardWriter
+from t5x_like.storage.mirror import is_read_only
 from t5x_like.utils.atomic_write import write_atomically
 from t5x_like.utils.file_lock import lock_within
+from t5x_like.utils.json_reader import read_json
 from t5x_like.utils.jsonl import dumps, encode_records, read_records
 
 EVALUATION = "evaluation.json"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.json"
+ADDED = "evaluation_results"
+"""Folder of the results, in an object store, that other processes than that of the training have added."""
 DETAILS = "evaluations"
 """Folder of the rows that the scores were computed from, by step."""
 DIFFUSION_BOUND = "diffusion_bound"
@@ -45,11 +53,25 @@ def read_evaluations(run_dir: Path) -> dict[int, Result]:
     """
     path = run_dir / EVALUATIONS
     try:
-        return {record["step"]: record for record in read_records(path).records}
+        found = {record["step"]: record for record in read_records(path).records}
     except FileNotFoundError:
-        return {}
+        found = {}
     except OSError as error:
         raise DataError(f"{path}: unreadable ({error.strerror}), expected the results of evaluations") from None
+    return with_added(run_dir, found)
+
+
+def with_added(run_dir: Path, results: Mapping[int, Result]) -> dict[int, Result]:
+    """Return results by step, with those that other processes have added in an object store."""
+    joined = dict(results)
+    # The names begin with the time.
+    for path in sorted((run_dir / ADDED).glob("*.json")):
+        try:
+            added = read_json(path)
+            joined[int(added["step"])] = merge_results(joined.get(int(added["step"]), {}), added)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            _LOG.warning("%s: found no result of an evaluation (%s)", path, error)
+    return joined
 
 
 def is_evaluated(run_dir: Path, step: int, tasks: tuple[str, ...] = ()) -> bool:
@@ -64,6 +86,13 @@ def record(run_dir: Path, result: Result) -> int:
     Entries that only the older result has, such as another Task's scores, are kept.
     """
     path = run_dir / EVALUATIONS
+    if is_read_only(run_dir):
+        (run_dir / ADDED).mkdir(exist_ok=True)
+        write_json(run_dir / ADDED / f"{time.time_ns()}.{secrets.token_hex(4)}.json", result)
+        by_step = read_evaluations(run_dir)
+        if max(by_step) == result["step"]:
+            write_json(run_dir / EVALUATION, by_step[result["step"]])
+        return max(by_step)
     with _locked(run_dir):
         for problem in read_records(path).problems() if path.exists() else ():
             _LOG.warning("%s: %s", path, problem)

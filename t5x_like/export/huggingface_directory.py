@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from t5x_like.adapters.base_weights import BASE
 from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.checkpoints.model_dir import HUGGINGFACE_DIR
@@ -30,6 +31,7 @@ from t5x_like.interop.huggingface.tokenizer_export import write_tokenizer
 from t5x_like.interop.safetensors_file import Pending, TensorFile
 from t5x_like.model_loading import LoadedModel, open_model
 from t5x_like.models.factory import abstract_model
+from t5x_like.storage.mirror import local_copy
 from t5x_like.utils import tree_paths
 from t5x_like.utils.atomic_write import write_atomically
 from t5x_like.utils.sanitize import say
@@ -136,8 +138,9 @@ def _origin(loaded: LoadedModel) -> _Origin:
         unused = [copied(weights, name) for name in description.unused]
         return _Origin(description.family.model_type, loaded.path, unused)
     path, lora = loaded.path, loaded.run.training.lora
-    if lora is not None and (Path(lora.base) / model_dir.MODEL).is_file():
-        path = Path(lora.base)
+    base = path if lora is None else local_copy(lora.base, BASE)
+    if (base / model_dir.MODEL).is_file():
+        path = base
     folder = path / HUGGINGFACE_DIR
     left_out: list[Pending] = []
     if (folder / LEFT_OUT).is_file():

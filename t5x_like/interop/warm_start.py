@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from t5x_like import run_directory
 from t5x_like.adapters.restore import restore_whole
 from t5x_like.checkpoints import model_dir
-from t5x_like.checkpoints.manager import CheckpointManager
+from t5x_like.checkpoints.interface import Checkpoints
+from t5x_like.checkpoints.opening import open_checkpoints
 from t5x_like.config import CheckpointConfig, InitializeFrom, RunConfig
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.tokenizers.loading import has_tokenizer, kept_tokenizer, load_directory_tokenizer, stored_config
@@ -25,11 +26,13 @@ from t5x_like.interop.weight_files import has_weights
 from t5x_like.models.factory import ModelSpec, abstract_model
 from t5x_like.program import Program
 from t5x_like.sharding.shardings import tree_shardings
+from t5x_like.storage.mirror import local_copy
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
 
 Assignment = dict[str, str | None]
 """Path in the source of each parameter; None for a parameter that keeps its fresh value."""
+SOURCE = "initialize_from.directory"
 NOISE = 0.1
 """Noise of a table's new rows, in standard deviations of the old rows."""
 _SHOWN = 20
@@ -50,7 +53,7 @@ def initial_state(program: Program, report: Callable[[str], None]) -> PyTree:
     source = program.run.initialize_from
     if source is None:
         return program.init()
-    directory = Path(source.directory)
+    directory = local_copy(source.directory, SOURCE)
     published = _published(directory)
     old_model = model_dir.read_model(directory)[0] if published is None else published.model
     spec = abstract_model(old_model)
@@ -61,7 +64,7 @@ def initial_state(program: Program, report: Callable[[str], None]) -> PyTree:
     assignment = plan_mapping(source, spec, program.spec)
     if published is not None:
         return _adapted(program, assignment, spec, published.params(wanted), f"parameters of {directory}", report)
-    manager = CheckpointManager(directory / run_directory.CHECKPOINTS, CheckpointConfig(), read_only=True)
+    manager = open_checkpoints(directory, CheckpointConfig(), read_only=True)
     if source.restore_optimizer:
         return _with_optimizer(program, manager, directory, source, report)
     step, params, _ = restore_whole(directory, old_model, source.step, wanted)
@@ -107,7 +110,7 @@ def require_tokenizer_of_source(run: RunConfig, stores: Sequence[Store]) -> None
         return
     if any(re.fullmatch(pattern, "token_embedder/embedding") for pattern in source.reinit):
         return
-    directory = Path(source.directory)
+    directory = local_copy(source.directory, SOURCE)
     tokenizer = _tokenizer_of(directory, is_published=stored_config(stores[0].tokenizer).kind == "published")
     if tokenizer is not None and not have_same_pieces(stores[0].tokenizer, tokenizer):
         raise SafetyError(
@@ -140,7 +143,7 @@ def _tokenizer_of(directory: Path, *, is_published: bool) -> Tokenizer | None:
 
 
 def _with_optimizer(
-    program: Program, manager: CheckpointManager, directory: Path, source: InitializeFrom, report: Callable[[str], None]
+    program: Program, manager: Checkpoints, directory: Path, source: InitializeFrom, report: Callable[[str], None]
 ) -> PyTree:
     """Return the state with parameters and optimizer state of the same model; step and random key are fresh."""
     names = ("params", "opt_state") if (directory / model_dir.MODEL).is_file() else None

@@ -18,7 +18,7 @@ from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.hardware.topologies import Topology
 from t5x_like.launching.accelerator_names import chips_per_host, cloud_names, expectations, shape_text
 from t5x_like.launching.job import SHARED_MOUNT, Job
-from t5x_like.launching.rendering import Rendering, Step
+from t5x_like.launching.rendering import Rendering, Step, bucket_notes
 from t5x_like.launching.text import to_yaml
 
 MANIFEST = "jobset.yaml"
@@ -289,8 +289,7 @@ def _security(spec: Gke) -> dict[str, Any]:
 
 def _notes(spec: Gke) -> tuple[str, ...]:
     notes = ["the failure policy needs JobSet 0.10 or newer in the cluster"]
-    if spec.topology.num_hosts > 1 and spec.claim is None:
-        notes.append("all pods write to one run directory: --claim NAME mounts a shared volume")
+    notes += bucket_notes(spec.job, "the pods' Kubernetes service account (--service-account)")
     if spec.job.secrets:
         keys = ", ".join(spec.job.secrets)
         notes.append(f"the Secret {spec.secret or spec.job.resource} must have the keys {keys}")

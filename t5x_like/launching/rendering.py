@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+from t5x_like.launching.job import Job
 from t5x_like.launching.text import command_line
+from t5x_like.utils.trusted_urls import scheme_of
 
 Stage = Literal["before", "launch", "follow", "stop"]
 
@@ -31,6 +33,19 @@ class Step:
     stage: Stage = "launch"
     until: str | None = None
     never: tuple[str, ...] = ()
+
+
+def bucket_notes(job: Job, account: str) -> list[str]:
+    """Return notes about the bucket of a run directory: the rights that the machines need; none for a directory.
+
+    Args:
+      account: Whom the provider knows the machines as.
+    """
+    if not scheme_of(job.workdir):
+        return []
+    bucket = "/".join(job.workdir.split("/")[:3])
+    rights = "roles/storage.objectUser" if bucket.startswith("gs://") else "the rights to get, put, delete and list"
+    return [f"{account} needs {rights} on {bucket}; keep the bucket in the machines' region"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.hardware.topologies import Topology
 from t5x_like.launching.accelerator_names import accelerator_type, chips_per_host, cloud_names, expectations
-from t5x_like.launching.job import SHARED_MOUNT, Job
-from t5x_like.launching.rendering import Rendering, Step
+from t5x_like.launching.job import Job
+from t5x_like.launching.rendering import Rendering, Step, bucket_notes
 from t5x_like.launching.text import command_line, to_yaml
 
 TASK = "task.yaml"
@@ -26,8 +26,6 @@ class SkyPilot:
       topology: Topology, such as `h100:16` for two nodes of eight GPUs; or one TPU slice.
       spot: Whether to use preemptible machines, which managed jobs replace.
       infra: Cloud and region, such as `gcp/us-central1`; None lets SkyPilot choose.
-      bucket: URL of a bucket that all nodes mount at `mount`.
-      mount: Mount point of the bucket.
       source: Directory that is copied to the nodes.
       directory: Directory of the rendered files.
     """
@@ -36,8 +34,6 @@ class SkyPilot:
     topology: Topology
     spot: bool = False
     infra: str | None = None
-    bucket: str | None = None
-    mount: str = SHARED_MOUNT
     source: str = "."
     directory: Path = Path("launch")
 
@@ -72,8 +68,9 @@ def render(spec: SkyPilot) -> Rendering:
             Step("show the output", ("sky", "jobs", "logs", "--name", name), "follow"),
             Step("cancel the job", ("sky", "jobs", "cancel", "--yes", "--name", name), "stop"),
         ),
-        notes=tuple(
-            f"the secret {secret} is read from the environment of the sky command" for secret in spec.job.secrets
+        notes=(
+            *bucket_notes(spec.job, "the nodes' service account or role"),
+            *(f"the secret {secret} is read from the environment of the sky command" for secret in spec.job.secrets),
         ),
     )
 
@@ -87,8 +84,6 @@ def task(spec: SkyPilot) -> dict[str, Any]:
         "num_nodes": 1 if spec.topology.accelerator.platform == "tpu" else spec.topology.num_hosts,
         "workdir": spec.source,
     }
-    if spec.bucket is not None:
-        document["file_mounts"] = {spec.mount: {"source": spec.bucket, "mode": "MOUNT"}}
     if job.env:
         document["envs"] = dict(job.env)
     if job.secrets:

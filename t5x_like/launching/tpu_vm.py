@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,8 @@ from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.hardware.topologies import Topology
 from t5x_like.launching.accelerator_names import accelerator_type, cloud_names, expectations
 from t5x_like.launching.job import SHARED_MOUNT, Job
-from t5x_like.launching.rendering import Recovery, Rendering, Step
+from t5x_like.launching.rendering import Recovery, Rendering, Step, bucket_notes
 from t5x_like.launching.text import command_line, exports, script
-from t5x_like.utils.trusted_urls import scheme_of
 
 SETUP = "setup.sh"
 RUN = "run.sh"
@@ -235,11 +233,5 @@ def _on_all(spec: TpuVm, verb: str, operands: Sequence[str]) -> list[str]:
 
 
 def _notes(spec: TpuVm) -> tuple[str, ...]:
-    notes = [f"{name} is read from Secret Manager on each worker" for name in spec.job.secrets]
-    if spec.topology.num_hosts > 1 and not (os.path.isabs(spec.job.workdir) or scheme_of(spec.job.workdir)):
-        hosts = spec.topology.num_hosts
-        notes.append(
-            f"{hosts} hosts write to one run directory: name a bucket by --workdir gs://BUCKET/PATH, or mount a shared "
-            f"volume at {SHARED_MOUNT} by --nfs HOST:/EXPORT"
-        )
-    return tuple(notes)
+    secrets = [f"{name} is read from Secret Manager on each worker" for name in spec.job.secrets]
+    return (*bucket_notes(spec.job, "the VMs' service account"), *secrets)

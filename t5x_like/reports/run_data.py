@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from t5x_like.evaluation.results_store import with_added
 from t5x_like.reports.charts import Series, is_finite, series
 from t5x_like.reports.sample_view import Sample, sample
 from t5x_like.utils.json_reader import read_json
@@ -76,7 +77,8 @@ def read_run(run_dir: Path) -> RunFiles:
         return found.records
 
     config = mapping(document("config.json"))
-    evaluations: dict[int, Mapping[str, Any]] = {record["step"]: record for record in lines("evaluations.jsonl")}
+    recorded = {record["step"]: record for record in lines("evaluations.jsonl")}
+    evaluations: dict[int, Mapping[str, Any]] = {**with_added(run_dir, recorded)}
     evaluation = mapping(document("evaluation.json"))
     if isinstance(evaluation.get("step"), int):
         evaluations[evaluation["step"]] = evaluation

@@ -22,7 +22,7 @@ from typing import Any
 import tensorstore
 
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
-from t5x_like.faults import STORAGE_FAILED, FaultError, fault_of
+from t5x_like.faults import ACCESS_REFUSED, STORAGE_FAILED, FaultError, fault_of
 from t5x_like.utils.atomic_write import replaced_file
 from t5x_like.utils.stall_limit import progress, stall_seconds
 from t5x_like.utils.trusted_urls import STORE_SCHEMES, require_trusted
@@ -41,6 +41,10 @@ CONTEXT = tensorstore.Context({"s3_request_retries": _RETRIES, "gcs_request_retr
 _ANSWERED: set[str] = set()
 """Buckets that have answered a request of this process."""
 _LOG = logging.getLogger(__name__)
+
+
+class AccessError(DataError):
+    """The object store refuses access: there is no permission, or the credentials have expired."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +168,7 @@ def result(url: Url, request: Callable[[], Any]) -> Any:
 
     Raises:
       FaultError: the object store or the network failed; a restart resumes.
+      AccessError: the object store refuses access.
       DataError: any other error.
     """
     try:
@@ -172,9 +177,8 @@ def result(url: Url, request: Callable[[], Any]) -> Any:
         fault = fault_of(str(error))
         if fault is not None and fault.restart:
             raise FaultError(f"{url}: {fault.name} ({error}); a restart resumes", fault) from None
-        raise DataError(
-            f"{url}: the object store cannot be accessed ({error}); check the URL and the permissions"
-        ) from None
+        kind = AccessError if fault is ACCESS_REFUSED else DataError
+        raise kind(f"{url}: the object store cannot be accessed ({error}); check the URL and the permissions") from None
 
 
 def read_bytes(path: Location) -> bytes | None:
@@ -227,17 +231,22 @@ def write_new(path: Url, value: bytes) -> bool:
 
 def keys(path: Url, without: str = "") -> list[str]:
     """Return the sorted names of all keys below `path`, relative to it, except those that begin with `without`."""
-    ranges = [tensorstore.KvStore.KeyRange()]
     if without:
         after = without[:-1] + chr(ord(without[-1]) + 1)
-        ranges = [tensorstore.KvStore.KeyRange("", without), tensorstore.KvStore.KeyRange(after, "")]
-    found = [result(path, functools.partial(open_kvstore(path).list, part)) for part in ranges]
-    names = sorted(key.decode() for names in found for key in names)
+        names = [*keys_between(path, "", without), *keys_between(path, after, "")]
+    else:
+        names = keys_between(path, "", "")
     if not names:
         # TensorStore's driver of Google Cloud Storage returns an empty list where the service refuses to list, but it
         # reports a refusal to read.
         read_key(path / "none")
     return names
+
+
+def keys_between(path: Url, first: str, end: str) -> list[str]:
+    """Return the sorted names of the keys below `path` from `first` to before `end`; an empty `end` is no limit."""
+    names = result(path, lambda: open_kvstore(path).list(tensorstore.KvStore.KeyRange(first, end)))
+    return sorted(name.decode() for name in names)
 
 
 def require_bucket(path: Url) -> None:

@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from t5x_like.errors import ConfigError, ConfigProblem, DataError, SafetyError, UserError
 from t5x_like.storage import lease as leases
-from t5x_like.storage import locations
+from t5x_like.storage import locations, segments
 from t5x_like.storage.lease import Lease
-from t5x_like.storage.locations import Url
+from t5x_like.storage.locations import AccessError, Url
+from t5x_like.storage.segments import Segment
 from t5x_like.utils.sanitize import say
 from t5x_like.utils.stall_limit import end_thread
 
@@ -35,11 +37,24 @@ LEASE = "lease"
 """Key of the lease in a run directory."""
 CHECKPOINTS = "checkpoints"
 _RUN_ID = f"{CHECKPOINTS}/run_id"
-_NOT_COPIED = (f"{CHECKPOINTS}/", "compilation_cache/")
-_LOCAL_ENDINGS = (".partial", ".unfinished", "lock")
-_THREADS = 8
+_NOT_COPIED = (f"{CHECKPOINTS}/", "compilation_cache/", segments.FOLDER)
+_GROWING = (".jsonl", ".txt")
+"""Endings of files that are appended to, and uploaded in segments. TensorBoard's files are uploaded as a whole, because
+TensorBoard reads them from the object store."""
+LOCAL_ENDINGS = (".partial", ".unfinished", "lock")
+THREADS = 8
 _LOG = logging.getLogger(__name__)
-_Signature = tuple[int, int, int]
+Signature = tuple[int, int, int]
+"""Size, time of the last change and inode of a file."""
+
+
+def temporary_path(url: Url) -> tuple[Path, Path]:
+    """Return a new temporary directory, and a path in it for the content of a URL.
+
+    The end of the path is that of the URL, so that messages about local files say what they belong to.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix="t5x-like-"))
+    return temporary, temporary / url.text.replace("://", "/", 1)
 
 
 class Mirror:
@@ -47,17 +62,20 @@ class Mirror:
 
     Attributes:
       url: The run directory.
-      path: The local directory.
+      path: The local directory; after `fetch` of the URL of a single object, a file.
+      has_local_checkpoints: The checkpoints are in the local directory as well, in the layout of a local disk.
     """
 
     def __init__(self, url: Url) -> None:
         self.url = url
-        self._temporary = Path(tempfile.mkdtemp(prefix="t5x-like-"))
-        # The end of the path is that of the URL, so that messages about local files say which run they belong to.
-        self.path = self._temporary / url.text.replace("://", "/", 1)
+        self._temporary, self.path = temporary_path(url)
         self.path.mkdir(parents=True)
-        self._uploaded: dict[str, _Signature] = {}
+        self.has_local_checkpoints = False
+        self._uploaded: dict[str, Signature] = {}
+        self._segments: dict[str, list[Segment]] = {}
+        self._stale: dict[str, list[int]] = {}
         self._lease: Lease | None = None
+        self._refusals: list[UserError] = []
         self._uploading = threading.Lock()
 
     @contextlib.contextmanager
@@ -99,13 +117,17 @@ class Mirror:
     @contextlib.contextmanager
     def _uploads(self) -> Iterator[None]:
         ended = threading.Event()
+        self._refusals = []
 
         def upload_repeatedly() -> None:
             while not ended.wait(UPLOAD_SECONDS):
                 try:
                     self.upload()
+                    self._refusals = []
                 except (UserError, OSError) as error:
                     _LOG.warning("%s: the files of the run could not be uploaded (%s)", self.url, error)
+                    if isinstance(error, AccessError | SafetyError):
+                        self._refusals.append(error)
 
         thread = threading.Thread(target=upload_repeatedly, name="upload", daemon=True)
         thread.start()
@@ -116,9 +138,17 @@ class Mirror:
             if end_thread(thread, 2 * locations.REQUEST_SECONDS):
                 # A failure must not hide the error that ends the context, nor make a finished run a failure.
                 with _warned(self.url):
-                    self.upload()
+                    self.upload(is_final=True)
             else:
                 _LOG.warning("%s: an upload does not end, so the last files of the run are not uploaded", self.url)
+
+    def require_access(self) -> None:
+        """Raise the error of the last two uploads, if both were refused: credentials that have expired, for example.
+
+        What a process computes after it can not be saved.
+        """
+        if len(self._refusals) > 1:
+            raise self._refusals[-1]
 
     def download(self, required: str | None = None) -> None:
         """Copy the files of the run directory here, and remove others.
@@ -134,16 +164,55 @@ class Mirror:
             raise DataError(
                 f"{self.url}: found no {required!r} in the list of keys, expected it; may you list the bucket?"
             )
-        names = [name for name in listed if _is_copied(name)]
+        names, starts = [name for name in listed if _is_copied(name)], segments.grouped(listed)
         if locations.children(self.url / CHECKPOINTS / "committed"):
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)
         for name in set(self._files()) - {*names, _RUN_ID}:
             (self.path / name).unlink()
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(self._download, [*names, _RUN_ID]))
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda name: self._download(name, starts.get(name, ())), [*names, _RUN_ID]))
 
-    def _download(self, name: str) -> None:
-        content = locations.read_bytes(self.url / name)
+    def fetch(self) -> None:
+        """Copy a directory, or a single object, here for reading.
+
+        Checkpoints that were written to a local disk and copied to the object store, as those of an imported model, are
+        copied too. Those of a run that was trained there are read from there.
+
+        Raises:
+          UserError: there is nothing at the URL, or the object store cannot be accessed.
+        """
+        if self.path.is_file():
+            return
+        self.download()
+        folder = self.url / CHECKPOINTS
+        steps = [f"{CHECKPOINTS}/{name}" for name in locations.keys_between(folder, "0", ":")]
+        with ThreadPoolExecutor(THREADS) as pool:
+            # A checkpoint does not change once it exists.
+            list(pool.map(self._download, [name for name in steps if not (self.path / name).exists()]))
+        self.has_local_checkpoints = bool(steps)
+        if os.listdir(self.path):
+            return
+        is_bucket = self.url.text.count("/") < 3
+        content = None if is_bucket else locations.read_bytes(self.url)
+        if content is None:
+            raise ConfigError([ConfigProblem(str(self.url), "no objects", "a file, or the directory of a model")])
+        self.path.rmdir()
+        self.path.write_bytes(content)
+
+    def refresh(self, names: Iterable[str]) -> None:
+        """Download some files again, which another process may have changed, and remove those that do not exist.
+
+        Raises:
+          UserError: the object store cannot be accessed.
+        """
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+            self._forgotten(name)
+            self._uploaded.pop(name, None)
+            self._download(name, segments.listed(self.url, name))
+
+    def _download(self, name: str, starts: Sequence[int] = ()) -> None:
+        content, found, stale = segments.read(self.url, name, starts)
         target = self.path / name
         if content is None or not target.resolve().is_relative_to(self.path.resolve()):
             return
@@ -151,10 +220,15 @@ class Mirror:
         target.write_bytes(content)
         # What is downloaded is older than this process, as an exit.json of an earlier one is.
         os.utime(target, (0, 0))
-        self._uploaded[name] = _signature(target)
+        if _is_copied(name):
+            self._uploaded[name] = signature(target)
+            self._segments[name], self._stale[name] = found, stale
 
-    def upload(self) -> None:
+    def upload(self, *, is_final: bool = False) -> None:
         """Upload the files that have changed since they were downloaded or uploaded.
+
+        Args:
+          is_final: Leave one object of each file, and no segments.
 
         Raises:
           SafetyError: another process has taken the lease; nothing was uploaded.
@@ -166,21 +240,31 @@ class Mirror:
             present = self._files()
             for name in present:
                 with contextlib.suppress(FileNotFoundError):
-                    self._upload(name)
+                    self._upload(name, is_final)
             for name in [name for name in self._uploaded if name not in present]:
-                locations.remove_key(self.url / name)
+                segments.remove(self.url, name, self._forgotten(name))
                 del self._uploaded[name]
 
-    def _upload(self, name: str) -> None:
+    def _upload(self, name: str, is_final: bool) -> None:
         # The signature is older than the content: what changes in between is uploaded again.
-        signature = _signature(self.path / name)
-        if self._uploaded.get(name) != signature:
-            locations.write_bytes(self.url / name, (self.path / name).read_bytes())
-            self._uploaded[name] = signature
+        found = signature(self.path / name)
+        is_joined = is_final and len(self._segments.get(name, ())) > 1
+        if self._uploaded.get(name) == found and not is_joined:
+            return
+        data, known, stale = (self.path / name).read_bytes(), self._segments.get(name, []), self._stale.get(name, [])
+        is_whole = is_final or not name.endswith(_GROWING)
+        # If it fails, nobody knows which objects exist: all of them are written anew.
+        self._stale[name] = self._forgotten(name)
+        self._segments[name] = segments.upload(self.url, name, data, known, stale, is_whole=is_whole)
+        self._stale[name], self._uploaded[name] = [], found
+
+    def _forgotten(self, name: str) -> list[int]:
+        """Return the offsets of all objects of a file, and forget them."""
+        return [*self._stale.pop(name, ()), *(segment.start for segment in self._segments.pop(name, ()))]
 
     def has_changes(self) -> bool:
         """Return whether a file here is not uploaded."""
-        return any(self._uploaded.get(name) != _signature(self.path / name) for name in self._files())
+        return any(self._uploaded.get(name) != signature(self.path / name) for name in self._files())
 
     def _files(self) -> list[str]:
         found = [path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()]
@@ -211,6 +295,40 @@ def open_mirror(url: Url) -> Mirror:
     return mirror
 
 
+def local_copy(text: str, where: str) -> Path:
+    """Return the local path for a path or URL that a configuration names, whose content is downloaded once.
+
+    Args:
+      text: A path, or the URL of a file or of the directory of a model.
+      where: Name of the field, for messages.
+
+    Raises:
+      UserError: a URL of another service, or one that only a configuration of others names; there is nothing at the
+        URL, or the object store cannot be accessed.
+    """
+    url = locations.location(text, where)
+    if not isinstance(url, Url):
+        return url
+    is_new = all(mirror.url != url for mirror in _MIRRORS.values())
+    mirror = open_mirror(url)
+    if is_new:
+        try:
+            mirror.fetch()
+        except BaseException:
+            del _MIRRORS[mirror.path]
+            raise
+    return mirror.path
+
+
+def original(path: Path | str) -> str:
+    """Return the URL of which a local path is the copy, or of a file in it; of any other path, the path."""
+    for mirror in _MIRRORS.values():
+        if Path(path).is_relative_to(mirror.path):
+            below = Path(path).relative_to(mirror.path).parts
+            return str(functools.reduce(Url.__truediv__, below, mirror.url))
+    return str(path)
+
+
 def path_to_read(text: str, where: str) -> Path:
     """Return the local directory for a run directory at a URL, which `fetch` fills; no request is sent before.
 
@@ -228,20 +346,29 @@ def fetch(directory: Path) -> None:
       UserError: there is nothing at the URL, or the object store cannot be accessed.
     """
     if (mirror := mirror_of(directory)) is not None:
-        mirror.download()
-        if not os.listdir(mirror.path):
-            raise ConfigError([ConfigProblem(str(mirror.url), "no objects", "a run directory")])
+        mirror.fetch()
 
 
 def upload_results() -> None:
-    """Upload what a command, other than training, has added to the run directories that it has read."""
+    """Upload what a command, other than training, has added to the run directories that it has read.
+
+    A run may be in progress: such a command adds files of its own, and changes none that training writes.
+    """
     for mirror in _MIRRORS.values():
         if mirror._lease is None and mirror.has_changes():
-            try:
-                with leases.lease(mirror.url / LEASE, lambda by: None, refuse=True):
-                    mirror.upload()
-            except leases.HeldError as error:
-                say(f"{mirror.url}: the results were not added, because the run is in progress ({error})")
+            mirror.upload()
+
+
+def is_read_only(directory: Path) -> bool:
+    """Return whether a directory is the copy of a run directory that this process does not own."""
+    mirror = mirror_of(directory)
+    return mirror is not None and mirror._lease is None
+
+
+def require_access(directory: Path) -> None:
+    """Raise UserError if the object store of a copy refuses what this process writes; see `Mirror.require_access`."""
+    if (mirror := mirror_of(directory)) is not None:
+        mirror.require_access()
 
 
 def upload_now(directory: Path) -> None:
@@ -260,9 +387,12 @@ def _warned(url: Url) -> Iterator[None]:
 
 
 def _is_copied(name: str) -> bool:
-    return name == _RUN_ID or not (name == LEASE or name.startswith(_NOT_COPIED) or name.endswith(_LOCAL_ENDINGS))
+    # Consoles represent folders by objects whose names end in a slash.
+    is_other = name == LEASE or name.startswith(_NOT_COPIED) or name.endswith((*LOCAL_ENDINGS, "/"))
+    return name == _RUN_ID or not is_other
 
 
-def _signature(path: Path) -> _Signature:
+def signature(path: Path) -> Signature:
+    """Return what changes when a file is written."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino

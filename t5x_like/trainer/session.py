@@ -47,7 +47,7 @@ from t5x_like.planning.estimate.tokens import tokens_per_step
 from t5x_like.program import Program, build_program
 from t5x_like.run_directory import RunRecord
 from t5x_like.sharding.batch_placement import on_host
-from t5x_like.storage.mirror import mirror_of
+from t5x_like.storage.mirror import mirror_of, require_access
 from t5x_like.trainer import startup_summary
 from t5x_like.trainer.callbacks import Callbacks
 from t5x_like.trainer.crash_loop import counted_start
@@ -142,6 +142,8 @@ class TrainSession:
 
     def maybe_log(self) -> None:
         """Write the logging interval that ended before the newest step, while that step runs."""
+        if jax.process_index() == 0:
+            require_access(self.workdir)
         done = self.step - 1
         # A save at that step has written the interval already; an evaluation has only collected it.
         is_due = done > 0 and done % self.run.monitoring.log_every_steps == 0

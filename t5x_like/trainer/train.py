@@ -29,7 +29,7 @@ from t5x_like.distributed.shared_directory import joined_directory
 from t5x_like.distributed.startup import translate_error
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE
 from t5x_like.evaluation.best_checkpoints import early_stop
-from t5x_like.evaluation.results_store import DETAILS, EVALUATION, EVALUATIONS, SAMPLES, is_evaluated
+from t5x_like.evaluation.results_store import ADDED, DETAILS, EVALUATION, EVALUATIONS, SAMPLES, is_evaluated
 from t5x_like.monitoring.time_tracker import TimeTracker
 from t5x_like.monitoring.writers import TENSORBOARD
 from t5x_like.planning.plan_file import PLAN, read_plan, save_plan
@@ -161,7 +161,7 @@ def _set_aside_results(record: RunRecord) -> None:
     """Move the results of an earlier run, whose checkpoints are gone, to a folder of their own."""
     workdir = record.directory
     folder = workdir / f"before_{record.run_id}"
-    for name in (run_directory.METRICS, EVALUATION, EVALUATIONS, SAMPLES, DETAILS, TENSORBOARD):
+    for name in (run_directory.METRICS, EVALUATION, EVALUATIONS, ADDED, SAMPLES, DETAILS, TENSORBOARD):
         if (workdir / name).exists():
             folder.mkdir(exist_ok=True)
             (workdir / name).rename(folder / name)

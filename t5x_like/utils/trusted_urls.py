@@ -81,12 +81,16 @@ def unsupported_url(url: str, schemes: tuple[str, ...], where: str) -> list[Conf
     return [ConfigProblem(where, repr(url), f"a path, or a URL of {supported}")]
 
 
+def location_problems(text: str, where: str) -> list[ConfigProblem]:
+    """Return the problem of a location that is neither a path nor a URL of a file or an object store; else none."""
+    return unsupported_url(text, (*STORE_SCHEMES, "file"), where) if scheme_of(text) else []
+
+
 def url_as_path(text: str, where: str) -> list[ConfigProblem]:
     """Return the problem of a URL in place of a local path, of which a folder of that name would be made; else none."""
     if not scheme_of(text):
         return []
-    fix = "URLs are taken by --workdir, MODEL, data.store_dir, data.corpus.files and compilation_cache.directory only"
-    return [ConfigProblem(where, repr(text), "a local path", fix)]
+    return [ConfigProblem(where, repr(text), "a local path", "copy it to this machine")]
 
 
 def require_local(text: str, where: str) -> None:

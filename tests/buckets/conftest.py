@@ -39,4 +39,4 @@ def faults(proxy: tuple[Server, Faults]) -> Iterator[Faults]:
     found = proxy[1]
     found.injected = 0
     yield found
-    found.status, found.every, found.is_lost = 0, 1, False
+    found.status, found.every, found.is_lost, found.is_cut, found.seconds = 0, 1, False, False, 0.0

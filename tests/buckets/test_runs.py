@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from helpers.bucket_servers import Server, without_bucket_settings
 from helpers.saved_state import saved_state
 
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
-from t5x_like.storage import locations
+from t5x_like.storage import locations, segments
 from t5x_like.storage.locations import Url, location
 
 pytestmark = [pytest.mark.buckets, pytest.mark.timeout(1200)]
@@ -54,9 +55,9 @@ class Workspace:
         for number in range(20):
             (directory / "texts" / f"{number}.txt").write_text(" ".join(rng.choices(words, k=400)))
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+    def start(self, *arguments: str | Path, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "t5x_like", *map(str, arguments)],
+            [*prefix, sys.executable, "-m", "t5x_like", *map(str, arguments)],
             cwd=self.directory,
             env=self.environment,
             text=True,
@@ -115,23 +116,29 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
         time.sleep(0.05)
 
 
-def state_in(url: Url, tmp_path: Path, workspace: Workspace) -> Any:
-    """Return all arrays of the last checkpoint by path."""
+def state_in(url: Url, tmp_path: Path, workspace: Workspace, step: int = 30) -> Any:
+    """Return all arrays of a checkpoint by path."""
     script = (
         "import sys, numpy as np; from pathlib import Path; from helpers.saved_state import saved_state;"
-        "from t5x_like.storage.mirror import path_to_read;"
-        "np.savez(sys.argv[2], **saved_state(path_to_read(sys.argv[1], 'MODEL'), 30))"
+        "from t5x_like.storage.mirror import local_copy;"
+        "np.savez(sys.argv[2], **saved_state(local_copy(sys.argv[1], 'MODEL'), int(sys.argv[3])))"
     )
     environment = {**workspace.environment, "PYTHONPATH": f"{REPOSITORY}:{HELPERS.parent}"}
-    command = [sys.executable, "-c", script, str(url), str(tmp_path / "state.npz")]
+    command = [sys.executable, "-c", script, str(url), str(tmp_path / "state.npz"), str(step)]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     import numpy as np
 
     return np.load(tmp_path / "state.npz")
 
 
+def assert_same_arrays(found: Any, expected: Mapping[str, Any]) -> None:
+    assert set(found.files) == set(expected)
+    assert all(found[path].tobytes() == expected[path].tobytes() for path in expected)
+
+
 def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settings: None, tmp_path: Path) -> None:
-    """Prepare, train, SIGKILL, SIGTERM, resume, evaluate, generate, export, average and compare from the bucket."""
+    """Prepare, train, SIGKILL, SIGTERM, resume; evaluate, follow, examine, generate, export, average, compare and start
+    another run, all from the bucket."""
     workspace = Workspace(tmp_path / "a", server.environment)
     run, stores = at(server, "runs/a"), ("--data.store-dir", server.url("stores"))
     workspace.run("prepare", RECIPE, *stores)
@@ -144,9 +151,7 @@ def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settin
         finish(process, code)
     workspace.run(*train)
 
-    expected, found = saved_state(local.directory / "run", 30), state_in(run, tmp_path, workspace)
-    assert set(found.files) == set(expected)
-    assert all(found[path].tobytes() == expected[path].tobytes() for path in expected)
+    assert_same_arrays(state_in(run, tmp_path, workspace), saved_state(local.directory / "run", 30))
     metrics = locations.read_bytes(run / "metrics.jsonl") or b""
     assert logged(metrics.decode()) == logged((local.directory / "run/metrics.jsonl").read_text())
     assert json.loads(locations.read_bytes(run / "exit.json") or b"")["code"] == EXIT_OK
@@ -159,55 +164,103 @@ def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settin
     # config.json names the stores, and these commands do not.
     trust = ("--trust", server.url("stores"))
     before = locations.read_bytes(run / "evaluations.jsonl")
-    for name, *options in (("eval",), ("generate", "--prompt", "abc")):
-        steps = ":24,30" if name == "eval" else ""
-        in_bucket = workspace.run(name, f"{run}{steps}", *options, *trust)
-        # Paths differ, and the widths of tables with them.
-        assert numbers(in_bucket) == numbers(local.run(name, f"run{steps}", *options)), name
-    assert (locations.read_bytes(run / "evaluations.jsonl") or b"") != before, "the intervals of `eval` are added"
-    out = tmp_path / "a" / "exported"
-    workspace.run("export", str(run), "exported", *trust)
-    local.run("export", "run", f"exported_{server.scheme}")
-    weights = [path.relative_to(out) for path in sorted(out.rglob("*.safetensors"))]
+    in_bucket = workspace.run("eval", f"{run}:24,30", *trust)
+    # Paths differ, and the widths of tables with them.
+    assert numbers(in_bucket) == numbers(local.run("eval", "run:24,30"))
+    assert locations.read_bytes(run / "evaluations.jsonl") == before
+    added = [json.loads(locations.read_bytes(run / key) or b"") for key in locations.keys(run) if "_results/" in key]
+    assert sorted(result["step"] for result in added) == [24, 30] and all(result["intervals"] for result in added)
+    assert "1 checkpoints evaluated" in workspace.run("eval", str(run), "--follow", *trust), "the third that is kept"
+    assert "intact" in workspace.run("doctor", str(run), *trust)
+
+    # Each command reads from the bucket and writes there.
+    locations.write_bytes(run.with_name("prompts.jsonl"), b'{"prompt": "abc"}\n{"prompt": "de"}\n')
+    (local.directory / "prompts.jsonl").write_bytes(b'{"prompt": "abc"}\n{"prompt": "de"}\n')
+    out = run.with_name("out")
+    suffix = server.scheme
+    files = ("--input", str(run.with_name("prompts.jsonl")), "--output", str(out / "answers.jsonl"))
+    workspace.run("generate", str(run), *files, *trust)
+    local.run("generate", "run", "--input", "prompts.jsonl", "--output", f"answers_{suffix}.jsonl")
+    answers = (local.directory / f"answers_{suffix}.jsonl").read_bytes()
+    assert locations.read_bytes(out / "answers.jsonl") == answers
+    workspace.run("export", str(run), str(out / "exported"), *trust)
+    local.run("export", "run", f"exported_{suffix}")
+    weights = [path for path in sorted((local.directory / f"exported_{suffix}").rglob("*.safetensors"))]
     assert weights
     for path in weights:
-        assert (out / path).read_bytes() == (local.directory / f"exported_{server.scheme}" / path).read_bytes()
-    workspace.run("average", f"{run}:24,30", "mean", *trust)
-    local.run("average", "run:24,30", f"mean_{server.scheme}")
-    expected, found = (
-        saved_state(folder, 30) for folder in (local.directory / f"mean_{server.scheme}", out.parent / "mean")
-    )
-    assert found.keys() == expected.keys()
-    assert all(found[path].tobytes() == expected[path].tobytes() for path in expected)
-    workspace.run("compare", f"{run}:24", f"{run}:30", "--output", "page.html", *trust)
-    assert (tmp_path / "a" / "page.html").stat().st_size > 1000
+        name = path.relative_to(local.directory / f"exported_{suffix}").as_posix()
+        assert locations.read_bytes(out / "exported" / name) == path.read_bytes()
+    workspace.run("average", f"{run}:24,30", str(out / "mean"), *trust)
+    local.run("average", "run:24,30", f"mean_{suffix}")
+    assert_same_arrays(state_in(out / "mean", tmp_path, workspace), saved_state(local.directory / f"mean_{suffix}", 30))
+    workspace.run("compare", f"{run}:24", f"{run}:30", "--output", str(out / "page.html"), *trust)
+    assert len(locations.read_bytes(out / "page.html") or b"") > 1000
+
+    # A run that starts from the mean.
+    start = ("--training.num-train-steps", "2", "--initialize-from.directory")
+    warm = run.with_name("warm")
+    workspace.run("train", RECIPE, "--workdir", str(warm), *start, str(out / "mean"), *stores)
+    local.run("train", RECIPE, "--workdir", f"warm_{suffix}", *start, f"mean_{suffix}")
+    assert_same_arrays(state_in(warm, tmp_path, workspace, 2), saved_state(local.directory / f"warm_{suffix}", 2))
 
 
-def test_two_hosts_without_a_shared_directory(server: Server, settings: None, tmp_path: Path) -> None:
-    """Two processes in different folders give the bits of two in one folder."""
+def start_processes(
+    hosts: list[Workspace], workdir: str, recipe: str, *options: str, prefix: tuple[str, ...] = ()
+) -> list[subprocess.Popen[str]]:
+    """Start a process of a run on each host."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    processes = []
+    for index, host in enumerate(hosts):
+        flags = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", str(len(hosts)), "--process-id", str(index))
+        mesh = ("--devices", "2", "--sharding.data", "2")
+        processes.append(host.start("train", recipe, "--workdir", workdir, *mesh, *flags, *options, prefix=prefix))
+    return processes
+
+
+def test_two_hosts_without_a_shared_directory(server: Server, faults: Faults, settings: None, tmp_path: Path) -> None:
+    """Two processes in different folders, with a slow object store, give the bits of two in one folder."""
     recipe, stores = f"{HELPERS / 'multiprocess_recipe.py'}:decoder", ("--data.store-dir", server.url("stores2"))
     hosts = [Workspace(tmp_path / f"host{index}", server.environment) for index in (0, 1)]
     hosts[0].run("prepare", recipe, *stores)
 
-    def train(workdirs: tuple[str, str]) -> None:
-        with socket.socket() as unused:
-            unused.bind(("127.0.0.1", 0))
-            port = unused.getsockname()[1]
-        processes = []
-        for index, (host, workdir) in enumerate(zip(hosts, workdirs, strict=True)):
-            flags = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(index))
-            mesh = ("--devices", "2", "--sharding.data", "2", "--training.num-train-steps", "8")
-            processes.append(host.start("train", recipe, "--workdir", workdir, *mesh, *flags, *stores))
-        for process in processes:
+    def train(workdir: str) -> None:
+        for process in start_processes(hosts, workdir, recipe, "--training.num-train-steps", "8", *stores):
             finish(process)
 
     run = at(server, "runs/two")
-    train((str(run), str(run)))
-    shared = str(tmp_path / "shared")
-    train((shared, shared))
+    faults.seconds = 0.05
+    train(str(run))
+    faults.seconds = 0.0
+    train(str(tmp_path / "shared"))
     metrics = (locations.read_bytes(run / "metrics.jsonl") or b"").decode()
     assert logged(metrics) == logged((tmp_path / "shared" / "metrics.jsonl").read_text())
     assert {"log.txt", "log.1.txt"} <= set(locations.children(run))
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root for mount namespaces")
+def test_four_hosts_that_see_no_common_directory(server: Server, settings: None, tmp_path: Path) -> None:
+    """Each of four processes has a file system of its own where the others have theirs."""
+    recipe, stores = f"{HELPERS / 'multiprocess_recipe.py'}:decoder", ("--data.store-dir", server.url("stores4"))
+    hosts = [Workspace(tmp_path / f"host{index}", server.environment) for index in range(4)]
+    hosts[0].run("prepare", recipe, *stores)
+    options = ("--training.num-train-steps", "8", *stores)
+    for process in start_processes(hosts, str(tmp_path / "shared"), recipe, *options):
+        finish(process)
+    for host in hosts:
+        host.environment["TMPDIR"] = str(tmp_path / "tmp")
+    enter = 'mount -t tmpfs none "$0" && mkdir -p "$0/tmp" "$PWD" && cd "$PWD" && exec "$@"'
+    prefix = ("unshare", "--mount", "sh", "-c", enter, str(tmp_path))
+    run = at(server, "runs/four")
+    for process in start_processes(hosts, str(run), recipe, *options, prefix=prefix):
+        finish(process)
+    metrics = (locations.read_bytes(run / "metrics.jsonl") or b"").decode()
+    assert logged(metrics) == logged((tmp_path / "shared" / "metrics.jsonl").read_text())
+    assert_same_arrays(state_in(run, tmp_path, hosts[0], 8), saved_state(tmp_path / "shared", 8))
+    assert {"log.txt", "log.1.txt", "log.2.txt", "log.3.txt"} <= set(locations.children(run))
 
 
 @pytest.mark.parametrize("kind", ["bucket", "permission"])
@@ -221,3 +274,22 @@ def test_missing_bucket_or_permission_ends_the_run_with_one_message(
     reason = "PERMISSION_DENIED" if kind == "permission" else "NOT_FOUND"
     assert output.count("t5x-like: ") == 1 and reason in output and "Traceback" not in output
     assert not os.path.exists(local.directory / "s3:") and not os.path.exists(local.directory / "gs:")
+
+
+def test_credentials_that_expire_end_all_processes(
+    server: Server, faults: Faults, settings: None, tmp_path: Path
+) -> None:
+    recipe, stores = f"{HELPERS / 'multiprocess_recipe.py'}:decoder", ("--data.store-dir", server.url("stores3"))
+    hosts = [Workspace(tmp_path / f"host{index}", server.environment) for index in (0, 1)]
+    hosts[0].run("prepare", recipe, *stores)
+    run = at(server, "runs/expired")
+    length = ("--training.num-train-steps", "1000000", "--checkpoints.save-every-steps", "1000000")
+    processes = start_processes(hosts, str(run), recipe, *length, *stores)
+    wait_until(lambda: b"step" in (segments.read_file(run, "metrics.jsonl") or b""), processes[0])
+    began = time.monotonic()
+    faults.status = 401 if server.scheme == "gs" else 403
+    outputs = [finish(process, EXIT_USAGE) for process in processes]
+    # The uploads of half a minute have failed: this is the time of the program, and not a limit of the test.
+    assert 15 < time.monotonic() - began
+    told = [line for output in outputs for line in output.splitlines() if "cannot be accessed" in line]
+    assert len([line for line in told if line.startswith("t5x-like: ")]) == 1, outputs

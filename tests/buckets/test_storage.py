@@ -75,11 +75,12 @@ def test_of_many_processes_one_gets_the_lease(server: Server, monkeypatch: pytes
     assert most == 1 and holders == 0 and locations.read_bytes(key) is None
 
 
-@pytest.mark.parametrize("fault", ["503", "429", "lost answer"])
+@pytest.mark.parametrize("fault", ["503", "429", "lost answer", "cut answer"])
 def test_transient_errors_are_repeated(server: Server, faults: Faults, fault: str) -> None:
     root = at(server, f"transient {fault}")
     faults.every = 3
-    faults.status, faults.is_lost = (0, True) if fault == "lost answer" else (int(fault), False)
+    faults.is_lost, faults.is_cut = fault == "lost answer", fault == "cut answer"
+    faults.status = int(fault) if fault.isdecimal() else 0
     for number in range(12):
         locations.write_bytes(root / str(number), str(number).encode())
     assert [locations.read_bytes(root / str(number)) for number in range(12)] == [b"%d" % n for n in range(12)]

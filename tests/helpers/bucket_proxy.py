@@ -1,8 +1,8 @@
 """Proxy in front of a server of tests/buckets, which adds what the server lacks, and faults.
 
 The fake server of Google Cloud Storage ignores the condition of a simple upload (`ifGenerationMatch`), which the real
-one checks: the proxy checks it. Of the faults, every n-th request is answered by an error, or done without
-an answer.
+one checks: the proxy checks it. Of the faults, every n-th request is answered by an error, by a part of the
+answer, or done without an answer. Answers can also be late.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import http.client
 import http.server
 import json
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 
@@ -29,12 +30,16 @@ class Faults:
       status: Status with which requests are answered; 0: they are passed on.
       every: Only every n-th request has a fault.
       is_lost: The request is passed on, and its answer is not.
+      is_cut: The answer ends in the middle of its body.
+      seconds: Time that each answer takes; every tenth takes four times as long.
       injected: Number of faults so far.
     """
 
     status: int = 0
     every: int = 1
     is_lost: bool = False
+    is_cut: bool = False
+    seconds: float = 0.0
     injected: int = 0
 
 
@@ -54,16 +59,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         with type(self).lock:
             type(self).count += 1
-            is_due = type(self).count % self.faults.every == 0 and bool(self.faults.status or self.faults.is_lost)
-            self.faults.injected += is_due
-            if not is_due or self.faults.is_lost:
+            number, faults = type(self).count, self.faults
+            is_due = number % faults.every == 0 and bool(faults.status or faults.is_lost or faults.is_cut)
+            faults.injected += is_due
+            if not is_due or not faults.status:
                 # One request at a time, so that a condition is checked and used at once.
                 answer = self._passed_on(body)
-        if is_due and self.faults.is_lost:
+        time.sleep(faults.seconds * (4 if number % 10 == 0 else 1))
+        if is_due and faults.is_lost:
             self.close_connection = True
             return
-        if is_due:
-            code = "AccessDenied" if self.faults.status == 403 else "SlowDown"
+        is_cut = is_due and faults.is_cut
+        if is_due and not is_cut:
+            code = "AccessDenied" if self.faults.status in (401, 403) else "SlowDown"
             text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>"
             if self.kind == "gs":
                 text = json.dumps({"error": {"code": self.faults.status, "message": code}})
@@ -79,7 +87,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if is_cut else data)
+        self.close_connection = self.close_connection or is_cut
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request
 

@@ -38,7 +38,7 @@ NOT_EXECUTED = {
     "docs/checkpoints.md: When a run saves": "trains to the end: tests/integration/test_best_checkpoints.py",
     "docs/checkpoints.md: Early stopping": "trains to the end: tests/integration/test_best_checkpoints.py",
     "docs/checkpoints.md: Run directories in buckets": "needs a bucket: tests/buckets",
-    "docs/launch.md: Shared files": "needs a bucket and a cloud: tests/launch, tests/buckets",
+    "docs/launch.md: On a TPU pod, with a bucket": "needs a bucket and a cloud: tests/launch, tests/buckets",
     "docs/checkpoints.md: T5X": "needs a T5X checkpoint of 308 MB: tests/unit/interop/test_t5x.py",
     "t5x-like convert --from t5x checkpoint_1000000 OUT --model t5_1_1:small": "needs a T5X checkpoint of 308 MB",
     "t5x-like convert --from hf all-MiniLM-L6-v2 minilm": "needs a download: tests/golden/test_sentence_encoder.py",

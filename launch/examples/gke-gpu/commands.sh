@@ -1,7 +1,10 @@
 # Note: the failure policy needs JobSet 0.10 or newer in the cluster
+# Note: the pods' Kubernetes service account (--service-account) needs roles/storage.objectUser on gs://my-bucket; keep the bucket in the machines' region
 # Note: the Secret ul2-20b must have the keys HF_TOKEN
 
 # ==== once, before the launch
+# prepare the data
+t5x-like prepare ul2:ul2_20b --data.store-dir gs://my-bucket/t5x-like/stores
 # build the image
 docker build \
   --file=launch/Containerfile \

@@ -1,3 +1,8 @@
+# Note: the nodes' service account or role needs roles/storage.objectUser on gs://my-bucket; keep the bucket in the machines' region
+
+# ==== once, before the launch
+# prepare the data
+t5x-like prepare ul2:ul2_20b --data.store-dir gs://my-bucket/t5x-like/stores
 
 # ==== launch (run by --execute)
 # start a managed job, which is recovered after preemption

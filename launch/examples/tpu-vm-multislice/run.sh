@@ -7,10 +7,10 @@ code=0
   --pid-file ../pid \
   --max-restarts 10 \
   --restart-on 42 134 137 143 -- ../venv/bin/python -P -m t5x_like train ul2:ul2_20b \
-  --workdir /mnt/runs/ul2_20b \
+  --workdir gs://my-bucket/t5x-like/runs/ul2_20b \
   --launcher gcetpu \
   --expect-processes 128 \
   --expect-devices 512 \
-  --data.store-dir /mnt/runs/stores || code=$?
+  --data.store-dir gs://my-bucket/t5x-like/stores || code=$?
 echo "$code" >../code
 exit "$code"

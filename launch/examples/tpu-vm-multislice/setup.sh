@@ -3,10 +3,6 @@ set -euo pipefail
 cd "$(dirname "$0")"
 mkdir -p source
 tar --extract --gzip --file=source.tar.gz --directory=source
-sudo apt-get install -y -qq nfs-common
-sudo mkdir -p /mnt/runs
-mountpoint -q /mnt/runs || sudo mount -t nfs 10.0.0.2:/runs /mnt/runs
-sudo chmod 1777 /mnt/runs
 # Transparent huge pages, which jax recommends on v5e and later.
 echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null
 python3 -m pip install --quiet --user uv

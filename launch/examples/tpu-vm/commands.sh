@@ -1,4 +1,9 @@
+# Note: the VMs' service account needs roles/storage.objectUser on gs://my-bucket; keep the bucket in the machines' region
 # Note: HF_TOKEN is read from Secret Manager on each worker
+
+# ==== once, before the launch
+# prepare the data
+t5x-like prepare ul2:ul2_20b --data.store-dir gs://my-bucket/t5x-like/stores
 
 # ==== launch (run by --execute)
 # create the slice

@@ -32,7 +32,7 @@ from t5x_like.config.validation.sections import (
     tokenizer_problems,
 )
 from t5x_like.errors import ConfigProblem
-from t5x_like.utils.trusted_urls import STORE_SCHEMES, scheme_of, unsupported_url, url_as_path
+from t5x_like.utils.trusted_urls import location_problems
 
 _BYTE_VOCABULARY = 3 + 256
 """Number of ids of kind bytes: pad, eos, unk and one for each byte."""
@@ -67,7 +67,7 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
         expected = "'skip' or 'abort' with data.seqio, whose rows have no positions that could be passed over"
         yield ConfigProblem("training.guard.policy", "'rollback'", expected)
     if run.training.lora is not None:
-        yield from url_as_path(run.training.lora.base, "training.lora.base")
+        yield from location_problems(run.training.lora.base, "training.lora.base")
     if run.initialize_from is not None:
         yield from inconsistent_initialization(run.initialize_from)
         if run.training.lora is not None:
@@ -81,8 +81,7 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
 
 
 def _data(data: DataConfig, out_of_bounds: Collection[str]) -> Problems:
-    if scheme_of(data.store_dir):
-        yield from unsupported_url(data.store_dir, (*STORE_SCHEMES, "file"), "data.store_dir")
+    yield from location_problems(data.store_dir, "data.store_dir")
     if data.seqio is not None:
         yield from seqio_problems(data)
         yield from _lengths(data)

@@ -22,7 +22,7 @@ from t5x_like.config.sharding import AXES, DcnConfig, ShardingConfig
 from t5x_like.config.tokenizer import TokenizerConfig
 from t5x_like.config.training import FreezeConfig, ScheduleConfig, TrainingConfig
 from t5x_like.errors import ConfigProblem
-from t5x_like.utils.trusted_urls import url_as_path
+from t5x_like.utils.trusted_urls import location_problems
 
 
 def corpus_problems(corpus: CorpusConfig, where: str = "data.corpus") -> Problems:
@@ -107,7 +107,7 @@ def _pairs_problems(corpus: CorpusConfig, where: str) -> Problems:
 def tokenizer_problems(tokenizer: TokenizerConfig, corpora: Sequence[CorpusConfig]) -> Problems:
     """Yield the problems of a tokenizer for these corpora."""
     where = "data.tokenizer"
-    yield from url_as_path(tokenizer.path or "", f"{where}.path")
+    yield from location_problems(tokenizer.path or "", f"{where}.path")
     if tokenizer.kind == "task" and not any(corpus.task for corpus in corpora):
         yield ConfigProblem(
             f"{where}.kind", "'task' without a seqio Task", "a corpus that names one", "or kind sentencepiece"
@@ -153,7 +153,7 @@ def patterns(where: str, expressions: Sequence[str]) -> Problems:
 def inconsistent_initialization(source: InitializeFrom) -> Problems:
     """Yield the problems of rename rules and patterns, and of fields that exclude each other."""
     where = "initialize_from"
-    yield from url_as_path(source.directory, f"{where}.directory")
+    yield from location_problems(source.directory, f"{where}.directory")
     for index, (pattern, replacement) in enumerate(source.rename_rules):
         try:
             # `sub` parses the replacement even if nothing matches.

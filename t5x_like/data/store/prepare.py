@@ -39,7 +39,7 @@ from t5x_like.data.store.token_store import (
     token_dtype,
 )
 from t5x_like.data.store.vocabulary_sample import sample_texts
-from t5x_like.data.tokenizers.loading import load_tokenizer, stored_config, tokenizer_from_model
+from t5x_like.data.tokenizers.loading import configured_tokenizer, stored_config, tokenizer_from_model
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.data.tokenizers.train_vocabulary import train_vocabulary
 from t5x_like.errors import DataError, SafetyError
@@ -237,7 +237,7 @@ class _StoreBuilder:
 
             return tfds_and_seqio.task_tokenizer([share.corpus for share in self._data.sources], config)
         if not config.is_trained:
-            return load_tokenizer(config, Path(config.path) if config.path else None)
+            return configured_tokenizer(config)
         # A model that was trained for a store of this mixture, complete or not, equals the one that training would
         # give.
         for path in self.paths:

@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from t5x_like.config.corpus import CorpusConfig
@@ -19,7 +18,7 @@ from t5x_like.config.tokenizer import TokenizerConfig
 from t5x_like.data.sources.file_access import SourceFile
 from t5x_like.data.store.token_store import FORMAT_VERSION, is_committed
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
-from t5x_like.data.tokenizers.loading import load_tokenizer
+from t5x_like.data.tokenizers.loading import configured_tokenizer, tokenizer_path
 from t5x_like.errors import DataError
 from t5x_like.storage import locations
 from t5x_like.storage.locations import Location
@@ -99,9 +98,8 @@ def _source_identity(corpus: CorpusConfig, tokenizer: TokenizerConfig, root: Loc
 
         sources.append(generators.code_digest(corpus))
     if tokenizer.path and tokenizer.kind == "published":
-        sources.append(load_tokenizer(tokenizer, Path(tokenizer.path)).fingerprint)
-    elif tokenizer.path:
-        path = Path(tokenizer.path)
+        sources.append(configured_tokenizer(tokenizer).fingerprint)
+    elif (path := tokenizer_path(tokenizer)) is not None:
         try:
             sources.append(hashlib.sha256(path.read_bytes()).hexdigest())
         except OSError as error:
@@ -127,7 +125,7 @@ def _template_digest(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> str:
     from t5x_like.data.chat.encoding import load_template
 
     # A tokenizer that `prepare` trains has the plain template.
-    own = load_tokenizer(tokenizer, Path(tokenizer.path)) if tokenizer.path else ByteTokenizer(0)
+    own = configured_tokenizer(tokenizer) if tokenizer.path else ByteTokenizer(0)
     return hashlib.sha256(load_template(own, corpus.chat_template).source.encode()).hexdigest()[:32]
 
 

@@ -21,12 +21,14 @@ from t5x_like.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.data.tokenizers.vocabulary import EOS_ID, PAD_ID
 from t5x_like.errors import DataError
+from t5x_like.storage.mirror import local_copy
 from t5x_like.utils.atomic_write import write_atomically
 from t5x_like.utils.json_reader import read_json
 
 __all__ = [
     "KEPT_MODEL",
     "has_tokenizer",
+    "configured_tokenizer",
     "is_kept",
     "keep_tokenizer",
     "kept_tokenizer",
@@ -34,6 +36,7 @@ __all__ = [
     "load_tokenizer",
     "stored_config",
     "tokenizer_from_model",
+    "tokenizer_path",
 ]
 
 _CONFIG, KEPT_MODEL = "config.json", "model"
@@ -64,6 +67,16 @@ def load_tokenizer(config: TokenizerConfig, path: Path | None) -> Tokenizer:
         return tokenizer_from_model(config, path.read_bytes() if path else None, str(path))
     except OSError as error:
         raise DataError(f"{path}: unreadable ({error.strerror}), expected a SentencePiece model") from None
+
+
+def configured_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """Load the tokenizer of `config` from the path or URL that it names; see `load_tokenizer`."""
+    return load_tokenizer(config, tokenizer_path(config))
+
+
+def tokenizer_path(config: TokenizerConfig) -> Path | None:
+    """Return the local path of a tokenizer, which is downloaded from a URL; None if the configuration names none."""
+    return local_copy(config.path, "data.tokenizer.path") if config.path else None
 
 
 def tokenizer_from_model(config: TokenizerConfig, model: bytes | None, source: str) -> Tokenizer:

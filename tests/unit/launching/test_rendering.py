@@ -32,6 +32,7 @@ from t5x_like.launching.restart_loop import RestartLoop, Supervisor
 JOB = Job(name="ul2_20b", recipe="ul2", workdir="/runs/ul2")
 V5E, H100 = parse_topology("v5e:16x16", num_slices=2), parse_topology("h100:16")
 GKE = gke.Gke(job=JOB, topology=V5E, image="image")
+_BUCKET = ("--bucket", "gs://b")
 
 
 def renderings(job: Job = JOB, directory: Path = Path("launch")) -> dict[str, Rendering]:
@@ -375,6 +376,8 @@ def test_launch_without_execute_only_prints(tmp_path: Path, monkeypatch: pytest.
         "v5e:4x4",
         "--image",
         "i",
+        "--bucket",
+        "gs://b/here/",
         "--",
         "--training.global-batch-size",
         "16",
@@ -382,6 +385,7 @@ def test_launch_without_execute_only_prints(tmp_path: Path, monkeypatch: pytest.
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "kind: JobSet" in text and "kubectl" in text and '"--training.global-batch-size"' in text
+    assert '"gs://b/here/runs/smoke"' in text and '"gs://b/here/stores"' in text
     assert list(tmp_path.iterdir()) == []
     Path("mine.py").touch()
     assert main([*arguments[:3], "--plugin", "mine.py", "--trust", "mine.py", *arguments[3:]]) == 0
@@ -402,9 +406,9 @@ def test_launch_without_execute_only_prints(tmp_path: Path, monkeypatch: pytest.
         (["slurm", "smoke", "--gpus-per-nod", "8"], "--gpus-per-node"),
         (["slurm", "smoke"], "--gpus-per-node"),
         (["slurm", "smoke", "--topology", "h100:16", "--nodes", "3"], "expected 2, or only one of both"),
-        (["gke", "smoke", "--image", "i"], "--topology"),
-        (["gke", "smoke", "--image", "i", "--topology", "cpu:4"], "TPUs or GPUs"),
-        (["skypilot", "smoke", "--topology", "cpu:4"], "TPUs or GPUs"),
+        (["gke", "smoke", "--image", "i", *_BUCKET], "--topology"),
+        (["gke", "smoke", "--image", "i", "--topology", "cpu:4", *_BUCKET], "TPUs or GPUs"),
+        (["skypilot", "smoke", "--topology", "cpu:4", *_BUCKET], "TPUs or GPUs"),
         (["slurm", "smoke", "--topology", "v5e:4x4"], "h100:16"),
         (["slurm", "smoke", "--gpus-per-node", "8", "--sbatch", "qos=a b"], "without spaces"),
     ],
@@ -412,6 +416,33 @@ def test_launch_without_execute_only_prints(tmp_path: Path, monkeypatch: pytest.
 def test_errors_of_train_and_target_are_found_at_launch(arguments: list[str], message: str, capsys: Any) -> None:
     assert main(["launch", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+_PLACES = {
+    ("tpu-vm", "--zone", "z"): "--bucket.*--workdir URL, or a shared volume by --nfs",
+    ("gke", "--image", "i"): "--bucket.*--workdir URL, or a shared volume by --claim",
+    ("skypilot",): "--bucket.*--workdir URL",
+}
+
+
+@pytest.mark.parametrize(("target", "message"), _PLACES.items(), ids=lambda part: part[0] if part else "")
+def test_machines_without_a_shared_disk_get_a_bucket(target: tuple[str, ...], message: str, capsys: Any) -> None:
+    name, *options = target
+    arguments = ["launch", name, "smoke", "--topology", "v5e:4x4", *options]
+    assert main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    overrides = ["--data.seed", "3", "--training.global-batch-size", "16"]
+    assert main([*arguments, "--bucket", "gs://b/p", "--", *overrides]) == 0
+    text = capsys.readouterr().out
+    assert "gs://b/p/runs/smoke" in text and "roles/storage.objectUser on gs://b" in text and "mnt" not in text
+    assert "t5x-like prepare smoke --data.seed 3 --data.store-dir gs://b/p/stores" in text
+    # Whoever names the places gets these.
+    assert main([*arguments, "--workdir", "s3://other/run", "--", "--data.store-dir", "s3://other/stores"]) == 0
+    text = capsys.readouterr().out
+    assert "s3://other/run" in text and "the rights to get, put, delete and list on s3://other" in text
+    assert "t5x-like prepare" not in text
+    assert main([*arguments, "--bucket", "az://b"]) == 2
+    assert "az://b" in capsys.readouterr().err
 
 
 def test_missing_program_is_refused_before_execution(

@@ -13,7 +13,7 @@ from t5x_like.errors import ConfigError, SafetyError
 from t5x_like.storage import lease as leases
 from t5x_like.storage import locations, mirror
 from t5x_like.storage.locations import Url, location
-from t5x_like.storage.mirror import Mirror, fetch, mirror_of, path_to_read, upload_results
+from t5x_like.storage.mirror import Mirror, fetch, local_copy, mirror_of, original, path_to_read, upload_results
 
 
 @pytest.fixture
@@ -119,9 +119,7 @@ def test_failed_upload_does_not_end_the_run(url: Url, monkeypatch: pytest.Monkey
         wait_for(url, {"log.txt": b"1"})
 
 
-def test_results_of_a_reader_are_added_unless_the_run_is_in_progress(
-    url: Url, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_of_a_reader_are_added_although_the_run_is_in_progress(url: Url) -> None:
     path = path_to_read(str(url), "MODEL")
     with pytest.raises(ConfigError, match="memory://.*no objects"):
         fetch(path)
@@ -131,9 +129,85 @@ def test_results_of_a_reader_are_added_unless_the_run_is_in_progress(
     fetch(path)
     found = mirror_of(path)
     assert found is not None and found.url == url and (path / "checkpoints").is_dir() and mirror_of(path.parent) is None
-    (path / "evaluation.json").write_bytes(b"1")
-    with Mirror(url).owned(0):
+    owner = Mirror(url)
+    with owner.owned(0):
+        (path / "evaluation.json").write_bytes(b"1")
         upload_results()
-    assert "the run is in progress" in capsys.readouterr().out and locations.read_bytes(url / "evaluation.json") is None
+        (owner.path / "metrics.jsonl").write_bytes(b"2")
+    assert locations.read_bytes(url / "evaluation.json") == b"1" and locations.read_bytes(url / "metrics.jsonl") == b"2"
+
+
+def test_growing_files_are_uploaded_in_segments_and_joined(url: Url) -> None:
+    owner = Mirror(url)
+    lines = [b"%d\n" % number for number in range(1000, 1100)]
+    with owner.owned(0):
+        for number in range(len(lines)):
+            with (owner.path / "metrics.jsonl").open("ab") as file:
+                file.write(lines[number])
+            owner.upload()
+            if number == 70:
+                # A resumed run cuts what was after its checkpoint.
+                (owner.path / "metrics.jsonl").write_bytes(b"".join(lines[:50]) + lines[number])
+                owner.upload()
+        expected = b"".join([*lines[:50], *lines[70:]])
+        keys = [key for key in locations.keys(url) if key.startswith("segments/metrics.jsonl/")]
+        assert 1 <= len(keys) <= 10
+        reader = Mirror(url)
+        reader.download()
+        assert (reader.path / "metrics.jsonl").read_bytes() == expected and not (reader.path / "segments").exists()
+        with (owner.path / "metrics.jsonl").open("ab") as file:
+            file.write(b"end")
+        owner.upload()
+        reader.refresh(["metrics.jsonl", "exit.json"])
+        assert (reader.path / "metrics.jsonl").read_bytes() == expected + b"end" and not reader.has_changes()
+    assert content(url) == {"metrics.jsonl": expected + b"end"}, "one object stays at the end"
+    successor = Mirror(url)
+    with successor.owned(0):
+        (successor.path / "metrics.jsonl").unlink()
+        successor.upload()
+        assert content(url) == {}
+
+
+def test_failed_upload_of_a_segment_is_repaired(url: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "UPLOAD_SECONDS", 600)
+    own, write = Mirror(url), locations.write_bytes
+    with own.owned(0):
+        data = b""
+        for size in (60, 20, 5):
+            data += bytes(size)
+            (own.path / "log.txt").write_bytes(data)
+            own.upload()
+
+        def fail(path: Url, *parts: bytes) -> None:
+            raise SafetyError("the store is away")
+
+        monkeypatch.setattr(locations, "write_bytes", fail)
+        data = data[:70] + b"2" * 30
+        (own.path / "log.txt").write_bytes(data)
+        with pytest.raises(SafetyError):
+            own.upload()
+        monkeypatch.setattr(locations, "write_bytes", write)
+        own.upload()
+        reader = Mirror(url)
+        reader.download()
+        assert (reader.path / "log.txt").read_bytes() == data
+
+
+def test_model_and_file_are_fetched_once(url: Url) -> None:
+    """A directory with checkpoints in the layout of a disk is copied with them, and a single object becomes a file."""
+    for name in ("model.json", "checkpoints/0/params/x", "checkpoints/0/SHA256SUMS", "folder/"):
+        locations.write_bytes(url / name, name.encode())
+    locations.write_bytes(url.parent / "spiece.model", b"pieces")
+    path = local_copy(str(url), "initialize_from.directory")
+    assert (path / "checkpoints/0/params/x").read_bytes() == b"checkpoints/0/params/x"
+    assert mirror._MIRRORS[path].has_local_checkpoints and not mirror._MIRRORS[path].has_changes()
+    assert local_copy(str(url), "again") == path and original(path / "model.json") == f"{url}/model.json"
     upload_results()
-    assert locations.read_bytes(url / "evaluation.json") == b"1"
+    assert "checkpoints/0/params/x" in locations.keys(url)
+    file = local_copy(str(url.parent / "spiece.model"), "data.tokenizer.path")
+    assert file.read_bytes() == b"pieces" and file.name == "spiece.model"
+    for missing in (f"{url}x", f"memory://{url.text.split('/')[2]}x"):
+        with pytest.raises(ConfigError, match="no objects"):
+            local_copy(missing, "data.tokenizer.path")
+    assert local_copy("a/b", "x") == Path("a/b") and local_copy("file:///a/b", "x") == Path("/a/b")
+    assert original("a/b") == "a/b"

@@ -54,12 +54,15 @@ def listener() -> Iterator[tuple[int, list[bytes]]]:
 ARGUMENTS = [
     ["train", "smoke", "--workdir", "http://host/run"],
     ["eval", "hf://org/run"],
-    ["generate", "runs/x", "--prompt", "a", "--output", "s3://bucket/out.jsonl"],
-    ["export", "runs/x", "s3://bucket/out"],
+    ["train", "gs://bucket/config.json"],
+    ["train", "from:hf://org/model"],
+    ["doctor", "ftp://host/run"],
+    ["generate", "runs/x", "--prompt", "a", "--output", "ftp://host/out.jsonl"],
+    ["export", "runs/x", "http://host/out"],
     ["convert", "--from", "hf", "model", "hf://org/out"],
-    ["plan", "smoke", "--save", "s3://bucket/plan.json"],
-    ["inspect", "smoke", "--output", "s3://bucket/page.html"],
-    ["train", "smoke", "--print-config", "--data.tokenizer.path", "s3://bucket/spiece.model"],
+    ["plan", "smoke", "--save", "http://host/plan.json"],
+    ["inspect", "smoke", "--output", "http://host/page.html"],
+    ["train", "smoke", "--print-config", "--data.tokenizer.path", "http://host/spiece.model"],
     ["train", "smoke", "--print-config", "--data.store-dir", "http://host/stores"],
 ]
 
