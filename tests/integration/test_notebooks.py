@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers.docs_examples import REPOSITORY
 from helpers.notebooks import cells, execute
+from jax.experimental.compilation_cache import compilation_cache
 
 NOTEBOOKS = sorted((REPOSITORY / "docs/notebooks").glob("*.ipynb"))
 DENOISER, PUBLISHED = (REPOSITORY / f"docs/notebooks/{name}.ipynb" for name in ("denoiser", "published-model"))
@@ -20,6 +23,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     return tmp_path
+
+
+@pytest.fixture
+def cheap_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One device, as on a laptop, and equal programs compiled once: XLA takes most of the time."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in zip(options, (str(tmp_path / "compilations"), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -35,16 +54,16 @@ def test_notebook_is_plain_python_without_outputs(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_denoiser_from_text_to_loss() -> None:
-    names = execute(DENOISER, {"num_train_steps=150": "num_train_steps=60"})
+def test_denoiser_from_text_to_loss(cheap_programs: None) -> None:
+    names = execute(DENOISER, {"num_train_steps=150": "num_train_steps=40"})
     assert names["by_hand"] == pytest.approx(np.log(320), abs=1.0)
-    assert len(names["losses"]) == 60
+    assert len(names["losses"]) == 40
 
 
 @pytest.mark.slow
-def test_published_model_continued(folder: Path) -> None:
-    names = execute(PUBLISHED, {"num_train_steps=100": "num_train_steps=30"})
-    assert names["run"].training.num_train_steps == 30
+def test_published_model_continued(folder: Path, cheap_programs: None) -> None:
+    names = execute(PUBLISHED, {"num_train_steps=100": "num_train_steps=20"})
+    assert names["run"].training.num_train_steps == 20
     assert (folder / "exported/model.safetensors").is_file()
     assert names["after"] < names["before"]
 
