@@ -53,7 +53,8 @@ ALLOWED = {
         "merged.get()": "--timeout of the request",
     },
     "sharding/constrain.py": {"_ACTIVE.get()": NO_WAIT, "_RECORD.get()": NO_WAIT},
-    "storage/mirror.py": {"ThreadPoolExecutor(_THREADS)": "REQUEST_SECONDS of each request"},
+    "storage/mirror.py": {"ThreadPoolExecutor(THREADS)": "REQUEST_SECONDS of each request"},
+    "storage/transfers.py": {"ThreadPoolExecutor(THREADS)": "REQUEST_SECONDS of each request"},
     "trainer/profiling.py": {"wait()": "the device, within the stage of a step"},
     "trainer/session.py": {"self.checkpoints.wait()": SAVE},
 }
