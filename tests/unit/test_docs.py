@@ -31,6 +31,7 @@ from t5x_like.errors import EXIT_OK
 PROJECT_FILES = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "tests/README.md")
 FILES = [*PAGES.values(), *map(REPOSITORY.joinpath, PROJECT_FILES)]
 COMMANDS = {(command.text, command.section): command for command in commands()}.values()
+FILES_NAMED_AS_FIELDS = {"model.json", "model.safetensors"}
 PLACEHOLDERS = {
     "TARGET RECIPE": "local smoke -n 2",
     "RECIPE": "smoke",
@@ -162,6 +163,27 @@ def test_every_field_of_the_configuration_has_a_meaning(generator: Path) -> None
         if not reference.field_docstrings(section.cls).get(field.name)
     ]
     assert missing == [], "write what the field means in a string below it; see CONTRIBUTING.md"
+
+
+def test_fields_that_a_page_names_exist(generator: Path) -> None:
+    """Dotted paths in inline code, such as `training.schedule.learning_rate`, with or without a value."""
+    reference = importlib.import_module("config_reference")
+    fields = {
+        re.sub(r"\.N\b", "", f"{path}.{field.name}")
+        for section in reference.sections()
+        for path in section.paths
+        for field in dataclasses.fields(section.cls)
+    }
+    sections = {path.partition(".")[0] for path in fields if path.partition(".")[0]}
+    named = re.compile(rf"`((?:{'|'.join(sorted(sections))})\.[a-z][a-z_0-9.\[\]]*[a-z_0-9])(?:[ =][^`]*)?`")
+    unknown = []
+    for page, path in PAGES.items():
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+        found = {re.sub(r"\[\]|\.\d+", "", name) for name in named.findall(text)}
+        unknown += [
+            f"{page}: {name}" for name in sorted(found - fields) if not re.search(r"\.(jsonl?|py|npz|txt)$", name)
+        ]
+    assert unknown == []
 
 
 def test_the_python_page_has_names_that_can_be_imported_and_are_documented(generator: Path) -> None:
