@@ -157,7 +157,7 @@ def _model(reference: str) -> tuple[ModelConfig, RunConfig | None]:
     """Return the model that a MODEL names, and the run that trains it if it names one.
 
     Raises:
-      ConfigError: there is no such preset, recipe or directory.
+      ConfigError: there is no such preset, recipe or directory, or it is a URL.
       DataError: a config.json is not understood.
     """
     from t5x_like import run_directory
@@ -167,7 +167,9 @@ def _model(reference: str) -> tuple[ModelConfig, RunConfig | None]:
     from t5x_like.interop.huggingface.config_reader import Fields
     from t5x_like.interop.huggingface.family_matching import model_of_config
     from t5x_like.models.presets.by_name import is_preset, preset
+    from t5x_like.utils.trusted_urls import require_local
 
+    require_local(reference, "MODEL")
     path = Path(reference)
     if path.is_dir() and (path / model_dir.MODEL).is_file():
         return model_dir.read_model(path)[0], None

@@ -136,6 +136,7 @@ def test_a_config_json_alone_describes_the_model_of_its_family(kind: str) -> Non
         (["lama_3:8b"], "perhaps llama_3"),
         (["ul2_20b:base"], "expected ul2_20b, which has one size"),
         (["no_such.py"], "no such recipe"),
+        (["gs://bucket/runs/ul2"], "MODEL: found 'gs://bucket/runs/ul2', expected a local path"),
     ],
 )
 def test_errors_say_what_was_found_and_expected(
