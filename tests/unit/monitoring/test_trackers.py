@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,13 +56,24 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     expected = write_twice("wandb", tmp_path)
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    # `finish` returns before the process of W&B has written its buffers; at its end, a program waits for that process.
+    found: dict[int, dict[str, float]] = {}
+    deadline = time.monotonic() + 120
+    while found.keys() != expected.keys() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        found = merged(files)
+    assert found == expected and sorted(found) == [10, 20, 30, 40]
+    assert len({file.stem for file in files}) == 1, "both processes write one run"
+    assert (tmp_path / wandb_writer.RUN_ID).read_text() in files[0].name
+
+
+def merged(files: list[Path]) -> dict[int, dict[str, float]]:
+    """Return the metrics by step of several logs, which agree on the steps that they share."""
     found: dict[int, dict[str, float]] = {}
     for file in files:
         for step, metrics in history(file).items():
             assert found.setdefault(step, metrics) == metrics
-    assert found == expected and sorted(found) == [10, 20, 30, 40]
-    assert len({file.stem for file in files}) == 1, "both processes write one run"
-    assert (tmp_path / wandb_writer.RUN_ID).read_text() in files[0].name
+    return found
 
 
 def history(file: Path) -> dict[int, dict[str, float]]:
