@@ -57,8 +57,7 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     further = plugin_arguments(options)
     if options.devices is not None:
         further += ["--devices", str(options.devices)]
-    code = train_arms(options.recipe, arms, workdir, further)
-    if code != EXIT_OK:
-        return code
-    say(report(sweep_result(arms, workdir, options.metric), workdir, Console()))
-    return EXIT_OK
+    code, finished = train_arms(options.recipe, arms, workdir, further)
+    if len(finished) > 1:
+        say(report(sweep_result(finished, workdir, options.metric), workdir, Console()))
+    return code

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
-from t5x_like.errors import EXIT_OK, RESTART_CODES, ConfigError, ConfigProblem
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, RESTART_CODES, ConfigError, ConfigProblem
 from t5x_like.evaluation import comparison
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint, MetricCell, MetricRow
 from t5x_like.evaluation.results_store import BITS_BOUND
@@ -30,7 +30,7 @@ MAX_RESTARTS = 3
 """Restarts of an arm after exit codes with which the same command resumes."""
 
 
-def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequence[str] = ()) -> int:
+def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequence[str] = ()) -> tuple[int, list[Arm]]:
     """Train all arms, one after the other, and evaluate those that are not evaluated yet.
 
     Args:
@@ -40,18 +40,27 @@ def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequenc
       further: Further options of both `train` and `eval`.
 
     Returns:
-      The exit code of the first command that fails, or 0.
+      The exit code of the first command that fails, or 0; and the arms to compare. An arm that ends with EXIT_REFUSED,
+      as one whose loss is no longer finite, is left out, and the others are trained. None are left after another error.
     """
+    finished = []
     for number, arm in enumerate(arms, 1):
         say(f"arm {number} of {len(arms)}: {arm.name}")
         directory = workdir / arm.name
         code = _run(["train", recipe, "--workdir", str(directory), *further, "--", *arm.overrides])
-        if code != EXIT_OK:
-            return code
-    directories = [workdir / arm.name for arm in arms]
+        if code == EXIT_REFUSED:
+            say(f"arm {arm.name} is left out of the comparison: exit code {code}")
+        elif code != EXIT_OK:
+            return code, []
+        else:
+            finished.append(arm)
+    directories = [workdir / arm.name for arm in finished]
     # Training evaluates the last step, but does not save the draws that intervals are computed from.
     missing = [str(path) for path in directories if not _has_draws(path)]
-    return _run(["eval", *missing, *further]) if missing else EXIT_OK
+    code = _run(["eval", *missing, *further]) if missing else EXIT_OK
+    if code != EXIT_OK:
+        return code, []
+    return (EXIT_OK if len(finished) == len(arms) else EXIT_REFUSED), finished
 
 
 def _has_draws(directory: Path) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from helpers.config_examples import example
 
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
-from t5x_like.errors import ConfigError
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, ConfigError
 from t5x_like.evaluation import comparison
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.studies import sweep
@@ -80,6 +80,37 @@ def test_the_page_has_the_best_that_fit(
     out = capsys.readouterr().out
     assert "best: b, bits_per_byte 1.500" in out
     assert "not significantly worse on this text: c" in out and "the page shows the best 6 arms" in out
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        # The exit codes of three arms, and of their evaluation.
+        ([EXIT_OK, EXIT_OK, EXIT_OK, EXIT_OK], (EXIT_OK, ["a", "b", "c"])),
+        ([EXIT_OK, EXIT_REFUSED, EXIT_OK, EXIT_OK], (EXIT_REFUSED, ["a", "c"])),
+        ([EXIT_REFUSED, EXIT_REFUSED, EXIT_REFUSED], (EXIT_REFUSED, [])),
+        ([EXIT_OK, EXIT_RESUMABLE], (EXIT_RESUMABLE, [])),
+        ([EXIT_OK, EXIT_OK, EXIT_OK, EXIT_RESUMABLE], (EXIT_RESUMABLE, [])),
+    ],
+)
+def test_an_arm_that_diverges_is_left_out(
+    arms: list[Arm], monkeypatch: pytest.MonkeyPatch, codes: list[int], expected: tuple[int, list[str]]
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(arguments: Sequence[str]) -> int:
+        commands.append(list(arguments))
+        return codes[len(commands) - 1]
+
+    monkeypatch.setattr(sweep, "_run", run)
+    monkeypatch.setattr(sweep, "_has_draws", lambda directory: False)
+    code, finished = sweep.train_arms("smoke", arms[:3], Path("w"), ["--trust", "mine"])
+    assert (code, [arm.name for arm in finished]) == expected
+    assert len(commands) == len(codes)
+    if len(codes) == 4:
+        trained = [f"w/{name}" for name, arm_code in zip("abc", codes, strict=False) if arm_code == EXIT_OK]
+        assert commands[-1] == ["eval", *trained, "--trust", "mine"]
+    assert all(command[4:7] == ["--trust", "mine", "--"] for command in commands[:3] if command[0] == "train")
 
 
 def test_a_metric_that_an_arm_lacks_is_refused(arms: list[Arm]) -> None:
