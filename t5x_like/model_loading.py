@@ -35,6 +35,7 @@ from t5x_like.config import (
 from t5x_like.config.validation import validate
 from t5x_like.data.store.prepare import open_stores
 from t5x_like.data.store.token_store import Store
+from t5x_like.data.stream.reference_log_probs import attach_from
 from t5x_like.data.stream.row_stream import TrainingStream
 from t5x_like.data.tokenizers.loading import has_tokenizer, kept_tokenizer, load_directory_tokenizer
 from t5x_like.data.tokenizers.tokenizer import Tokenizer, have_same_pieces
@@ -125,6 +126,8 @@ class LoadedModel:
                 f"{stores[0].path} ({stores[0].tokenizer.vocabulary.base_size:,}), by whose ids it would read other "
                 "text; prepare the data with --data.tokenizer.path and its spiece.model"
             )
+        if self.has_own_data and self.run.data.preference is not None:
+            attach_from(self.path, self.run.data, stores)
         return stores
 
     @property

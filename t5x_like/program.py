@@ -28,6 +28,7 @@ from t5x_like.sharding.rules import Rules, default_rules
 from t5x_like.sharding.shardings import batch_shardings, tree_shardings
 from t5x_like.sharding.validation import validate_sharding
 from t5x_like.training.optimizers.make_optimizer import make_optimizer, state_logical_axes
+from t5x_like.training.preference import preference_apply
 from t5x_like.training.schedules import make_schedule
 from t5x_like.training.train_step import init_state, make_eval_step, make_train_step
 from t5x_like.utils.type_aliases import PyTree
@@ -168,8 +169,11 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
         carried = shardings | {"base": tree_shardings(mesh, rules, spec.logical_axes, spec.params)}
         abstract_base = _with_shardings(spec.params, carried["base"])
 
-    def apply(params: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> ModelOutput:
+    def output(params: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> ModelOutput:
         return bind_params(spec.graphdef, params).output(batch, dropout_rng=dropout_rng)
+
+    preference = run.data.preference
+    apply = output if preference is None else preference_apply(output, preference)
 
     def train(state: PyTree, batch: Batch) -> tuple[PyTree, dict[str, WeightedMean]]:
         if lora is None:

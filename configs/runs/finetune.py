@@ -2,12 +2,13 @@
 
 MODEL_DIR is a run, an imported model or a Hugging Face directory. `configs/runs/finetune.py:text_to_text` generates the
 targets of pairs, `:classify` predicts the label of a text, `:tag` one label for each word, `:embed` trains embeddings
-on pairs of texts that match, and `:chat` trains the assistant's turns of dialogues. The files and their fields are set
-on the command line: `--data.corpus.files train.tsv --data.corpus.validation-files dev.tsv --data.corpus.inputs-field
-question --data.corpus.text-field answer`. The labels are those that occur in the training files, in alphabetical order,
-unless `--data.corpus.labels` names them.
+on pairs of texts that match, `:chat` trains the assistant's turns of dialogues, and `:dpo` trains on pairs of answers
+of which one was preferred. The files and their fields are set on the command line: `--data.corpus.files train.tsv
+--data.corpus.validation-files dev.tsv --data.corpus.inputs-field question --data.corpus.text-field answer`. The labels
+are those that occur in the training files, in alphabetical order, unless `--data.corpus.labels` names them.
 """
 
+import dataclasses
 from pathlib import Path
 
 from t5x_like.config import (
@@ -19,6 +20,7 @@ from t5x_like.config import (
     InitializeFrom,
     LabeledExamples,
     ModelConfig,
+    Preference,
     RunConfig,
     ScheduleConfig,
     Supervised,
@@ -81,6 +83,26 @@ def chat(base: Path) -> RunConfig:
         targets_length=targets,
     )
     return _run("chat", model.model, data, InitializeFrom(directory=str(base)))
+
+
+def dpo(base: Path) -> RunConfig:
+    """Return the run that learns which of two answers to a prompt is preferred (direct preference optimization). The
+    model that it starts from is the reference; both are compared without dropout."""
+    model = open_base(base)
+    model.require_decoder()
+    inputs, targets = model.lengths(INPUTS, TARGETS)
+    data = DataConfig(
+        corpus=CorpusConfig(inputs_field="prompt", text_field="chosen", rejected_field="rejected"),
+        tokenizer=model.tokenizer,
+        layout=model.layout,
+        mixture=(Preference(),),
+        inputs_length=inputs,
+        targets_length=targets,
+    )
+    run = _run("dpo", model.without_dropout, data, InitializeFrom(directory=str(base)))
+    # Larger steps move the model away from the reference before it has learned the preferences.
+    schedule = dataclasses.replace(run.training.schedule, learning_rate=5e-6)
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, schedule=schedule))
 
 
 def _with_head(name: str, base: BaseModel, kind: HeadKind, target_kind: TargetKind) -> RunConfig:

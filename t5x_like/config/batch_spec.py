@@ -18,6 +18,10 @@ from t5x_like.config.objectives import LabeledExamples, Objective
 from t5x_like.config.run import RunConfig
 
 MAIN = "main"
+REJECTED = "rejected_"
+"""Prefix of the features of a preference pair's rejected answer."""
+CHOSEN_REFERENCE, REJECTED_REFERENCE = "chosen_reference", "rejected_reference"
+"""Features of preference pairs: log-probabilities of the two answers under the model that the run starts from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +124,10 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
     Labelled examples have input tokens only (in prefix_lm also decoder_causal_attention, which is 1 for the whole
       text), `labels` and `label_weights`: [rows], or [rows, length] for token classification; labels are float32 for
       regression. Embeddings have `positive_input_tokens` instead of labels.
+    Preference pairs have these features of the prompt with the chosen answer, and `rejected_decoder_...` of the prompt
+      with the rejected one, for each feature of the decoder; the prompt of an encoder is that of both. The
+      log-probabilities of the two answers under the reference are `chosen_reference` and `rejected_reference`, float32
+      [rows].
     `denoiser_ids` are indices into `data.objectives`: [rows], or [rows, length] by target position if rows are packed.
       Rows of seqio's Tasks do not have them.
     """
@@ -134,12 +142,14 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
     features |= {f"{stack}_target_tokens": targets, f"{stack}_loss_weights": targets}
     if has_bidirectional_prefix(data.layout):
         features["decoder_causal_attention"] = targets
+    if data.preference is not None:
+        features |= {f"{REJECTED}{name}": size for name, size in features.items() if name.startswith("decoder")}
+        features |= {CHOSEN_REFERENCE: (rows,), REJECTED_REFERENCE: (rows,)}
     if data.seqio is None:
         features["denoiser_ids"] = targets if shape.packed else (rows,)
-    weights = loss_weight_type(data)
-    return {
-        name: ArraySpec(size, weights if name.endswith("_loss_weights") else "int32") for name, size in features.items()
-    }
+    types = {CHOSEN_REFERENCE: "float32", REJECTED_REFERENCE: "float32"}
+    types |= {name: loss_weight_type(data) for name in features if name.endswith("_loss_weights")}
+    return {name: ArraySpec(size, types.get(name, "int32")) for name, size in features.items()}
 
 
 def _labelled_spec(data: DataConfig, objective: LabeledExamples, rows: int) -> Mapping[str, ArraySpec]:

@@ -39,6 +39,10 @@ class CorpusConfig:
     with braces is a template of fields, as in "{title}: {body}"."""
     inputs_field: str | None = None
     """Supervised pairs: field or template of the inputs (of a seqio Task, its `inputs` feature). None: plain text."""
+    rejected_field: NonEmptyStr | None = None
+    """Preference pairs (objective `Preference`): field or template of the answer that is worse than that of
+    `text_field`, to the same inputs. Pairs with the same inputs are in the same split when a fraction is held out,
+    unless `key_field` is set."""
     messages_field: NonEmptyStr | None = None
     """Dialogues: field with the list of messages, each with a `role` and a `content`, in place of a text. The field
     `tools`, if the rows have it, holds the descriptions of the tools."""
@@ -85,8 +89,8 @@ class CorpusConfig:
     and counts them."""
     max_bad_records: NonNegativeInt = 0
     """Number of rows of `files` that may be left out because they are invalid: JSON that cannot be parsed, a field that
-    is missing or of another type, a label that is not listed, text that is not UTF-8. They are listed in
-    quarantine.jsonl of the store; one more is an error."""
+    is missing or of another type, a label that is not listed, a preference pair of equal answers, text that is not
+    UTF-8. They are listed in quarantine.jsonl of the store; one more is an error."""
 
     @property
     def name(self) -> str:
@@ -95,10 +99,12 @@ class CorpusConfig:
         return self.tfds or self.task or self.generator or "python_docs"
 
     @property
-    def has_pairs(self) -> bool:
-        """Return whether each document is two sequences: inputs and targets, or the tokens of a dialogue and their
-        mask."""
-        return self.inputs_field is not None or self.messages_field is not None
+    def sequences_per_document(self) -> int:
+        """Number of sequences of a document in its store. 1: a text. 2: inputs and targets, or the tokens of a dialogue
+        and their mask. 3: a prompt, the chosen and the rejected answer."""
+        if self.rejected_field is not None:
+            return 3
+        return 2 if self.inputs_field is not None or self.messages_field is not None else 1
 
     @property
     def has_test(self) -> bool:
@@ -119,7 +125,7 @@ class CorpusConfig:
 _LATER = frozenset(
     {"target_kind", "labels", "validation_files", "test_files", "key_field", "generator"}
     | {"train_split", "validation_split", "test_split", "max_bad_records"}
-    | {"messages_field", "messages_as", "chat_template"}
+    | {"messages_field", "messages_as", "chat_template", "rejected_field"}
 )
 """Fields that were added after the first release."""
 

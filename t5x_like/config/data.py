@@ -8,7 +8,7 @@ from t5x_like.config.bounds import NonEmptyStr, NonNegativeFloat, PositiveFloat,
 from t5x_like.config.corpus import CorpusConfig
 from t5x_like.config.dataclass import config_dataclass
 from t5x_like.config.layouts import Layout, StackName, row_positions
-from t5x_like.config.objectives import LabeledExamples, Objective
+from t5x_like.config.objectives import LabeledExamples, Objective, Preference
 from t5x_like.config.seqio_task import SeqioConfig
 from t5x_like.config.tokenizer import TokenizerConfig
 
@@ -125,10 +125,11 @@ class DataConfig:
             return ()
         return self.corpora or (CorpusShareConfig(name=self.corpus.name, corpus=self.corpus),)
 
-    def examples_of(self, share: CorpusShareConfig) -> Literal["windows", "documents", "labelled"]:
-        """Return how a corpus is cut into examples; labelled: each pair is a row."""
-        if any(objective.example_source == "labelled" for objective in self.objectives_of(share)):
-            return "labelled"
+    def examples_of(self, share: CorpusShareConfig) -> Literal["windows", "documents", "labelled", "preferences"]:
+        """Return how a corpus is cut into examples; labelled, preferences: each pair is a row."""
+        for objective in self.objectives_of(share):
+            if objective.example_source in ("labelled", "preferences"):
+                return objective.example_source
         return share.example_mode or self.example_mode
 
     @property
@@ -138,6 +139,11 @@ class DataConfig:
         `register_objective` accepts the example source "labelled" for subclasses of `LabeledExamples` only.
         """
         return next((objective for objective in self.objectives if isinstance(objective, LabeledExamples)), None)
+
+    @property
+    def preference(self) -> Preference | None:
+        """Objective of a run that is trained on preference pairs, which has no other objective; otherwise None."""
+        return next((objective for objective in self.objectives if isinstance(objective, Preference)), None)
 
     def objectives_of(self, share: CorpusShareConfig) -> tuple[Objective, ...]:
         """Return the objectives of a corpus."""

@@ -44,7 +44,7 @@ def evaluate_held_out(
       objectives: Scores by name: the mixture's objective, with several corpora "corpus/objective", or the seqio Task.
         Each has loss (nats per scored token), perplexity (its exponential), accuracy, tokens, and the metrics that the
         model itself reports. A task head has the metrics of `head_scores` instead of perplexity, and its number of
-        examples as tokens.
+        examples as tokens; preference pairs have those of `training.preference`, and their number as tokens.
       prefix_lm: Scores of windows whose first half is given: loss_per_token (nats), bits_per_byte (the loss of all
         scored tokens over the bytes of their text; EOS between documents is scored and has no bytes), bytes. None for
         models that predict tokens in place, such as encoders.
@@ -68,9 +68,10 @@ def evaluate_held_out(
             sums = _sums(program, params, batches)
             name = f"{share.name}/{objective.name}" if len(stores) > 1 else objective.name
             objectives[name] = _scores(sums)
-            if data.labelled is not None:
-                # A head scores labels or numbers: the exponential of its loss is no perplexity of text.
+            if data.labelled is not None or data.preference is not None:
+                # The loss of labels, numbers or pairs: its exponential is no perplexity of text.
                 del objectives[name]["perplexity"]
+            if data.labelled is not None:
                 batches = heldout.objective_batches(store, data, share, rows, objective, num_batches, split)
                 objectives[name] |= head_scores(program, params, batches)
     scored = [batch for store in stores for batch in heldout.prefix_lm_batches(store, data, rows, num_batches, split)]
@@ -153,8 +154,8 @@ def held_out_rows(
     """Return the rows that the losses of `evaluate_held_out` are computed from.
 
     Each row has its objective, its index, and the entries of `row_losses`. The windows whose first half is given have
-    the objective "prefix_lm", or "diffusion_bound" where they are scored by that bound. Task heads, which score no
-    tokens, and Tasks that are read live have no rows.
+    the objective "prefix_lm", or "diffusion_bound" where they are scored by that bound. Task heads and preference
+    pairs, which score no single tokens, and Tasks that are read live have no rows.
     """
     data, rows = program.run.data, program.run.training.global_batch_size
     result: list[dict[str, Any]] = []
@@ -164,7 +165,7 @@ def held_out_rows(
                 store, data, share, rows, objective, num_batches, split
             )
             for objective in data.objectives_of(share)
-            if data.labelled is None
+            if data.labelled is None and data.preference is None
         }
         windows = heldout.prefix_lm_batches(store, data, rows, num_batches, split)
         batches[f"{share.name}/{PREFIX_LM}" if len(stores) > 1 else PREFIX_LM] = (window.batch for window in windows)

@@ -41,6 +41,12 @@ class BaseModel:
         shares = 1 if self.model.architecture == "encoder_decoder" or not targets else 2
         return min(inputs, longest // shares), min(targets, longest // shares)
 
+    @property
+    def without_dropout(self) -> ModelConfig:
+        """The model without dropout."""
+        stacks = {name: dataclasses.replace(stack, dropout_rate=0.0) for name, stack in self.model.stacks.items()}
+        return dataclasses.replace(self.model, **stacks)
+
     def with_head(self, head: TaskHeadConfig) -> tuple[ModelConfig, Layout, InitializeFrom]:
         """Return the model with a fresh head, its layout, and its initial values. Of an encoder-decoder, the encoder
         gets the head."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from t5x_like.config.batch_spec import ArraySpec
+from t5x_like.config.batch_spec import REJECTED, ArraySpec
 from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
 
 
@@ -62,6 +62,8 @@ def forward_flops_by_part(
     """
     source = _row_shape(features, "encoder_input_tokens") if config.encoder is not None else (0, 0)
     target = _row_shape(features, "decoder_input_tokens") if config.decoder is not None else (0, 0)
+    if f"{REJECTED}decoder_input_tokens" in features:
+        target = 2 * target[0], target[1]
     parts: dict[str, int] = {}
     for name, stack in config.stacks.items():
         rows, length = source if name == "encoder" else target

@@ -76,7 +76,8 @@ class Model(nnx.Module):
         Reads `encoder_input_tokens` and `decoder_input_tokens` for the stacks that the model has. Optional features are
         `*_segment_ids` and `*_positions` of packed rows, `*_token_types` and, in decoders, `decoder_causal_attention`.
         Positions restart in each segment. Learned and rotary positions read them; masks and relative positions use the
-        indices of the row.
+        indices of the row. Without segment ids, the decoder may have K rows for each row of the encoder, side by side:
+        answers to the same inputs.
 
         Args:
           batch: Features of the sub-batch, [B, L] each.
@@ -125,6 +126,9 @@ class Model(nnx.Module):
             if encoder_ids is None or decoder_ids is None:
                 inputs = batch["encoder_input_tokens"]
                 valid = non_padding_mask(inputs, self.config.pad_token_id) if encoder_ids is None else encoder_ids
+                assert encoded is not None
+                if (repeats := tokens.shape[0] // encoded.shape[0]) > 1:
+                    encoded, valid = (jnp.repeat(x, repeats, axis=0) for x in (encoded, valid))
                 cross_mask = MaskSpec(kv_segment_ids=valid.astype(jnp.int32))
             else:
                 cross_mask = MaskSpec(q_segment_ids=decoder_ids, kv_segment_ids=encoder_ids)

@@ -111,7 +111,7 @@ class StoreView:
             ),
             repeats=repeated_documents(train, per_document) if train.num_documents else RepeatedDocuments(0, 0, 0),
             documents=train.num_documents,
-            unit="pairs" if per_document == 2 else "documents",
+            unit="pairs" if per_document > 1 else "documents",
             use=token_usage(store, "train") if train.num_tokens else None,
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from t5x_like import run_directory
-from t5x_like.adapters.base_weights import RECORD, Base, open_base
+from t5x_like.adapters.base_weights import RECORD, Base, fingerprint, open_base
 from t5x_like.checkpoints.disk_space import require_free_space, state_bytes
 from t5x_like.checkpoints.interface import Checkpoints
 from t5x_like.checkpoints.opening import open_checkpoints
@@ -52,12 +52,15 @@ from t5x_like.trainer import startup_summary
 from t5x_like.trainer.callbacks import Callbacks
 from t5x_like.trainer.crash_loop import counted_start
 from t5x_like.trainer.profiling import StepProfiler, step_profiler
+from t5x_like.trainer.reference import RECORD as REFERENCE
+from t5x_like.trainer.reference import attach_reference
 from t5x_like.trainer.replay_check import ReplayCheck
 from t5x_like.trainer.row_record import RowRecord
 from t5x_like.trainer.step_guard import StepGuard
 from t5x_like.training.guard import all_finite
 from t5x_like.training.norms import is_empty_norm
 from t5x_like.utils.console import Console
+from t5x_like.utils.type_aliases import PyTree
 
 MAX_IN_FLIGHT_STEPS = 4
 """Number of steps that the host may be ahead of the device. Their batches wait in the device's memory."""
@@ -97,6 +100,8 @@ class TrainSession:
     guard: StepGuard
     base: Mapping[str, Any] | None
     """Record of the frozen base parameters, which checkpoints keep; None without adapters."""
+    reference: Mapping[str, str] | None
+    """Record of the log-probabilities of the reference, which checkpoints keep; None without preference pairs."""
     accumulated_metrics: dict[str, WeightedMean]
     """Sums, on the host, over the steps of the current logging interval. Checkpoints keep them, so that a resumed run
     logs the same numbers as an uninterrupted one."""
@@ -183,6 +188,8 @@ class TrainSession:
             }
             if self.base is not None:
                 meta[RECORD] = dict(self.base)
+            if self.reference is not None:
+                meta[REFERENCE] = dict(self.reference)
             state = self.program.checkpointable_state(self.state)
             if not on_host(all_finite(self.state["params"])):
                 raise SafetyError(
@@ -388,12 +395,13 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
         restored = latest is not None
         session: TrainSession | None = None
         step, first_row, state, interval, files = 0, 0, None, {}, {}
-        of_data, of_base = None, None
+        of_data, of_base, of_reference = None, None, None
         clock.enter("restore")
         if restored:
             found = _restore(program, checkpoints, record, run)
             step, state, first_row, interval = found.step, found.state, found.first_row, found.interval
             of_data, of_base, files = found.meta["data"], found.meta.get(RECORD), checkpoints.read_files(step)
+            of_reference = found.meta.get(REFERENCE)
             clock.go_on(found.meta["seconds"])
         else:
             require_tokenizer_of_source(run, source.stores)
@@ -404,6 +412,18 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
         if base is not None:
             state = state | {"base": base.params}
         clock.enter("init")
+        reference = None
+        if run.data.preference is not None:
+            reference = attach_reference(
+                program,
+                source.stores,
+                workdir,
+                **_start_model(state, base, of_reference),
+                recorded=of_reference,
+                report=lambda line: shown.out(line, highlight=False),
+                # Each batch is a stage of its own for the watchdog.
+                alive=lambda: clock.enter("init"),
+            )
         restored_step = step if restored else None
         batches = source.start(first_row, of_data, files)
         stack.callback(lambda: session.batches.close() if session else batches.close())
@@ -449,6 +469,7 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
             collected_step=step,
             guard=StepGuard(run, workdir, checkpoints, on_process_0(checkpoints.steps)),
             base=None if base is None else base.record,
+            reference=reference,
             accumulated_metrics=interval,
             evaluated=step if on_process_0(lambda: is_evaluated(workdir, step)) else None,
         )
@@ -467,6 +488,18 @@ def _close(checkpoints: Checkpoints, kind: type[BaseException] | None, *_: objec
 def _open_base(program: Program, recorded: Mapping[str, Any] | None) -> Base | None:
     lora = program.run.training.lora
     return None if lora is None else open_base(lora, program.run.model, program.abstract_base_params, recorded)
+
+
+def _start_model(state: PyTree, base: Base | None, recorded: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return the parameters that the run starts from, and their fingerprint: those of its base if it has adapters.
+
+    Those of a run that trains all parameters are gone (None) once it has a checkpoint, which records the fingerprint.
+    """
+    if base is not None:
+        return {"params": base.params, "model": base.record["fingerprint"]}
+    if recorded is not None:
+        return {"params": None, "model": recorded["model"]}
+    return {"params": state["params"], "model": fingerprint(state["params"])}
 
 
 def _require_ids_of(source: DataSource, run: RunConfig) -> None:

@@ -156,7 +156,12 @@ REPLACEMENTS = {
     # Page -> text of its examples -> text that is executed, with fewer steps.
     "docs/adapters.md": {"steps=200": "steps=2"},
     "docs/migrate-huggingface.md": {"steps 2000": "steps 2"},
-    "docs/finetune.md": {"steps 300": "steps 2 --evaluation.num-batches 1 --data.inputs-length 40", "(400)": "(40)"},
+    "docs/finetune.md": {
+        "steps 300": "steps 2 --evaluation.num-batches 1 --data.inputs-length 40",
+        "steps 100": "steps 2 --evaluation.num-batches 1",
+        "(400)": "(40)",
+        "rows[:400]": "rows[:40]",
+    },
     # A decoder compiles faster than an encoder-decoder. The two commands are alternatives: each gets a run.
     "docs/processes.md": {"local smoke ": "local smoke:decoder ", "steps 20": "steps 2"},
     "docs/sharding.md": {"train smoke ": "train smoke:decoder ", "auto True": "auto True --workdir runs/auto"},

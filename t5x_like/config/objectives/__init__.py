@@ -21,6 +21,7 @@ from t5x_like.config.objectives.fill_in_the_middle import FillInTheMiddle
 from t5x_like.config.objectives.labeled_examples import LabeledExamples
 from t5x_like.config.objectives.masked_diffusion import MaskedDiffusion
 from t5x_like.config.objectives.masked_lm import MaskedLM
+from t5x_like.config.objectives.preference import Preference
 from t5x_like.config.objectives.prefix_lm import PrefixLM
 from t5x_like.config.objectives.registry import (
     Objective,
@@ -48,6 +49,7 @@ __all__ = [
     "Mode",
     "Objective",
     "ObjectiveConfig",
+    "Preference",
     "PrefixLM",
     "SpanCorruption",
     "Supervised",
@@ -67,4 +69,5 @@ register_objective(BartDenoising, "t5x_like.data.objectives.bart:BartDenoiser")
 register_objective(BlankInfilling, "t5x_like.data.objectives.blank_infilling:BlankInfillingDenoiser")
 register_objective(Supervised, "t5x_like.data.objectives.supervised:SupervisedPairs")
 register_objective(Dialogues, "t5x_like.data.objectives.dialogues:DialogueExamples")
+register_objective(Preference, "t5x_like.data.objectives.preference:PreferencePairs")
 register_objective(LabeledExamples, "t5x_like.data.objectives.labeled_examples:LabeledTexts")

@@ -16,9 +16,10 @@ from t5x_like.config.layouts import Layout, row_positions
 from t5x_like.errors import ConfigProblem
 
 Mode = Literal["R", "S", "X"]
-ExampleSource = Literal["text", "pairs", "labelled", "dialogues"]
+ExampleSource = Literal["text", "pairs", "labelled", "dialogues", "preferences"]
 """Origin of an objective's examples. text: windows or documents of plain text. pairs: supervised (inputs, targets)
-pairs. labelled: texts with labels for a task head. dialogues: messages, of which the assistant's are predicted."""
+pairs. labelled: texts with labels for a task head. dialogues: messages, of which the assistant's are predicted.
+preferences: a prompt with two answers, of which one was chosen."""
 MODES: tuple[Mode, ...] = ("R", "S", "X")
 
 

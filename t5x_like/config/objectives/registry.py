@@ -20,6 +20,7 @@ from t5x_like.config.bounds import types_only
 from t5x_like.config.config_registry import ConfigRegistry
 from t5x_like.config.objectives.base import ExampleSource, ObjectiveConfig
 from t5x_like.config.objectives.labeled_examples import LabeledExamples
+from t5x_like.config.objectives.preference import Preference
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.utils import name_registry
 
@@ -102,6 +103,9 @@ def _missing_config_parts(config_class: type[ObjectiveConfig]) -> list[str]:
     elif source == "labelled" and not issubclass(config_class, LabeledExamples):
         # The rows of labelled examples are made by `data.stream.labeled_rows` from the fields of that class.
         missing.append("the base class LabeledExamples, which the example_source 'labelled' needs")
+    elif source == "preferences" and not issubclass(config_class, Preference):
+        # The loss reads the fields of that class.
+        missing.append("the base class Preference, which the example_source 'preferences' needs")
     return missing if "__dataclass_fields__" in vars(config_class) else [*missing, "config_dataclass"]
 
 

@@ -63,6 +63,11 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
         yield from _padding(run.model, run.data)
     yield from _model_and_data(run.model, run.data)
     yield from inconsistent_training(run.training)
+    if run.data.preference is not None and run.training.label_smoothing:
+        expected = (
+            "0 with preference pairs, whose loss has a label smoothing of its own: data.mixture.0.label_smoothing"
+        )
+        yield ConfigProblem("training.label_smoothing", str(run.training.label_smoothing), expected)
     if run.training.guard.policy == "rollback" and run.data.seqio is not None:
         expected = "'skip' or 'abort' with data.seqio, whose rows have no positions that could be passed over"
         yield ConfigProblem("training.guard.policy", "'rollback'", expected)
@@ -72,7 +77,8 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
         yield from inconsistent_initialization(run.initialize_from)
         if run.training.lora is not None:
             expected = "one of the two: adapters take all other parameters from training.lora.base"
-            yield ConfigProblem("initialize_from", "beside training.lora", expected)
+            fix = "--initialize-from None removes it"
+            yield ConfigProblem("initialize_from", "beside training.lora", expected, fix)
     yield from sharding_problems(run.sharding)
     yield from inconsistent_checkpoints(run.checkpoints)
     yield from inconsistent_evaluation(run.evaluation)
@@ -106,7 +112,7 @@ def _data(data: DataConfig, out_of_bounds: Collection[str]) -> Problems:
             match objective.example_source:
                 case "dialogues":
                     pass
-                case "pairs":
+                case "pairs" | "preferences":
                     problems += _pair(objective, data)
                 case "text" | "labelled":
                     problems += _window(where, objective, data)

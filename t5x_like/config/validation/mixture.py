@@ -66,6 +66,13 @@ def _objectives_of(where: str, share: CorpusShareConfig, data: DataConfig) -> Pr
     if any(objective.example_source == "labelled" for objective in objectives):
         yield from _labelled(where, share, data)
         return
+    if data.preference is not None:
+        yield from _preferences(where, share, data)
+        return
+    if share.corpus.rejected_field is not None:
+        kinds = ", ".join(objective.kind for objective in objectives) or "none"
+        yield ConfigProblem(f"{where}.mixture", f"{kinds} for preference pairs", "one objective, of kind preference")
+        return
     documents = data.examples_of(share) == "documents"
     if share.corpus.messages_field is not None:
         yield from _dialogues(where, share, data)
@@ -162,6 +169,20 @@ def _labelled(where: str, share: CorpusShareConfig, data: DataConfig) -> Problem
     if "documents" in (data.example_mode, share.example_mode):
         expected = "windows, the default: each labelled example is a row, and rows are not packed"
         yield ConfigProblem(f"{where}.example_mode", "documents for labelled examples", expected)
+
+
+def _preferences(where: str, share: CorpusShareConfig, data: DataConfig) -> Problems:
+    """Yield the problems of preference pairs: one objective for all corpora, which have two answers to each prompt."""
+    if len(data.objectives) > 1:
+        names = ", ".join(objective.name for objective in data.objectives)
+        expected = "the preference objective alone: its loss is a mean over pairs, that of others over tokens"
+        yield ConfigProblem(f"{where}.mixture", f"the objectives {names}", expected)
+    if share.corpus.rejected_field is None:
+        fix = "text_field is the field of the chosen one, inputs_field that of the prompt"
+        yield ConfigProblem(f"{where}.corpus.rejected_field", "none", "the field of the rejected answer", fix)
+    if "documents" in (data.example_mode, share.example_mode):
+        expected = "windows, the default: each preference pair is a row, and rows are not packed"
+        yield ConfigProblem(f"{where}.example_mode", "documents for preference pairs", expected)
 
 
 def _sampling(sampling: CorpusMixingConfig) -> Problems:

@@ -46,7 +46,7 @@ def corpus_problems(corpus: CorpusConfig, where: str = "data.corpus") -> Problem
             yield ConfigProblem(f"{where}.{split}", f"a split beside {files}", "one of the two")
     if not given and corpus.key_field is not None:
         yield ConfigProblem(f"{where}.key_field", "a key of the embedded corpus", "a source with fields")
-    for name in ("text_field", "inputs_field", "key_field"):
+    for name in ("text_field", "inputs_field", "rejected_field", "key_field"):
         try:
             parse_field(getattr(corpus, name) or "text")
         except ValueError as error:
@@ -54,6 +54,8 @@ def corpus_problems(corpus: CorpusConfig, where: str = "data.corpus") -> Problem
             yield ConfigProblem(f"{where}.{name}", f"{getattr(corpus, name)!r} ({error})", expected)
     if corpus.inputs_field is not None:
         yield from _pairs_problems(corpus, where)
+    if corpus.rejected_field is not None:
+        yield from _preference_problems(corpus, where)
     if corpus.messages_field is not None and corpus.inputs_field is not None:
         yield ConfigProblem(f"{where}.inputs_field", "a field of inputs beside messages_field", "one of the two")
     if corpus.messages_field is not None and not corpus.files:
@@ -102,6 +104,20 @@ def _pairs_problems(corpus: CorpusConfig, where: str) -> Problems:
         yield ConfigProblem(
             field, f"{targets!r}, which holds the targets", "a field other than the field of the targets"
         )
+
+
+def _preference_problems(corpus: CorpusConfig, where: str) -> Problems:
+    """Yield the problems of preference pairs: files with a prompt and two answers."""
+    field = f"{where}.rejected_field"
+    if corpus.inputs_field is None:
+        yield ConfigProblem(f"{where}.inputs_field", "none, beside rejected_field", "the field of the prompt")
+    if not corpus.files:
+        yield ConfigProblem(field, f"{corpus.rejected_field!r} without files", "data.corpus.files")
+    if corpus.rejected_field in (corpus.inputs_field, corpus.text_field):
+        expected = "a field other than those of the prompt and of the chosen answer"
+        yield ConfigProblem(field, repr(corpus.rejected_field), expected)
+    if corpus.target_kind != "text":
+        yield ConfigProblem(f"{where}.target_kind", f"{corpus.target_kind} beside rejected_field", "text")
 
 
 def tokenizer_problems(tokenizer: TokenizerConfig, corpora: Sequence[CorpusConfig]) -> Problems:
@@ -250,7 +266,7 @@ def _score_names(run: RunConfig) -> Iterator[str]:
     for share in run.data.sources:
         for objective in run.data.objectives_of(share):
             yield f"*/{share.name}/{objective.name}" if len(run.data.sources) > 1 else f"*/{objective.name}"
-    if run.data.sources and run.data.labelled is None:
+    if run.data.sources and run.data.labelled is None and run.data.preference is None:
         in_place = all(objective.predicts_in_place for objective in run.data.objectives)
         yield "bits_per_byte_bound" if in_place else "bits_per_byte"
 

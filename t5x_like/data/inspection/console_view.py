@@ -20,6 +20,7 @@ from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream.feature_converters import Features
 from t5x_like.data.stream.labeled_rows import label_text
 from t5x_like.data.stream.packing import PackedRows
+from t5x_like.data.stream.preference_rows import PreferenceRows
 from t5x_like.data.stream.row_stream import TrainingStream
 from t5x_like.data.stream.unpack import Kind, UnpackedExample, examples, runs
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
@@ -82,9 +83,14 @@ def mixture_table(stream: TrainingStream) -> Table:
 
 
 def _packing_notes(stream: TrainingStream) -> list[str]:
-    """Return a line for each corpus of which packing has truncated or left out documents."""
+    """Return a line for each corpus of which documents are truncated or left out."""
     notes = []
     for source in stream.sources:
+        if isinstance(source.reader, PreferenceRows) and source.reader.num_truncated:
+            notes.append(
+                f"{source.name}: {source.reader.num_truncated:,} preference pairs have an answer that is longer than "
+                "its row: it is truncated at its end, which is then without EOS"
+            )
         if isinstance(source.reader, PackedRows):
             if source.reader.num_truncated:
                 reader = source.reader

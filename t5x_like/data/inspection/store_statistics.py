@@ -65,11 +65,12 @@ def summarize_lengths(values_D: npt.NDArray[np.int64], bins: int = 40, *, log: b
 
 
 def document_lengths(split: Split, sequences_per_document: int) -> dict[str, npt.NDArray[np.int64]]:
-    """Return the tokens of each document without EOS; for pairs, those of "inputs" and of "targets"."""
+    """Return the tokens of each document without EOS; for pairs, those of each of their parts."""
     bounds = split.offsets.astype(np.int64)
     sizes = bounds[1:] - bounds[:-1]
-    if sequences_per_document == 2:
-        return {"inputs": sizes[0::2], "targets": sizes[1::2]}
+    if sequences_per_document > 1:
+        names = ("inputs", "targets") if sequences_per_document == 2 else ("prompts", "chosen", "rejected")
+        return {name: sizes[index :: len(names)] for index, name in enumerate(names)}
     return {"documents": sizes - 1}
 
 
@@ -103,9 +104,10 @@ def repeated_documents(split: Split, sequences_per_document: int, max_tokens: in
             hashlib.blake2b(tokens[a:b].tobytes(), digest_size=8).digest()
             for a, b in zip(inner[:-1].tolist(), inner[1:].tolist(), strict=True)
         ]
-    if sequences_per_document == 2:  # The position of the boundary within a pair is part of its identity.
-        cuts = np.diff(split.offsets.astype(np.int64))[0 : 2 * checked : 2].tolist()
-        digests = [digest + cut.to_bytes(8, "little") for digest, cut in zip(digests, cuts, strict=True)]
+    if sequences_per_document > 1:  # The positions of the boundaries within a pair are part of its identity.
+        sizes = np.diff(split.offsets.astype(np.int64)).reshape(-1, sequences_per_document)
+        cuts = [row.tobytes() for row in sizes[:checked, :-1]]
+        digests = [digest + cut for digest, cut in zip(digests, cuts, strict=True)]
     if not digests:
         return RepeatedDocuments(0, 0, 0)
     _, counts = np.unique(np.array(digests), return_counts=True)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 class Document(NamedTuple):
-    """A text, or the inputs and targets of a supervised example. Either may already be token ids."""
+    """A text, the inputs and targets of a supervised example, or a preference pair. It may already be token ids."""
 
     text: str
     """The text; of a pair, the targets."""
@@ -26,10 +26,12 @@ class Document(NamedTuple):
     """Cached result of `content_hash`."""
     key: str | None = None
     """Documents with the same key are held out together; None: each document is decided by its content."""
+    rejected: str | None = None
+    """Rejected answer of a preference pair, whose inputs are the prompt and whose text is the chosen answer."""
 
     @property
     def texts(self) -> tuple[str, ...]:
-        return (self.text,) if self.inputs is None else (self.inputs, self.text)
+        return tuple(text for text in (self.inputs, self.text, self.rejected) if text is not None)
 
     @property
     def has_text(self) -> bool:
@@ -37,7 +39,7 @@ class Document(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        """True if there is no text, or if a pair lacks its inputs or its targets."""
+        """True if there is no text, or if a pair lacks a part."""
         if self.tokens:
             return any(not len(ids) for ids in self.tokens)
         return any(not text or text.isspace() for text in self.texts)
@@ -47,7 +49,7 @@ class Document(NamedTuple):
         """Bytes that identify the document: its text, or its ids if it has no text."""
         if not self.has_text:
             return b"\0\0".join(ids.astype("<u4").tobytes() for ids in self.tokens)
-        return self.text.encode() if self.inputs is None else f"{self.inputs}\0{self.text}".encode()
+        return "\0".join(self.texts).encode()
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""Validation of the targets of a corpus of pairs: any text, a label, one label per word, or a number."""
+"""Validation of the targets of a corpus of pairs: any text, a label, one label per word, a number, or two answers."""
 
 from __future__ import annotations
 
@@ -47,6 +47,30 @@ def validate_target(text: str, inputs: str | None, config: CorpusConfig, where: 
                 raise DataError(f"{where()}: found {text[:80]!r} in {field!r}, expected a finite number")
         case _:
             assert_never(config.target_kind)
+
+
+def validate_preference(
+    prompt: str, chosen: str, rejected: str, config: CorpusConfig, where: Callable[[], str]
+) -> None:
+    """Check a preference pair.
+
+    Args:
+      prompt, chosen, rejected: Texts of the pair.
+      config: Configuration of the corpus, which names the fields.
+      where: Returns the location of the pair, for the message.
+
+    Raises:
+      DataError: a text is empty, or the answers are equal.
+    """
+    texts = {config.inputs_field: prompt, config.text_field: chosen, config.rejected_field: rejected}
+    for field, text in texts.items():
+        if not text.strip():
+            raise DataError(f"{where()}: found no text in {field!r}, expected a prompt and two answers")
+    if chosen == rejected:
+        raise DataError(
+            f"{where()}: found the same answer {chosen[:80]!r} in {config.text_field!r} and {config.rejected_field!r}, "
+            "expected two different ones; leave the pair out, or up to N such rows by --data.corpus.max-bad-records N"
+        )
 
 
 def _validate_label(label: str, config: CorpusConfig, where: Callable[[], str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from t5x_like.config.corpus import CorpusConfig, parse_field
 from t5x_like.data.chat.messages import TOOLS_FIELD, dialogue_text
 from t5x_like.data.sources.document import Document, ReadStats
-from t5x_like.data.sources.label_validation import validate_target
+from t5x_like.data.sources.label_validation import validate_preference, validate_target
 from t5x_like.errors import DataError
 
 Where = Callable[[], str]
@@ -128,7 +128,7 @@ class RowReader:
     """Conversion of the rows of a corpus to documents.
 
     Attributes:
-      fields: Readers of the text, and of the inputs and the key if they are configured.
+      fields: Readers of the text, and of the inputs, the rejected answer and the key if they are configured.
     """
 
     def __init__(self, config: CorpusConfig):
@@ -143,12 +143,16 @@ class RowReader:
         self._inputs = None
         if config.inputs_field is not None:
             self._inputs = FieldReader(config.inputs_field, "data.corpus.inputs-field", accepts_lists=is_words)
+        self._rejected = None
+        if config.rejected_field is not None:
+            self._rejected = FieldReader(config.rejected_field, "data.corpus.rejected-field")
         self._key = None
         if config.key_field is not None:
             self._key = FieldReader(config.key_field, "data.corpus.key-field", accepts_numbers=True)
         if config.messages_field is not None:
             self._text = FieldReader(config.messages_field, "data.corpus.messages-field")
-        self.fields = [reader for reader in (self._inputs, self._text, self._key) if reader is not None]
+        readers = (self._inputs, self._text, self._rejected, self._key)
+        self.fields = [reader for reader in readers if reader is not None]
         if config.messages_field is not None:
             self.fields.append(FieldReader(TOOLS_FIELD, "data.corpus.messages-field", is_optional=True))
 
@@ -185,10 +189,15 @@ class RowReader:
                 return Document(dialogue_text(value, self._config.messages_field, row.where))
             text = self._text.text(value, row.where)
             inputs = None if self._inputs is None else self._inputs.text(value, row.where)
+            rejected = None if self._rejected is None else self._rejected.text(value, row.where)
             key = None if self._key is None else self._key.text(value, row.where)
         except UnicodeError as error:
             self._skip(row, str(error), stats)
             return None
+        if rejected is not None:
+            validate_preference(inputs or "", text, rejected, self._config, row.where)
+            # Answers to one prompt must not be in two splits.
+            return Document(text, inputs=inputs, key=inputs if key is None else key, rejected=rejected)
         document = Document(text, inputs=inputs, key=key)
         if not document.is_blank:
             validate_target(text, inputs, self._config, row.where)

@@ -337,9 +337,11 @@ class _StoreBuilder:
 
     def _write(self, job: ShardJob, units: Sequence[WorkUnit], corpus: CorpusConfig, path: Location) -> None:
         tokenizer = self.tokenizer
-        count = 2 if corpus.has_pairs else 1
         with StoreWriter(
-            path, vocab_size=tokenizer.vocab_size, sequences_per_document=count, splits=splits_of(corpus)
+            path,
+            vocab_size=tokenizer.vocab_size,
+            sequences_per_document=corpus.sequences_per_document,
+            splits=splits_of(corpus),
         ) as writer:
             assembler = shards.StoreAssembler(job, units, writer)
             self._make_missing(job, units, assembler)

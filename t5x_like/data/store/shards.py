@@ -193,8 +193,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def _encode(
     documents: Sequence[Document], corpus: CorpusConfig, tokenizer: Tokenizer, num_threads: int
 ) -> Iterator[tuple[Document, list[npt.NDArray[Any]]]]:
-    """Yield each document with the ids of its text, or those of its inputs and of its targets; a dialogue as one or
-    several pairs of sequences."""
+    """Yield each document with the ids of each of its texts; a dialogue as one or several pairs of sequences."""
     if corpus.messages_field is not None:
         from t5x_like.data.chat.encoding import DialogueEncoder
 
@@ -224,7 +223,7 @@ class _SegmentWriter:
         self._job, self._index = job, index
         self._splits = splits_of(job.corpus)
         # Documents of text end in EOS. Pairs are stored without EOS, which is added when rows are made.
-        self._eos = [] if job.corpus.has_pairs else [np.full(1, eos_id, np.int32)]
+        self._eos = [] if job.corpus.sequences_per_document > 1 else [np.full(1, eos_id, np.int32)]
         self.written: list[dict[str, Any]] = []
         self._reset()
 
@@ -237,7 +236,7 @@ class _SegmentWriter:
     def add(self, split: str, sequences: Sequence[npt.NDArray[Any]], num_bytes: int) -> int:
         """Add a document with `num_bytes` bytes of text and return its number of tokens.
 
-        `sequences` is one array for a text, to which EOS is appended, or two arrays for a pair.
+        `sequences` is one array for a text, to which EOS is appended, two for a pair, or three for a preference pair.
         """
         lengths = [len(ids) for ids in sequences]
         # EOS belongs to the last sequence of a document, the only one of a text.

@@ -15,7 +15,8 @@ The arrays are sharded zarr3 arrays, written and read through TensorStore, with 
 also be in an object store, named by its URL (see `storage.locations`).
 
 A store of supervised pairs has `parts` 2 in its info.json: the array holds inputs_0 targets_0 inputs_1 targets_1 ...
-without EOS, and `offsets` has two entries per pair.
+without EOS, and `offsets` has two entries per pair. A store of preference pairs has `parts` 3: inputs, the chosen and
+the rejected answer.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class StoreWriter:
         Args:
           path: Location of the store.
           vocab_size: Number of ids, which decides the type of the tokens.
-          sequences_per_document: 1 for texts, each of which ends in EOS; 2 for pairs of inputs and targets.
+          sequences_per_document: 1 for texts, each of which ends in EOS; 2 for pairs of inputs and targets; 3 for
+            preference pairs.
           splits: Splits of the store.
         """
         self._splits = tuple(splits)
@@ -252,6 +254,9 @@ class Split:
         self.num_bytes = info["bytes"]
         """Number of UTF-8 bytes of the documents' text. EOS tokens count as no bytes."""
         self._in_memory = self._arrays["tokens"].num_bytes <= IN_MEMORY_BYTES
+        self.reference_log_probs: npt.NDArray[np.float32] | None = None
+        """[documents, 2]: log-probabilities of the chosen and the rejected answers of preference pairs under the model
+        that a run starts from. They belong to the run, not to the store: `data.stream.reference_log_probs`."""
 
     @functools.cached_property
     def _array(self) -> Any:
@@ -374,7 +379,7 @@ class Store:
 
     @property
     def sequences_per_document(self) -> int:
-        """1 for text, 2 for pairs of inputs and targets."""
+        """1 for text, 2 for pairs of inputs and targets, 3 for inputs with a chosen and a rejected answer."""
         return int(self.info["parts"])
 
     @property

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from t5x_like.config.batch_spec import MAIN, RowShape, loss_weight_type, sub_batch_spec
 from t5x_like.config.data import CorpusShareConfig, DataConfig
-from t5x_like.config.objectives import CausalLM, LabeledExamples, MaskedDiffusion, Objective, PrefixLM
+from t5x_like.config.objectives import CausalLM, MaskedDiffusion, Objective, PrefixLM
 from t5x_like.data.objectives.examples import Examples
 from t5x_like.data.objectives.masked_diffusion import mask_positions, masked_counts, random_masks
 from t5x_like.data.objectives.registry import denoise, implementation
@@ -23,6 +23,8 @@ from t5x_like.data.stream import rng
 from t5x_like.data.stream.feature_converters import Features, RowIds, convert, put_rows, with_document_borders
 from t5x_like.data.stream.labeled_rows import LabeledRows
 from t5x_like.data.stream.packing import PackedRows
+from t5x_like.data.stream.preference_rows import PreferenceRows
+from t5x_like.errors import DataError
 
 Batch = dict[str, Features]
 
@@ -87,8 +89,8 @@ def objective_batches(
       split: Split to read.
     """
     number = data.objectives.index(objective)
-    if data.labelled is not None:
-        yield from _labeled_batches(store, data, batch_size, data.labelled, num_batches, split)
+    if data.labelled is not None or data.preference is not None:
+        yield from _pair_batches(store, data, batch_size, num_batches, split)
         return
     # Held-out rows have one example each, also where training packs several.
     if data.examples_of(share) == "documents":
@@ -129,13 +131,23 @@ def _document_batches(
         yield {MAIN: {**out, "denoiser_ids": np.full(batch_size, objective, np.int32)}}
 
 
-def _labeled_batches(
-    store: Store, data: DataConfig, batch_size: int, objective: LabeledExamples, num_batches: int, split: str
-) -> Iterator[Batch]:
+def _pair_batches(store: Store, data: DataConfig, batch_size: int, num_batches: int, split: str) -> Iterator[Batch]:
+    """Yield batches with one labelled example, or one preference pair, per row."""
     if not store.split(split).num_documents:
         return
-    reader = LabeledRows(store, store.split(split), data, objective, rng.fold_in(_ORDER, 0))
-    spec = sub_batch_spec(data, RowShape(data.inputs_length, 0, packed=False), batch_size)
+    key = rng.fold_in(_ORDER, 0)
+    reader: LabeledRows | PreferenceRows
+    if data.preference is not None:
+        if store.split(split).reference_log_probs is None:
+            raise DataError(
+                f"{store.path}: found preference pairs without the log-probabilities of the reference, expected those "
+                "that `train` has written to the run directory; `eval --pairs` scores pairs of texts by any model"
+            )
+        reader = PreferenceRows(store, store.split(split), data, data.preference, key)
+    else:
+        assert data.labelled is not None
+        reader = LabeledRows(store, store.split(split), data, data.labelled, key)
+    spec = sub_batch_spec(data, RowShape(data.inputs_length, data.targets_length, packed=False), batch_size)
     for first in range(0, min(reader.num_rows, batch_size * num_batches), batch_size):
         row_n = np.arange(min(batch_size, reader.num_rows - first))
         out: Features = {name: np.zeros(array.shape, array.dtype) for name, array in spec.items()}

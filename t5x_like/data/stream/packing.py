@@ -214,8 +214,8 @@ class PackedRows(WholeExampleRows):
                     indices = selected[lengths == length]
                     tokens = self._split.gather(packed.targets_NxB[indices, 0], length)
                     yield indices, denoise(tokens, keys_N[indices], spec, vocabulary, traits)
-            case "labelled":
-                raise AssertionError("labelled examples are read by LabeledRows, one per row")
+            case "labelled" | "preferences":
+                raise AssertionError("labelled examples and preference pairs have readers of their own")
             case source:
                 assert_never(source)
 
@@ -321,8 +321,8 @@ class PackedRows(WholeExampleRows):
                     else:
                         single = [item.total if self._has_single_stream else item.inputs for item in longest]
                         positions[selected] = np.array(single, np.int64)[which, None]
-                case "labelled":
-                    raise AssertionError("labelled examples are read by LabeledRows, one per row")
+                case "labelled" | "preferences":
+                    raise AssertionError("labelled examples and preference pairs have readers of their own")
                 case source:
                     assert_never(source)
         return positions

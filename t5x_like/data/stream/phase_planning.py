@@ -12,6 +12,7 @@ from t5x_like.data.store.token_store import Split
 from t5x_like.data.stream.labeled_rows import LabeledRows
 from t5x_like.data.stream.mixture_index import PhasePlan, periods_in
 from t5x_like.data.stream.packing import PackedRows
+from t5x_like.data.stream.preference_rows import PreferenceRows
 from t5x_like.data.stream.windows import Windows
 from t5x_like.errors import DataError
 
@@ -28,14 +29,14 @@ class CorpusSource:
       split: Split of its store.
       objectives: Its objectives.
       objective_ids: Indices of these objectives in `data.objectives`.
-      reader: Reader of windows, packed documents or labelled examples.
+      reader: Reader of windows, packed documents, labelled examples or preference pairs.
     """
 
     name: str
     split: Split
     objectives: tuple[Objective, ...]
     objective_ids: tuple[int, ...]
-    reader: Windows | PackedRows | LabeledRows
+    reader: Windows | PackedRows | LabeledRows | PreferenceRows
 
     def rows_per_block(self, data: DataConfig, phase: Phase) -> tuple[int, ...]:
         """Return the rows of each objective in a block.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from t5x_like.config.batch_spec import REJECTED
 from t5x_like.config.objectives import Objective
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.data.tokenizers.vocabulary import Vocabulary
@@ -50,7 +51,15 @@ def examples(row: UnpackedRow, objectives: Sequence[Objective], vocabulary: Voca
 
 
 def segments(row: UnpackedRow) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Yield the features of each example of a row: of each segment if the row is packed, otherwise of the row."""
+    """Yield the features of each example of a row: of each segment if the row is packed, otherwise of the row.
+
+    A preference pair has two examples, that of the chosen answer and that of the rejected one.
+    """
+    rejected = {name.removeprefix(REJECTED): values for name, values in row.items() if name.startswith(f"{REJECTED}d")}
+    if rejected:
+        yield {name: values for name, values in row.items() if not name.startswith(REJECTED)}
+        yield {name: values for name, values in row.items() if not name.startswith(REJECTED)} | rejected
+        return
     stacks = [stack for stack in ("encoder", "decoder") if f"{stack}_segment_ids" in row]
     if not stacks:
         yield dict(row)

@@ -49,7 +49,7 @@ def token_positions(run: RunConfig) -> dict[str, int]:
     for features in batch_spec(run).values():
         for name, array in features.items():
             if name.endswith("_input_tokens"):
-                stack = "decoder" if name.startswith("decoder") else "encoder"
+                stack = "decoder" if "decoder" in name else "encoder"
                 positions[stack] = positions.get(stack, 0) + math.prod(array.shape)
     return positions
 

@@ -1,0 +1,54 @@
+"""Preference pairs: of two answers to a prompt, the one that was chosen becomes more likely than the rejected one."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import pydantic
+
+from t5x_like.config.bounds import PositiveFloat
+from t5x_like.config.dataclass import config_dataclass
+from t5x_like.config.objectives.base import ExampleLengths, ExampleSource, Mode, ObjectiveConfig
+
+
+@config_dataclass
+class Preference(ObjectiveConfig):
+    """Direct preference optimization (DPO; Rafailov et al. 2023) on triples of a prompt and two answers.
+
+    The loss of a pair is -log sigmoid(h), where h = beta * ((log p(chosen) - log p_ref(chosen)) - (log p(rejected) -
+    log p_ref(rejected))), log p is the sum over the tokens of an answer given the prompt, and p_ref is the model that
+    the run starts from. The examples come from a corpus with `rejected_field`, one pair per row. The prompt is laid out
+    as the inputs of `Supervised`. It is never cut; an answer that is longer than its row is, and then ends without EOS.
+    """
+
+    has_inputs: ClassVar[bool] = True
+    example_source: ClassVar[ExampleSource] = "preferences"
+
+    kind: Literal["preference"] = "preference"
+    name: str = "dpo"
+    rate: float = 1.0
+    mode: Mode | None = None
+    beta: PositiveFloat = 0.1
+    """Strength with which the model is held at the reference: a larger value allows smaller changes."""
+    label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.0
+    """Assumed probability e that the two answers of a pair are exchanged (conservative DPO; Mitchell 2023): the loss is
+    -(1 - e) log sigmoid(h) - e log sigmoid(-h)."""
+
+    @property
+    def description(self) -> str:
+        return f"beta {self.beta:g}"
+
+    @property
+    def min_raw_length(self) -> int:
+        return 2
+
+    def longest_example(self, raw_length: int) -> ExampleLengths:
+        inputs, targets = self.mode_tokens + raw_length + 1, raw_length + 1
+        return ExampleLengths(inputs, targets, inputs + targets)
+
+    def sentinels_needed(self, raw_length: int) -> int:
+        return 0
+
+    def expected_loss_tokens(self, raw_length: int) -> float:
+        """Return 1: the loss is a mean over pairs."""
+        return 1.0

@@ -1,0 +1,113 @@
+"""Loss of preference pairs: direct preference optimization against the log-probabilities of a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from t5x_like.config.batch_spec import CHOSEN_REFERENCE, REJECTED, REJECTED_REFERENCE
+from t5x_like.config.objectives import Preference
+from t5x_like.kernels.cross_entropy import cross_entropy
+from t5x_like.model_output import AuxiliaryLoss, ModelOutput
+from t5x_like.monitoring.metrics import WeightedMean
+from t5x_like.sharding.constrain import constrain
+from t5x_like.training.losses import Params, SubBatch, targets_and_weights
+
+ModelApply = Callable[[Params, SubBatch, jax.Array | None], ModelOutput]
+
+
+def preference_apply(apply: ModelApply, objective: Preference) -> ModelApply:
+    """Return a function in place of `apply` that reports the preference loss of a sub-batch of pairs.
+
+    Args:
+      apply: (parameters, sub-batch, dropout key) -> logits of the model.
+      objective: Objective of the pairs.
+
+    Returns:
+      A function with the loss of Rafailov et al. 2023, or with label smoothing that of Mitchell 2023, as its output's
+      "loss", whose weight is the number of pairs. Rows without a chosen answer have weight 0. Its metrics, as means
+      over pairs unless stated otherwise:
+      preference_accuracy: 1 where the chosen answer has the higher reward.
+      preference_margin: Difference of the two rewards.
+      chosen_reward, rejected_reward: beta (log p(answer) - log p_ref(answer)).
+      kl_to_reference: log p_ref - log p per token, over the tokens of both answers: an estimate of the KL divergence
+        KL(p_ref | p) if the answers are samples of the reference. For others it can be negative.
+    """
+
+    def loss_of_pairs(params: Params, batch: SubBatch, rng: jax.Array | None) -> ModelOutput:
+        output, log_probs_Bx2, tokens_Bx2 = answer_log_probs(apply, params, batch, rng)
+        reference_Bx2 = jnp.stack([batch[CHOSEN_REFERENCE], batch[REJECTED_REFERENCE]], axis=1)
+        is_pair_B = (tokens_Bx2[:, 0] > 0).astype(jnp.float32)
+        # Selected before they are used: rows that complete a batch have no reference, and 0 * NaN would be NaN.
+        ratios_Bx2 = jnp.where(is_pair_B[:, None] > 0, log_probs_Bx2 - reference_Bx2, 0.0)
+        loss_B, rewards_Bx2 = preference_loss(ratios_Bx2, objective.beta, objective.label_smoothing)
+        margin_B = rewards_Bx2[:, 0] - rewards_Bx2[:, 1]
+        pairs = jnp.sum(is_pair_B)
+
+        def mean(values_B: jax.Array) -> WeightedMean:
+            return WeightedMean(jnp.sum(jax.lax.stop_gradient(values_B) * is_pair_B), pairs)
+
+        metrics = {
+            "preference_accuracy": mean((margin_B > 0).astype(jnp.float32)),
+            "preference_margin": mean(margin_B),
+            "chosen_reward": mean(rewards_Bx2[:, 0]),
+            "rejected_reward": mean(rewards_Bx2[:, 1]),
+            "kl_to_reference": WeightedMean(-jnp.sum(jax.lax.stop_gradient(ratios_Bx2)), jnp.sum(tokens_Bx2)),
+        }
+        loss = AuxiliaryLoss(jnp.sum(loss_B * is_pair_B), pairs, 1.0)
+        return ModelOutput(None, {"loss": loss, **output.losses}, {**output.metrics, **metrics})
+
+    return loss_of_pairs
+
+
+def preference_loss(ratios_Bx2: jax.Array, beta: float, label_smoothing: float) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of each pair [B] and the rewards of its answers [B, 2].
+
+    Args:
+      ratios_Bx2: log p - log p_ref of the chosen and of the rejected answer, summed over their tokens.
+      beta, label_smoothing: See `Preference`.
+    """
+    rewards_Bx2 = beta * ratios_Bx2
+    h_B = rewards_Bx2[:, 0] - rewards_Bx2[:, 1]
+    loss_B = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(h_B) - label_smoothing * jax.nn.log_sigmoid(-h_B)
+    return loss_B, rewards_Bx2
+
+
+def answer_log_probs(
+    apply: ModelApply, params: Params, batch: SubBatch, rng: jax.Array | None
+) -> tuple[ModelOutput, jax.Array, jax.Array]:
+    """Return the model's output, the log-probabilities of both answers, and their numbers of tokens.
+
+    Args:
+      apply: (parameters, sub-batch, dropout key) -> logits of the model.
+      params: Parameters.
+      batch: Sub-batch of B preference pairs.
+      rng: Key of dropout; None: none.
+
+    Returns:
+      The output for the 2 B answers; float32 [B, 2], the sums of log p over the tokens of the chosen and of the
+      rejected answer, with their EOS; and float32 [B, 2], the numbers of these tokens.
+    """
+    answers = _stacked_answers(batch)
+    output = apply(params, answers, rng)
+    targets, weights = targets_and_weights(answers)
+    loss, _ = cross_entropy(output.logits, targets)
+    sums = -jnp.sum(loss * weights, axis=1), jnp.sum(weights, axis=1)
+    log_probs, tokens = (constrain(x.reshape(-1, 2), ("batch", None)) for x in sums)
+    return output, log_probs, tokens
+
+
+def _stacked_answers(batch: SubBatch) -> dict[str, jax.Array]:
+    """Return the features of 2 B decoder rows, the answers of each pair side by side, and of B encoder rows.
+
+    The model reads each row of the encoder for both answers. The rows of a pair are neighbours, so that each device
+    keeps its own.
+    """
+    stacked = {name: values for name, values in batch.items() if name.startswith("encoder")}
+    for name, values in batch.items():
+        if f"{REJECTED}{name}" in batch:
+            both = jnp.stack([values, batch[f"{REJECTED}{name}"]], axis=1).reshape(-1, values.shape[1])
+            stacked[name] = constrain(both, ("batch", "length"))
+    return stacked

@@ -1,0 +1,135 @@
+"""The preference loss and its gradient equal the published formula, computed here one answer at a time, on a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.parallel_programs import ROWS, batch_for, run_for
+from jax import Array
+
+from t5x_like.config import LoraConfig, Preference, RunConfig, ShardingConfig, batch_spec
+from t5x_like.models.factory import init_params
+from t5x_like.monitoring.metrics import compute
+from t5x_like.program import Program, build_program
+from t5x_like.utils.type_aliases import PyTree
+
+Pairs = Mapping[str, np.ndarray]
+MESH = ShardingConfig(data=2, fsdp=2, tensor=2)
+BETA = 0.3
+REFERENCES = ("chosen_reference", "rejected_reference")
+
+
+def run_of_pairs(architecture: str, label_smoothing: float, *, lora: bool, parts: int = 1) -> RunConfig:
+    run = run_for(architecture, MESH, gradient_accumulation_steps=parts)
+    stacks = {name: dataclasses.replace(stack, dropout_rate=0.0) for name, stack in run.model.stacks.items()}
+    data = dataclasses.replace(run.data, mixture=(Preference(beta=BETA, label_smoothing=label_smoothing),))
+    adapters = LoraConfig(base="base", rank=4, paths=(".*attention/(query|value)/kernel", ".*mlp/wo/kernel"))
+    training = dataclasses.replace(run.training, lora=adapters if lora else None)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **stacks), data=data, training=training)
+
+
+def random_pairs(run: RunConfig, architecture: str) -> Pairs:
+    """Return random answers to random prompts, of which the last row only completes the batch."""
+    plain = run_for(architecture, MESH)
+    chosen, other = (batch_for(plain, seed)["main"] for seed in (0, 1))
+    random = np.random.default_rng(2)
+    pairs = dict(chosen)
+    pairs |= {f"rejected_{name}": values for name, values in other.items() if name.startswith("decoder")}
+    pairs |= {name: random.normal(-60.0, 3.0, ROWS).astype(np.float32) for name in REFERENCES}
+    for name in ("decoder_loss_weights", "rejected_decoder_loss_weights"):
+        pairs[name] = pairs[name].copy()
+        pairs[name][-1] = 0
+    for name in REFERENCES:
+        pairs[name][-1] = np.nan
+    assert {name: (x.shape, str(x.dtype)) for name, x in pairs.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in batch_spec(run)["main"].items()
+    }
+    return pairs
+
+
+def placed(tree: PyTree, abstract: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tree, abstract)
+
+
+def log_prob(program: Program, params: PyTree, pairs: Pairs, prefix: str) -> Array:
+    """Return [rows]: the sum of log p over the scored tokens of one answer, by a pass of its own."""
+    answer = {name: x for name, x in pairs.items() if name.startswith("encoder")}
+    answer |= {name.removeprefix(prefix): x for name, x in pairs.items() if name.startswith(f"{prefix}decoder")}
+    log_p = jax.nn.log_softmax(program.model(params)(answer).astype(jnp.float32))
+    of_targets = jnp.take_along_axis(log_p, jnp.asarray(answer["decoder_target_tokens"])[..., None], -1)[..., 0]
+    return jnp.sum(of_targets * answer["decoder_loss_weights"], axis=1)
+
+
+def expected_loss(program: Program, params: PyTree, pairs: Pairs, label_smoothing: float) -> tuple[Array, Array]:
+    """Return the mean loss of Rafailov et al. 2023 (with label smoothing, of Mitchell 2023), and the log ratios."""
+    pairs = {name: x[:-1] for name, x in pairs.items()}
+    ratios = jnp.stack(
+        [
+            log_prob(program, params, pairs, prefix) - pairs[reference]
+            for prefix, reference in zip(("", "rejected_"), REFERENCES, strict=True)
+        ]
+    )
+    h = BETA * (ratios[0] - ratios[1])
+    # log(sigmoid(h)) is -log(1 + exp(-h)).
+    losses = (1 - label_smoothing) * jnp.logaddexp(0.0, -h) + label_smoothing * jnp.logaddexp(0.0, h)
+    return jnp.mean(losses), ratios
+
+
+CASES = {
+    "encoder_decoder": ("encoder_decoder", 0.0, False, 1),
+    "decoder lora": ("decoder", 0.1, True, 1),
+    "encoder_decoder lora": ("encoder_decoder", 0.2, True, 2),
+    "prefix_lm": ("prefix_lm", 0.1, False, 2),
+    "decoder": ("decoder", 0.0, False, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "encoder_decoder",
+        "decoder lora",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("encoder_decoder lora", "prefix_lm", "decoder")),
+    ],
+)
+def test_loss_gradient_and_metrics_equal_the_published_formula(case: str) -> None:
+    """Adam's first moment after one step is a tenth of the gradient."""
+    architecture, label_smoothing, lora, parts = CASES[case]
+    run = run_of_pairs(architecture, label_smoothing, lora=lora, parts=parts)
+    program = build_program(run, jax.devices()[:8])
+    pairs = random_pairs(run, architecture)
+    state = program.init()
+    trained, base = jax.tree.map(np.asarray, state["params"]), None
+    if program.lora is not None:
+        # B is 0 at first, and A would have no gradient.
+        trained = jax.tree.map(lambda x: x + np.float32(0.02), trained)
+        base = jax.tree.map(np.asarray, jax.jit(lambda: init_params(run.model, jax.random.key(1)))())
+        state |= {"base": placed(base, program.abstract_base_params)}
+    state |= {"params": placed(trained, program.abstract_params)}
+
+    def loss(params: PyTree) -> tuple[Array, Array]:
+        whole = params if program.lora is None else program.lora.joined(base, params)
+        return expected_loss(program, whole, pairs, label_smoothing)
+
+    (expected, ratios), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
+    after, metrics = program.train_step(state, program.shard_batch({"main": pairs}))
+    found = {name: compute(jax.device_get(mean)) for name, mean in metrics.items()}
+    assert found["loss"] == pytest.approx(float(expected), rel=1e-4) == found["loss/dpo"]
+    # Some gradients are small beside others of the tree, whose rounding they have.
+    atol = 1e-5 * max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient))
+    moment = after["opt_state"].mu
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.1 * b, rtol=1e-3, atol=atol), moment, gradient)
+    rewards = BETA * np.asarray(ratios)
+    assert 0 < found["preference_accuracy"] < 1
+    assert found["preference_accuracy"] == pytest.approx(np.mean(rewards[0] > rewards[1]))
+    assert found["chosen_reward"] == pytest.approx(rewards[0].mean(), rel=1e-4)
+    assert found["rejected_reward"] == pytest.approx(rewards[1].mean(), rel=1e-4)
+    assert found["preference_margin"] == pytest.approx((rewards[0] - rewards[1]).mean(), rel=1e-3)
+    tokens = sum(pairs[f"{prefix}decoder_loss_weights"].sum() for prefix in ("", "rejected_"))
+    assert found["kl_to_reference"] == pytest.approx(-float(ratios.sum()) / tokens, rel=1e-4)
+    assert found["loss_tokens"] == ROWS - 1

@@ -1,0 +1,205 @@
+"""Rows of preference pairs: both answers laid out as supervised targets, and refusal of pairs that say nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.config_examples import changed, example
+
+from t5x_like.config import CorpusConfig, DataConfig, Preference, RunConfig, Supervised, TokenizerConfig, batch_spec
+from t5x_like.config.objectives import Layout
+from t5x_like.config.validation import validate
+from t5x_like.data.inspection.console_view import describe_rows, mixture_table, store_table
+from t5x_like.data.objectives.supervised import pair_examples
+from t5x_like.data.store.prepare import open_stores, prepare
+from t5x_like.data.store.token_store import Store
+from t5x_like.data.stream import heldout, reference_log_probs
+from t5x_like.data.stream.feature_converters import convert
+from t5x_like.data.stream.row_stream import TrainingStream
+from t5x_like.data.tokenizers.bytes import ByteTokenizer
+from t5x_like.errors import ConfigError, DataError, SafetyError
+from t5x_like.planning.estimate.tokens import token_positions
+
+BYTES = ByteTokenizer(0)
+PAIRS = [(f"question {n % 9}", f"a good answer {n}", f"bad {n}") for n in range(30)]
+INPUTS, TARGETS = 16, 20
+
+
+def config(folder: Path, layout: Layout = "encoder_decoder", **corpus: Any) -> DataConfig:
+    fields: dict[str, Any] = {"inputs_field": "prompt", "text_field": "chosen", "rejected_field": "rejected"}
+    return DataConfig(
+        corpus=CorpusConfig(files=(str(folder / "pairs.jsonl"),), **(fields | {"validation_fraction": 0.3} | corpus)),
+        tokenizer=TokenizerConfig(kind="bytes", num_sentinels=0),
+        layout=layout,
+        mixture=(Preference(),),
+        inputs_length=INPUTS,
+        targets_length=TARGETS,
+        store_dir=str(folder / "stores"),
+    )
+
+
+def write(folder: Path, rows: list[Any]) -> None:
+    names = ("prompt", "chosen", "rejected")
+    objects = [row if isinstance(row, dict) else dict(zip(names, row, strict=True)) for row in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in objects))
+
+
+def prepared(folder: Path, rows: list[Any], layout: Layout = "encoder_decoder") -> tuple[DataConfig, Store]:
+    write(folder, rows)
+    data = config(folder, layout)
+    (store,) = prepare(data, report=lambda line: None)
+    return data, store
+
+
+def run_with(data: DataConfig) -> RunConfig:
+    return dataclasses.replace(example(data.layout), data=data)
+
+
+def texts(store: Store, name: str) -> list[tuple[str, ...]]:
+    """Return the three texts of each pair of a split."""
+    split = store.split(name)
+    bounds = split.offsets.astype(int).tolist()
+    found = [BYTES.decode(split.tokens(*pair)) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+    return list(zip(found[0::3], found[1::3], found[2::3], strict=True))
+
+
+@pytest.mark.parametrize("layout", ["encoder_decoder", "prefix_lm", "causal_lm"])
+def test_an_epoch_has_every_pair_once_as_supervised_pairs_with_its_reference(tmp_path: Path, layout: Layout) -> None:
+    data, store = prepared(tmp_path, PAIRS, layout)
+    pairs = texts(store, "train")
+    assert sorted(pairs + texts(store, "validation")) == sorted(PAIRS)
+    values = reference_log_probs.missing_values(data, [store])
+    values["files/train"][:] = np.arange(2 * len(pairs)).reshape(-1, 2)
+    reference_log_probs.attach(values, data, [store])
+    stream = TrainingStream([store], data, 4)
+    assert stream.rows_per_epoch == {"files": len(pairs)}
+    features = stream.get_rows(np.arange(len(pairs)))
+    assert {name: str(x.dtype) for name, x in features.items()} == {
+        name: spec.dtype for name, spec in batch_spec(run_with(data))["main"].items()
+    }
+    order = (features["chosen_reference"] / 2).astype(int)
+    assert sorted(order) == list(range(len(pairs))) and order.tolist() != sorted(order)
+    np.testing.assert_array_equal(features["rejected_reference"], features["chosen_reference"] + 1)
+    for side, prefix in ((1, ""), (2, "rejected_")):
+        encoded = [(BYTES.encode(pairs[n][0]), BYTES.encode(pairs[n][side])) for n in order]
+        expected = convert(pair_examples(encoded, Supervised(), BYTES.vocabulary), layout, INPUTS, TARGETS)
+        for name, values_ in expected.items():
+            shared = prefix if name.startswith("decoder") else ""
+            np.testing.assert_array_equal(features[shared + name], values_, err_msg=shared + name)
+
+
+def test_the_same_prompt_is_in_one_split(tmp_path: Path) -> None:
+    _, store = prepared(tmp_path, PAIRS)
+    train, held_out = ({prompt for prompt, _, _ in texts(store, name)} for name in ("train", "validation"))
+    assert train and held_out and not train & held_out
+
+
+def test_long_answers_are_cut_without_eos_and_prompts_never(tmp_path: Path) -> None:
+    long = "x" * 25
+    data, store = prepared(tmp_path, [("ask", long, "short"), *PAIRS])
+    (split,) = [name for name in ("train", "validation") if ("ask", long, "short") in texts(store, name)]
+    stream = TrainingStream([store], data, 4, split)
+    features = stream.get_rows(np.arange(len(texts(store, split))))
+    (row,) = np.flatnonzero((features["decoder_target_tokens"] == BYTES.encode("x")[0]).any(1))
+    assert features["decoder_target_tokens"][row].tolist() == BYTES.encode(long)[:TARGETS]
+    assert features["decoder_loss_weights"][row].sum() == TARGETS
+    assert features["rejected_decoder_loss_weights"][row].sum() == len("short") + 1
+    assert "1 preference pairs have an answer that is longer" in str(mixture_table(stream).caption)
+
+
+def test_prompts_longer_than_a_row_are_refused_together(tmp_path: Path) -> None:
+    for layout in ("encoder_decoder", "causal_lm"):
+        data, store = prepared(tmp_path, [*PAIRS, ("a question too long for rows", "yes", "no")] * 2, layout)
+        data = dataclasses.replace(data, corpus=dataclasses.replace(data.corpus, validation_fraction=0.3))
+        with pytest.raises(
+            DataError, match=r"found \d of \d+ prompts longer .*29 tokens .*set --data.inputs-length 29"
+        ):
+            for name in ("train", "validation"):
+                TrainingStream([store], data, 4, name)
+
+
+def test_answers_that_are_equal_within_a_row_are_refused(tmp_path: Path) -> None:
+    same = "x" * TARGETS
+    data, store = prepared(tmp_path, [("q", same + "a", same + "b"), ("p", same + "a", same + "b")])
+    with pytest.raises(DataError, match="1 of 1 pairs whose two answers have the same tokens within a row"):
+        TrainingStream([store], data, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "q", "rejected": "no"},
+            r"pairs.jsonl:31: found the fields 'prompt', 'rejected', expected 'chosen'",
+        ),
+        (("q", "same", "same"), r"pairs.jsonl:31: found the same answer 'same' in 'chosen' and 'rejected'"),
+        (("q", "yes", " "), r"pairs.jsonl:31: found no text in 'rejected', expected a prompt and two answers"),
+        (("", "yes", "no"), r"pairs.jsonl:31: found no text in 'prompt'"),
+    ],
+)
+def test_bad_rows_are_refused_with_their_line(tmp_path: Path, row: Any, message: str) -> None:
+    write(tmp_path, [*PAIRS, row])
+    with pytest.raises(DataError, match=message):
+        prepare(config(tmp_path), report=lambda line: None)
+    (store,) = prepare(config(tmp_path, max_bad_records=1), report=lambda line: None)
+    assert store.info["left_out"] == {"quarantined": 1}
+
+
+def test_rows_without_a_reference_are_shown_and_not_scored(tmp_path: Path) -> None:
+    data, store = prepared(tmp_path, PAIRS)
+    stream = TrainingStream([store], data, 4)
+    assert np.isnan(stream.batch(0)["main"]["chosen_reference"]).all()
+    assert len(describe_rows(stream, 0, 2)) == 4 and store_table(store).row_count
+    with pytest.raises(DataError, match="without the log-probabilities of the reference"):
+        next(heldout.objective_batches(store, data, data.sources[0], 4, data.mixture[0], 1))
+
+
+def test_log_probabilities_are_read_back_with_the_same_bits(tmp_path: Path) -> None:
+    data, store = prepared(tmp_path, PAIRS)
+    values = reference_log_probs.missing_values(data, [store])
+    random = np.random.default_rng(0)
+    lines = [reference_log_probs.format_header({"data": reference_log_probs.data_identity(data, [store])})]
+    for name, array in values.items():
+        array[:] = random.normal(-50, 20, array.shape).astype(np.float32)
+        lines += [reference_log_probs.format_line(name, n, array[n : n + 4]) for n in range(0, len(array), 4)]
+    file = tmp_path / reference_log_probs.FILE
+    file.write_text("\n".join(lines[:-1]) + "\n")
+    reference_log_probs.attach_from(tmp_path, data, [store])
+    assert store.split("train").reference_log_probs is None, "a file that is not complete is not used"
+    file.write_text("\n".join(lines) + "\n")
+    reference_log_probs.attach_from(tmp_path, data, [store])
+    for name, array in values.items():
+        np.testing.assert_array_equal(store.split(name.partition("/")[2]).reference_log_probs, array)
+    other = dataclasses.replace(data, targets_length=TARGETS + 1)
+    with pytest.raises(SafetyError, match="found pairs with the digest"):
+        reference_log_probs.attach_from(tmp_path, other, [store])
+    file.write_text(lines[0] + "\n" + lines[1][:-5] + "\n")
+    with pytest.raises(SafetyError, match="cannot be read"):
+        reference_log_probs.attach_from(tmp_path, data, [store])
+
+
+def test_configurations_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    run = run_with(config(tmp_path))
+    assert validate(run) == []
+    cases = {
+        "data.mixture": ("data.mixture", (Supervised(),), "supervised for preference pairs"),
+        "data.corpus.rejected_field": ("data.corpus.rejected_field", None, "none"),
+        "data.example_mode": ("data.example_mode", "documents", "documents for preference pairs"),
+        "training.label_smoothing": ("training.label_smoothing", 0.1, "0.1"),
+        "data.mixture.0.label_smoothing": ("data.mixture.0.label_smoothing", 0.5, "0.5"),
+    }
+    for where, (path, value, found) in cases.items():
+        problems = [problem for problem in validate(changed(run, path, value)) if problem.where == where]
+        assert [problem.found for problem in problems] == [found], where
+    both = changed(run, "data.mixture", (Preference(), Supervised()))
+    assert any("the objectives dpo, supervised" in problem.found for problem in validate(both))
+    stored = open_stores(prepared(tmp_path, PAIRS)[0])
+    assert stored[0].sequences_per_document == 3
+    assert token_positions(run) == {"encoder": 8 * INPUTS, "decoder": 2 * 8 * TARGETS}
+    with pytest.raises(ConfigError, match="rejected_field"):
+        raise ConfigError(validate(changed(run, "data.corpus.rejected_field", "chosen")))
