@@ -381,7 +381,7 @@ def _on_other_data(trained: RunConfig, data_from: RunConfig) -> RunConfig:
 
 
 def _evaluation_run(path: Path, model: ModelConfig, data_from: RunConfig) -> RunConfig:
-    training = dataclasses.replace(data_from.training, lora=None, freeze=())
+    training = dataclasses.replace(data_from.training, lora=None, freeze=(), distillation=None)
     run = dataclasses.replace(data_from, name=path.resolve().name, model=model, training=training, initialize_from=None)
     problems = validate(run)
     if problems:

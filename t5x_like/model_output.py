@@ -52,9 +52,11 @@ class ModelOutput(NamedTuple):
         "loss" must be one of them, and the others are added to it.
       metrics: Name -> metric that is reported and not minimized.
       targets: Targets of the logits if these are not the batch's own target tokens.
+      loss_coefficient: Factor of the cross-entropy of the logits in the training loss; it is reported without it.
     """
 
     logits: Any
     losses: Mapping[str, AuxiliaryLoss] = {}
     metrics: Mapping[str, WeightedMean] = {}
     targets: Targets | None = None
+    loss_coefficient: float = 1.0

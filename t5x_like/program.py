@@ -27,6 +27,7 @@ from t5x_like.sharding.mesh import make_mesh
 from t5x_like.sharding.rules import Rules, default_rules
 from t5x_like.sharding.shardings import batch_shardings, tree_shardings
 from t5x_like.sharding.validation import validate_sharding
+from t5x_like.training.distillation import distillation_apply
 from t5x_like.training.optimizers.make_optimizer import make_optimizer, state_logical_axes
 from t5x_like.training.preference import preference_apply
 from t5x_like.training.schedules import make_schedule
@@ -34,6 +35,8 @@ from t5x_like.training.train_step import init_state, make_eval_step, make_train_
 from t5x_like.utils.type_aliases import PyTree
 
 Batch = Mapping[str, Mapping[str, Any]]
+FROZEN = ("base", "teacher")
+"""Parts of the training state of a process that no step changes and no checkpoint holds."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +52,8 @@ class Program:
       lora: Specification of the adapters of a LoRA run, else None. In a LoRA run "params" are the adapters, and the
         training state holds the frozen parameters beside them, as "base".
       abstract_base_params: Frozen parameters as `jax.ShapeDtypeStruct`s with shardings; None without adapters.
+      abstract_teacher_params: The same of the teacher of a run with distillation, which the training state holds as
+        "teacher"; None without one.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch) -> metrics, jitted, for batches of the shape of `evaluation_spec`.
     """
@@ -64,6 +69,7 @@ class Program:
     logical_axes: PyTree
     lora: LoraSpec | None
     abstract_base_params: PyTree | None
+    abstract_teacher_params: PyTree | None
     train_step: Callable[[PyTree, Batch], tuple[PyTree, dict[str, WeightedMean]]]
     eval_step: Callable[[PyTree, Batch], dict[str, WeightedMean]]
 
@@ -85,10 +91,10 @@ class Program:
     def checkpointable_state(self, state: PyTree) -> PyTree:
         """Return the training state as a checkpoint has it.
 
-        It is without frozen LoRA base parameters. If there is an average of the parameters, that is "params", which
-        other commands read, and the parameters themselves are "raw_params".
+        It is without frozen parameters of a LoRA base and of a teacher. If there is an average of the parameters, that
+        is "params", which other commands read, and the parameters themselves are "raw_params".
         """
-        saved = {name: part for name, part in state.items() if name not in ("base", "ema")}
+        saved = {name: part for name, part in state.items() if name not in (*FROZEN, "ema")}
         return saved | {"params": state["ema"], "raw_params": state["params"]} if "ema" in state else saved
 
     def training_state(self, saved: PyTree) -> PyTree:
@@ -166,8 +172,14 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
     abstract_base = None
     carried = shardings
     if lora is not None:
-        carried = shardings | {"base": tree_shardings(mesh, rules, spec.logical_axes, spec.params)}
+        carried = carried | {"base": tree_shardings(mesh, rules, spec.logical_axes, spec.params)}
         abstract_base = _with_shardings(spec.params, carried["base"])
+    distillation, teacher, abstract_teacher = run.training.distillation, None, None
+    if distillation is not None:
+        assert distillation.model is not None
+        teacher = abstract_model(distillation.model)
+        carried = carried | {"teacher": tree_shardings(mesh, rules, teacher.logical_axes, teacher.params)}
+        abstract_teacher = _with_shardings(teacher.params, carried["teacher"])
 
     def output(params: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> ModelOutput:
         return bind_params(spec.graphdef, params).output(batch, dropout_rng=dropout_rng)
@@ -176,19 +188,23 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
     apply = output if preference is None else preference_apply(output, preference)
 
     def train(state: PyTree, batch: Batch) -> tuple[PyTree, dict[str, WeightedMean]]:
-        if lora is None:
-            return make_train_step(run, apply, optimizer, schedule)(state, batch)
+        # Frozen parameters enter by closure: they are neither differentiated nor updated.
+        trainable = {name: part for name, part in state.items() if name not in FROZEN}
+        frozen = {name: part for name, part in state.items() if name in FROZEN}
 
-        def apply_adapters(
-            adapters: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
-        ) -> ModelOutput:
-            return apply(lora.joined(base, adapters), batch, dropout_rng)
+        def apply_trained(params: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> ModelOutput:
+            return apply(params if lora is None else lora.joined(frozen["base"], params), batch, dropout_rng)
 
-        # The base enters by closure: it is neither differentiated nor updated.
-        trainable = dict(state)
-        base = trainable.pop("base")
-        trainable, metrics = make_train_step(run, apply_adapters, optimizer, schedule)(trainable, batch)
-        return trainable | {"base": base}, metrics
+        def teacher_logits(batch: Mapping[str, jax.Array]) -> jax.Array:
+            assert teacher is not None
+            logits: jax.Array = bind_params(teacher.graphdef, frozen["teacher"])(batch)
+            return logits
+
+        step_apply = apply_trained
+        if distillation is not None:
+            step_apply = distillation_apply(apply_trained, teacher_logits, distillation)
+        trainable, metrics = make_train_step(run, step_apply, optimizer, schedule)(trainable, batch)
+        return trainable | frozen, metrics
 
     def constrained(step: Callable[..., Any]) -> Callable[..., Any]:
         """Return the step, traced with its activations constrained to the mesh."""
@@ -217,6 +233,7 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
         logical_axes=axes,
         lora=lora,
         abstract_base_params=abstract_base,
+        abstract_teacher_params=abstract_teacher,
         train_step=train_step,
         eval_step=eval_step,
     )

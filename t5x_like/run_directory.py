@@ -60,13 +60,14 @@ FREE_TO_CHANGE = (
     "training.guard.max_rollbacks",
     "xla_flags",
     "training.lora.base",
+    "training.distillation.teacher",
     "name",
     "plugins",
     "plugins.",
 )
 """Fields that may change when a run is resumed, because they do not decide what is computed: the same state is restored
-on another mesh, and a LoRA base is identified by its parameters. Names of plug-ins may change, too; their content is
-compared by digest."""
+on another mesh, and a LoRA base and a teacher are identified by their parameters. Names of plug-ins may change, too;
+their content is compared by digest."""
 
 
 MAY_BE_ALLOWED = "training."

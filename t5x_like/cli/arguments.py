@@ -238,6 +238,10 @@ def configured_run(options: argparse.Namespace, overrides: list[str], further: S
         from t5x_like.data.sources.corpus_labels import with_labels
 
         run = with_labels(run)
+    if run.training.distillation is not None and run.training.distillation.model is None:
+        from t5x_like.finetuning.base_model import with_teacher_model
+
+        run = with_teacher_model(run)
     problems = validate(run)
     if problems:
         raise ConfigError(problems)

@@ -61,6 +61,7 @@ from t5x_like.config.seqio_task import EvaluationTask, SeqioConfig
 from t5x_like.config.sharding import DcnConfig, ShardingConfig
 from t5x_like.config.tokenizer import TokenizerConfig
 from t5x_like.config.training import (
+    DistillationConfig,
     FreezeConfig,
     GuardConfig,
     LearningRateGroup,
@@ -91,6 +92,7 @@ __all__ = [
     "DataConfig",
     "DcnConfig",
     "Dialogues",
+    "DistillationConfig",
     "EarlyStopping",
     "EvaluationConfig",
     "KeepBest",

@@ -17,6 +17,7 @@ from t5x_like.config.bounds import (
     UnitFloatBelowOne,
 )
 from t5x_like.config.dataclass import config_dataclass
+from t5x_like.config.model import ModelConfig
 from t5x_like.config.optimizers import AdafactorConfig, Optimizer
 
 NonEmptyPatterns = Annotated[
@@ -95,6 +96,25 @@ class LoraConfig:
 
 
 @config_dataclass
+class DistillationConfig:
+    """Distillation from a frozen teacher (Hinton et al. 2015).
+
+    The loss of a target is (1 - weight) * cross-entropy + weight * temperature**2 * KL(teacher | model), where KL is
+    the divergence of the two distributions over the vocabulary, each the softmax of logits / temperature. The teacher
+    is computed in each step and identified by the values of its parameters, not by its path.
+    """
+
+    teacher: NonEmptyStr
+    """Directory of the teacher: a run, or the output of `t5x-like convert`. It has the tokenizer, the vocabulary size
+    and the architecture of the model."""
+    model: ModelConfig | None = None
+    """Model of the teacher. None: the command line reads it from the directory."""
+    weight: ClosedUnitFloat = 0.5
+    """Share of the divergence in the loss; with 1 the cross-entropy of the targets does not count."""
+    temperature: PositiveFloat = 1.0
+
+
+@config_dataclass
 class GuardConfig:
     """Guard of the training state: steps that are rejected, and what follows.
 
@@ -143,5 +163,7 @@ class TrainingConfig:
     """Parameters that do not train. If several entries match a parameter, the first one applies."""
     lora: LoraConfig | None = None
     """Train adapters on a frozen base model instead of all parameters."""
+    distillation: DistillationConfig | None = None
+    """Learn from the distribution of a teacher beside the targets."""
     seed: Seed = 0
     """Seed of the initial parameters and of dropout."""

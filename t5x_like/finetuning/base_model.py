@@ -1,4 +1,4 @@
-"""Model that fine-tuning starts from: its configuration, its tokenizer and its layout, and how a head is put on it."""
+"""Model that fine-tuning starts from, or learns from: its configuration, its tokenizer and its layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import assert_never
 
 from t5x_like import run_directory
 from t5x_like.checkpoints.model_dir import HUGGINGFACE_DIR, read_model
-from t5x_like.config import InitializeFrom, ModelConfig, TaskHeadConfig, TokenizerConfig
+from t5x_like.config import InitializeFrom, ModelConfig, RunConfig, TaskHeadConfig, TokenizerConfig
 from t5x_like.config.initialization import encoder_decoder_to_encoder
 from t5x_like.config.layouts import Layout
 from t5x_like.data.tokenizers.loading import KEPT_MODEL, kept_tokenizer, stored_config
@@ -95,6 +95,23 @@ def open_base(directory: Path) -> BaseModel:
     # A decoder without a padding id attends to what follows its rows, which no scored position sees.
     pad_id = model.pad_token_id if model.pad_token_id is None else vocabulary.pad_id
     return BaseModel(directory, _plain(dataclasses.replace(model, pad_token_id=pad_id)), tokenizer, _layout(model))
+
+
+def with_teacher_model(run: RunConfig) -> RunConfig:
+    """Return the run with the model of its teacher, read from the teacher's directory.
+
+    Raises:
+      UserError: there is no model, or a Hugging Face directory, which must be converted first.
+    """
+    distillation = run.training.distillation
+    assert distillation is not None
+    directory = Path(distillation.teacher)
+    if model_kind(directory) == "huggingface":
+        fix = f"`t5x-like convert --from hf {directory} OUT` makes one"
+        expected = "a run or an imported model"
+        raise ConfigError([ConfigProblem("training.distillation.teacher", "a Hugging Face directory", expected, fix)])
+    distillation = dataclasses.replace(distillation, model=open_base(directory).model)
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, distillation=distillation))
 
 
 def _plain(model: ModelConfig) -> ModelConfig:

@@ -110,14 +110,24 @@ def require_tokenizer_of_source(run: RunConfig, stores: Sequence[Store]) -> None
         return
     if any(re.fullmatch(pattern, "token_embedder/embedding") for pattern in source.reinit):
         return
-    directory = local_copy(source.directory, SOURCE)
+    require_tokenizer_of(local_copy(source.directory, SOURCE), stores, ", or name token_embedder/embedding in initialize_from.reinit")
+
+
+def require_tokenizer_of(directory: Path, stores: Sequence[Store], fix: str = "") -> None:
+    """Check that the ids of the stores mean what they mean in the model of a directory. `fix` ends the message.
+
+    Raises:
+      SafetyError: the tokenizers differ.
+    """
+    if not stores:
+        return
     tokenizer = _tokenizer_of(directory, is_published=stored_config(stores[0].tokenizer).kind == "published")
     if tokenizer is not None and not have_same_pieces(stores[0].tokenizer, tokenizer):
         raise SafetyError(
             f"{directory}: found another tokenizer ({tokenizer.vocabulary.base_size:,} pieces) than that of "
             f"{stores[0].path} ({stores[0].tokenizer.vocabulary.base_size:,}), by whose ids the parameters would read "
             "other text; prepare the data with --data.tokenizer.kind published --data.tokenizer.path and the model's "
-            "directory, or name token_embedder/embedding in initialize_from.reinit"
+            f"directory{fix}"
         )
 
 

@@ -44,7 +44,7 @@ from t5x_like.monitoring.writers import (
 )
 from t5x_like.planning.estimate.flops import training_flops
 from t5x_like.planning.estimate.tokens import tokens_per_step
-from t5x_like.program import Program, build_program
+from t5x_like.program import FROZEN, Program, build_program
 from t5x_like.run_directory import RunRecord
 from t5x_like.sharding.batch_placement import on_host
 from t5x_like.storage.mirror import mirror_of, require_access
@@ -57,6 +57,8 @@ from t5x_like.trainer.reference import attach_reference
 from t5x_like.trainer.replay_check import ReplayCheck
 from t5x_like.trainer.row_record import RowRecord
 from t5x_like.trainer.step_guard import StepGuard
+from t5x_like.trainer.teacher import RECORD as TEACHER
+from t5x_like.trainer.teacher import open_teacher
 from t5x_like.training.guard import all_finite
 from t5x_like.training.norms import is_empty_norm
 from t5x_like.utils.console import Console
@@ -98,10 +100,9 @@ class TrainSession:
     collected_step: int
     """Step up to which the metrics of the steps are known on the host."""
     guard: StepGuard
-    base: Mapping[str, Any] | None
-    """Record of the frozen base parameters, which checkpoints keep; None without adapters."""
-    reference: Mapping[str, str] | None
-    """Record of the log-probabilities of the reference, which checkpoints keep; None without preference pairs."""
+    sources: Mapping[str, Mapping[str, Any]]
+    """Records, which checkpoints keep, of what the run is trained with and no checkpoint holds: the base of adapters,
+    the log-probabilities of a reference, a teacher."""
     accumulated_metrics: dict[str, WeightedMean]
     """Sums, on the host, over the steps of the current logging interval. Checkpoints keep them, so that a resumed run
     logs the same numbers as an uninterrupted one."""
@@ -186,10 +187,7 @@ class TrainSession:
                 "mesh": dict(self.program.mesh.shape),
                 "versions": startup_summary.versions(),
             }
-            if self.base is not None:
-                meta[RECORD] = dict(self.base)
-            if self.reference is not None:
-                meta[REFERENCE] = dict(self.reference)
+            meta |= {name: dict(record) for name, record in self.sources.items()}
             state = self.program.checkpointable_state(self.state)
             if not on_host(all_finite(self.state["params"])):
                 raise SafetyError(
@@ -285,7 +283,7 @@ class TrainSession:
         _LOG.warning("step %d was rejected: training continues from step %d and row %d", rejected_step, step, row)
         self.batches.close()
         # The restored state takes the memory of this one.
-        self.state = {name: part for name, part in self.state.items() if name == "base"}
+        self.state = {name: part for name, part in self.state.items() if name in FROZEN}
         with self.clock.state("restore"):
             restored = _restore(self.program, self.checkpoints, self.record, self.run, step)
         self.state = self.state | restored.state
@@ -395,31 +393,37 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
         restored = latest is not None
         session: TrainSession | None = None
         step, first_row, state, interval, files = 0, 0, None, {}, {}
-        of_data, of_base, of_reference = None, None, None
+        of_data, recorded = None, dict[str, Any]()
         clock.enter("restore")
         if restored:
             found = _restore(program, checkpoints, record, run)
             step, state, first_row, interval = found.step, found.state, found.first_row, found.interval
-            of_data, of_base, files = found.meta["data"], found.meta.get(RECORD), checkpoints.read_files(step)
-            of_reference = found.meta.get(REFERENCE)
+            of_data, recorded, files = found.meta["data"], found.meta, checkpoints.read_files(step)
             clock.go_on(found.meta["seconds"])
         else:
             require_tokenizer_of_source(run, source.stores)
             state = program.with_new_average(initial_state(program, lambda line: shown.out(line, highlight=False)))
         if is_writer and source.stores:
             keep_tokenizer(workdir / run_directory.TOKENIZER, source.stores[0].tokenizer)
-        base = _open_base(program, of_base)
+        base, sources = _open_base(program, recorded.get(RECORD)), dict[str, Mapping[str, Any]]()
         if base is not None:
-            state = state | {"base": base.params}
+            state, sources[RECORD] = state | {"base": base.params}, base.record
+        teacher = open_teacher(program, source.stores, recorded.get(TEACHER))
+        if teacher is not None:
+            state, sources[TEACHER] = state | {"teacher": teacher.params}, teacher.record
+            shown.out(
+                f"teacher: {teacher.record['path']}, step {teacher.record['step']}, fingerprint "
+                f"{teacher.record['fingerprint']}",
+                highlight=False,
+            )
         clock.enter("init")
-        reference = None
         if run.data.preference is not None:
-            reference = attach_reference(
+            sources[REFERENCE] = attach_reference(
                 program,
                 source.stores,
                 workdir,
-                **_start_model(state, base, of_reference),
-                recorded=of_reference,
+                **_start_model(state, base, recorded.get(REFERENCE)),
+                recorded=recorded.get(REFERENCE),
                 report=lambda line: shown.out(line, highlight=False),
                 # Each batch is a stage of its own for the watchdog.
                 alive=lambda: clock.enter("init"),
@@ -468,8 +472,7 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
             record=record,
             collected_step=step,
             guard=StepGuard(run, workdir, checkpoints, on_process_0(checkpoints.steps)),
-            base=None if base is None else base.record,
-            reference=reference,
+            sources=sources,
             accumulated_metrics=interval,
             evaluated=step if on_process_0(lambda: is_evaluated(workdir, step)) else None,
         )

@@ -100,7 +100,7 @@ def batch_metrics(
 
     Returns:
       The metrics of `sub_batch_metrics` with the losses and metrics of the model's `ModelOutput` under their names,
-      and the coefficients of the model's losses by name.
+      and the coefficients of the model's losses by name; that of the cross-entropy, "loss", only if it is not 1.
 
     Raises:
       ValueError: the model reports a loss or metric under a name that is taken.
@@ -137,6 +137,8 @@ def batch_metrics(
         for part in parts:
             metrics = add(metrics, part)
         coefficients |= {of: loss.coefficient for of, loss in own.items()}
+        if output.loss_coefficient != 1.0:
+            coefficients["loss"] = output.loss_coefficient
     return metrics, coefficients
 
 
@@ -145,17 +147,20 @@ def summed_loss(
 ) -> jax.Array:
     """Return the contribution of a part of a batch to the summed loss, which is minimised per loss token of the batch.
 
-    The sum of the contributions, divided by the batch's loss tokens, is the mean cross-entropy with z term, and for
-    each further loss coefficient * its mean over the batch: a part adds coefficient * sum * loss tokens / weight.
+    The sum of the contributions, divided by the batch's loss tokens, is the mean cross-entropy (times its coefficient,
+    mostly 1) with z term, and for each further loss coefficient * its mean over the batch: a part adds coefficient *
+    sum * loss tokens / weight.
 
     Args:
       metrics: Metrics of the part.
       coefficients: Coefficients of the further losses, by name.
       of_batch: "loss" and the further losses of the whole batch; only their weights are read.
     """
-    total = metrics["loss"].sum + metrics["z_loss"].sum
+    total = coefficients.get("loss", 1.0) * metrics["loss"].sum + metrics["z_loss"].sum
     tokens = of_batch["loss"].weight
     for name, coefficient in coefficients.items():
+        if name == "loss":
+            continue
         weight = of_batch[name].weight
         # The step divides everything by the batch's loss tokens. A loss with another weight (a router's tokens, for
         # example) is therefore multiplied by them first. The ratio is a constant of the batch, hence no gradient

@@ -13,6 +13,7 @@ from t5x_like.config.model import ModelConfig
 from t5x_like.config.objectives import MODES, Layout, Objective
 from t5x_like.config.run import RunConfig
 from t5x_like.config.tokenizer import TokenizerConfig
+from t5x_like.config.training import DistillationConfig
 from t5x_like.config.validation.mixture import (
     corpora_problems,
     rate_problems,
@@ -73,6 +74,8 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
         yield ConfigProblem("training.guard.policy", "'rollback'", expected)
     if run.training.lora is not None:
         yield from location_problems(run.training.lora.base, "training.lora.base")
+    if run.training.distillation is not None:
+        yield from _distillation(run, run.training.distillation)
     if run.initialize_from is not None:
         yield from inconsistent_initialization(run.initialize_from)
         if run.training.lora is not None:
@@ -84,6 +87,24 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
     yield from inconsistent_evaluation(run.evaluation)
     yield from inconsistent_scores(run)
     yield from inconsistent_monitoring(run.monitoring)
+
+
+def _distillation(run: RunConfig, distillation: DistillationConfig) -> Problems:
+    """Yield the problems of a teacher, whose logits stand beside those of the model."""
+    where, own, teacher = "training.distillation", run.model, distillation.model
+    yield from location_problems(distillation.teacher, f"{where}.teacher")
+    if own.task_head is not None or own.generator is not None or run.data.preference is not None:
+        found = "a teacher beside a task head, a generator or preference pairs"
+        yield ConfigProblem(where, found, "a loss of the logits of the next or the masked token")
+    if teacher is None:
+        yield ConfigProblem(f"{where}.model", "none", "the model of the teacher, which the command line reads")
+        return
+    for field in ("architecture", "vocab_size", "pad_token_id", "decoder_start_token_id"):
+        found, expected = getattr(teacher, field), getattr(own, field)
+        if found != expected:
+            yield ConfigProblem(f"{where}.model.{field}", repr(found), f"{expected!r}, that of the model")
+    if teacher.task_head is not None or teacher.generator is not None:
+        yield ConfigProblem(f"{where}.model", "a task head or a generator", "a language model")
 
 
 def _data(data: DataConfig, out_of_bounds: Collection[str]) -> Problems:

@@ -46,8 +46,8 @@ class MemoryEstimate:
     """Estimated memory of one device in bytes.
 
     Attributes:
-      state: Exact bytes that persist between steps: parameters, optimizer state, base parameters of adapters; and the
-        padding of a TPU's tiles.
+      state: Exact bytes that persist between steps: parameters, optimizer state, frozen parameters of a base or a
+        teacher; and the padding of a TPU's tiles.
       gradients: Bytes of the gradients of trained parameters.
       moments: Moment -> part -> bytes, without `state`.
       usable_bytes: Memory that a program can use; 0 if unknown.
@@ -88,6 +88,7 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
     state = {
         "parameters": bytes_per_device(program.abstract_params),
         "frozen base": bytes_per_device(program.abstract_base_params),
+        "frozen teacher": bytes_per_device(program.abstract_teacher_params),
         "optimizer state": bytes_per_device(program.abstract_state["opt_state"]),
     }
     if "ema" in program.abstract_state:
@@ -209,8 +210,10 @@ class ActivationMemory:
             return {}
         largest = max(self.sub_batches, key=lambda features: self.bytes_of([self._logits(features, 4)]))
         axes, shape = ("vocab", "embed"), (config.vocab_size, config.lm_head_width)
+        # A teacher has logits of the same size, in float32.
+        teacher = 0 if self.run.training.distillation is None else 4
         return {
-            "logits": self.bytes_of([self._logits(largest, 4 if config.logits_softcap is None else 8)]),
+            "logits": self.bytes_of([self._logits(largest, teacher + (4 if config.logits_softcap is None else 8))]),
             "cotangents of logits": self.bytes_of([self._logits(largest, self.size)]),
             "gathered head": self.bytes_of([SavedArray("head", axes, shape, self.size)]),
         }

@@ -101,9 +101,8 @@ def compile_train_step(run: RunConfig, topology: Topology, *, effort: Effort = "
 
 def carried_state(program: Program) -> PyTree:
     """Return the state that the train step takes, as shapes with shardings."""
-    if program.lora is None:
-        return program.abstract_state
-    return {**program.abstract_state, "base": program.abstract_base_params}
+    frozen = {"base": program.abstract_base_params, "teacher": program.abstract_teacher_params}
+    return {**program.abstract_state, **{name: params for name, params in frozen.items() if params is not None}}
 
 
 def abstract_batch(program: Program) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:

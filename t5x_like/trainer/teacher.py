@@ -1,0 +1,65 @@
+"""Teacher of a run with distillation: its frozen parameters, which are read once per process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from t5x_like.adapters.base_weights import fingerprint
+from t5x_like.adapters.restore import restore_whole
+from t5x_like.checkpoints.opening import open_checkpoints
+from t5x_like.config import CheckpointConfig
+from t5x_like.data.store.token_store import Store
+from t5x_like.errors import SafetyError
+from t5x_like.interop.warm_start import require_tokenizer_of
+from t5x_like.program import Program
+from t5x_like.utils.type_aliases import PyTree
+
+RECORD = "teacher"
+"""Key of a checkpoint's meta under which it records the teacher."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Teacher that has been read.
+
+    Attributes:
+      params: Parameters with the shardings of the program.
+      record: JSON values {"path", "step", "fingerprint"} that checkpoints keep.
+    """
+
+    params: PyTree
+    record: dict[str, Any]
+
+
+def open_teacher(program: Program, stores: Sequence[Store], recorded: Mapping[str, Any] | None) -> Teacher | None:
+    """Return the teacher of a run; None if it has none.
+
+    Args:
+      program: Program of the run.
+      stores: Stores of its data.
+      recorded: Record in the checkpoint; None for a new run, which takes the newest step.
+
+    Raises:
+      SafetyError: the teacher is missing, damaged, has another tokenizer, or is not the recorded one.
+    """
+    config = program.run.training.distillation
+    if config is None:
+        return None
+    assert config.model is not None
+    directory = Path(config.teacher)
+    require_tokenizer_of(directory, stores)
+    checkpoints = open_checkpoints(directory, CheckpointConfig(), read_only=True)
+    step = recorded["step"] if recorded is not None and recorded["step"] in checkpoints.steps() else None
+    checkpoints.close()
+    step, params, _ = restore_whole(directory, config.model, step, program.abstract_teacher_params)
+    record = {"path": str(directory), "step": step, "fingerprint": fingerprint(params)}
+    if recorded is not None and recorded["fingerprint"] != record["fingerprint"]:
+        raise SafetyError(
+            f"the teacher {directory}, step {step}: found parameters with the fingerprint {record['fingerprint']}, "
+            f"expected {recorded['fingerprint']}, from which the run has learned (recorded at {recorded['path']}); "
+            "restore it, or name its directory by --training.distillation.teacher DIR"
+        )
+    return Teacher(params, record)

@@ -1,0 +1,84 @@
+"""A small model that learns from a larger one: better than alone after the same steps, resumed bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.small_run import small_run
+
+from t5x_like.checkpoints.manager import CheckpointManager
+from t5x_like.cli.main import main
+from t5x_like.config import CausalLM, CheckpointConfig, RunConfig, ScheduleConfig
+from t5x_like.config.serialization import to_json
+from t5x_like.data.store.prepare import prepare
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED
+from t5x_like.model_loading import open_model
+from t5x_like.trainer.train import train
+
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
+
+
+def run_of(root: Path, steps: int, num_layers: int) -> RunConfig:
+    schedule = ScheduleConfig(kind="constant", learning_rate=3e-3, warmup_steps=10)
+    return small_run(
+        root,
+        "causal_lm",
+        (CausalLM(),),
+        lengths=(0, 64),
+        stack={"num_layers": num_layers},
+        training={"num_train_steps": steps, "global_batch_size": 16, "schedule": schedule},
+        checkpoints=CheckpointConfig(save_every_steps=20),
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that has been trained for long, and the recipe of a student."""
+    folder = tmp_path_factory.mktemp("distillation")
+    run = run_of(folder, 300, 2)
+    prepare(run.data, report=lambda line: None)
+    assert train(run, folder / "teacher") == EXIT_OK
+    (folder / "student.json").write_text(to_json(run_of(folder, 60, 1)))
+    return folder
+
+
+def learn(root: Path, name: str, steps: int, *options: str) -> int:
+    command = ["train", str(root / "student.json"), "--workdir", str(root / name)]
+    return main([*command, "--training.num-train-steps", str(steps), *options])
+
+
+def loss(directory: Path) -> float:
+    return float(json.loads((directory / "evaluation.json").read_text())["objectives"]["causal_lm"]["loss"])
+
+
+def test_a_student_learns_more_than_alone_and_resumes_bit_for_bit(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = ["--training.distillation.teacher", str(root / "teacher"), "--training.distillation.weight", "0.9"]
+    assert learn(root, "alone", 60) == EXIT_OK
+    assert learn(root, "distilled", 60, *teacher) == EXIT_OK
+    assert loss(root / "teacher") < loss(root / "distilled") < loss(root / "alone")
+    records = [json.loads(line) for line in (root / "distilled" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["distillation"] < records[0]["distillation"]
+
+    assert learn(root, "stopped", 20, *teacher) == EXIT_OK
+    assert learn(root, "stopped", 60, *teacher) == EXIT_OK
+    states = []
+    for name in ("stopped", "distilled"):
+        program = open_model(root / name).program
+        manager = CheckpointManager(root / name / "checkpoints", CheckpointConfig(), read_only=True)
+        states.append(jax.tree.map(np.asarray, manager.restore(program.abstract_state, 60)[1]))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+    # Another teacher of the same shape.
+    other = dataclasses.replace(run_of(root, 1, 2), name="other")
+    assert train(other, root / "other") == EXIT_OK
+    capsys.readouterr()
+    teacher[1] = str(root / "other")
+    assert learn(root, "stopped", 80, *teacher) == EXIT_REFUSED
+    assert "from which the run has learned" in capsys.readouterr().err

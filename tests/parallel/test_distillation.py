@@ -1,0 +1,97 @@
+"""The loss of distillation and its gradient equal the formula of Hinton et al. 2015, on a mesh and in packed rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.parallel_programs import batch_for, run_for
+from jax import Array
+
+from t5x_like.config import DistillationConfig, LoraConfig, RunConfig, ShardingConfig
+from t5x_like.models.factory import abstract_model, bind_params, init_params
+from t5x_like.monitoring.metrics import compute
+from t5x_like.program import build_program
+from t5x_like.utils.type_aliases import PyTree
+
+MESH = ShardingConfig(data=2, fsdp=2, tensor=2)
+TEMPERATURE = 2.0
+
+
+def distilled_run(architecture: str, weight: float, *, lora: bool, packed: bool, parts: int) -> RunConfig:
+    run = run_for(architecture, MESH, packed=packed, gradient_accumulation_steps=parts, z_loss=0.0)
+    stacks = {name: dataclasses.replace(stack, dropout_rate=0.0) for name, stack in run.model.stacks.items()}
+    model = dataclasses.replace(run.model, **stacks)
+    wider = {name: dataclasses.replace(stack, d_ff=192, num_layers=3) for name, stack in stacks.items()}
+    distillation = DistillationConfig(
+        teacher="teacher", model=dataclasses.replace(model, **wider), weight=weight, temperature=TEMPERATURE
+    )
+    adapters = LoraConfig(base="base", rank=4, paths=(".*attention/(query|value)/kernel",)) if lora else None
+    training = dataclasses.replace(run.training, distillation=distillation, lora=adapters)
+    return dataclasses.replace(run, model=model, training=training)
+
+
+def placed(tree: PyTree, abstract: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tree, abstract)
+
+
+CASES = {
+    "encoder_decoder": ("encoder_decoder", 0.7, False, False, 1),
+    "decoder lora packed": ("decoder", 1.0, True, True, 2),
+    "prefix_lm packed": ("prefix_lm", 0.3, False, True, 1),
+    "encoder": ("encoder", 0.5, False, False, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["encoder_decoder", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "encoder_decoder")],
+)
+def test_loss_and_gradient_equal_the_published_formula(case: str) -> None:
+    """Adam's first moment after one step is a tenth of the gradient."""
+    architecture, weight, lora, packed, parts = CASES[case]
+    run = distilled_run(architecture, weight, lora=lora, packed=packed, parts=parts)
+    assert run.training.distillation is not None and run.training.distillation.model is not None
+    program = build_program(run, jax.devices()[:8])
+    batch = batch_for(run)["main"]
+    state = program.init()
+    trained, base = jax.tree.map(np.asarray, state["params"]), None
+    make = jax.jit(init_params, static_argnums=0)
+    teacher_model = run.training.distillation.model
+    # Larger parameters, so that the teacher is sure of something.
+    teacher = jax.tree.map(lambda x: 1.5 * np.asarray(x), make(teacher_model, jax.random.key(5)))
+    if program.lora is not None:
+        trained = jax.tree.map(lambda x: x + np.float32(0.02), trained)
+        base = jax.tree.map(np.asarray, make(run.model, jax.random.key(1)))
+        state |= {"base": placed(base, program.abstract_base_params)}
+    state |= {
+        "params": placed(trained, program.abstract_params),
+        "teacher": placed(teacher, program.abstract_teacher_params),
+    }
+    stack = "decoder" if "decoder_target_tokens" in batch else "encoder"
+    targets, weights = jnp.asarray(batch[f"{stack}_target_tokens"]), batch[f"{stack}_loss_weights"]
+
+    def expected(params: PyTree) -> tuple[Array, tuple[Array, Array]]:
+        whole = params if program.lora is None else program.lora.joined(base, params)
+        logits = program.model(whole)(batch)
+        teacher_logits = bind_params(abstract_model(teacher_model).graphdef, teacher)(batch)
+        p = jax.nn.softmax(teacher_logits / TEMPERATURE)
+        log_q = jax.nn.log_softmax(logits / TEMPERATURE)
+        kl = jnp.sum(p * (jnp.log(p) - log_q), axis=-1)
+        entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+        mean = tuple(jnp.sum(x * weights) / weights.sum() for x in (entropy, TEMPERATURE**2 * kl))
+        return (1 - weight) * mean[0] + weight * mean[1], mean
+
+    (_, (entropy, divergence)), gradient = jax.jit(jax.value_and_grad(expected, has_aux=True))(trained)
+    assert divergence > 0.01
+    after, metrics = program.train_step(state, program.shard_batch({"main": batch}))
+    assert compute(metrics["loss"]) == pytest.approx(float(entropy), rel=1e-4)
+    assert compute(metrics["distillation"]) == pytest.approx(float(divergence), rel=1e-3)
+    atol = 1e-5 * max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient))
+    moment = after["opt_state"].mu
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.1 * b, rtol=1e-3, atol=atol), moment, gradient)
+    jax.tree.map(np.testing.assert_array_equal, after["teacher"], teacher)
+    assert "teacher" not in program.checkpointable_state(after)
