@@ -2,14 +2,16 @@
 
 MODEL_DIR is a run, an imported model or a Hugging Face directory. `configs/runs/finetune.py:text_to_text` generates the
 targets of pairs, `:classify` predicts the label of a text, `:tag` one label for each word, `:embed` trains embeddings
-on pairs of texts that match, `:chat` trains the assistant's turns of dialogues, and `:dpo` trains on pairs of answers
-of which one was preferred. The files and their fields are set on the command line: `--data.corpus.files train.tsv
---data.corpus.validation-files dev.tsv --data.corpus.inputs-field question --data.corpus.text-field answer`. The labels
-are those that occur in the training files, in alphabetical order, unless `--data.corpus.labels` names them.
+on pairs of texts that match, `:chat` trains the assistant's turns of dialogues, and `:dpo`, or for dialogues
+`:chat_dpo`, trains on pairs of answers of which one was preferred. The files and their fields are set on the command
+line: `--data.corpus.files train.tsv --data.corpus.validation-files dev.tsv --data.corpus.inputs-field question
+--data.corpus.text-field answer`. The labels are those that occur in the training files, in alphabetical order, unless
+`--data.corpus.labels` names them.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from t5x_like.config import (
     AdamWConfig,
@@ -103,6 +105,22 @@ def dpo(base: Path) -> RunConfig:
     # Larger steps move the model away from the reference before it has learned the preferences.
     schedule = dataclasses.replace(run.training.schedule, learning_rate=5e-6)
     return dataclasses.replace(run, training=dataclasses.replace(run.training, schedule=schedule))
+
+
+def chat_dpo(base: Path) -> RunConfig:
+    """Return the run that learns which of two answers in a dialogue is preferred, as the chat template lays them out.
+    An encoder reads the dialogue before the answers."""
+    run = dpo(base)
+    is_pair = run.data.layout == "encoder_decoder"
+    messages_as: Literal["turns", "dialogue"] = "turns" if is_pair else "dialogue"
+    corpus = dataclasses.replace(run.data.corpus, inputs_field=None, messages_field="prompt", messages_as=messages_as)
+    data = dataclasses.replace(
+        run.data,
+        corpus=corpus,
+        layout="encoder_decoder" if is_pair else "causal_lm",
+        mixture=(Preference(dialogues=not is_pair),),
+    )
+    return dataclasses.replace(run, name="chat_dpo", data=data)
 
 
 def _with_head(name: str, base: BaseModel, kind: HeadKind, target_kind: TargetKind) -> RunConfig:

@@ -42,7 +42,8 @@ class CorpusConfig:
     rejected_field: NonEmptyStr | None = None
     """Preference pairs (objective `Preference`): field or template of the answer that is worse than that of
     `text_field`, to the same inputs. Pairs with the same inputs are in the same split when a fraction is held out,
-    unless `key_field` is set."""
+    unless `key_field` is set. With `messages_field` the inputs are the messages of that field, and the answers are
+    texts, or lists of messages of which the last is the answer."""
     messages_field: NonEmptyStr | None = None
     """Dialogues: field with the list of messages, each with a `role` and a `content`, in place of a text. The field
     `tools`, if the rows have it, holds the descriptions of the tools."""

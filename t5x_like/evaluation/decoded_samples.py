@@ -61,7 +61,8 @@ def _generate(
 ) -> list[Sample]:
     data, tokenizer = program.run.data, store.tokenizer
     prompt_form = objective_format(objective, data)
-    examples = list(_examples(features, data, count, store.vocabulary.pad_id, halve=not prompt_form.ends_in_eos))
+    halve = not prompt_form.ends_in_eos and objective.example_source != "preferences"
+    examples = list(_examples(features, data, count, store.vocabulary.pad_id, halve=halve))
     predictions = generate_tokens(
         program,
         params,

@@ -33,6 +33,9 @@ class Preference(ObjectiveConfig):
     label_smoothing: Annotated[float, pydantic.Field(ge=0, lt=0.5)] = 0.0
     """Assumed probability e that the two answers of a pair are exchanged (conservative DPO; Mitchell 2023): the loss is
     -(1 - e) log sigmoid(h) - e log sigmoid(-h)."""
+    dialogues: bool = False
+    """The pairs are dialogues in a single stream (`CorpusConfig.messages_field`): prompt and answers are what the chat
+    template writes, and no EOS is added to them. With an encoder, dialogues are ordinary prompts and answers."""
 
     @property
     def description(self) -> str:

@@ -180,6 +180,17 @@ def _preferences(where: str, share: CorpusShareConfig, data: DataConfig) -> Prob
     if share.corpus.rejected_field is None:
         fix = "text_field is the field of the chosen one, inputs_field that of the prompt"
         yield ConfigProblem(f"{where}.corpus.rejected_field", "none", "the field of the rejected answer", fix)
+    objective, corpus = data.preference, share.corpus
+    in_stream = corpus.messages_field is not None and corpus.messages_as == "dialogue"
+    if objective is not None and objective.dialogues != in_stream:
+        found = f"{objective.dialogues} with " + (
+            "no messages_field" if corpus.messages_field is None else f"messages as {corpus.messages_as}"
+        )
+        expected = "True if, and only if, the corpus has messages as dialogue"
+        yield ConfigProblem(f"{where}.mixture.0.dialogues", found, expected)
+    if in_stream and len(data.row_positions) == 2:
+        fix = "with messages_as turns, the encoder reads the dialogue before the answers"
+        yield ConfigProblem("data.layout", f"{data.layout} with dialogues", "causal_lm or prefix_lm", fix)
     if "documents" in (data.example_mode, share.example_mode):
         expected = "windows, the default: each preference pair is a row, and rows are not packed"
         yield ConfigProblem(f"{where}.example_mode", "documents for preference pairs", expected)

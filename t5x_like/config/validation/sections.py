@@ -109,8 +109,9 @@ def _pairs_problems(corpus: CorpusConfig, where: str) -> Problems:
 def _preference_problems(corpus: CorpusConfig, where: str) -> Problems:
     """Yield the problems of preference pairs: files with a prompt and two answers."""
     field = f"{where}.rejected_field"
-    if corpus.inputs_field is None:
-        yield ConfigProblem(f"{where}.inputs_field", "none, beside rejected_field", "the field of the prompt")
+    if corpus.inputs_field is None and corpus.messages_field is None:
+        expected = "the field of the prompt, or messages_field"
+        yield ConfigProblem(f"{where}.inputs_field", "none, beside rejected_field", expected)
     if not corpus.files:
         yield ConfigProblem(field, f"{corpus.rejected_field!r} without files", "data.corpus.files")
     if corpus.rejected_field in (corpus.inputs_field, corpus.text_field):

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config.corpus import CorpusConfig
-from t5x_like.data.chat.messages import Dialogue, parse_dialogue
+from t5x_like.data.chat.messages import AnsweredDialogue, Dialogue, parse_dialogue, parse_preference
 from t5x_like.data.chat.template import ASSISTANT, PLAIN, ROLE, ChatTemplate, Rendered
 from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
@@ -58,19 +58,53 @@ class DialogueEncoder:
     def __init__(self, tokenizer: Tokenizer, corpus: CorpusConfig):
         self._tokenizer = tokenizer
         self._as_turns = corpus.messages_as == "turns"
+        self._has_answers = corpus.rejected_field is not None
         self.template = load_template(tokenizer, corpus.chat_template)
 
     def sequences(self, text: str) -> list[Sequences]:
-        """Return the two sequences of each example of a dialogue, which `messages.dialogue_text` wrote.
+        """Return the sequences of each example of a dialogue, which `messages.dialogue_text` wrote.
 
-        A dialogue is one example: its ids, and 1 for each that the loss covers. As turns, each answer is an example:
-        the ids of the past, and of the answer without EOS.
+        A dialogue is one example of two sequences: its ids, and 1 for each that the loss covers. As turns, each answer
+        is an example: the ids of the past, and of the answer without EOS. A dialogue with two answers, which
+        `messages.preference_text` wrote, is one example of three sequences: the ids before the answers, and of the two
+        answers. In a single stream the answers include what the template writes at their end.
         """
+        if self._has_answers:
+            return [self._answered(parse_preference(text))]
         dialogue = parse_dialogue(text)
         if self._as_turns:
             return [list(pair) for pair in self._turns(dialogue)]
         ids, mask = encode_rendered(self._tokenizer, self.template.dialogue(dialogue.messages, dialogue.tools))
         return [[np.array(ids, np.int32), np.array(mask, np.int32)]]
+
+    def _answered(self, pair: AnsweredDialogue) -> Sequences:
+        """Return the ids before the answers, and of both answers.
+
+        Raises:
+          DataError: the template refuses the messages, or the ids before the answers depend on the answer.
+        """
+        messages, tools = pair.dialogue
+        answers = (pair.chosen, pair.rejected)
+        if self._as_turns:
+            past = self.template.render(messages, tools, add_generation_prompt=True)
+            parts = [encode_rendered(self._tokenizer, past)[0]]
+            parts += [list(self._tokenizer.encode(answer["content"])) for answer in answers]
+            return [np.array(ids, np.int32) for ids in parts]
+        prompts, ends = [], []
+        for answer in answers:
+            whole = self.template.dialogue([*messages, answer], tools)
+            # The mask of the last answer alone: what the assistant wrote before is a part of the prompt.
+            ids, mask = encode_rendered(self._tokenizer, whole._replace(spans=whole.spans[-1:]))
+            first, last = mask.index(1), len(mask) - mask[::-1].index(1)
+            prompts.append(ids[:first])
+            ends.append(ids[first:last])
+        if prompts[0] != prompts[1]:
+            raise DataError(
+                f"found a prompt whose tokens depend on the answer: {pair.dialogue.messages[-1].get('content')!r:.80}, "
+                "expected a chat template that ends the prompt with a token of its own; name one by "
+                "--data.corpus.chat-template"
+            )
+        return [np.array(ids, np.int32) for ids in (prompts[0], *ends)]
 
     def _turns(self, dialogue: Dialogue) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
         pairs = []

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from t5x_like.config.corpus import CorpusConfig
 from t5x_like.data.chat.template import ASSISTANT, ROLE
 from t5x_like.errors import DataError
 
@@ -45,6 +46,88 @@ def dialogue_text(row: Mapping[str, Any], field: str, where: Callable[[], str]) 
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{where()}: found {str(tools)[:80]!r} in {TOOLS_FIELD!r}, expected a list")
     return json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False)
+
+
+class AnsweredDialogue(NamedTuple):
+    """Dialogue with two answers as JSON values; the messages are those before the answers."""
+
+    dialogue: Dialogue
+    chosen: dict[str, Any]
+    rejected: dict[str, Any]
+
+
+def preference_text(row: Mapping[str, Any], config: CorpusConfig, where: Callable[[], str]) -> tuple[str, str]:
+    """Return the messages of a row with two answers as JSON text, and the messages alone.
+
+    Raises:
+      DataError: a field is missing or of another type, an answer is empty, or the answers are equal.
+    """
+    fields = {
+        "messages-field": config.messages_field,
+        "text-field": config.text_field,
+        "rejected-field": config.rejected_field,
+    }
+    values: list[Any] = []
+    for option, field in fields.items():
+        if field not in row:
+            names = ", ".join(map(repr, row)) or "none"
+            raise DataError(f"{where()}: found the fields {names}, expected {field!r}; set --data.corpus.{option}")
+        values.append(row[field])
+    prompt, *answers = values
+    if isinstance(prompt, str) and prompt.lstrip().startswith("["):
+        prompt = _parsed(prompt, str(config.messages_field), where)
+    if isinstance(prompt, str):
+        prompt = [{ROLE: "user", "content": prompt}]
+    prompt = _messages(prompt, str(config.messages_field), where)
+    chosen, rejected = (
+        _answer(answer, prompt, str(field), where)
+        for answer, field in zip(answers, (config.text_field, config.rejected_field), strict=True)
+    )
+    if chosen == rejected:
+        raise DataError(equal_answers(chosen["content"], config, where))
+    tools = row.get(TOOLS_FIELD)
+    tools = _parsed(tools, TOOLS_FIELD, where) if isinstance(tools, str) else tools
+    document = {"messages": prompt, "tools": tools, "chosen": chosen, "rejected": rejected}
+    return json.dumps(document, ensure_ascii=False), json.dumps(prompt, ensure_ascii=False)
+
+
+def equal_answers(answer: str, config: CorpusConfig, where: Callable[[], str]) -> str:
+    """Return the message that refuses a preference pair of equal answers."""
+    return (
+        f"{where()}: found the same answer {answer[:80]!r} in {config.text_field!r} and {config.rejected_field!r}, "
+        "expected two different ones; leave the pair out, or up to N such rows by --data.corpus.max-bad-records N"
+    )
+
+
+def parse_preference(text: str) -> AnsweredDialogue:
+    """Return what `preference_text` has written."""
+    fields = json.loads(text)
+    return AnsweredDialogue(Dialogue(fields["messages"], fields["tools"]), fields["chosen"], fields["rejected"])
+
+
+def _answer(value: Any, prompt: list[dict[str, Any]], field: str, where: Callable[[], str]) -> dict[str, Any]:
+    """Return the message of an answer: a text, or the last of messages, which may begin with those of the prompt."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        value = _parsed(value, field, where)
+    if isinstance(value, str):
+        value = [{ROLE: ASSISTANT, "content": value}]
+    messages = _messages(value, field, where)
+    last = messages[-1]
+    content = last.get("content")
+    if messages[:-1] not in ([], prompt) or last[ROLE] != ASSISTANT or not isinstance(content, str):
+        expected = f"a text, or messages of which the last is the {ASSISTANT}'s and the others are those of the prompt"
+        raise DataError(f"{where()}: found {str(value)[:80]!r} in {field!r}, expected {expected}")
+    if not content.strip():
+        raise DataError(f"{where()}: found no text in {field!r}, expected a prompt and two answers")
+    return last
+
+
+def _messages(value: Any, field: str, where: Callable[[], str]) -> list[dict[str, Any]]:
+    is_list = isinstance(value, list) and value
+    if not is_list or not all(isinstance(item, dict) and isinstance(item.get(ROLE), str) for item in value):
+        expected = f"a list of objects with a text {ROLE!r}"
+        raise DataError(f"{where()}: found {str(value)[:80]!r} in {field!r}, expected {expected}")
+    return list(value)
 
 
 def parse_dialogue(text: str) -> Dialogue:

@@ -59,14 +59,16 @@ def pair_examples(
     inputs = [[*mode, *tokens, vocabulary.eos_id] for tokens, _ in pairs]
     ends = [[] if is_cut else [vocabulary.eos_id] for is_cut in cut or [False] * len(pairs)]
     targets = [[*tokens, *end] for (_, tokens), end in zip(pairs, ends, strict=True)]
-    return Examples(_padded(inputs), _padded(targets), _lengths(inputs), _lengths(targets))
+    return Examples(padded(inputs), padded(targets), lengths(inputs), lengths(targets))
 
 
-def _lengths(rows: list[list[int]]) -> npt.NDArray[np.int64]:
+def lengths(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """Return the length of each row, [N]."""
     return np.array([len(row) for row in rows], np.int64)
 
 
-def _padded(rows: list[list[int]]) -> npt.NDArray[np.int32]:
+def padded(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
+    """Return the rows as one array [N, longest], padded with 0."""
     padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from t5x_like.config.corpus import CorpusConfig
+from t5x_like.data.chat.messages import equal_answers
 from t5x_like.errors import DataError
 
 
@@ -67,10 +68,7 @@ def validate_preference(
         if not text.strip():
             raise DataError(f"{where()}: found no text in {field!r}, expected a prompt and two answers")
     if chosen == rejected:
-        raise DataError(
-            f"{where()}: found the same answer {chosen[:80]!r} in {config.text_field!r} and {config.rejected_field!r}, "
-            "expected two different ones; leave the pair out, or up to N such rows by --data.corpus.max-bad-records N"
-        )
+        raise DataError(equal_answers(chosen, config, where))
 
 
 def _validate_label(label: str, config: CorpusConfig, where: Callable[[], str]) -> None:

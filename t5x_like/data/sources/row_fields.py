@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from t5x_like.config.corpus import CorpusConfig, parse_field
-from t5x_like.data.chat.messages import TOOLS_FIELD, dialogue_text
+from t5x_like.data.chat.messages import TOOLS_FIELD, dialogue_text, preference_text
 from t5x_like.data.sources.document import Document, ReadStats
 from t5x_like.data.sources.label_validation import validate_preference, validate_target
 from t5x_like.errors import DataError
@@ -155,6 +155,8 @@ class RowReader:
         self.fields = [reader for reader in readers if reader is not None]
         if config.messages_field is not None:
             self.fields.append(FieldReader(TOOLS_FIELD, "data.corpus.messages-field", is_optional=True))
+            if config.rejected_field is not None:
+                self.fields.append(FieldReader(config.text_field, "data.corpus.text-field"))
 
     def document(self, row: Row, stats: ReadStats) -> Document | None:
         """Return the document of a row; None if the row is invalid and is left out, which `stats` counts.
@@ -185,6 +187,9 @@ class RowReader:
         if isinstance(value, str):
             return Document(value)
         try:
+            if self._config.messages_field is not None and self._config.rejected_field is not None:
+                text, prompt = preference_text(value, self._config, row.where)
+                return Document(text, key=prompt)
             if self._config.messages_field is not None:
                 return Document(dialogue_text(value, self._config.messages_field, row.where))
             text = self._text.text(value, row.where)

@@ -9,7 +9,7 @@ import numpy as np
 from t5x_like.config.batch_spec import CHOSEN_REFERENCE, REJECTED, REJECTED_REFERENCE
 from t5x_like.config.data import DataConfig
 from t5x_like.config.objectives import Preference
-from t5x_like.data.objectives.supervised import pair_examples
+from t5x_like.data.objectives.preference import answer_examples
 from t5x_like.data.store.token_store import Split, Store
 from t5x_like.data.stream import rng
 from t5x_like.data.stream.feature_converters import Features, RowIds, convert
@@ -46,18 +46,20 @@ class PreferenceRows(WholeExampleRows):
         if not self.num_rows:
             raise DataError(f"{where}: found no preference pairs, expected some")
         lengths_Nx3 = np.diff(self._bounds_Nx4, axis=1)
-        prompt_N = lengths_Nx3[:, 0] + objective.mode_tokens + 1  # EOS.
+        # Dialogues end as their template writes.
+        end = 0 if objective.dialogues else 1
+        prompt_N = lengths_Nx3[:, 0] + objective.mode_tokens + end
         if too_long := int((prompt_N > data.inputs_length).sum()):
             # A cut prompt may no longer have the answers that were compared.
             raise DataError(
                 f"{where}: found {too_long:,} of {self.num_rows:,} prompts longer than the inputs of a row (up to "
-                f"{int(prompt_N.max()):,} tokens with EOS), expected up to data.inputs_length, {data.inputs_length:,}: "
+                f"{int(prompt_N.max()):,} tokens), expected up to data.inputs_length, {data.inputs_length:,}: "
                 f"prompts are not cut; set --data.inputs-length {int(prompt_N.max())}, or leave these pairs out"
             )
-        # With EOS. In a single stream, the answer may fill what the prompt leaves of the row.
+        # In a single stream, the answer may fill what the prompt leaves of the row.
         two_rows = len(data.row_positions) == 2
         longest_N = np.full_like(prompt_N, data.targets_length) if two_rows else data.row_length - prompt_N
-        self._cut_Nx2 = lengths_Nx3[:, 1:] + 1 > longest_N[:, None]
+        self._cut_Nx2 = lengths_Nx3[:, 1:] + end > longest_N[:, None]
         self._answers_Nx2 = np.where(self._cut_Nx2, longest_N[:, None], lengths_Nx3[:, 1:])
         self.num_truncated = int(self._cut_Nx2.any(axis=1).sum())
         self._require_different(where)
@@ -73,7 +75,7 @@ class PreferenceRows(WholeExampleRows):
         prompts = [self._split.tokens(*bounds).tolist() for bounds in self._bounds_Nx4[pair_n, :2].tolist()]
         for side, prefix in enumerate(("", REJECTED)):
             pairs = [(prompt, self._answer(pair, side)) for prompt, pair in zip(prompts, pair_n.tolist(), strict=True)]
-            examples = pair_examples(pairs, self._objective, self._vocabulary, self._cut_Nx2[pair_n, side].tolist())
+            examples = answer_examples(pairs, self._objective, self._vocabulary, self._cut_Nx2[pair_n, side].tolist())
             features = convert(examples, data.layout, data.inputs_length, data.targets_length, ids)
             for name, values in features.items():
                 # The prompt of an encoder is written once.

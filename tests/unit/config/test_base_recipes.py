@@ -9,7 +9,7 @@ from helpers.config_examples import changed, example
 
 from t5x_like.cli.arguments import configured_run
 from t5x_like.cli.main import parse
-from t5x_like.config import MaskedLM, RunConfig
+from t5x_like.config import MaskedLM, Preference, RunConfig
 from t5x_like.config.recipes import load_recipe
 from t5x_like.config.serialization import to_json
 from t5x_like.errors import ConfigError
@@ -35,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name / "config.json").write_text(to_json(run))
     rows = ["text\tlabel", *(f"a text of number {i}\t{'even' if i % 2 == 0 else 'odd'}" for i in range(20))]
     (tmp_path / "train.tsv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     return tmp_path
 
 
@@ -91,3 +92,39 @@ def test_the_former_task_of_the_model_is_left_out(folder: Path) -> None:
     run = configured("finetune:embed", "--from", "encoder", "--data.corpus.files", "train.tsv")
     assert run.model.task_head is not None and run.model.task_head.kind == "embedding"
     assert not any(isinstance(objective, MaskedLM) for objective in run.data.mixture)
+
+
+def test_preferences_start_from_a_model_that_is_their_reference(folder: Path) -> None:
+    files = ["--data.corpus.files", "pairs.jsonl"]
+    for base, layout in (("base", "encoder_decoder"), ("decoder", "causal_lm")):
+        run = configured("finetune:dpo", "--from", base, *files, "--data.mixture.0.beta", "0.5")
+        assert run.data.layout == layout and run.data.preference == Preference(beta=0.5)
+        assert run.initialize_from is not None and run.initialize_from.directory == base
+        assert all(stack.dropout_rate == 0 for stack in run.model.stacks.values())
+        run = configured("finetune:chat_dpo", "--from", base, *files)
+        assert run.data.preference == Preference(dialogues=base == "decoder")
+        assert run.data.corpus.messages_as == ("dialogue" if base == "decoder" else "turns")
+    with pytest.raises(ConfigError, match="found an encoder alone"):
+        configured("finetune:dpo", "--from", "encoder", *files)
+
+
+def test_adapters_take_the_place_of_initial_values(folder: Path) -> None:
+    dpo = ["finetune:dpo", "--from", "decoder", "--data.corpus.files", "pairs.jsonl", "--training.lora.base", "decoder"]
+    with pytest.raises(ConfigError, match="--initialize-from None removes it"):
+        configured(*dpo)
+    run = configured(*dpo, "--initialize-from", "None", "--training.lora.rank", "4")
+    assert run.initialize_from is None and run.training.lora is not None and run.training.lora.rank == 4
+
+
+def test_the_model_of_a_teacher_is_read_from_its_directory(folder: Path) -> None:
+    run = configured("mine.py", "--from", "decoder", "--training.distillation.teacher", "decoder")
+    assert run.training.distillation is not None
+    assert run.training.distillation.model == example("causal_lm").model
+    assert run.training.distillation.weight == 0.5
+    with pytest.raises(
+        ConfigError, match=r"training.distillation.model.architecture: found 'encoder', expected 'decoder'"
+    ):
+        configured("mine.py", "--from", "decoder", "--training.distillation.teacher", "encoder")
+    with pytest.raises(ConfigError, match="found a teacher beside a task head, a generator or preference pairs"):
+        dpo = ["finetune:dpo", "--from", "decoder", "--data.corpus.files", "pairs.jsonl"]
+        configured(*dpo, "--training.distillation.teacher", "decoder")

@@ -14,6 +14,7 @@ from helpers.config_examples import changed, example
 from t5x_like.config import CorpusConfig, DataConfig, Preference, RunConfig, Supervised, TokenizerConfig, batch_spec
 from t5x_like.config.objectives import Layout
 from t5x_like.config.validation import validate
+from t5x_like.data.chat.encoding import encode_rendered, load_template
 from t5x_like.data.inspection.console_view import describe_rows, mixture_table, store_table
 from t5x_like.data.objectives.supervised import pair_examples
 from t5x_like.data.store.prepare import open_stores, prepare
@@ -116,9 +117,7 @@ def test_prompts_longer_than_a_row_are_refused_together(tmp_path: Path) -> None:
     for layout in ("encoder_decoder", "causal_lm"):
         data, store = prepared(tmp_path, [*PAIRS, ("a question too long for rows", "yes", "no")] * 2, layout)
         data = dataclasses.replace(data, corpus=dataclasses.replace(data.corpus, validation_fraction=0.3))
-        with pytest.raises(
-            DataError, match=r"found \d of \d+ prompts longer .*29 tokens .*set --data.inputs-length 29"
-        ):
+        with pytest.raises(DataError, match=r"found \d of \d+ prompts longer .*29 tokens.*set --data.inputs-length 29"):
             for name in ("train", "validation"):
                 TrainingStream([store], data, 4, name)
 
@@ -203,3 +202,74 @@ def test_configurations_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert token_positions(run) == {"encoder": 8 * INPUTS, "decoder": 2 * 8 * TARGETS}
     with pytest.raises(ConfigError, match="rejected_field"):
         raise ConfigError(validate(changed(run, "data.corpus.rejected_field", "chosen")))
+
+
+# Dialogues.
+
+TURNS = [
+    [
+        {"role": "user", "content": f"Question {n}?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    for n in range(8)
+]
+
+
+def of_dialogues(folder: Path, layout: Layout) -> DataConfig:
+    as_turns = layout == "encoder_decoder"
+    data = config(
+        folder, layout, inputs_field=None, messages_field="prompt", messages_as="turns" if as_turns else "dialogue"
+    )
+    return dataclasses.replace(data, mixture=(Preference(dialogues=not as_turns),), inputs_length=80, targets_length=40)
+
+
+@pytest.mark.parametrize("layout", ["encoder_decoder", "causal_lm"])
+def test_dialogues_are_laid_out_by_their_template(tmp_path: Path, layout: Layout) -> None:
+    """An answer is a text, the message, or the whole dialogue with it."""
+    rows = []
+    for n, turns in enumerate(TURNS):
+        chosen, rejected = ({"role": "assistant", "content": f"{text} {n}."} for text in ("Of course", "Go away"))
+        forms = [
+            (chosen["content"], rejected["content"]),
+            ([chosen], [rejected]),
+            ([*turns, chosen], [*turns, rejected]),
+        ]
+        rows.append((turns, *forms[n % 3]))
+    write(tmp_path, rows)
+    data = of_dialogues(tmp_path, layout)
+    assert validate(run_with(data)) == []
+    (store,) = prepare(data, report=lambda line: None)
+    stream = TrainingStream([store], data, 4)
+    features = stream.get_rows(np.arange(stream.rows_per_epoch["files"]))
+    template = load_template(BYTES, None)
+    for row in range(len(features["denoiser_ids"])):
+        for prefix, text in (("", "Of course"), ("rejected_", "Go away")):
+            targets, weights = (features[f"{prefix}decoder_{name}"][row] for name in ("target_tokens", "loss_weights"))
+            answer = BYTES.decode([token for token in targets[weights > 0].tolist() if token != BYTES.eos_id])
+            number = int(answer.removeprefix(text).strip(" ."))
+            assert answer == f"{text} {number}." and targets[weights > 0][-1] == BYTES.eos_id
+            last = {"role": "assistant", "content": answer}
+            if layout == "causal_lm":
+                ids, _ = encode_rendered(BYTES, template.dialogue([*TURNS[number], last]))
+                assert targets[: len(ids)].tolist() == ids and not targets[len(ids) :].any()
+            else:
+                ids, _ = encode_rendered(BYTES, template.render(TURNS[number], add_generation_prompt=True))
+                inputs = features["encoder_input_tokens"][row]
+                assert inputs[inputs != 0].tolist() == [*ids, BYTES.eos_id]
+
+
+def test_answers_to_other_messages_are_refused(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "Yes."}
+    for chosen, message in (
+        ([*TURNS[1], answer], "expected a text, or messages of which the last is the assistant's"),
+        ([{"role": "user", "content": "Yes."}], "expected a text, or messages"),
+        ("No.", "found the same answer 'No.'"),
+        ("", "found no text in 'chosen'"),
+    ):
+        write(tmp_path, [(TURNS[0], chosen, "No.")])
+        with pytest.raises(DataError, match=message):
+            prepare(of_dialogues(tmp_path, "causal_lm"), report=lambda line: None)
+    run = run_with(of_dialogues(tmp_path, "causal_lm"))
+    (problem,) = validate(changed(run, "data.mixture.0.dialogues", False))
+    assert problem.where == "data.mixture.0.dialogues"
