@@ -32,6 +32,7 @@ from t5x_like.embedding.embed_files import embed
 from t5x_like.embedding.text_encoder import TextEncoder, open_encoder
 from t5x_like.errors import EXIT_OK, ConfigError, ConfigProblem
 from t5x_like.evaluation.lm_requests import Pair, RequestFormat, request_format
+from t5x_like.finetuning.base_model import with_teacher_model
 from t5x_like.model_loading import Devices, LoadedModel, open_model
 from t5x_like.program import Program
 from t5x_like.trainer import train as trainer
@@ -282,7 +283,7 @@ def train(
       UserError: the run cannot start or resume.
     """
     plugins.trust(trust)
-    run = load_recipe(run) if isinstance(run, str) else run
+    run = with_teacher_model(load_recipe(run) if isinstance(run, str) else run)
     problems = validate(run)
     if problems:
         raise ConfigError(problems)

@@ -108,7 +108,7 @@ class DistillationConfig:
     """Directory of the teacher: a run, or the output of `t5x-like convert`. It has the tokenizer, the vocabulary size
     and the architecture of the model."""
     model: ModelConfig | None = None
-    """Model of the teacher. None: the command line reads it from the directory."""
+    """Model of the teacher. None: it is read from the directory when training starts."""
     weight: ClosedUnitFloat = 0.5
     """Share of the divergence in the loss; with 1 the cross-entropy of the targets does not count."""
     temperature: PositiveFloat = 1.0

@@ -98,13 +98,14 @@ def open_base(directory: Path) -> BaseModel:
 
 
 def with_teacher_model(run: RunConfig) -> RunConfig:
-    """Return the run with the model of its teacher, read from the teacher's directory.
+    """Return the run with the model of its teacher, read from the teacher's directory, unless the run states it.
 
     Raises:
       UserError: there is no model, or a Hugging Face directory, which must be converted first.
     """
     distillation = run.training.distillation
-    assert distillation is not None
+    if distillation is None or distillation.model is not None:
+        return run
     directory = Path(distillation.teacher)
     if model_kind(directory) == "huggingface":
         fix = f"`t5x-like convert --from hf {directory} OUT` makes one"

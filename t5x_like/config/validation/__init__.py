@@ -97,7 +97,9 @@ def _distillation(run: RunConfig, distillation: DistillationConfig) -> Problems:
         found = "a teacher beside a task head, a generator or preference pairs"
         yield ConfigProblem(where, found, "a loss of the logits of the next or the masked token")
     if teacher is None:
-        yield ConfigProblem(f"{where}.model", "none", "the model of the teacher, which the command line reads")
+        yield ConfigProblem(
+            f"{where}.model", "none", "the model of the teacher, which `train` reads from its directory"
+        )
         return
     for field in ("architecture", "vocab_size", "pad_token_id", "decoder_start_token_id"):
         found, expected = getattr(teacher, field), getattr(own, field)

@@ -21,8 +21,19 @@ BACKWARD = 2
 
 
 def training_flops(run: RunConfig) -> float:
-    """Return the model FLOPs of a training step: three times those of the forward pass, without recomputation."""
-    return float((1 + BACKWARD) * sum(forward_flops(run).values()))
+    """Return the model FLOPs of a training step: three times those of the forward pass, without recomputation, and the
+    forward pass of a teacher."""
+    return float((1 + BACKWARD) * sum(forward_flops(run).values()) + _teacher_flops(run))
+
+
+def _teacher_flops(run: RunConfig, *, all_pairs: bool = False) -> int:
+    teacher = None if run.training.distillation is None else run.training.distillation.model
+    if teacher is None:
+        return 0
+    return sum(
+        sum(forward_flops_by_part(teacher, features, all_pairs=all_pairs).values())
+        for features in batch_spec(run).values()
+    )
 
 
 def forward_flops(run: RunConfig) -> dict[str, int]:
@@ -46,7 +57,8 @@ def executed_flops(run: RunConfig) -> float:
     forward: Counter[str] = Counter()
     for features in batch_spec(run).values():
         forward.update(forward_flops_by_part(config, features, all_pairs=True))
-    return float((1 + BACKWARD) * sum(forward.values()) + _recomputed(config, forward) + optimizer_flops(run))
+    teacher = _teacher_flops(run, all_pairs=True)
+    return float((1 + BACKWARD) * sum(forward.values()) + _recomputed(config, forward) + optimizer_flops(run) + teacher)
 
 
 def optimizer_flops(run: RunConfig) -> int:
