@@ -25,6 +25,12 @@ class PreferencePairs(SupervisedPairs):
         """Raise ValueError: preference pairs are read from a corpus."""
         raise ValueError(f"{self.config.name}: found windows of text, expected a corpus of preference pairs")
 
+    def restore(self, inputs: Tokens, targets: Tokens, vocabulary: Vocabulary) -> Sequence[int]:
+        """Return the tokens of the prompt, then those of one answer."""
+        if self.config.dialogues:
+            return [*inputs.tolist(), *targets.tolist()]
+        return super().restore(inputs, targets, vocabulary)
+
     def prompt_format(self, layout: Layout) -> PromptFormat:
         return dataclasses.replace(super().prompt_format(layout), ends_in_eos=not self.config.dialogues)
 
