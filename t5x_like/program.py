@@ -28,6 +28,7 @@ from t5x_like.sharding.rules import Rules, default_rules
 from t5x_like.sharding.shardings import batch_shardings, tree_shardings
 from t5x_like.sharding.validation import validate_sharding
 from t5x_like.training.distillation import distillation_apply
+from t5x_like.training.losses import ModelApply
 from t5x_like.training.optimizers.make_optimizer import make_optimizer, state_logical_axes
 from t5x_like.training.preference import preference_apply
 from t5x_like.training.schedules import make_schedule
@@ -200,7 +201,7 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
             logits: jax.Array = bind_params(teacher.graphdef, frozen["teacher"])(batch)
             return logits
 
-        step_apply = apply_trained
+        step_apply: ModelApply = apply_trained
         if distillation is not None:
             step_apply = distillation_apply(apply_trained, teacher_logits, distillation)
         trainable, metrics = make_train_step(run, step_apply, optimizer, schedule)(trainable, batch)

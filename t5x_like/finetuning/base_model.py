@@ -44,8 +44,10 @@ class BaseModel:
     @property
     def without_dropout(self) -> ModelConfig:
         """The model without dropout."""
-        stacks = {name: dataclasses.replace(stack, dropout_rate=0.0) for name, stack in self.model.stacks.items()}
-        return dataclasses.replace(self.model, **stacks)
+        encoder, decoder = (
+            stack and dataclasses.replace(stack, dropout_rate=0.0) for stack in (self.model.encoder, self.model.decoder)
+        )
+        return dataclasses.replace(self.model, encoder=encoder, decoder=decoder)
 
     def with_head(self, head: TaskHeadConfig) -> tuple[ModelConfig, Layout, InitializeFrom]:
         """Return the model with a fresh head, its layout, and its initial values. Of an encoder-decoder, the encoder

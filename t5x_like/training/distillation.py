@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from t5x_like.config import DistillationConfig
 from t5x_like.model_output import AuxiliaryLoss, ModelOutput
-from t5x_like.training.losses import Params, SubBatch, targets_and_weights
+from t5x_like.training.losses import ModelApply, Params, SubBatch, targets_and_weights
 
 Teacher = Callable[[SubBatch], jax.Array]
 """Function sub-batch -> logits of the teacher, float32 [rows, length, vocabulary]."""
-ModelApply = Callable[[Params, SubBatch, jax.Array | None], ModelOutput]
 
 
 def distillation_apply(apply: ModelApply, teacher: Teacher, config: DistillationConfig) -> ModelApply:
@@ -46,7 +45,7 @@ def kl_divergence(teacher_xV: jax.Array, student_xV: jax.Array, temperature: flo
 
 
 # Recomputed in the backward pass: the probabilities of both models are the largest arrays of a step.
-@jax.checkpoint  # type: ignore[untyped-decorator]
+@jax.checkpoint
 def _kl_divergence(teacher_xV: jax.Array, student_xV: jax.Array, temperature: float) -> jax.Array:
     log_p, log_q = (jax.nn.log_softmax(x / temperature, axis=-1) for x in (teacher_xV, student_xV))
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)

@@ -17,6 +17,8 @@ Batch = Mapping[str, SubBatch]
 Apply = Callable[[Params, SubBatch, jax.Array | None], jax.Array | ModelOutput]
 """Function (parameters, sub-batch, key) -> logits [rows, length, vocabulary], or a `ModelOutput` with further losses.
 The key is that of dropout and of samples; None: neither."""
+ModelApply = Callable[[Params, SubBatch, jax.Array | None], ModelOutput]
+"""The same of a model that returns a `ModelOutput`."""
 
 
 def targets_and_weights(batch: SubBatch) -> tuple[jax.Array, jax.Array]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
@@ -13,9 +11,7 @@ from t5x_like.kernels.cross_entropy import cross_entropy
 from t5x_like.model_output import AuxiliaryLoss, ModelOutput
 from t5x_like.monitoring.metrics import WeightedMean
 from t5x_like.sharding.constrain import constrain
-from t5x_like.training.losses import Params, SubBatch, targets_and_weights
-
-ModelApply = Callable[[Params, SubBatch, jax.Array | None], ModelOutput]
+from t5x_like.training.losses import ModelApply, Params, SubBatch, targets_and_weights
 
 
 def preference_apply(apply: ModelApply, objective: Preference) -> ModelApply:

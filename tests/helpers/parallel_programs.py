@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from t5x_like.config import (
@@ -24,6 +25,8 @@ from t5x_like.config import (
     batch_spec,
 )
 from t5x_like.config.objectives import Layout
+from t5x_like.program import Program
+from t5x_like.utils.type_aliases import PyTree
 
 ROWS, VOCABULARY = 16, 512
 ARCHITECTURES = ("encoder_decoder", "prefix_lm", "decoder", "encoder")
@@ -160,3 +163,23 @@ def batch_for(run: RunConfig, seed: int = 0) -> dict[str, dict[str, np.ndarray]]
             batch[f"{stack}_causal_attention"] = (positions <= prefix).astype(np.int32)
     assert set(batch) == set(shapes)
     return {"main": batch}
+
+
+def random_like(abstract: PyTree | None, seed: int) -> PyTree | None:
+    """Return random parameters of the shapes of a tree on the host; None for None. Nothing is compiled."""
+    random = np.random.default_rng(seed)
+    return abstract and jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), abstract)
+
+
+def start(program: Program, parts: dict[str, PyTree | None]) -> PyTree:
+    """Return a training state of zeros with the given parts on the program's devices. Nothing is compiled."""
+    abstract = {
+        **program.abstract_state,
+        "base": program.abstract_base_params,
+        "teacher": program.abstract_teacher_params,
+    }
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.abstract_state)
+    state = {**zeros, **{name: part for name, part in parts.items() if part is not None}}
+    return jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), state, {name: abstract[name] for name in state}
+    )

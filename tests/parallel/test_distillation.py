@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.parallel_programs import batch_for, run_for
+from helpers.parallel_programs import batch_for, random_like, run_for, start
 from jax import Array
 
 from t5x_like.config import DistillationConfig, LoraConfig, RunConfig, ShardingConfig
-from t5x_like.models.factory import abstract_model, bind_params, init_params
+from t5x_like.models.factory import abstract_model, bind_params
 from t5x_like.monitoring.metrics import compute
 from t5x_like.program import build_program
 from t5x_like.utils.type_aliases import PyTree
@@ -34,10 +34,6 @@ def distilled_run(architecture: str, weight: float, *, lora: bool, packed: bool,
     return dataclasses.replace(run, model=model, training=training)
 
 
-def placed(tree: PyTree, abstract: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tree, abstract)
-
-
 CASES = {
     "encoder_decoder": ("encoder_decoder", 0.7, False, False, 1),
     "decoder lora packed": ("decoder", 1.0, True, True, 2),
@@ -48,7 +44,14 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    ["encoder_decoder", *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "encoder_decoder")],
+    [
+        pytest.param("encoder_decoder", marks=pytest.mark.slow),
+        *(
+            pytest.param(case, marks=[pytest.mark.slow, pytest.mark.extended])
+            for case in CASES
+            if case != "encoder_decoder"
+        ),
+    ],
 )
 def test_loss_and_gradient_equal_the_published_formula(case: str) -> None:
     """Adam's first moment after one step is a tenth of the gradient."""
@@ -57,20 +60,10 @@ def test_loss_and_gradient_equal_the_published_formula(case: str) -> None:
     assert run.training.distillation is not None and run.training.distillation.model is not None
     program = build_program(run, jax.devices()[:8])
     batch = batch_for(run)["main"]
-    state = program.init()
-    trained, base = jax.tree.map(np.asarray, state["params"]), None
-    make = jax.jit(init_params, static_argnums=0)
     teacher_model = run.training.distillation.model
-    # Larger parameters, so that the teacher is sure of something.
-    teacher = jax.tree.map(lambda x: 1.5 * np.asarray(x), make(teacher_model, jax.random.key(5)))
-    if program.lora is not None:
-        trained = jax.tree.map(lambda x: x + np.float32(0.02), trained)
-        base = jax.tree.map(np.asarray, make(run.model, jax.random.key(1)))
-        state |= {"base": placed(base, program.abstract_base_params)}
-    state |= {
-        "params": placed(trained, program.abstract_params),
-        "teacher": placed(teacher, program.abstract_teacher_params),
-    }
+    trained, base = random_like(program.abstract_params, 0), random_like(program.abstract_base_params, 1)
+    teacher = random_like(program.abstract_teacher_params, 2)
+    state = start(program, {"params": trained, "base": base, "teacher": teacher})
     stack = "decoder" if "decoder_target_tokens" in batch else "encoder"
     targets, weights = jnp.asarray(batch[f"{stack}_target_tokens"]), batch[f"{stack}_loss_weights"]
 

@@ -63,9 +63,9 @@ def preference_text(row: Mapping[str, Any], config: CorpusConfig, where: Callabl
       DataError: a field is missing or of another type, an answer is empty, or the answers are equal.
     """
     fields = {
-        "messages-field": config.messages_field,
+        "messages-field": str(config.messages_field),
         "text-field": config.text_field,
-        "rejected-field": config.rejected_field,
+        "rejected-field": str(config.rejected_field),
     }
     values: list[Any] = []
     for option, field in fields.items():
@@ -75,14 +75,12 @@ def preference_text(row: Mapping[str, Any], config: CorpusConfig, where: Callabl
         values.append(row[field])
     prompt, *answers = values
     if isinstance(prompt, str) and prompt.lstrip().startswith("["):
-        prompt = _parsed(prompt, str(config.messages_field), where)
+        prompt = _parsed(prompt, fields["messages-field"], where)
     if isinstance(prompt, str):
         prompt = [{ROLE: "user", "content": prompt}]
-    prompt = _messages(prompt, str(config.messages_field), where)
-    chosen, rejected = (
-        _answer(answer, prompt, str(field), where)
-        for answer, field in zip(answers, (config.text_field, config.rejected_field), strict=True)
-    )
+    prompt = _messages(prompt, fields["messages-field"], where)
+    chosen = _answer(answers[0], prompt, fields["text-field"], where)
+    rejected = _answer(answers[1], prompt, fields["rejected-field"], where)
     if chosen == rejected:
         raise DataError(equal_answers(chosen["content"], config, where))
     tools = row.get(TOOLS_FIELD)
