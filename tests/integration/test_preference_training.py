@@ -51,12 +51,14 @@ def run_steps(folder: Path, name: str, steps: int, *options: str) -> int:
     command += ["--data.targets-length", "20", "--training.num-train-steps", str(steps)]
     command += ["--training.schedule.kind", "constant", "--training.schedule.learning-rate", "3e-3"]
     command += ["--checkpoints.save-every-steps", "20", "--monitoring.log-every-steps", "1"]
-    return main([*command, "--monitoring.num-decoded-samples", "1", *options])
+    # The programs of these runs are the same ones.
+    command += ["--compilation-cache.directory", str(folder / "programs")]
+    return main([*command, "--monitoring.num-decoded-samples", "0", *options])
 
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> Path:
-    assert run_steps(folder, "dpo", STEPS) == EXIT_OK
+    assert run_steps(folder, "dpo", STEPS, "--monitoring.num-decoded-samples", "1") == EXIT_OK
     return folder / "dpo"
 
 
@@ -117,6 +119,7 @@ def test_a_killed_run_continues_bit_for_bit(trained: Path, folder: Path, capsys:
         )
 
 
+@pytest.mark.extended
 def test_another_start_model_makes_its_own_reference(folder: Path, trained: Path) -> None:
     """A reference that another start model began, before any step was taken, is not continued."""
     begun = folder / "begun"
@@ -131,7 +134,8 @@ def test_another_start_model_makes_its_own_reference(folder: Path, trained: Path
     for found, line in zip(again[1:], lines, strict=True):
         assert found["chosen"] == pytest.approx(json.loads(line)["chosen"], rel=1e-5)
     records = [json.loads(line) for line in (begun / "metrics.jsonl").read_text().splitlines()]
-    assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) > records[-1]["loss"] + 0.02
+    assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert records[-1]["loss"] < records[0]["loss"] - 0.01
 
     # The base is still here: a file that was lost is made again.
     (begun / FILE).unlink()
