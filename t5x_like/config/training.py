@@ -112,6 +112,7 @@ class DistillationConfig:
     weight: ClosedUnitFloat = 0.5
     """Share of the divergence in the loss; with 1 the cross-entropy of the targets does not count."""
     temperature: PositiveFloat = 1.0
+    """Divisor of the logits of both models in the divergence; above 1, unlikely tokens count more."""
 
 
 @config_dataclass
