@@ -139,11 +139,19 @@ class LoraSpec:
 
     def merged(self, base: PyTree, adapters: PyTree) -> PyTree:
         """Return plain parameters: the sums of base and adapters."""
-        joined = self.joined(base, adapters)
-        return _replaced(base, {path: at(joined, path)[...] for path in self.kernels})
+        return summed(self.joined(base, adapters))
 
     def _tree(self, of: Any) -> PyTree:
         return nested({path: of(kernel) for path, kernel in self.kernels.items()})
+
+
+def summed(params: PyTree) -> PyTree:
+    """Return plain parameters: the sum in place of each `LoraKernel`."""
+
+    def is_adapted(node: Any) -> bool:
+        return isinstance(node, LoraKernel)
+
+    return jax.tree.map(lambda node: node[...] if is_adapted(node) else node, params, is_leaf=is_adapted)
 
 
 def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:

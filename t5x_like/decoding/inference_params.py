@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from t5x_like.adapters.lora import summed
 from t5x_like.models import inference_layout
 from t5x_like.models.model import Model
 from t5x_like.program import Program
@@ -49,7 +50,12 @@ def _structure(program: Program) -> tuple[nnx.GraphDef[Model], PyTree, PyTree]:
 @functools.cache
 def _make(program: Program) -> Any:
     _, shapes, axes = _structure(program)
+
+    def convert(params: PyTree) -> PyTree:
+        # While adapters train, they are apart from their base.
+        return inference_layout.convert_params(program.spec.graphdef, summed(params), fuse=_fuses(program))
+
     return jax.jit(
-        functools.partial(inference_layout.convert_params, program.spec.graphdef, fuse=_fuses(program)),
+        convert,
         out_shardings=tree_shardings(program.mesh, program.rules, axes, shapes),
     )

@@ -127,7 +127,16 @@ def test_another_start_model_makes_its_own_reference(folder: Path, trained: Path
     header, *lines = (trained / FILE).read_text().splitlines()
     other = json.dumps(json.loads(header) | {"model": "another"})
     (begun / FILE).write_text("\n".join([other, *lines]) + "\n")
-    lora = ["--initialize-from", "None", "--training.lora.base", str(folder / "base"), "--training.lora.rank", "4"]
+    lora = [
+        "--monitoring.num-decoded-samples",
+        "1",
+        "--initialize-from",
+        "None",
+        "--training.lora.base",
+        str(folder / "base"),
+        "--training.lora.rank",
+        "4",
+    ]
     assert run_steps(folder, "begun", 20, *lora) == EXIT_OK
     again = [json.loads(line) for line in (begun / FILE).read_text().splitlines()]
     assert again[0] == json.loads(header)
