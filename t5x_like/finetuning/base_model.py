@@ -16,6 +16,7 @@ from t5x_like.data.tokenizers.published import load_published
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.interop.huggingface.checkpoint import open_directory
 from t5x_like.model_loading import model_kind
+from t5x_like.storage.mirror import local_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def with_teacher_model(run: RunConfig) -> RunConfig:
     distillation = run.training.distillation
     if distillation is None or distillation.model is not None:
         return run
-    directory = Path(distillation.teacher)
+    directory = local_copy(distillation.teacher, "training.distillation.teacher")
     if model_kind(directory) == "huggingface":
         fix = f"`t5x-like convert --from hf {directory} OUT` makes one"
         expected = "a run or an imported model"

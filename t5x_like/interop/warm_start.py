@@ -110,7 +110,8 @@ def require_tokenizer_of_source(run: RunConfig, stores: Sequence[Store]) -> None
         return
     if any(re.fullmatch(pattern, "token_embedder/embedding") for pattern in source.reinit):
         return
-    require_tokenizer_of(local_copy(source.directory, SOURCE), stores, ", or name token_embedder/embedding in initialize_from.reinit")
+    directory = local_copy(source.directory, SOURCE)
+    require_tokenizer_of(directory, stores, ", or name token_embedder/embedding in initialize_from.reinit")
 
 
 def require_tokenizer_of(directory: Path, stores: Sequence[Store], fix: str = "") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from t5x_like.adapters.base_weights import fingerprint
@@ -15,8 +14,11 @@ from t5x_like.data.store.token_store import Store
 from t5x_like.errors import SafetyError
 from t5x_like.interop.warm_start import require_tokenizer_of
 from t5x_like.program import Program
+from t5x_like.storage.mirror import local_copy
 from t5x_like.utils.type_aliases import PyTree
 
+TEACHER = "training.distillation.teacher"
+"""Name of the field with the directory of the teacher."""
 RECORD = "teacher"
 """Key of a checkpoint's meta under which it records the teacher."""
 
@@ -49,16 +51,16 @@ def open_teacher(program: Program, stores: Sequence[Store], recorded: Mapping[st
     if config is None:
         return None
     assert config.model is not None
-    directory = Path(config.teacher)
+    directory = local_copy(config.teacher, TEACHER)
     require_tokenizer_of(directory, stores)
     checkpoints = open_checkpoints(directory, CheckpointConfig(), read_only=True)
     step = recorded["step"] if recorded is not None and recorded["step"] in checkpoints.steps() else None
     checkpoints.close()
     step, params, _ = restore_whole(directory, config.model, step, program.abstract_teacher_params)
-    record = {"path": str(directory), "step": step, "fingerprint": fingerprint(params)}
+    record = {"path": config.teacher, "step": step, "fingerprint": fingerprint(params)}
     if recorded is not None and recorded["fingerprint"] != record["fingerprint"]:
         raise SafetyError(
-            f"the teacher {directory}, step {step}: found parameters with the fingerprint {record['fingerprint']}, "
+            f"the teacher {config.teacher}, step {step}: found parameters with the fingerprint {record['fingerprint']}, "
             f"expected {recorded['fingerprint']}, from which the run has learned (recorded at {recorded['path']}); "
             "restore it, or name its directory by --training.distillation.teacher DIR"
         )

@@ -43,10 +43,6 @@ NOT_EXECUTED = {
     "t5x-like convert --from t5x checkpoint_1000000 OUT --model t5_1_1:small": "needs a T5X checkpoint of 308 MB",
     "t5x-like convert --from hf all-MiniLM-L6-v2 minilm": "needs a download: tests/golden/test_sentence_encoder.py",
     "t5x-like embed minilm --input docstrings.jsonl --output vectors.parquet": "needs the model before it",
-    "t5x-like train finetune:dpo --from runs/text_to_text --workdir runs/dpo_lora --initialize-from None "
-    "--training.lora.base runs/text_to_text --training.lora.rank 4 --data.corpus.files train_pairs.jsonl "
-    "--data.corpus.validation-files dev_pairs.jsonl --data.inputs-length 128 --data.targets-length 16 "
-    "--training.num-train-steps 100 --training.schedule.learning-rate 1e-4": "tests/integration/test_preference_training.py does it",
     "sbatch ul2/train.sbatch": "needs SLURM: tests/launch/test_slurm.py",
 }  # fmt: skip
 
