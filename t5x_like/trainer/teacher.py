@@ -60,8 +60,8 @@ def open_teacher(program: Program, stores: Sequence[Store], recorded: Mapping[st
     record = {"path": config.teacher, "step": step, "fingerprint": fingerprint(params)}
     if recorded is not None and recorded["fingerprint"] != record["fingerprint"]:
         raise SafetyError(
-            f"the teacher {config.teacher}, step {step}: found parameters with the fingerprint {record['fingerprint']}, "
-            f"expected {recorded['fingerprint']}, from which the run has learned (recorded at {recorded['path']}); "
-            "restore it, or name its directory by --training.distillation.teacher DIR"
+            f"the teacher {config.teacher}, step {step}: found parameters with the fingerprint "
+            f"{record['fingerprint']}, expected {recorded['fingerprint']}, from which the run has learned (recorded at "
+            f"{recorded['path']}); restore it, or name its directory by --training.distillation.teacher DIR"
         )
     return Teacher(params, record)
