@@ -142,6 +142,8 @@ def _objective(cost: ObjectiveCost) -> Figure:
 def break_even(subject: Subject) -> Section:
     """Return the section on the inference that costs as many FLOPs as the training."""
     run, inference = subject.run, subject.inference
+    has_teacher = run is not None and run.training.distillation is not None
+    teacher = ", and that of the teacher once" if has_teacher else ""
     if run is None:
         tokens, note = tokens_for(subject.active), "compute-optimal by Besiroglu et al. 2024"
         features = read_features(subject.model, rows=1, source=inference.prompt, target=subject.target_length)
@@ -153,7 +155,7 @@ def break_even(subject: Subject) -> Section:
     even = serving_formulas.break_even_tokens(tokens)
     figures = (
         Figure("training", tokens, "tokens", note),
-        Figure("training", training, "FLOP", "three times the forward pass"),
+        Figure("training", training, "FLOP", f"three times the forward pass{teacher}"),
         Figure("break-even", even, "tokens", "T = 3 D at equal utilization, else times the ratio of the two"),
         Figure(
             "break-even", training / inference.request_flops(), "", "requests of this prompt and answer, as counted"

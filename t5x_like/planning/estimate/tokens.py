@@ -114,11 +114,12 @@ class ObjectiveCost:
 
 
 def objective_costs(model: ModelConfig, data: DataConfig) -> list[ObjectiveCost]:
-    """Return the costs of the objectives of `data`, each in rows of its own sub-batch; empty for live seqio data.
+    """Return the costs of the objectives of `data`, each in rows of its own sub-batch.
 
-    Objectives whose rows are too short for any text are left out.
+    Objectives whose rows are too short for any text are left out, and so are those without a loss on tokens: of a task
+    head, and of preference pairs. Live seqio data have none.
     """
-    if data.seqio is not None or model.task_head is not None:
+    if data.seqio is not None or model.task_head is not None or data.preference is not None:
         return []
     shapes = row_shapes(data)
     costs = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from helpers.docs_examples import REPOSITORY
 
 from t5x_like.cli.main import main
+from t5x_like.config import CorpusConfig, Preference
 from t5x_like.config.recipes import load_recipe
 from t5x_like.config.serialization import to_json
 from t5x_like.errors import EXIT_OK, EXIT_USAGE
@@ -100,6 +102,15 @@ def test_recipes_runs_and_hugging_face_configurations(tmp_path: Path, capsys: py
     assert of_run == recipe
     exposure = recipe["loss tokens per GFLOP of training"]
     assert [name for name in exposure if isinstance(name, tuple)] == [(run.data.mixture[0].name, "tokens")]
+
+
+def test_preference_pairs_have_no_loss_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = load_recipe("t5")
+    corpus = CorpusConfig(files=("pairs.jsonl",), inputs_field="prompt", text_field="chosen", rejected_field="rejected")
+    data = dataclasses.replace(run.data, corpus=corpus, mixture=(Preference(),))
+    (tmp_path / "config.json").write_text(to_json(dataclasses.replace(run, data=data)))
+    (found,) = accounts(capsys, str(tmp_path))
+    assert "loss tokens per GFLOP of training" not in found and "training and inference" in found
 
 
 @pytest.mark.parametrize("kind", model_types())
