@@ -68,6 +68,12 @@ class Workspace:
     def run(self, *arguments: str | Path, code: int = EXIT_OK) -> str:
         return finish(self.start(*arguments), code)
 
+    def once(self, out: str, *arguments: str | Path) -> Path:
+        """Run a command that writes `out`, unless the test with another server has done so, and return its path."""
+        if not (self.directory / out).exists():
+            self.run(*arguments)
+        return self.directory / out
+
 
 def finish(process: subprocess.Popen[str], code: int = EXIT_OK) -> str:
     output, _ = process.communicate(timeout=900)
@@ -177,22 +183,21 @@ def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settin
     locations.write_bytes(run.with_name("prompts.jsonl"), b'{"prompt": "abc"}\n{"prompt": "de"}\n')
     (local.directory / "prompts.jsonl").write_bytes(b'{"prompt": "abc"}\n{"prompt": "de"}\n')
     out = run.with_name("out")
-    suffix = server.scheme
     files = ("--input", str(run.with_name("prompts.jsonl")), "--output", str(out / "answers.jsonl"))
     workspace.run("generate", str(run), *files, *trust)
-    local.run("generate", "run", "--input", "prompts.jsonl", "--output", f"answers_{suffix}.jsonl")
-    answers = (local.directory / f"answers_{suffix}.jsonl").read_bytes()
+    generate = ("generate", "run", "--input", "prompts.jsonl", "--output", "answers.jsonl")
+    answers = local.once("answers.jsonl", *generate).read_bytes()
     assert locations.read_bytes(out / "answers.jsonl") == answers
     workspace.run("export", str(run), str(out / "exported"), *trust)
-    local.run("export", "run", f"exported_{suffix}")
-    weights = [path for path in sorted((local.directory / f"exported_{suffix}").rglob("*.safetensors"))]
+    exported = local.once("exported", "export", "run", "exported")
+    weights = sorted(exported.rglob("*.safetensors"))
     assert weights
     for path in weights:
-        name = path.relative_to(local.directory / f"exported_{suffix}").as_posix()
+        name = path.relative_to(exported).as_posix()
         assert locations.read_bytes(out / "exported" / name) == path.read_bytes()
     workspace.run("average", f"{run}:24,30", str(out / "mean"), *trust)
-    local.run("average", "run:24,30", f"mean_{suffix}")
-    assert_same_arrays(state_in(out / "mean", tmp_path, workspace), saved_state(local.directory / f"mean_{suffix}", 30))
+    mean = local.once("mean", "average", "run:24,30", "mean")
+    assert_same_arrays(state_in(out / "mean", tmp_path, workspace), saved_state(mean, 30))
     workspace.run("compare", f"{run}:24", f"{run}:30", "--output", str(out / "page.html"), *trust)
     assert len(locations.read_bytes(out / "page.html") or b"") > 1000
 
@@ -200,8 +205,8 @@ def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settin
     start = ("--training.num-train-steps", "2", "--initialize-from.directory")
     warm = run.with_name("warm")
     workspace.run("train", RECIPE, "--workdir", str(warm), *start, str(out / "mean"), *stores)
-    local.run("train", RECIPE, "--workdir", f"warm_{suffix}", *start, f"mean_{suffix}")
-    assert_same_arrays(state_in(warm, tmp_path, workspace, 2), saved_state(local.directory / f"warm_{suffix}", 2))
+    warm_locally = local.once("warm", "train", RECIPE, "--workdir", "warm", *start, "mean")
+    assert_same_arrays(state_in(warm, tmp_path, workspace, 2), saved_state(warm_locally, 2))
 
 
 def start_processes(
@@ -279,6 +284,8 @@ def test_missing_bucket_or_permission_ends_the_run_with_one_message(
 def test_credentials_that_expire_end_all_processes(
     server: Server, faults: Faults, settings: None, tmp_path: Path
 ) -> None:
+    if server.scheme == "s3":
+        pytest.skip("the program has one way for both protocols, and the test takes a minute")
     recipe, stores = f"{HELPERS / 'multiprocess_recipe.py'}:decoder", ("--data.store-dir", server.url("stores3"))
     hosts = [Workspace(tmp_path / f"host{index}", server.environment) for index in (0, 1)]
     hosts[0].run("prepare", recipe, *stores)
