@@ -97,12 +97,12 @@ import ctypes
 from t5x_like.trainer import stacks
 stacks._DUMP_SECONDS = 2.0
 stacks.end_later(600.0)
-stacks.end_later(1.0)
+stacks.end_later(3.0)
 def holds_the_lock():
     ctypes.PyDLL(None).sleep({seconds})
 holds_the_lock()
 stacks.end_later(None)
-ctypes.PyDLL(None).sleep(4)
+ctypes.PyDLL(None).sleep(7)
 print("alive")
 """
 
