@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, assert_never
 
 from t5x_like.errors import ConfigError, ConfigProblem, UserError
 from t5x_like.storage import locations
@@ -82,6 +82,8 @@ class _Transfer:
             case "output":
                 # An object that exists is replaced, as a file is.
                 pass
+            case unknown:
+                assert_never(unknown)
 
     def upload(self) -> int:
         """Upload the files that have changed, and return their number."""

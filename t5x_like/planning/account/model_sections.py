@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import assert_never
 
 from t5x_like.config import (
     CausalLM,
@@ -119,6 +120,8 @@ def common_objectives(model: ModelConfig, prompt: int, answer: int) -> tuple[Dat
                 DataConfig(layout="causal_lm", mixture=causal, inputs_length=prompt, targets_length=answer),
                 DataConfig(layout="prefix_lm", mixture=(prefix, spans), inputs_length=prompt, targets_length=answer),
             )
+        case architecture:
+            assert_never(architecture)
 
 
 def objectives(subject: Subject) -> Section | None:

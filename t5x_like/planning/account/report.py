@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from rich import box
 from rich.markup import escape
 from rich.padding import Padding
@@ -41,6 +43,8 @@ def formatted(value: float, unit: Unit) -> str:
             return f"{value:.3g}x"
         case "tokens" | "rows" | "":
             return formatting.count(value)
+        case unknown:
+            assert_never(unknown)
 
 
 def _table(section: Section) -> Table:
