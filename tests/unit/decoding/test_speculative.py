@@ -189,6 +189,7 @@ def test_joint_distribution_of_draws_is_that_of_the_target():
     pytest.fail("the tokens do not have the distribution of the target")
 
 
+@pytest.mark.slow
 def test_goodness_of_fit_detects_a_wrong_replacement_distribution(monkeypatch):
     """Replacements drawn from p instead of the residual: the acceptance rate is the same, the distribution is not."""
     target, draft = chains()

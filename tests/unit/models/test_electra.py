@@ -83,6 +83,7 @@ def test_only_masked_tokens_are_replaced_and_equal_samples_count_as_original():
     assert compute(output.metrics["discriminator/replaced"]) == pytest.approx(replaced.sum() / present.sum(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_has_the_id_that_the_model_names():
     """Generator, samples and the discriminator's loss do not depend on padding, and id 0 is text."""
     config = dataclasses.replace(electra(), pad_token_id=7)

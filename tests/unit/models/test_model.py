@@ -63,7 +63,13 @@ def test_packed_examples_have_the_logits_of_separate_ones(architecture, position
     np.testing.assert_allclose(packed[: len(separate)], separate, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("merged", "local prefix", "experts") else pytest.mark.slow)
+        for name in EXAMPLES
+    ],
+)
 def test_packing_and_unrolled_layers_do_not_change_logits_of_family_features(name):
     config = EXAMPLES[name]
     architecture = "prefix_lm" if "prefix" in name else config.architecture
