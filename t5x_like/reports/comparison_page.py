@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
@@ -15,7 +15,9 @@ from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.evaluation import comparison
 from t5x_like.evaluation.bootstrap import LEVEL
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint, MetricCell, MetricRow
+from t5x_like.reports.charts import Chart, Scale, Series, chart, draw, draw_points, series, value_scale
 from t5x_like.reports.html_page import content_hash, environment, resource
+from t5x_like.reports.run_data import RunFiles, evaluated, held_out_mean, read_run
 from t5x_like.reports.sample_view import pieces
 from t5x_like.utils import formatting
 from t5x_like.utils.atomic_write import write_atomically
@@ -80,6 +82,7 @@ def render(subjects: Sequence[EvaluatedCheckpoint], *, samples: int = 6) -> str:
         {**sample, "inputs": pieces(sample["inputs"]), "targets": pieces(sample["targets"])}
         for sample in comparison.aligned_samples(subjects)
     ]
+    runs = _runs(subjects)
     for sample in held_out:
         sample["predictions"] = [None if said is None else pieces(said) for said in sample["predictions"]]
     return (
@@ -92,11 +95,49 @@ def render(subjects: Sequence[EvaluatedCheckpoint], *, samples: int = 6) -> str:
             level=f"{100 * LEVEL:.0f} %",
             groups=_groups(rows),
             verdicts=_verdicts(subjects, rows),
+            curves=_curves(subjects, runs),
+            curve_numbers=list(runs),
+            same_mixture=len({str(files.objectives) for files in runs.values()}) == 1,
             held_out=held_out,
             answers=comparison.aligned_answers(subjects, samples),
             differences=comparison.configuration_differences(subjects),
         )
     )
+
+
+def _runs(subjects: Sequence[EvaluatedCheckpoint]) -> dict[int, RunFiles]:
+    """Return the files of each run by the number of its first checkpoint, without models that are not runs."""
+    first_of_path: dict[Path, int] = {}
+    for number, subject in enumerate(subjects):
+        first_of_path.setdefault(subject.path.resolve(), number)
+    files = {number: read_run(subjects[number].path) for number in first_of_path.values()}
+    return {number: found for number, found in files.items() if found.records}
+
+
+def _curves(subjects: Sequence[EvaluatedCheckpoint], runs: Mapping[int, RunFiles]) -> list[Chart]:
+    """Return charts with a curve of each run; none of a metric that fewer than two runs have."""
+    steps = [record["step"] for files in runs.values() for record in (*files.records, *files.evaluations)]
+    x = Scale(0.0, float(max(steps, default=1)) or 1.0)
+    charts: list[Chart] = []
+
+    def add(key: str, title: str, note: str, curves: Mapping[int, Series], *, noisy: bool) -> None:
+        found = {number: curve for number, curve in curves.items() if len(curve.finite)}
+        if len(found) < 2:
+            return
+        y = value_scale(list(found.values()))
+        line = draw if noisy else draw_points
+        lines = [line(curve, subjects[number].name, f"s{number}", x, y) for number, curve in found.items()]
+        charts.append(chart(key, title, lines, x, y, note=note, css="wide", tick_count=5))
+
+    losses = {number: series(files.records, "loss") for number, files in runs.items()}
+    add("loss", "Training loss", "cross-entropy per loss token in nats", losses, noisy=True)
+    held_out = {number: held_out_mean(files) for number, files in runs.items()}
+    add("held-out", "Held-out loss of the mixture", "cross-entropy per loss token in nats", held_out, noisy=False)
+    # Numbers of different texts are not drawn together.
+    if len({str(subjects[number].held_out) for number in runs}) == 1:
+        bits = {number: evaluated(files, "prefix_lm", "bits_per_byte") for number, files in runs.items()}
+        add("bits", "Bits per byte of held-out text", "", bits, noisy=False)
+    return charts
 
 
 def _groups(rows: Sequence[MetricRow]) -> list[tuple[str, list[tuple[MetricRow, list[CellView]]]]]:

@@ -90,6 +90,44 @@ def test_samples_and_answers_are_aligned(tmp_path):
     assert comparison.configuration_differences([both[0], *subjects(changed)]) == [("training.seed", ["0.0", "1.0"])]
 
 
+def add_records(folder, offset, objectives=()):
+    """Write a falling training loss, and the mixture of the run."""
+    losses = (3.0 + offset - 0.02 * step for step in range(60))
+    records = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in encode_records(records)))
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] = {"mixture": [{"name": name} for name in objectives]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def drawn(page, key):
+    """Return (label class, height at the first step) of each line of a chart; lower on the page is a larger number."""
+    figure = re.search(rf'data-chart="{key}".*?</figure>', page, flags=re.S)
+    found = re.findall(r'<g class="(s\d)">.*?class="line" d="M[\d.]+ ([\d.]+)', figure[0], flags=re.S) if figure else []
+    return [(css, float(y)) for css, y in found]
+
+
+def test_curves_of_the_runs_are_drawn_on_one_scale(tmp_path):
+    low, high = (add_records(write_run(tmp_path / name, name, 0.0), offset) for name, offset in (("a", 0), ("b", 1)))
+    page = write_comparison([CheckpointRef(low), CheckpointRef(high)], tmp_path / "page.html").read_text()
+    (first, below), (second, above) = drawn(page, "loss")
+    assert (first, second) == ("s0", "s1") and above < below
+    assert [css for css, _ in drawn(page, "held-out")] == ["s0", "s1"]
+    assert "mixtures of the runs differ" not in page
+    other = add_records(write_run(tmp_path / "c", "c", 0.0), 0, objectives=("R",))
+    assert (
+        "mixtures of the runs differ"
+        in write_comparison([CheckpointRef(low), CheckpointRef(other)], tmp_path / "other.html").read_text()
+    )
+
+
+def test_a_model_without_records_has_no_curve(tmp_path):
+    run, model = add_records(write_run(tmp_path / "a", "a", 0.0), 0), write_run(tmp_path / "b", "b", 0.0)
+    page = write_comparison([CheckpointRef(run), CheckpointRef(model)], tmp_path / "page.html").read_text()
+    assert "data-chart" not in page and "<h2>Curves</h2>" not in page
+
+
 def test_page_executes_no_text_of_a_run(tmp_path):
     first = write_run(tmp_path / "a", HOSTILE, 0.0, answers=(HOSTILE, "b"))
     second = write_run(tmp_path / "b", "b", 0.3)
