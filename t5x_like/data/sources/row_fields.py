@@ -187,15 +187,15 @@ class RowReader:
         if isinstance(value, str):
             return Document(value)
         try:
+            key = None if self._key is None else self._key.text(value, row.where)
             if self._config.messages_field is not None and self._config.rejected_field is not None:
                 text, prompt = preference_text(value, self._config, row.where)
-                return Document(text, key=prompt)
+                return Document(text, key=prompt if key is None else key)
             if self._config.messages_field is not None:
-                return Document(dialogue_text(value, self._config.messages_field, row.where))
+                return Document(dialogue_text(value, self._config.messages_field, row.where), key=key)
             text = self._text.text(value, row.where)
             inputs = None if self._inputs is None else self._inputs.text(value, row.where)
             rejected = None if self._rejected is None else self._rejected.text(value, row.where)
-            key = None if self._key is None else self._key.text(value, row.where)
         except UnicodeError as error:
             self._skip(row, str(error), stats)
             return None

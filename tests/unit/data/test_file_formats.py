@@ -286,6 +286,25 @@ def test_documents_with_one_key_are_held_out_together(tmp_path: Path) -> None:
     assert len(held_out) == 1, "documents with keys are never cut"
 
 
+@pytest.mark.parametrize("has_rejected", [False, True])
+def test_dialogues_with_one_key_are_held_out_together(tmp_path: Path, has_rejected: bool) -> None:
+    def row(number: int) -> dict[str, Any]:
+        question = {"role": "user", "content": f"question {number}"}
+        answer = {"role": "assistant", "content": f"answer {number}"}
+        if has_rejected:
+            return {"messages": [question], "text": answer["content"], "worse": "no", "source": f"s{number % 7}"}
+        return {"messages": [question, answer], "source": f"s{number % 7}"}
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in range(70)))
+    fields = {"rejected_field": "worse"} if has_rejected else {}
+    config = of(tmp_path / "a.jsonl", messages_field="messages", key_field="source", validation_fraction=0.3, **fields)
+    splits: dict[str, set[str | None]] = {}
+    for document in corpus_reader.read_corpus(config, ReadStats()):
+        splits.setdefault(document.key or "", set()).add(document.split)
+    assert set(splits) == {f"s{number}" for number in range(7)}
+    assert all(len(splits_of_key) == 1 for splits_of_key in splits.values())
+
+
 def test_registered_generator() -> None:
     @register_corpus("counted", splits=("train", "test"))
     def counted(split: str) -> Iterator[str | Mapping[str, Any]]:
