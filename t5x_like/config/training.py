@@ -159,7 +159,7 @@ class TrainingConfig:
     """Decay of an exponential moving average of the parameters, at most (1 + step) / (10 + step); None: no average. The
     average is evaluated, and other commands read it from checkpoints."""
     guard: GuardConfig = GuardConfig()
-    """What happens when a loss, a gradient or an update is not finite or is far above those before it."""
+    """Policy for a loss, a gradient or an update that is not finite or is far above earlier ones."""
     freeze: tuple[FreezeConfig, ...] = ()
     """Parameters that do not train. If several entries match a parameter, the first one applies."""
     lora: LoraConfig | None = None

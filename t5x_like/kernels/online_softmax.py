@@ -56,7 +56,7 @@ class Scores(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What one block adds to the gradients, in float32.
+    """Contribution of one block to the gradients, in float32.
 
     Attributes:
       q: [b, g, r, q, x].

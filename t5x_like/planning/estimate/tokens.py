@@ -99,7 +99,7 @@ def _counts(
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveCost:
-    """What a row of an objective teaches and costs.
+    """Tokens and model FLOPs of a row of an objective.
 
     Attributes:
       raw_tokens: Tokens of the text that the row was made from; an upper bound as in `DenoiserTokens`.
