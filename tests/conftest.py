@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -42,3 +44,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and EXTENDED.search(item.nodeid):
             item.add_marker(pytest.mark.extended)
+
+
+MAX_MAPPINGS = 20_000
+"""Memory mappings of a process above which the programs that its tests have compiled are dropped. Each has several,
+Linux allows 65,530 per process (vm.max_map_count), and a compilation beyond that is a segmentation fault."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings() -> Iterator[None]:
+    """Drop compiled programs after a file of tests if there are very many."""
+    yield
+    try:
+        with open("/proc/self/maps") as maps:
+            mappings = sum(1 for _ in maps)
+    except OSError:  # Another system than Linux.
+        return
+    if mappings > MAX_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
