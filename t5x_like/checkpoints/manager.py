@@ -228,6 +228,11 @@ class CheckpointManager(Checkpoints):
 
     def _failed(self, step: int, error: Exception, size: int) -> Exception:
         """Remove the remains of a failed save; return a UserError if the disk is the reason, otherwise `error`."""
+        if not self.directory.is_dir():
+            return SafetyError(
+                f"{self.directory}: found no such directory at the end of the save of step {step}, expected earlier "
+                "checkpoints. Bring it back (is its disk mounted?) and run the same command again."
+            )
         reason = disk_reason(error, self.directory)
         if jax.process_index() == 0:
             self._remove_leftovers()
@@ -350,6 +355,8 @@ class CheckpointManager(Checkpoints):
         _remove(self._path(step, "deleting"))
 
     def _remove_leftovers(self) -> None:
+        if not self.directory.is_dir():  # Its disk was unmounted in the meantime.
+            return
         for path in self.directory.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 _logger.info("removing %s, left by a save or removal that did not finish", path)

@@ -76,6 +76,22 @@ def test_step_is_listed_only_when_its_checksums_are_there(manager: CheckpointMan
     assert manager.steps() == [1]
 
 
+def test_a_directory_that_vanishes_during_a_save_is_an_error_with_its_name(tmp_path: Path, monkeypatch):
+    """As when its file system is unmounted; the directory below the mount point may be missing, too."""
+    manager = CheckpointManager(tmp_path / "checkpoints", CheckpointConfig())
+    write = checksums.write_checksums
+
+    def vanish(directory: Path) -> None:
+        manager.directory.rename(tmp_path / "elsewhere")
+        write(directory)
+
+    monkeypatch.setattr(checksums, "write_checksums", vanish)
+    manager.save(1, make_state(), {})
+    with pytest.raises(SafetyError, match="found no such directory at the end of the save of step 1"):
+        manager.wait()
+    manager.close()
+
+
 def test_checksums_are_those_of_sha256sum(manager: CheckpointManager):
     manager.save(1, make_state(), {})
     manager.wait()
