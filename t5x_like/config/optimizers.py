@@ -185,8 +185,8 @@ class MuonConfig(OptimizerConfig):
     b2: UnitFloatBelowOne = 0.95
     """AdamW's decay of the average of the squared gradients."""
     eps: PositiveFloat = 1e-8
-    """Number that is added to AdamW's root of the average of the squared gradients, and to the norm by which a kernel's
-    momentum is divided before the iterations."""
+    """Constant for numerical stability: added to AdamW's denominator, and to the norm by which the momentum of a kernel
+    is divided before the Newton-Schulz iterations."""
     weight_decay: NonNegativeFloat = 0.1
     """Applied to matrices only, not to norms, biases and relative-position tables."""
 

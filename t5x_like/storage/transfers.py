@@ -200,8 +200,9 @@ def transferred(paths: Iterable[Path]) -> Iterator[None]:
     except BaseException:
         _end(threads, ended)
         for transfer in continued:
+            # The error that ends the command is raised, and not that of the upload, which is only printed.
             with contextlib.suppress(Exception):
-                transfer.upload()
+                _finish(transfer)
         raise
     _end(threads, ended)
     for transfer in outputs:

@@ -1,5 +1,5 @@
 """Every wait in the package has a limit: calls that can block are found in the source, and those without a timeout are
-listed here with what limits them. The numbers in docs/operating.md are those of the code."""
+listed here with what limits them. docs/operating.md has the same numbers."""
 
 from __future__ import annotations
 

@@ -8,11 +8,12 @@ import pydantic
 
 from t5x_like.config.bounds import PositiveFloat
 from t5x_like.config.dataclass import config_dataclass
-from t5x_like.config.objectives.base import ExampleLengths, ExampleSource, Mode, ObjectiveConfig
+from t5x_like.config.objectives.base import ExampleSource, Mode
+from t5x_like.config.objectives.supervised import PairObjective
 
 
 @config_dataclass
-class Preference(ObjectiveConfig):
+class Preference(PairObjective):
     """Direct preference optimization (DPO; Rafailov et al. 2023) on triples of a prompt and two answers.
 
     The loss of a pair is -log sigmoid(h), where h = beta * ((log p(chosen) - log p_ref(chosen)) - (log p(rejected) -
@@ -21,7 +22,6 @@ class Preference(ObjectiveConfig):
     as the inputs of `Supervised`. It is never cut; an answer that is longer than its row is, and then ends without EOS.
     """
 
-    has_inputs: ClassVar[bool] = True
     example_source: ClassVar[ExampleSource] = "preferences"
 
     kind: Literal["preference"] = "preference"
@@ -40,17 +40,6 @@ class Preference(ObjectiveConfig):
     @property
     def description(self) -> str:
         return f"beta {self.beta:g}"
-
-    @property
-    def min_raw_length(self) -> int:
-        return 2
-
-    def longest_example(self, raw_length: int) -> ExampleLengths:
-        inputs, targets = self.mode_tokens + raw_length + 1, raw_length + 1
-        return ExampleLengths(inputs, targets, inputs + targets)
-
-    def sentinels_needed(self, raw_length: int) -> int:
-        return 0
 
     def expected_loss_tokens(self, raw_length: int) -> float:
         """Return 1: the loss is a mean over pairs."""

@@ -9,20 +9,10 @@ from t5x_like.config.objectives.base import ExampleLengths, ExampleSource, Mode,
 
 
 @config_dataclass
-class Supervised(ObjectiveConfig):
-    """A supervised pair without noise: the inputs are given, the targets are predicted."""
+class PairObjective(ObjectiveConfig):
+    """Base of the objectives whose rows hold inputs and the targets that follow them, without noise."""
 
     has_inputs: ClassVar[bool] = True
-    example_source: ClassVar[ExampleSource] = "pairs"
-
-    kind: Literal["supervised"] = "supervised"
-    name: str = "supervised"
-    rate: float = 1.0
-    mode: Mode | None = None
-
-    @property
-    def description(self) -> str:
-        return ""
 
     @property
     def min_raw_length(self) -> int:
@@ -34,6 +24,22 @@ class Supervised(ObjectiveConfig):
 
     def sentinels_needed(self, raw_length: int) -> int:
         return 0
+
+
+@config_dataclass
+class Supervised(PairObjective):
+    """A supervised pair without noise: the inputs are given, the targets are predicted."""
+
+    example_source: ClassVar[ExampleSource] = "pairs"
+
+    kind: Literal["supervised"] = "supervised"
+    name: str = "supervised"
+    rate: float = 1.0
+    mode: Mode | None = None
+
+    @property
+    def description(self) -> str:
+        return ""
 
     def expected_loss_tokens(self, raw_length: int) -> float:
         return raw_length + 1

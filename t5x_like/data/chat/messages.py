@@ -113,7 +113,7 @@ def _answer(value: Any, prompt: list[dict[str, Any]], field: str, where: Callabl
     last = messages[-1]
     content = last.get("content")
     if messages[:-1] not in ([], prompt) or last[ROLE] != ASSISTANT or not isinstance(content, str):
-        expected = f"a text, or messages of which the last is the {ASSISTANT}'s and the others are those of the prompt"
+        expected = f"a text, or the messages of the prompt followed by one of the {ASSISTANT}"
         raise DataError(f"{where()}: found {str(value)[:80]!r} in {field!r}, expected {expected}")
     if not content.strip():
         raise DataError(f"{where()}: found no text in {field!r}, expected a prompt and two answers")

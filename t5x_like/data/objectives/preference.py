@@ -17,7 +17,7 @@ class PreferencePairs(SupervisedPairs):
     """NumPy half of `Preference`: prompts and answers have the form of supervised inputs and targets, or in dialogues
     that of the chat template."""
 
-    config: Preference  # type: ignore[assignment]
+    config: Preference
 
     def denoise(
         self, tokens_NxL: Tokens, keys_N: rng.Keys, vocabulary: Vocabulary, traits: TokenTraits | None

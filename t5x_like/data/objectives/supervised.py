@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.config.objectives import Layout, ObjectiveConfig, Supervised
+from t5x_like.config.objectives import Layout, ObjectiveConfig
+from t5x_like.config.objectives.supervised import PairObjective
 from t5x_like.data.inspection.goodness_of_fit import Fit
 from t5x_like.data.inspection.noise_distributions import ObservedNoise
 from t5x_like.data.objectives.base import ObjectiveImplementation
@@ -17,8 +18,8 @@ from t5x_like.data.stream import rng
 from t5x_like.data.tokenizers.vocabulary import TokenTraits, Vocabulary
 
 
-class SupervisedPairs(ObjectiveImplementation[Supervised]):
-    """NumPy half of `Supervised`."""
+class SupervisedPairs(ObjectiveImplementation[PairObjective]):
+    """NumPy half of `Supervised`, and the form of the inputs and targets of all pairs."""
 
     prompt_preference = 0
 

@@ -35,10 +35,11 @@ Values = dict[str, npt.NDArray[np.float32]]
 
 
 def data_identity(data: DataConfig, stores: Sequence[Store]) -> str:
-    """Return a digest of all that decides the answers and the prompts that the model reads."""
+    """Return a digest of the stores and of the settings that determine the token ids of prompts and answers."""
     assert data.preference is not None
     lengths = [data.inputs_length, data.targets_length]
-    return json_digest([[store.fingerprint for store in stores], data.layout, lengths, data.preference.mode])[:32]
+    form = [data.preference.mode, data.preference.dialogues]
+    return json_digest([[store.fingerprint for store in stores], data.layout, lengths, form])[:32]
 
 
 def missing_values(data: DataConfig, stores: Sequence[Store]) -> Values:

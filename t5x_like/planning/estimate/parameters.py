@@ -58,7 +58,7 @@ def parameter_parts(program: Program) -> dict[str, ParameterCount]:
 def model_parts(model: ModelConfig) -> dict[str, ParameterCount]:
     """Count the parameters of a model that belongs to no run, by the parts of `parameter_parts`.
 
-    `bytes_per_device` are those of the float32 parameters on one device.
+    `bytes_per_device` assumes float32 parameters on one device.
     """
     spec = abstract_model(model)
     leaves = logical_leaves(spec.logical_axes, spec.params)

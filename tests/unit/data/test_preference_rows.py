@@ -262,8 +262,8 @@ def test_dialogues_are_laid_out_by_their_template(tmp_path: Path, layout: Layout
 def test_answers_to_other_messages_are_refused(tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "Yes."}
     for chosen, message in (
-        ([*TURNS[1], answer], "expected a text, or messages of which the last is the assistant's"),
-        ([{"role": "user", "content": "Yes."}], "expected a text, or messages"),
+        ([*TURNS[1], answer], "expected a text, or the messages of the prompt followed by one of the assistant"),
+        ([{"role": "user", "content": "Yes."}], "expected a text, or the messages"),
         ("No.", "found the same answer 'No.'"),
         ("", "found no text in 'chosen'"),
     ):
