@@ -36,11 +36,9 @@ from t5x_like.planning.plan_file import PLAN, read_plan, save_plan
 from t5x_like.reports.run_report import write_report
 from t5x_like.run_directory import RunRecord
 from t5x_like.trainer.compilation_cache import compilation_cache
+from t5x_like.trainer.open_session import open_session
 from t5x_like.trainer.run_exit import RunExit, recorded_exit
-from t5x_like.trainer.session import (
-    TrainSession,
-    open_session,
-)
+from t5x_like.trainer.session import TrainSession
 from t5x_like.trainer.stacks import stacks_name
 from t5x_like.trainer.step_guard import RejectedStepError
 from t5x_like.trainer.watchdog import Watchdog, stage_limits
