@@ -101,7 +101,15 @@ class DataConfig:
     store_dir: NonEmptyStr = "runs/stores"
     """Folder of the prepared token stores; each store is named by the digest of its corpus and tokenizer."""
     prefetch_batches: PositiveInt = 2
-    """Number of batches that a background thread prepares ahead of the training step."""
+    """Number of batches that background threads prepare ahead of the training step, besides those in progress."""
+    prefetch_threads: PositiveInt | None = None
+    """Number of these threads; None: 4 if rows are read from an object store, otherwise 1. The rows do not depend on
+    it."""
+    store_request_concurrency: PositiveInt = 256
+    """Maximum number of simultaneous requests of a process to the object store of the token stores."""
+    store_cache_bytes: PositiveInt = 2**29
+    """Maximum memory for parts of a split that is too large to be held in memory as a whole. For random windows of an
+    object store it should hold the indices of the split's files: 1 MB for 10^9 tokens, and as much again for chunks."""
 
     @property
     def row_length(self) -> int:

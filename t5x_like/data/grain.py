@@ -18,6 +18,7 @@ from absl import flags
 
 from t5x_like.config.batch_spec import MAIN
 from t5x_like.config.data import DataConfig
+from t5x_like.data.store.token_arrays import ReadOptions
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream.feature_converters import Features
 from t5x_like.data.stream.row_stream import TrainingStream
@@ -103,7 +104,7 @@ def _stream_arguments(stream: TrainingStream) -> tuple[Any, DataConfig, int, str
 
 
 def _reopen(paths: Sequence[Any], data: DataConfig, batch_size: int, split: str) -> TrainingStream:
-    return TrainingStream([Store.open(path) for path in paths], data, batch_size, split)
+    return TrainingStream([Store.open(path, ReadOptions.of(data)) for path in paths], data, batch_size, split)
 
 
 def _reopen_steps(

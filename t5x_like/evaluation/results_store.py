@@ -2,8 +2,8 @@
 
 Training and a process that follows the run may both write. Each addition reads, merges and replaces the file under a
 lock, so no result is lost, and each step has one line however often a process was killed. In an object store, which has
-no locks, only the process that owns the run writes evaluations.jsonl. Others add a file for each result (ADDED), and
-readers join both.
+no locks, only the process that owns the run writes evaluations.jsonl and evaluation.json. Others add a file for each
+result (ADDED), and readers join both.
 """
 
 from __future__ import annotations
@@ -89,10 +89,7 @@ def record(run_dir: Path, result: Result) -> int:
     if is_read_only(run_dir):
         (run_dir / ADDED).mkdir(exist_ok=True)
         write_json(run_dir / ADDED / f"{time.time_ns()}.{secrets.token_hex(4)}.json", result)
-        by_step = read_evaluations(run_dir)
-        if max(by_step) == result["step"]:
-            write_json(run_dir / EVALUATION, by_step[result["step"]])
-        return max(by_step)
+        return max(read_evaluations(run_dir))
     with _locked(run_dir):
         for problem in read_records(path).problems() if path.exists() else ():
             _LOG.warning("%s: %s", path, problem)

@@ -12,6 +12,7 @@ from t5x_like.config import RunConfig
 from t5x_like.hardware.fake_devices import fake_devices
 from t5x_like.hardware.topologies import Topology, accelerator_of
 from t5x_like.planning.estimate import flops, tokens
+from t5x_like.planning.estimate.data_reads import DataReads, data_reads
 from t5x_like.planning.estimate.kv_cache_bytes import cache_bytes, cache_per_token
 from t5x_like.planning.estimate.memory import MemoryEstimate, estimate, trained_params
 from t5x_like.planning.estimate.parameters import (
@@ -126,6 +127,7 @@ class Plan:
                 },
             },
             "tokens": self.tokens(),
+            "data": None if (reads := self.reads()) is None else reads.as_dict(),
             "cache": self.cache(),
             "scaling": self.scaling(),
         }
@@ -157,6 +159,10 @@ class Plan:
             "loss": sum(each.loss_tokens for each in denoisers) if denoisers else None,
             "denoisers": [dataclasses.asdict(each) for each in denoisers],
         }
+
+    def reads(self) -> DataReads | None:
+        """Return the windows of text that a host reads; None if seqio reads the data."""
+        return data_reads(self.run, self.machine.processes, self.compute()["min_seconds_per_step"])
 
     def cache(self) -> dict[str, Any] | None:
         """Return the size of the KV cache for generation, over all devices; None without a decoder."""

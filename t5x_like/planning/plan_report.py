@@ -8,6 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from t5x_like.planning.estimate.data_reads import verdict
 from t5x_like.planning.estimate.memory import MemoryEstimate
 from t5x_like.planning.estimate.parameters import total
 from t5x_like.planning.memory_suggestions import MemorySuggestion
@@ -197,7 +198,10 @@ def _print_tokens(plan: Plan, console: Console) -> None:
         "",
     )
     console.print(table)
-    _print_lines([f"token positions per step: {positions}"], console)
+    lines = [f"token positions per step: {positions}"]
+    if (reads := plan.reads()) is not None:
+        lines.append(verdict(reads))
+    _print_lines(lines, console)
 
 
 def _print_cache(plan: Plan, console: Console) -> None:

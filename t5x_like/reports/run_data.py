@@ -81,8 +81,9 @@ def read_run(run_dir: Path) -> RunFiles:
     evaluations: dict[int, Mapping[str, Any]] = {**with_added(run_dir, recorded)}
     evaluation = mapping(document("evaluation.json"))
     if isinstance(evaluation.get("step"), int):
-        evaluations[evaluation["step"]] = evaluation
-    elif evaluations:
+        # Not in its place: in an object store, others have added results that this file does not have.
+        evaluations.setdefault(evaluation["step"], evaluation)
+    if evaluations:
         evaluation = evaluations[max(evaluations)]
     samples = document("samples.json")
     records = lines("metrics.jsonl")

@@ -181,6 +181,13 @@ def result(url: Url, request: Callable[[], Any]) -> Any:
         raise kind(f"{url}: the object store cannot be accessed ({error}); check the URL and the permissions") from None
 
 
+def num_repeated_requests() -> int:
+    """Return the number of requests of this process to object stores that were repeated after a transient error."""
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/")
+    counts = [metric["values"] for metric in metrics if metric["name"].endswith("/retries")]
+    return sum(int(value["value"]) for values in counts for value in values)
+
+
 def read_bytes(path: Location) -> bytes | None:
     """Return the contents of a file or key; None if it does not exist."""
     if isinstance(path, Url):
@@ -214,6 +221,14 @@ def write_bytes(path: Location, *data: Buffer) -> None:
 def read_key(path: Url) -> tuple[bytes | None, bytes]:
     """Return the value of a key, None if it does not exist, and its generation, which changes with each write."""
     read = result(path, lambda: open_kvstore(path.parent).read(path.name))
+    return (bytes(read.value) if read.state == "value" else None), read.stamp.generation
+
+
+def read_key_if_changed(path: Url, generation: bytes) -> tuple[bytes | None, bytes] | None:
+    """Return what `read_key` does; None, and transfer no value, if the key still has `generation`."""
+    read = result(path, lambda: open_kvstore(path.parent).read(path.name, if_not_equal=generation))
+    if read.state == "unspecified":
+        return None
     return (bytes(read.value) if read.state == "value" else None), read.stamp.generation
 
 

@@ -200,21 +200,30 @@ class Mirror:
         self.path.write_bytes(content)
 
     def refresh(self, names: Iterable[str]) -> None:
-        """Download some files again, which another process may have changed, and remove those that do not exist.
+        """Download what another process may have changed in some files, and remove those that do not exist.
 
         Raises:
           UserError: the object store cannot be accessed.
         """
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            before, known = b"", []
+            with contextlib.suppress(FileNotFoundError):
+                if self._uploaded.get(name) == signature(self.path / name):
+                    before, known = (self.path / name).read_bytes(), self._segments.get(name, [])
+            starts = segments.listed(self.url, name) if name.endswith(_GROWING) else []
+            self._download(name, starts, before, known)
+
+    def _download(
+        self, name: str, starts: Sequence[int] = (), before: bytes = b"", known: Sequence[Segment] = ()
+    ) -> None:
+        target = self.path / name
+        if not target.resolve().is_relative_to(self.path.resolve()):
+            return
+        content, found, stale = segments.read(self.url, name, starts, before, known)
+        if content is None:
+            target.unlink(missing_ok=True)
             self._forgotten(name)
             self._uploaded.pop(name, None)
-            self._download(name, segments.listed(self.url, name))
-
-    def _download(self, name: str, starts: Sequence[int] = ()) -> None:
-        content, found, stale = segments.read(self.url, name, starts)
-        target = self.path / name
-        if content is None or not target.resolve().is_relative_to(self.path.resolve()):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)

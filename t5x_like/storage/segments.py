@@ -11,24 +11,28 @@ segments after the cut before others are written, so that a reader never sees li
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from t5x_like.faults import STORAGE_FAILED, FaultError
 from t5x_like.storage import locations
 from t5x_like.storage.locations import Url
 
 FOLDER = "segments/"
 """Beginning of the keys of segments in a run directory."""
 _ATTEMPTS = 3
+_LOG = logging.getLogger(__name__)
 
 
 class Segment(NamedTuple):
-    """Bytes of a file that are one object, and their CRC-32."""
+    """Bytes of a file that are one object, their CRC-32, and the object's generation; empty if it was not read."""
 
     start: int
     end: int
     checksum: int
+    generation: bytes = b""
 
 
 def grouped(keys: Iterable[str]) -> dict[str, list[int]]:
@@ -41,7 +45,9 @@ def grouped(keys: Iterable[str]) -> dict[str, list[int]]:
     return {name: sorted(starts) for name, starts in found.items()}
 
 
-def read(url: Url, name: str, starts: Sequence[int]) -> tuple[bytes | None, list[Segment], list[int]]:
+def read(
+    url: Url, name: str, starts: Sequence[int], before: bytes = b"", known: Sequence[Segment] = ()
+) -> tuple[bytes | None, list[Segment], list[int]]:
     """Return the content of a file, its segments, and the offsets of objects that do not belong to it any more.
 
     Args:
@@ -49,25 +55,50 @@ def read(url: Url, name: str, starts: Sequence[int]) -> tuple[bytes | None, list
       name: Name of the file; the content is None if it does not exist.
       starts: Offsets of its segments in the list of keys. If the writer has taken over one of them since, they are
         listed again.
+      before: Content of the file when it was read before.
+      known: Its segments then. Those that have not changed are not transferred again.
+
+    Raises:
+      FaultError: the writer has replaced segments between the list and the reads, several times in a row.
     """
+    by_start = {segment.start: segment for segment in known}
+
+    def object_at(start: int) -> tuple[bytes | None, bytes]:
+        segment, key = by_start.get(start), url / _key(name, start)
+        if segment is None or not segment.generation:
+            return locations.read_key(key)
+        changed = locations.read_key_if_changed(key, segment.generation)
+        return (before[segment.start : segment.end], segment.generation) if changed is None else changed
+
     for _ in range(_ATTEMPTS):
-        content = locations.read_bytes(url / name)
+        content, generation = object_at(0)
         if content is None:
             return None, [], list(starts)
-        data, found, stale, is_complete = bytearray(content), [_segment(content, 0)], [], True
+        data, found, stale, is_complete = bytearray(content), [_segment(content, 0, generation)], [], True
         for start in starts:
             # A segment that begins earlier was taken over by one before it, whose writer was killed then.
-            part = locations.read_bytes(url / _key(name, start)) if start == len(data) else None
+            part, generation = object_at(start) if start == len(data) else (None, b"")
             is_complete = is_complete and (start != len(data) or part is not None)
             if part is None:
                 stale.append(start)
             else:
                 data += part
-                found.append(_segment(part, start))
+                found.append(_segment(part, start, generation))
         if is_complete:
-            break
+            if stale and stale[-1] > len(data):
+                _LOG.warning(
+                    "%s: found no segment at byte %d, expected one before byte %d; read up to there",
+                    url / name,
+                    len(data),
+                    stale[-1],
+                )
+            return bytes(data), found, stale
         starts = listed(url, name)
-    return bytes(data), found, stale
+    raise FaultError(
+        f"{url / name}: found segments that were replaced while they were read, {_ATTEMPTS} times in a row; run the "
+        "same command again",
+        STORAGE_FAILED,
+    )
 
 
 def read_file(url: Url, name: str) -> bytes | None:
@@ -131,8 +162,8 @@ def _unchanged(data: bytes, known: Sequence[Segment]) -> list[Segment]:
     return kept
 
 
-def _segment(content: bytes, start: int) -> Segment:
-    return Segment(start, start + len(content), zlib.crc32(content))
+def _segment(content: bytes, start: int, generation: bytes = b"") -> Segment:
+    return Segment(start, start + len(content), zlib.crc32(content), generation)
 
 
 def _key(name: str, start: int) -> str:

@@ -29,6 +29,7 @@ from t5x_like.data.sources.work_units import WorkUnit
 from t5x_like.data.store import shards, worker_pool
 from t5x_like.data.store.shards import MakeShards, ShardJob
 from t5x_like.data.store.store_paths import store_paths
+from t5x_like.data.store.token_arrays import ReadOptions
 from t5x_like.data.store.token_store import (
     MODEL,
     Store,
@@ -89,7 +90,7 @@ def prepare(
     builder = _StoreBuilder(data, store_paths(data), report, workers or os.cpu_count() or 1, make_shards)
     for share, path in zip(data.sources, builder.paths, strict=True):
         _prepare(builder, share.corpus, path)
-    return _require_same_tokenizer([Store.open(path) for path in builder.paths])
+    return _require_same_tokenizer([Store.open(path, ReadOptions.of(data)) for path in builder.paths])
 
 
 def _prepare(builder: _StoreBuilder, corpus: CorpusConfig, path: Location) -> None:
@@ -120,7 +121,7 @@ def open_stores(data: DataConfig) -> tuple[Store, ...]:
       SafetyError: the stores were made with different tokenizers.
     """
     _require_prepared_data(data)
-    return _require_same_tokenizer([Store.open(path) for path in store_paths(data)])
+    return _require_same_tokenizer([Store.open(path, ReadOptions.of(data)) for path in store_paths(data)])
 
 
 def verify_stores(data: DataConfig, report: Report = say) -> None:

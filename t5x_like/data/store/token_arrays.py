@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore
 
+from t5x_like.config.data import DataConfig
 from t5x_like.data.store.store_format import array_metadata, check_array
 from t5x_like.errors import DataError, UserError
 from t5x_like.faults import FaultError, fault_of
@@ -22,7 +23,9 @@ from t5x_like.storage.locations import Location
 
 SHARD_TOKENS = 2**24
 """Number of elements of a file."""
-_CHUNK_TOKENS = 2**14
+CHUNK_TOKENS = 2**14
+"""Number of elements that are read, and verified, together: one request to an object store, once the index of the file
+(16 bytes for each chunk) is in the cache."""
 _METADATA = "zarr.json"
 
 
@@ -37,7 +40,7 @@ def _spec(path: Location) -> dict[str, Any]:
 
 
 def _create(path: Location, dtype: str) -> Any:
-    metadata = array_metadata(dtype, 0, shard_tokens=SHARD_TOKENS, chunk_tokens=_CHUNK_TOKENS)
+    metadata = array_metadata(dtype, 0, shard_tokens=SHARD_TOKENS, chunk_tokens=CHUNK_TOKENS)
     spec = {**_spec(path), "metadata": metadata}
     return locations.wait(path, tensorstore.open(spec, create=True, context=locations.CONTEXT))
 
@@ -110,7 +113,38 @@ class ArrayRecord:
         return self.size * np.dtype(self.dtype).itemsize
 
 
-def open_array(path: Location, record: ArrayRecord, context: dict[str, Any]) -> Any:
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+    """Resources of the reads of an array.
+
+    Attributes:
+      request_concurrency: Maximum number of simultaneous requests to an object store.
+      cache_bytes: Maximum size of the chunks, and of the indices of files, that are kept in memory.
+    """
+
+    request_concurrency: int = 32
+    cache_bytes: int = 0
+
+    @staticmethod
+    def of(data: DataConfig) -> ReadOptions:
+        """Return the resources that a configuration gives to the reads of rows."""
+        return ReadOptions(data.store_request_concurrency, data.store_cache_bytes)
+
+    def context(self) -> Any:
+        """Return a TensorStore context of its own with these limits."""
+        limit = {"limit": self.request_concurrency}
+        spec = {
+            "cache_pool": {"total_bytes_limit": self.cache_bytes},
+            "gcs_request_concurrency": limit,
+            "s3_request_concurrency": limit,
+        }
+        return tensorstore.Context(spec, parent=locations.CONTEXT)
+
+
+DEFAULT_READS = ReadOptions()
+
+
+def open_array(path: Location, record: ArrayRecord, options: ReadOptions = DEFAULT_READS) -> Any:
     """Open an array for reading, after a comparison with its record that allocates nothing of the array's size.
 
     Raises:
@@ -138,8 +172,9 @@ def open_array(path: Location, record: ArrayRecord, context: dict[str, Any]) -> 
     if isinstance(path, Path) and num_bytes < record.num_bytes:
         raise damaged(path / "c", f"found {num_bytes:,} bytes, expected {record.num_bytes:,} or more")
     try:
-        shared = tensorstore.Context(context, parent=locations.CONTEXT)
-        return locations.wait(path, tensorstore.open(_spec(path), context=shared, read=True))
+        # A committed array does not change. By default each use of a cached index is a request whether it is current.
+        spec = {"recheck_cached_data": False, **_spec(path)}
+        return locations.wait(path, tensorstore.open(spec, context=options.context(), read=True))
     except ValueError as error:
         raise _unreadable(path, error) from None
 
@@ -180,7 +215,7 @@ def _unreadable(path: Location, error: BaseException) -> UserError:
 def find_damage(path: Location, record: ArrayRecord) -> list[str]:
     """Read a whole array, one file at a time, and return its problems; none if its content is what was written."""
     try:
-        array = open_array(path, record, {})
+        array = open_array(path, record)
     except DataError as error:
         return [str(error)]
     problems = []

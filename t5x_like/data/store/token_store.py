@@ -42,8 +42,10 @@ from t5x_like.config.objectives import Objective
 from t5x_like.config.tokenizer import TokenizerConfig
 from t5x_like.data.store.store_format import FORMAT_VERSION, KINDS, TOKEN_COUNTS, parse_info
 from t5x_like.data.store.token_arrays import (
+    DEFAULT_READS,
     ArrayRecord,
     ArrayWriter,
+    ReadOptions,
     damaged,
     find_damage,
     open_array,
@@ -64,7 +66,6 @@ SPLITS = ("train", "validation")
 IN_MEMORY_BYTES = 512 * 2**20
 """A split up to this size is read completely on first use. Of a larger one, only the chunks that a row needs are
 read."""
-_CACHE_BYTES = 256 * 2**20
 _COMMIT_MARKER = "COMMITTED"
 MODEL = "tokenizer.model"
 
@@ -243,9 +244,16 @@ class Split:
     """Split of a store: a flat array of tokens with document offsets. A small split is held in memory."""
 
     def __init__(
-        self, path: Location, name: str, info: dict[str, int], arrays: dict[str, ArrayRecord], vocab_size: int
+        self,
+        path: Location,
+        name: str,
+        info: dict[str, int],
+        arrays: dict[str, ArrayRecord],
+        vocab_size: int,
+        options: ReadOptions,
     ):
         self._path = path / name
+        self._options = options
         self._vocab_size = vocab_size
         self._arrays = {kind: arrays[f"{name}/{kind}"] for kind in KINDS}
         self.name = name
@@ -261,8 +269,13 @@ class Split:
     @functools.cached_property
     def _array(self) -> Any:
         # A split in memory is read once, and a cache would hold it twice.
-        context = {"cache_pool": {"total_bytes_limit": 0 if self._in_memory else _CACHE_BYTES}}
-        return open_array(self._path / "tokens", self._arrays["tokens"], context)
+        options = dataclasses.replace(self._options, cache_bytes=0) if self._in_memory else self._options
+        return open_array(self._path / "tokens", self._arrays["tokens"], options)
+
+    @property
+    def is_read_by_requests(self) -> bool:
+        """Whether each read of tokens is a request to an object store, which takes some time."""
+        return isinstance(self._path, Url) and not self._in_memory
 
     @functools.cached_property
     def _memory(self) -> npt.NDArray[Any]:
@@ -288,7 +301,7 @@ class Split:
 
     @functools.cached_property
     def _offsets_array(self) -> Any:
-        return open_array(self._path / "offsets", self._arrays["offsets"], {})
+        return open_array(self._path / "offsets", self._arrays["offsets"])
 
     def offsets_of(self, first: int, last: int) -> npt.NDArray[np.uint64]:
         """Return `offsets[first : last + 1]`, without reading the others unless all are in memory."""
@@ -329,20 +342,20 @@ class Split:
     def token_counts(self) -> npt.NDArray[np.int64]:
         """Return [vocab_size]: the number of occurrences of each id, which `prepare` has counted."""
         path = self._path / TOKEN_COUNTS
-        return read(open_array(path, self._arrays[TOKEN_COUNTS], {}), path).astype(np.int64)
+        return read(open_array(path, self._arrays[TOKEN_COUNTS]), path).astype(np.int64)
 
 
 class Store:
     """Committed token store, open for reading."""
 
-    def __init__(self, path: Location, info: dict[str, Any]):
+    def __init__(self, path: Location, info: dict[str, Any], options: ReadOptions = DEFAULT_READS):
         self.path = path
         self.info = info
         """Contents of info.json."""
         self.vocabulary = Vocabulary(**info["vocabulary"])
         self._arrays = {name: ArrayRecord(**record) for name, record in info["arrays"].items()}
         self._splits = {
-            name: Split(path, name, info["splits"][name], self._arrays, self.vocabulary.vocab_size)
+            name: Split(path, name, info["splits"][name], self._arrays, self.vocabulary.vocab_size, options)
             for name in info["splits"]
         }
         for name, split in self._splits.items():
@@ -364,7 +377,7 @@ class Store:
         return problems
 
     @staticmethod
-    def open(path: Location) -> Store:
+    def open(path: Location, options: ReadOptions = DEFAULT_READS) -> Store:
         """Open the store at `path`.
 
         Raises:
@@ -375,7 +388,7 @@ class Store:
             is_partial = locations.exists(path) or locations.exists(partial_of(path))
             found = "an incomplete token store" if is_partial else "no token store"
             raise DataError(f"{path}: found {found}, expected a complete one; run `t5x-like prepare RECIPE` first")
-        return Store(path, info)
+        return Store(path, info, options)
 
     @property
     def sequences_per_document(self) -> int:

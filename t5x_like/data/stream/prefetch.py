@@ -1,15 +1,18 @@
-"""Prefetching: one thread that makes batches ahead of the training step.
+"""Prefetching: threads that make batches ahead of the training step.
 
-A second thread would make it slower, since the work is NumPy's, which holds the interpreter lock most of the time.
-Small batches are made several at a time, because most of their time is the overhead of calls. The first batch of a run
-is made alone, and the number then doubles with each call.
+Where tokens are in memory or on a local disk, a second thread would make it slower, since the work is NumPy's, which
+holds the interpreter lock most of the time. Rows of an object store are waited for, so several threads read ahead. The
+batches are functions of their index, and are returned in their order, whatever the number of threads.
+
+Small batches are made several at a time, as a group, because most of their time is the overhead of calls. The first
+batch of a run is made alone, and the number then doubles with each group.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from t5x_like.data.stream.feature_converters import Features
@@ -22,43 +25,74 @@ from t5x_like.utils.type_aliases import IntArray
 _MAX_ROWS_AT_ONCE = 2048
 """Maximum rows of this host that one call makes, unless a single batch has more."""
 _MAX_STEPS_AT_ONCE = 16
+THREADS_OF_OBJECT_STORES = 4
+"""Default number of threads where rows are read from an object store."""
+
+Batch = dict[str, Features]
 
 
-class Prefetcher(Iterator[dict[str, Features]]):
+class _Group:
+    """Batches of consecutive steps that one thread makes.
+
+    Attributes:
+      batches: (first row, batch) of each step that was made and not returned yet.
+      error: The error of the batch after these.
+    """
+
+    def __init__(self, row: int, steps: int) -> None:
+        self.row, self.steps = row, steps
+        self.batches: deque[tuple[int, Batch]] = deque()
+        self.error: BaseException | None = None
+        self.is_made = False
+
+
+class Prefetcher(Iterator[Batch]):
     """Endless iterator over the batches of a stream after its first `first_row` rows.
 
     An error while a batch is made is raised by the `next` call that would have returned this batch. `close` stops the
-    thread and waits for it, for at most `CLEANUP_SECONDS`: its storage may not answer. The iterator is also a context
-    manager.
+    threads and waits for them, for at most `CLEANUP_SECONDS`: their storage may not answer. The iterator is also a
+    context manager.
     """
 
     def __init__(self, stream: TrainingStream, first_row: int, host_shard: HostShard = WHOLE):
         self._stream = stream
         self._host_shard = host_shard
-        self._queue: queue.Queue[tuple[int, dict[str, Features]] | BaseException] = queue.Queue(
-            max(stream.data.prefetch_batches, 1)
-        )
         self._last_row = first_row  # First row of the last batch that was returned.
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(first_row,), name="prefetch", daemon=True)
-        self._thread.start()
+        self._next_row, self._next_steps = first_row, 1
+        self._groups: deque[_Group] = deque()
+        """Groups that are made or begun, in the order of their rows."""
+        self._ahead = 0
+        """Number of batches in these groups."""
+        self._changed = threading.Condition()
+        self._num_begun = 0
+        self._is_stopped = self._has_failed = self._has_made = False
+        self._threads = [
+            threading.Thread(target=self._work, name="prefetch", daemon=True) for _ in range(_num_threads(stream))
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def __next__(self) -> dict[str, Features]:
-        if self._stop.is_set():
-            raise StopIteration
-        try:
-            result = self._queue.get(timeout=stall_seconds())
-        except queue.Empty:
-            raise FaultError(
-                f"found no batch within {stall_seconds():g} s, expected the next one: the file system of the data does "
-                "not answer, or --stall-timeout is too short; a restart resumes",
-                STORAGE_FAILED,
-            ) from None
-        if isinstance(result, BaseException):
-            self.close()
-            raise result
-        self._last_row, batch = result
-        return batch
+    def __next__(self) -> Batch:
+        with self._changed:
+            if self._is_stopped:
+                raise StopIteration
+            if not self._changed.wait_for(self._is_next_made, timeout=stall_seconds()):
+                raise FaultError(
+                    f"found no batch within {stall_seconds():g} s, expected the next one: the file system of the data "
+                    "does not answer, or --stall-timeout is too short; a restart resumes",
+                    STORAGE_FAILED,
+                )
+            group = self._groups[0]
+            if group.batches:
+                self._last_row, batch = group.batches.popleft()
+                self._ahead -= 1
+                if not group.batches and group.error is None:
+                    self._groups.popleft()
+                self._changed.notify_all()
+                return batch
+        self.close()
+        assert group.error is not None
+        raise group.error
 
     def last_indices(self) -> dict[str, IntArray]:
         """Return the indices of the rows of the last batch by sub-batch."""
@@ -69,13 +103,12 @@ class Prefetcher(Iterator[dict[str, Features]]):
         return {}
 
     def close(self) -> None:
-        self._stop.set()
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
         deadline = time.monotonic() + CLEANUP_SECONDS
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            try:  # Free a slot for a thread that waits to put its batch.
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.01)
+        for thread in self._threads:
+            thread.join(timeout=max(deadline - time.monotonic(), 0.0))
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -83,25 +116,61 @@ class Prefetcher(Iterator[dict[str, Features]]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _work(self, row: int) -> None:
-        size, groups = self._stream.batch_size, self._host_shard.groups
-        # The first batch is made alone, so that the first step of a run or a restart does not wait for several.
-        steps, max_steps = 1, min(max(_MAX_ROWS_AT_ONCE * groups // size, 1), _MAX_STEPS_AT_ONCE)
-        try:
-            while not self._stop.is_set():
-                for number, batch in enumerate(self._batches(row, steps)):
-                    self._queue.put((row + number * size, batch))
-                    if self._stop.is_set():
-                        return
-                row += steps * size
-                steps = min(2 * steps, max_steps)
-        except BaseException as error:  # Passed on to the consumer, whatever it is.
-            self._queue.put(error)
+    def _work(self) -> None:
+        """Make one group after another, until the iterator is closed or a batch cannot be made."""
+        while (group := self._begin()) is not None:
+            try:
+                self._make(group)
+            except BaseException as error:  # Passed on to the consumer, whatever it is.
+                group.error = error
+            with self._changed:
+                self._ahead -= group.steps - len(group.batches)
+                self._has_failed = self._has_failed or group.error is not None
+                group.is_made = self._has_made = True
+                self._changed.notify_all()
 
-    def _batches(self, row: int, steps: int) -> Iterator[dict[str, Features]]:
+    def _begin(self) -> _Group | None:
+        """Wait until another group is needed, and return it; None if no further one is."""
+        size, groups = self._stream.batch_size, self._host_shard.groups
+        max_steps = min(max(_MAX_ROWS_AT_ONCE * groups // size, 1), _MAX_STEPS_AT_ONCE)
+        with self._changed:
+            while not (self._is_stopped or self._has_failed or self._is_needed()):
+                self._changed.wait(timeout=stall_seconds())
+            if self._is_stopped or self._has_failed:
+                return None
+            group = _Group(self._next_row, self._next_steps)
+            self._groups.append(group)
+            self._ahead += group.steps
+            self._num_begun += 1
+            self._next_row += group.steps * size
+            self._next_steps = min(2 * group.steps, max_steps)
+            return group
+
+    def _is_next_made(self) -> bool:
+        return bool(self._groups) and self._groups[0].is_made
+
+    def _is_needed(self) -> bool:
+        if not self._has_made:
+            # The first batch is made alone: the first step of a run or a restart does not wait for several, and what is
+            # opened at the first use is opened once.
+            return self._num_begun == 0
+        others = (len(self._threads) - 1) * self._next_steps
+        return self._ahead <= self._stream.data.prefetch_batches + others
+
+    def _make(self, group: _Group) -> None:
+        size = self._stream.batch_size
+        rows = range(group.row, group.row + group.steps * size, size)
         try:
-            return iter(self._stream.batches_at(row, steps, self._host_shard))
+            made = self._stream.batches_at(group.row, group.steps, self._host_shard)
+            group.batches.extend(zip(rows, made, strict=True))
         except Exception:
             # Batches before the failing one must still be delivered, so they are made one at a time.
-            rows = range(row, row + steps * self._stream.batch_size, self._stream.batch_size)
-            return (self._stream.batches_at(first, 1, self._host_shard)[0] for first in rows)
+            for row in rows:
+                group.batches.append((row, self._stream.batches_at(row, 1, self._host_shard)[0]))
+
+
+def _num_threads(stream: TrainingStream) -> int:
+    if stream.data.prefetch_threads is not None:
+        return stream.data.prefetch_threads
+    waits = any(source.split.is_read_by_requests for source in stream.sources)
+    return THREADS_OF_OBJECT_STORES if waits else 1

@@ -1,10 +1,12 @@
-"""Prefetching keeps the order of batches, passes errors on, and stops its thread on close."""
+"""Prefetching keeps the order of batches, passes errors on, and stops its threads on close."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from t5x_like.data.stream.prefetch import Prefetcher
 from t5x_like.data.stream.row_stream import TrainingStream
 
 
-@pytest.fixture
-def stream(tmp_path: Path) -> TrainingStream:
-    return TrainingStream([numbered_store(tmp_path / "s", 3000)], data_config(), 6)
+@pytest.fixture(params=[1, 4])
+def stream(tmp_path: Path, request: pytest.FixtureRequest) -> TrainingStream:
+    data = dataclasses.replace(data_config(), prefetch_threads=request.param)
+    return TrainingStream([numbered_store(tmp_path / "s", 3000)], data, 6)
 
 
 def test_batches_are_in_order_from_the_first_row(stream: TrainingStream) -> None:
@@ -28,7 +31,7 @@ def test_batches_are_in_order_from_the_first_row(stream: TrainingStream) -> None
 
 
 def test_prefetch_depth_is_bounded(stream: TrainingStream, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of batches per call at most doubles with each call, and is at most 16."""
+    """The number of batches per call at most doubles with each call, and is at most 16, in each of the threads."""
     made: list[int] = []
     batches_at = stream.batches_at
     monkeypatch.setattr(stream, "batches_at", lambda row, n, *location: made.append(n) or batches_at(row, n, *location))
@@ -37,10 +40,33 @@ def test_prefetch_depth_is_bounded(stream: TrainingStream, monkeypatch: pytest.M
             next(batches)
             if taken in (1, 10, 59):
                 time.sleep(0.1)
-                assert sum(made) <= taken + stream.data.prefetch_batches + min(
-                    taken + stream.data.prefetch_batches + 1, 16
-                )
+                ahead, threads = stream.data.prefetch_batches, stream.data.prefetch_threads or 1
+                if threads == 1:
+                    assert sum(made) <= taken + ahead + min(taken + ahead + 1, 16)
+                assert sum(made) <= taken + ahead + threads * 16
     assert max(made) == 16
+
+
+def test_threads_read_at_the_same_time_after_the_first_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls of three threads meet, which they can not unless they run at once; the first one is alone."""
+    data = dataclasses.replace(data_config(), prefetch_threads=3)
+    stream, meeting, calls = TrainingStream([numbered_store(tmp_path / "s", 3000)], data, 6), threading.Barrier(3), []
+    batches_at = stream.batches_at
+
+    def met(row: int, *location: Any) -> Any:
+        calls.append(row)
+        if row > 0:
+            meeting.wait(60)
+        else:
+            assert calls == [0]
+        return batches_at(row, *location)
+
+    monkeypatch.setattr(stream, "batches_at", met)
+    with Prefetcher(stream, 0) as batches:
+        for step in range(4):
+            expected = batches_at(6 * step, 1)[0]["main"]
+            assert all(np.array_equal(values, expected[name]) for name, values in next(batches)["main"].items())
+        meeting.abort()
 
 
 def test_error_is_raised_in_place_of_its_batch(stream: TrainingStream, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_token_counts_are_those_of_each_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_gather_wraps_and_crosses_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool) -> None:
     monkeypatch.setattr(token_arrays, "SHARD_TOKENS", 256)
-    monkeypatch.setattr(token_arrays, "_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(token_arrays, "CHUNK_TOKENS", 64)
     monkeypatch.setattr(stores, "IN_MEMORY_BYTES", 2**30 if in_memory else 0)
     path = tmp_path / "s"
     with StoreWriter(path, vocab_size=70_000) as writer:
@@ -173,7 +173,7 @@ def test_incomplete_array_is_refused_and_never_read_as_zeros(
 ) -> None:
     """A shape of 3e9 elements is refused before memory of its size is allocated."""
     monkeypatch.setattr(token_arrays, "SHARD_TOKENS", 8)
-    monkeypatch.setattr(token_arrays, "_CHUNK_TOKENS", 4)
+    monkeypatch.setattr(token_arrays, "CHUNK_TOKENS", 4)
     store = text_store(tmp_path / "s", ["abcdefgh", "ij"] * 8, ["k"])
     assert not store.find_damage()
     array = tmp_path / "s" / "train" / kind

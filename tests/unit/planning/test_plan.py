@@ -19,6 +19,7 @@ from t5x_like.config.serialization import to_json
 from t5x_like.config.validation import validate
 from t5x_like.errors import ConfigError, UserError
 from t5x_like.hardware.topologies import parse_topology
+from t5x_like.planning.estimate.data_reads import data_reads, verdict
 from t5x_like.planning.memory_suggestions import memory_suggestions
 from t5x_like.planning.plan import plan_run
 from t5x_like.planning.plan_file import differences, read_plan, save_plan
@@ -57,6 +58,22 @@ def test_plan_is_saved_as_json_and_printed(family: str, tmp_path: Path) -> None:
         assert part in output
     assert ("encoder-decoder overhead" in output) == (family == "t5_1_1")
     assert ("KV cache" in output) == (family != "bert")
+    assert "reads: up to" in output and "the data path can feed" in " ".join(output.split())
+    assert document["data"]["windows_per_step"] == pytest.approx(8)
+
+
+def test_data_path_of_an_object_store_is_compared_with_the_machine() -> None:
+    run = small_run("llama_3", rows=16)
+    assert run.data.store_request_concurrency == 256
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, store_dir="gs://bucket/stores"))
+    reads = data_reads(run, hosts=2, seconds_per_step=0.001)
+    assert reads is not None and reads.needed == pytest.approx(8000)
+    # 256 requests that take 50 ms, of windows that are seldom in two chunks.
+    assert reads.available == pytest.approx(256 / 0.05, rel=0.1)
+    assert "can feed 63 % of the peak" in verdict(reads) and "store_request_concurrency" in verdict(reads)
+    slow = dataclasses.replace(reads, seconds_per_step=0.01)
+    assert verdict(slow).endswith("the data path can feed the machine")
+    assert verdict(dataclasses.replace(reads, seconds_per_step=None)).startswith("reads: 8 windows per step and host")
 
 
 def test_unchanged_run_has_no_differences_from_its_plan() -> None:

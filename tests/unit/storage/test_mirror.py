@@ -119,6 +119,31 @@ def test_failed_upload_does_not_end_the_run(url: Url, monkeypatch: pytest.Monkey
         wait_for(url, {"log.txt": b"1"})
 
 
+def test_refreshed_files_are_read_where_they_have_changed(url: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, reader = Mirror(url), Mirror(url)
+    names = ("config.json", "exit.json", "metrics.jsonl")
+    with owner.owned(0):
+        (owner.path / "config.json").write_bytes(b"{}")
+        (owner.path / "exit.json").write_bytes(b"{}")
+        (owner.path / "metrics.jsonl").write_bytes(b"1\n" * 50)
+        owner.upload()
+        reader.refresh(names)
+        assert (reader.path / "metrics.jsonl").read_bytes() == b"1\n" * 50
+        read, values = locations.read_key_if_changed, []
+        monkeypatch.setattr(locations, "read_key_if_changed", lambda *key: values.append(read(*key)) or values[-1])
+        monkeypatch.setattr(locations, "read_key", pytest.fail)
+        reader.refresh(names)
+        assert values == [None] * 3, "nothing has changed"
+        monkeypatch.undo()
+        with (owner.path / "metrics.jsonl").open("ab") as file:
+            file.write(b"2\n")
+        (owner.path / "exit.json").unlink()
+        owner.upload()
+        reader.refresh(names)
+        assert (reader.path / "metrics.jsonl").read_bytes() == b"1\n" * 50 + b"2\n"
+        assert not (reader.path / "exit.json").exists() and not reader.has_changes()
+
+
 def test_results_of_a_reader_are_added_although_the_run_is_in_progress(url: Url) -> None:
     path = path_to_read(str(url), "MODEL")
     with pytest.raises(ConfigError, match="memory://.*no objects"):

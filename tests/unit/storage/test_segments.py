@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from t5x_like.errors import EXIT_RESUMABLE
+from t5x_like.faults import FaultError
 from t5x_like.storage import locations, segments
 from t5x_like.storage.locations import Url, location
 from t5x_like.storage.segments import Segment
@@ -132,6 +134,47 @@ def test_reader_with_an_old_list_of_segments_reads_all(url: Url) -> None:
     data += b"1" * 40
     upload(url, data, known=known)
     assert segments.read(url, NAME, listed)[0] == data
+
+
+def test_reader_transfers_only_what_has_changed_since(url: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, known = random.Random(4), []
+    data = b""
+    for size in (400, 90, 20):
+        data += rng.randbytes(size)
+        known = upload(url, data, known=known)
+    content, found, _ = segments.read(url, NAME, segments.listed(url, NAME))
+    transferred = 0
+
+    def counted(request: Any) -> Any:
+        def read(*arguments: Any) -> Any:
+            nonlocal transferred
+            answer = request(*arguments)
+            transferred += len(answer[0] or b"") if answer else 0
+            return answer
+
+        return read
+
+    for name in ("read_key", "read_key_if_changed"):
+        monkeypatch.setattr(locations, name, counted(getattr(locations, name)))
+    changes = {data + b"added": 5, data + b"added" + bytes(40): 65, data[:450] + b"after a cut": 61}
+    for changed, limit in changes.items():
+        transferred = 0
+        known = upload(url, changed, known=known)
+        content, found, stale = segments.read(url, NAME, segments.listed(url, NAME), content or b"", found)
+        assert (content, stale) == (changed, []) and transferred <= limit
+
+
+def test_segments_that_do_not_join_are_reported(
+    url: Url, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    locations.write_bytes(url / NAME, b"0123")
+    locations.write_bytes(url / f"segments/{NAME}/{9:015d}", b"9")
+    assert segments.read_file(url, NAME) == b"0123"
+    assert "found no segment at byte 4, expected one before byte 9" in caplog.text
+    monkeypatch.setattr(segments, "listed", lambda *names: [4])
+    with pytest.raises(FaultError, match="replaced while they were read, 3 times in a row") as error:
+        segments.read_file(url, NAME)
+    assert error.value.exit_code == EXIT_RESUMABLE
 
 
 def test_keys_are_grouped_by_file() -> None:
