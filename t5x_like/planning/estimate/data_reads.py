@@ -101,10 +101,14 @@ def verdict(reads: DataReads) -> str:
             f"{reads.requests_per_window:.2f} for each)"
         )
     if reads.needed is None:
-        return f"reads: {reads.windows_per_step:,.4g} windows per step and host; {available}"
-    needed = f"reads: up to {reads.needed:,.4g} windows per second and host are needed, {available}"
+        return f"reads: {_number(reads.windows_per_step)} windows per step and host; {available}"
+    needed = f"reads: up to {_number(reads.needed)} windows per second and host are needed, {available}"
     if reads.available >= reads.needed:
         return f"{needed}: the data path can feed the machine"
     share = math.floor(100 * reads.available / reads.needed)
     fix = "" if reads.request_concurrency is None else "; raise data.store_request_concurrency, or copy the store"
     return f"{needed}: the data path can feed {share} % of the peak of the machine{fix}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
