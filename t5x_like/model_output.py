@@ -43,6 +43,22 @@ class Targets(NamedTuple):
     weights: Any
 
 
+class OutputProjection(NamedTuple):
+    """Factors of the logits: softcap * tanh((states @ kernel + bias) / softcap).
+
+    Attributes:
+      states: float [rows, length, d].
+      kernel: float [d, vocabulary].
+      bias: float [vocabulary]; None: no bias.
+      softcap: Soft cap; None: the logits are states @ kernel + bias.
+    """
+
+    states: Any
+    kernel: Any
+    bias: Any = None
+    softcap: float | None = None
+
+
 class ModelOutput(NamedTuple):
     """Results of a model for a sub-batch.
 
@@ -53,6 +69,8 @@ class ModelOutput(NamedTuple):
       metrics: Name -> metric that is reported and not minimized.
       targets: Targets of the logits if these are not the batch's own target tokens.
       loss_coefficient: Factor of the cross-entropy of the logits in the training loss; it is reported without it.
+      projection: Factors of these logits, so that a loss can be computed from a part of them at a time; XLA removes
+        logits that nothing reads. None: the logits are no such product, or something else reads them.
     """
 
     logits: Any
@@ -60,3 +78,4 @@ class ModelOutput(NamedTuple):
     metrics: Mapping[str, WeightedMean] = {}
     targets: Targets | None = None
     loss_coefficient: float = 1.0
+    projection: OutputProjection | None = None

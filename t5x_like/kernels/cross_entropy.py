@@ -37,7 +37,7 @@ def _cross_entropy(logits: Array, targets: Array, z_loss: float, label_smoothing
     return _forward(logits, targets, z_loss, label_smoothing)[0]
 
 
-def _target_distribution(vocabulary: int, label_smoothing: float) -> tuple[float, float, float]:
+def target_distribution(vocabulary: int, label_smoothing: float) -> tuple[float, float, float]:
     """Return the probability of the target, that of each other token, and the entropy of that distribution."""
     if label_smoothing == 0.0:
         return 1.0, 0.0, 0.0
@@ -48,7 +48,7 @@ def _target_distribution(vocabulary: int, label_smoothing: float) -> tuple[float
 def _forward(
     logits: Array, targets: Array, z_loss: float, label_smoothing: float
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    high, low, entropy = _target_distribution(logits.shape[-1], label_smoothing)
+    high, low, entropy = target_distribution(logits.shape[-1], label_smoothing)
     # The only reductions over the vocabulary are this one and, with smoothing, a sum. On logits whose vocabulary is
     # split over devices each is one all-reduce of [rows, length].
     log_z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
@@ -70,7 +70,7 @@ def _backward(
     logits, targets, log_z = residuals
     # With p the softmax: d loss / d logit_v = p_v - target_v, and d (z log(Z)**2) / d logit_v = 2 z log(Z) p_v.
     d_loss, d_z = (cotangent[..., None] for cotangent in cotangents)
-    high, low, _ = _target_distribution(logits.shape[-1], label_smoothing)
+    high, low, _ = target_distribution(logits.shape[-1], label_smoothing)
     # Recomputed from the logits and log Z. Keeping the probabilities of the forward pass would double the largest array
     # of the step.
     softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])

@@ -19,6 +19,7 @@ from jax import Array
 from t5x_like.config.model import Activation, ModelConfig, StackConfig
 from t5x_like.kernels.dropout import keep_mask
 from t5x_like.kernels.matmul import matmul
+from t5x_like.model_output import OutputProjection
 from t5x_like.sharding.constrain import constrain
 
 LogicalAxes = tuple[str | None, ...]
@@ -207,6 +208,10 @@ class LMHead(nnx.Module):
 
     def __call__(self, x_BxLxd: Array, table_Vxd: Array) -> Array:
         """Return the logits, float32 [B, L, V]; `table_Vxd` is read if the embeddings are tied."""
+        return self.logits(self.projection(x_BxLxd, table_Vxd))
+
+    def projection(self, x_BxLxd: Array, table_Vxd: Array) -> OutputProjection:
+        """Return the factors of the logits of states [B, L, d]."""
         x = x_BxLxd
         if self.config.lm_head_transform:
             x = self.transform_norm(activate(self.transform(x), self.activation))
@@ -215,13 +220,18 @@ class LMHead(nnx.Module):
             # the width.
             x = x * x.shape[-1] ** -0.5
         kernel = table_Vxd.T if self.config.tie_embeddings else self.kernel[...]
+        bias = self.bias[...] if self.config.head_bias else None
+        return OutputProjection(x, kernel, bias, self.config.logits_softcap)
+
+    def logits(self, projection: OutputProjection) -> Array:
+        """Return the logits, float32 [B, L, V], of their factors."""
         # Logits are accumulated and kept in float32, whatever the type of the states: the loss is a small difference of
         # large numbers.
-        logits = matmul(x, kernel, 1, jnp.dtype(jnp.float32))
-        if self.config.head_bias:
-            logits = logits + self.bias[...]
-        if self.config.logits_softcap is not None:
-            logits = self.config.logits_softcap * jnp.tanh(logits / self.config.logits_softcap)
+        logits = matmul(projection.states, projection.kernel, 1, jnp.dtype(jnp.float32))
+        if projection.bias is not None:
+            logits = logits + projection.bias
+        if projection.softcap is not None:
+            logits = projection.softcap * jnp.tanh(logits / projection.softcap)
         return constrain(logits, ("batch", "length", "vocab"))
 
 

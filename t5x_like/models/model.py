@@ -87,7 +87,10 @@ class Model(nnx.Module):
           DataError: a feature that the architecture needs is missing.
         """
         states, losses = self.states(batch, dropout_rng=dropout_rng)
-        return ModelOutput(self._logits(states), losses)
+        # Models with another head have an `output` of their own.
+        assert isinstance(self.head, LMHead)
+        projection = self.head.projection(states, self.token_embedder.embedding[...])
+        return ModelOutput(self.head.logits(projection), losses, projection=projection)
 
     def states(
         self, batch: Mapping[str, Array], *, dropout_rng: Array | None = None

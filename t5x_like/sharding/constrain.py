@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from t5x_like.kernels.attention_masks import SequenceSharding
 from t5x_like.kernels.expert_dispatch import ExpertSharding
+from t5x_like.kernels.linear_cross_entropy import LossSharding
 from t5x_like.sharding.rules import LogicalAxes, Rules, spec, split_axes
 
 
@@ -130,6 +131,22 @@ def expert_sharding(rows: int, length: int, experts: int, mlp: int) -> ExpertSha
     return ExpertSharding(
         mesh, **{name: split_axes(name, rules.activations, size, mesh) for name, size in sizes.items()}
     )
+
+
+def loss_sharding(rows: int, length: int, width: int, vocabulary: int) -> LossSharding | None:
+    """Return the placement of the states [rows, length, width] and of the kernel [width, vocabulary] of the loss.
+
+    None outside a context and on a single device.
+    """
+    active = _ACTIVE.get()
+    if active is None or active[0].size == 1:
+        return None
+    mesh, rules = active
+    sizes = {"batch": rows, "length": length, "vocab": vocabulary}
+    axes = {name: split_axes(name, rules.activations, size, mesh) for name, size in sizes.items()}
+    stored = split_axes("embed", rules.parameters, width, mesh)
+    summed = (*axes["batch"], *axes["length"])
+    return LossSharding(mesh, **axes, embed=tuple(axis for axis in stored if axis in summed))
 
 
 def _caller() -> str:

@@ -31,7 +31,10 @@ def distillation_apply(apply: ModelApply, teacher: Teacher, config: Distillation
         # The gradient of the divergence at temperature T is 1 / T**2 as large as at 1 (Hinton et al. 2015, section 2).
         total = config.temperature**2 * jnp.sum(divergence * weights)
         loss = AuxiliaryLoss(total, jnp.sum(weights), config.weight)
-        return output._replace(losses={**output.losses, "distillation": loss}, loss_coefficient=1.0 - config.weight)
+        # The divergence reads all logits, so that a loss computed in chunks would save nothing.
+        return output._replace(
+            losses={**output.losses, "distillation": loss}, loss_coefficient=1.0 - config.weight, projection=None
+        )
 
     return with_teacher
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from t5x_like.config import RunConfig
 from t5x_like.kernels.cross_entropy import cross_entropy
-from t5x_like.model_output import ModelOutput, Targets
+from t5x_like.kernels.linear_cross_entropy import LossSetting, TokenLosses, linear_cross_entropy
+from t5x_like.model_output import ModelOutput, OutputProjection
 from t5x_like.monitoring.metrics import WeightedMean, add
+from t5x_like.sharding.constrain import loss_sharding
 
 Params = Mapping[str, object]
 SubBatch = Mapping[str, jax.Array]
@@ -19,6 +23,8 @@ Apply = Callable[[Params, SubBatch, jax.Array | None], jax.Array | ModelOutput]
 The key is that of dropout and of samples; None: neither."""
 ModelApply = Callable[[Params, SubBatch, jax.Array | None], ModelOutput]
 """The same of a model that returns a `ModelOutput`."""
+MAX_LOGITS_BYTES = 256 * 2**20
+"""Bytes of float32 logits per device up to which the loss is computed from all of them, if the run does not choose."""
 
 
 def targets_and_weights(batch: SubBatch) -> tuple[jax.Array, jax.Array]:
@@ -28,24 +34,25 @@ def targets_and_weights(batch: SubBatch) -> tuple[jax.Array, jax.Array]:
 
 
 def sub_batch_metrics(
-    logits: jax.Array,
+    output: ModelOutput,
     batch: SubBatch,
     *,
     z_loss: float,
     label_smoothing: float,
     denoisers: Sequence[str],
-    of: Targets | None = None,
+    chunk_tokens: int | None = 0,
 ) -> dict[str, WeightedMean]:
     """Return sums over the tokens of a sub-batch, each with the sum of the loss weights.
 
     Args:
-      logits: float32 [rows, length, vocabulary].
+      output: Output with logits float32 [rows, length, vocabulary]; their targets are those of the batch unless it has
+        its own.
       batch: Sub-batch with targets, loss weights and, optionally, `denoiser_ids`: [rows], or [rows, length] where a
         row is packed from examples of several denoisers.
       z_loss: Coefficient of the z term.
       label_smoothing: Probability that is spread over the vocabulary.
       denoisers: Names that `denoiser_ids` are indices into.
-      of: Targets of the logits; None: those of the batch.
+      chunk_tokens: See `TrainingConfig.loss_chunk_tokens`.
 
     Returns:
       loss: cross-entropy, without the z term.
@@ -55,14 +62,25 @@ def sub_batch_metrics(
     """
     # All sums are in float32, also for a model that computes in bfloat16: a bfloat16 sum of thousands of tokens would
     # lose the small terms.
-    targets, weights = of or targets_and_weights(batch)
-    loss, z_term = cross_entropy(logits, targets, z_loss=z_loss, label_smoothing=label_smoothing)
+    targets, weights = output.targets or targets_and_weights(batch)
+    setting = LossSetting(z_loss, label_smoothing, output.loss_coefficient)
+    losses = _chunked_losses(output.projection, targets, weights, setting, chunk_tokens)
+    if losses is None:
+        loss, z_term = cross_entropy(output.logits, targets, z_loss=z_loss, label_smoothing=label_smoothing)
+        is_best, objective = _is_best(output.logits, targets), None
+    else:
+        objective, loss, z_term, is_best = losses
     weight = jnp.sum(weights)
     metrics = {
         "loss": WeightedMean(jnp.sum(loss * weights), weight),
         "z_loss": WeightedMean(jnp.sum(z_term * weights), weight),
-        "accuracy": WeightedMean(jnp.sum(_is_best(logits, targets) * weights), weight),
+        "accuracy": WeightedMean(jnp.sum(is_best * weights), weight),
     }
+    if objective is not None:
+        # Only the objective, which includes the coefficient of the loss, has a gradient. The z term has the factor 1 in
+        # `summed_loss`, so the gradient of the whole objective is attached to it; its value stays what it is.
+        z_sum = metrics["z_loss"].sum + (objective - jax.lax.stop_gradient(objective))
+        metrics["z_loss"] = WeightedMean(z_sum, weight)
     # Without ids, -1 matches no denoiser. One id per row is broadcast over the row's positions.
     ids = batch.get("denoiser_ids", jnp.full(targets.shape[:1], -1))
     ids_BxL = ids if ids.ndim == 2 else ids[:, None]
@@ -72,6 +90,52 @@ def sub_batch_metrics(
     sums = jnp.sum(loss[:, :, None] * is_of, axis=(0, 1))
     counts = jnp.sum(is_of, axis=(0, 1))
     return metrics | {f"loss/{name}": WeightedMean(sums[i], counts[i]) for i, name in enumerate(denoisers)}
+
+
+def loss_chunk_tokens(chosen: int | None, tokens: int, width: int, vocabulary: int) -> int:
+    """Return the number of tokens whose logits exist at once on a device; 0: those of all.
+
+    Args:
+      chosen: `TrainingConfig.loss_chunk_tokens`.
+      tokens: Tokens of a sub-batch on the device.
+      width: Width of the head.
+      vocabulary: Size of the vocabulary on the device.
+    """
+    if chosen is not None:
+        return chosen
+    # Each chunk adds its gradient of the kernel to that of all. With fewer tokens than the head is wide, this takes
+    # more memory traffic than the products.
+    return max(512, width) if 4 * tokens * vocabulary > MAX_LOGITS_BYTES else 0
+
+
+def needs_all_logits(run: RunConfig) -> bool:
+    """Return whether something other than the cross-entropy of targets reads the logits of a run's model."""
+    return run.model.generator is not None or run.training.distillation is not None or run.data.preference is not None
+
+
+def _chunked_losses(
+    projection: OutputProjection | None,
+    targets: jax.Array,
+    weights: jax.Array,
+    setting: LossSetting,
+    chunk_tokens: int | None,
+) -> TokenLosses | None:
+    """Return the losses computed in chunks of tokens, or None if the logits are to be computed as a whole."""
+    if projection is None:
+        return None
+    rows, length, width = projection.states.shape
+    vocabulary = projection.kernel.shape[1]
+    sharding = loss_sharding(rows, length, width, vocabulary)
+    tokens = rows * length
+    if sharding is not None:
+        degree = sharding.mesh.shape
+        tokens //= math.prod(degree[axis] for axis in (*sharding.batch, *sharding.length))
+        vocabulary //= math.prod(degree[axis] for axis in sharding.vocab)
+    count = loss_chunk_tokens(chunk_tokens, tokens, width, vocabulary)
+    if not count:
+        return None
+    setting = setting._replace(softcap=projection.softcap, chunk_tokens=count, sharding=sharding)
+    return linear_cross_entropy(projection.states, projection.kernel, projection.bias, targets, weights, setting)
 
 
 def is_of_logits(name: str) -> bool:
@@ -97,6 +161,7 @@ def batch_metrics(
     z_loss: float,
     label_smoothing: float,
     denoisers: Sequence[str],
+    chunk_tokens: int | None = 0,
 ) -> tuple[dict[str, WeightedMean], dict[str, float]]:
     """Return metrics summed over the sub-batches. Each sub-batch has a key of its own, folded from `rng`.
 
@@ -124,12 +189,12 @@ def batch_metrics(
             of_logits |= {f"loss/{only}": mean for only in denoisers}
         else:
             of_logits = sub_batch_metrics(
-                output.logits,
+                output,
                 batch[name],
                 z_loss=z_loss,
                 label_smoothing=label_smoothing,
                 denoisers=denoisers,
-                of=output.targets,
+                chunk_tokens=chunk_tokens,
             )
         losses = {of: WeightedMean(loss.sum, loss.weight) for of, loss in own.items()}
         parts = (of_logits, losses, output.metrics)

@@ -103,6 +103,7 @@ def make_train_step(
             z_loss=training.z_loss,
             label_smoothing=training.label_smoothing,
             denoisers=denoisers,
+            chunk_tokens=training.loss_chunk_tokens,
         )
 
     def part_gradient(
@@ -252,7 +253,14 @@ def make_eval_step(run: RunConfig, apply: Apply) -> Callable[[PyTree, Batch], Me
 
     def step(params: PyTree, batch: Batch) -> Metrics:
         metrics, _ = batch_metrics(
-            apply, params, batch, None, z_loss=run.training.z_loss, label_smoothing=0.0, denoisers=denoisers
+            apply,
+            params,
+            batch,
+            None,
+            z_loss=run.training.z_loss,
+            label_smoothing=0.0,
+            denoisers=denoisers,
+            chunk_tokens=run.training.loss_chunk_tokens,
         )
         return metrics | {"loss_tokens": WeightedMean(metrics["loss"].weight, jnp.ones(()))}
 

@@ -99,6 +99,19 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(
         assert sum(np.prod(shard_shape(x)) for x in leaves) <= SHARE_PER_DEVICE[mesh] * sum(x.size for x in leaves)
 
 
+@pytest.mark.slow
+def test_loss_in_chunks_does_not_depend_on_the_mesh(capfd: pytest.CaptureFixture[str]) -> None:
+    """A tied table, which the lookups read as well, against whole logits on one device."""
+    expected_state, expected = one_device("prefix_lm")
+    capfd.readouterr()
+    run = run_for("prefix_lm", MESHES["data_fsdp_tensor"], loss_chunk_tokens=16)
+    state, metrics = step_on(run, start("prefix_lm"))
+    assert RESHARDING_WARNING not in capfd.readouterr().err
+    for name in ("loss", "accuracy", "grad_norm"):
+        assert compute(metrics[name]) == pytest.approx(compute(expected[name]), rel=1e-4)
+    assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
+
+
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -5,7 +5,8 @@ Parameters, optimizer state and gradients are counted from the program's own sha
 step, and the highest of them is the estimate:
 
   head         the logits in float32, their cotangents and the gathered head, with all saved activations and no
-  gradients layers       the backward pass of a layer: all gradients, the activations saved for it and the layers before
+               gradients; of a loss in chunks those of one chunk, and the gradient of the head
+  layers       the backward pass of a layer: all gradients, the activations saved for it and the layers before
   it, and
                its working memory: recomputed activations, attention scores or the cotangents of the MLP, and the
                  layer's
@@ -37,6 +38,7 @@ from t5x_like.sharding.rules import spec
 from t5x_like.sharding.saved_activations import SavedArray, accumulation_part
 from t5x_like.sharding.shardings import logical_leaves
 from t5x_like.training import freezing
+from t5x_like.training.losses import loss_chunk_tokens, needs_all_logits
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
 
@@ -212,11 +214,30 @@ class ActivationMemory:
         axes, shape = ("vocab", "embed"), (config.vocab_size, config.lm_head_width)
         # A teacher has logits of the same size, in float32.
         teacher = 0 if self.run.training.distillation is None else 4
-        return {
+        parts = {
             "logits": self.bytes_of([self._logits(largest, teacher + (4 if config.logits_softcap is None else 8))]),
             "cotangents of logits": self.bytes_of([self._logits(largest, self.size)]),
             "gathered head": self.bytes_of([SavedArray("head", axes, shape, self.size)]),
         }
+        if share := self._chunk_share(largest):
+            # The gradient of the head is added up, chunk by chunk, in float32.
+            parts = {**parts, "gradient of the head": self._whole_table(config.lm_head_width)}
+            for name in ("logits", "cotangents of logits"):
+                parts[name] = round(parts[name] * share)
+        return parts
+
+    def _chunk_share(self, features: Mapping[str, ArraySpec]) -> float | None:
+        """Return the share of a sub-batch's tokens whose logits exist at once; None if they all do."""
+        if needs_all_logits(self.run):
+            return None
+        logits = self._logits(features, 4)
+        sharding = NamedSharding(
+            self.program.mesh, spec(logits.axes, self.program.rules.activations, logits.shape, self.program.mesh)
+        )
+        rows, length, vocabulary = sharding.shard_shape(logits.shape)
+        chosen = self.run.training.loss_chunk_tokens
+        chunk = loss_chunk_tokens(chosen, rows * length, self.config.lm_head_width, vocabulary)
+        return min(1.0, chunk / (rows * length)) if chunk else None
 
     def tied_logits(self) -> dict[str, int]:
         """Return the bytes of the logits that a tied table keeps alive.
@@ -226,7 +247,8 @@ class ActivationMemory:
         """
         if self.config.task_head is not None or not self.config.tie_embeddings:
             return {}
-        return {"logits": self.bytes_of(self._logits(features, 4) for features in self.sub_batches)}
+        whole = [features for features in self.sub_batches if self._chunk_share(features) is None]
+        return {"logits": self.bytes_of(self._logits(features, 4) for features in whole)}
 
     def _logits(self, features: Mapping[str, ArraySpec], size: int) -> SavedArray:
         return saved_activations.logits(self.config, features, size)

@@ -147,6 +147,15 @@ def test_rows_and_accumulation_scale_activations_only() -> None:
     assert halved.moments["head"]["sums of gradients"] == halved.gradients
 
 
+def test_loss_in_chunks_needs_the_logits_of_a_chunk_and_the_gradient_of_the_head() -> None:
+    run = small_run("llama_3", rows=32, width=256)
+    chunks = dataclasses.replace(run, training=dataclasses.replace(run.training, loss_chunk_tokens=16))
+    whole, found = (estimate_for(r, "h100:8").moments["head"] for r in (run, chunks))
+    positions = 4 * run.data.row_length
+    assert found["logits"] == pytest.approx(whole["logits"] * 16 / positions)
+    assert found["gradient of the head"] == 4 * 256 * run.model.vocab_size
+
+
 def test_more_remat_saves_fewer_activations() -> None:
     kept = [
         estimate_for(small_run("t5gemma", rows=16, layers=4, remat=remat), "v5p:2x2x2").moments["head"][

@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5x_like.model_output import ModelOutput, OutputProjection
 from t5x_like.monitoring.metrics import WeightedMean, add, compute
-from t5x_like.training.losses import batch_metrics, sub_batch_metrics
+from t5x_like.training.losses import (
+    MAX_LOGITS_BYTES,
+    batch_metrics,
+    loss_chunk_tokens,
+    sub_batch_metrics,
+    summed_loss,
+)
 
 ROWS, LENGTH, VOCABULARY = 6, 5, 11
 NAMES = ("r", "s", "x")
@@ -29,7 +36,9 @@ def example(seed: int = 0, stack: str = "decoder") -> tuple[np.ndarray, dict[str
 
 
 def sums(logits: np.ndarray, batch: dict[str, Any], z_loss: float = 0.0) -> dict[str, WeightedMean]:
-    return sub_batch_metrics(jnp.asarray(logits), batch, z_loss=z_loss, label_smoothing=0.0, denoisers=NAMES)
+    return sub_batch_metrics(
+        ModelOutput(jnp.asarray(logits)), batch, z_loss=z_loss, label_smoothing=0.0, denoisers=NAMES
+    )
 
 
 @pytest.mark.parametrize("stack", ["decoder", "encoder"])
@@ -93,6 +102,42 @@ def test_sub_batches_of_other_lengths_add_to_one_sum_and_have_their_own_dropout_
     assert keys[0] != keys[1]
     batch_metrics(apply, jnp.asarray(logits), {"long": batch}, None, **options)
     assert keys[2] is None
+
+
+def test_loss_in_chunks_has_the_sums_and_the_gradient_of_whole_logits() -> None:
+    """Two sub-batches, of which the logits of one are not to be split: it has no projection."""
+    rng = np.random.default_rng(2)
+    logits, batch = example()
+    short = {name: x[:2, :3] if x.ndim == 2 else x[:2] for name, x in batch.items()}
+    params = {"states": rng.standard_normal((ROWS, LENGTH, 4)), "kernel": rng.standard_normal((4, VOCABULARY))}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+    def apply(params: Any, batch: Any, rng: Any) -> ModelOutput:
+        rows, length = batch["decoder_target_tokens"].shape
+        states = params["states"][:rows, :length]
+        projection = OutputProjection(states, params["kernel"]) if rows == ROWS else None
+        return ModelOutput(states @ params["kernel"], loss_coefficient=0.7, projection=projection)
+
+    def loss(params: Any, chunk_tokens: int) -> Any:
+        batches = {"long": batch, "short": short}
+        options = {"z_loss": 1e-2, "label_smoothing": 0.1, "denoisers": NAMES, "chunk_tokens": chunk_tokens}
+        metrics, coefficients = batch_metrics(apply, params, batches, None, **options)
+        return summed_loss(metrics, coefficients, metrics), metrics
+
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (expected, metrics), d_params = gradient(params, 0)
+    (found, metrics_in_chunks), d_params_in_chunks = gradient(params, 7)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics_in_chunks, metrics)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), d_params_in_chunks, d_params)
+
+
+def test_logits_are_whole_up_to_a_size_unless_the_run_chooses() -> None:
+    at_limit = MAX_LOGITS_BYTES // (4 * 32_768)
+    assert loss_chunk_tokens(None, at_limit, 256, 32_768) == 0
+    assert loss_chunk_tokens(None, at_limit + 1, 256, 32_768) == 512
+    assert loss_chunk_tokens(None, at_limit + 1, 2048, 32_768) == 2048
+    assert loss_chunk_tokens(0, 10 * at_limit, 256, 32_768) == 0 and loss_chunk_tokens(64, 100, 256, 1000) == 64
 
 
 def test_added_means_are_weighted_by_tokens() -> None:
