@@ -62,6 +62,7 @@ FREE_TO_CHANGE = (
     "training.guard.policy",
     "training.guard.max_rollbacks",
     "xla_flags",
+    "cpu_allocator",
     "training.lora.base",
     "training.distillation.teacher",
     "name",

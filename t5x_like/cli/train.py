@@ -73,6 +73,8 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
         print(to_json(run), end="")
         return EXIT_OK
+    if run.cpu_allocator:
+        _keep_freed_memory(options)
     from t5x_like.trainer.run_exit import recorded_exit
 
     workdir = options.workdir or Path("runs") / run.name
@@ -104,6 +106,15 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
                 start_over=options.allow_start_over,
                 run_exit=run_exit,
             )
+
+
+def _keep_freed_memory(options: argparse.Namespace) -> None:
+    """Set the allocator if the run is on CPUs; this must precede the first thread."""
+    from t5x_like.hardware.cpu_allocator import keep_freed_memory
+    from t5x_like.hardware.xla_flags import detect_platform
+
+    if options.devices is not None or detect_platform(os.environ)[0] == "cpu":
+        keep_freed_memory()
 
 
 def _apply_flags() -> None:

@@ -177,5 +177,8 @@ class RunConfig:
     """Limits after which a process that hangs is ended."""
     xla_flags: bool = True
     """Set the compiler flags of the platform (`hardware/xla_flags.py`) before jax starts; your own take precedence."""
+    cpu_allocator: bool = True
+    """On CPUs, keep the memory that each step frees in the process (`hardware/cpu_allocator.py`), as long as memory is
+    not scarce."""
     plugins: tuple[str, ...] = ()
     """Code that registers extensions: files (`NAME.py`) relative to the recipe, or installed modules."""

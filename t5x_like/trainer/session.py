@@ -24,6 +24,7 @@ from t5x_like.evaluation.best_checkpoints import early_stop, require_metrics
 from t5x_like.evaluation.evaluate_runs import evaluate_and_record
 from t5x_like.evaluation.results_store import scalars
 from t5x_like.faults import write_error
+from t5x_like.hardware import cpu_allocator
 from t5x_like.monitoring.metrics import WeightedMean, add, compute
 from t5x_like.monitoring.progress_bar import Progress
 from t5x_like.monitoring.throughput import Peak, achieved, rates
@@ -121,6 +122,8 @@ class TrainSession:
                     self.state, metrics = self.replay.run(self.step + 1, self.state, batch)
                 else:
                     self.state, metrics = self.program.train_step(self.state, batch)
+            if not self.compiled:
+                cpu_allocator.compilation_ended()
             self.compiled = True
         self.step += 1
         self.in_flight.append(metrics)
@@ -282,6 +285,7 @@ class TrainSession:
 
     def _write_interval(self, step: int) -> None:
         self._collect()
+        cpu_allocator.check()
         means = self.accumulated_metrics.items()
         metrics = {name: compute(mean) for name, mean in means if not is_empty_norm(name, mean)}
         steps = round(self.accumulated_metrics["learning_rate"].weight)

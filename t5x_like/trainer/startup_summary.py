@@ -19,6 +19,7 @@ from rich.text import Text
 from t5x_like.adapters.base_weights import Base
 from t5x_like.config import RunConfig
 from t5x_like.data.stream.data_source import DataSource
+from t5x_like.hardware import cpu_allocator
 from t5x_like.hardware.topologies import accelerator_of
 from t5x_like.interop.huggingface.family_matching import describe_export
 from t5x_like.monitoring.throughput import Peak, measured_peak
@@ -101,6 +102,8 @@ def show(
     )
     print_summary(summary, console)
     console.print(describe_export(run.model, run.data.layout), highlight=False, markup=False)
+    if devices[0].platform == "cpu":
+        console.print(f"memory allocator: {cpu_allocator.status()}", highlight=False, markup=False)
     if program.mesh_reason is not None:
         console.print(f"mesh chosen: {program.mesh_reason}", highlight=False, markup=False)
     if base is not None and program.lora is not None:

@@ -1,0 +1,69 @@
+"""The allocator of CPU runs keeps freed memory, and gives it back where memory is scarce."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+
+PROGRAM = """
+import ctypes, json, resource
+from t5x_like.hardware import cpu_allocator
+
+def faults(times):
+    # malloc, touch every page, free: as XLA does with the temporary buffer of a step.
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        block = libc.malloc(ctypes.c_size_t(SIZE))
+        ctypes.memset(block, 1, SIZE)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+SIZE = 64 * 2**20
+pages = SIZE // resource.getpagesize()
+found = {"usual": faults(3) / pages, "kept": cpu_allocator.keep_freed_memory()}
+faults(1)
+found["keeping"] = faults(3) / pages
+found["enough"] = cpu_allocator.check()
+held = cpu_allocator._resident_bytes()
+cpu_allocator.SHARE_OF_MEMORY = 0.0
+found["scarce"] = cpu_allocator.check()
+found["returned"] = (held - cpu_allocator._resident_bytes()) / SIZE
+found["again"] = cpu_allocator.check()
+faults(1)
+found["after"] = faults(3) / pages
+found["status"] = cpu_allocator.status()
+print(json.dumps(found))
+"""
+
+
+def test_freed_memory_is_kept_until_memory_is_scarce() -> None:
+    output = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60)
+    found = json.loads(output.stdout)
+    assert found["kept"] is True
+    # Relative to the usual number, which is smaller where the kernel uses huge pages.
+    assert found["keeping"] < 0.1 * found["usual"], "the same pages are used again"
+    assert found["enough"] is False and found["scarce"] is True and found["again"] is False
+    assert found["returned"] > 0.9, "the free block went back to the kernel"
+    assert found["after"] > 0.8 * found["usual"]
+    assert "scarce" in found["status"]
+
+
+def test_a_process_with_threads_keeps_the_usual_settings() -> None:
+    program = """
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+from t5x_like.hardware import cpu_allocator
+assert not cpu_allocator.keep_freed_memory() and not cpu_allocator.check()
+print(cpu_allocator.status())
+"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert "other threads" in output.stdout
