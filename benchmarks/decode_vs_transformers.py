@@ -11,40 +11,36 @@ cases:
   t5         T5 1.1 with 8 + 8 such layers; greedy, 8 inputs of 256 tokens, 64 new tokens each.
   beam       The decoder of `llama`, 8 prompts of 64, 4 beams, 64 new tokens each.
   step       A decoding step of `llama` for one row (after 65 to 128 tokens), compared with reading the parameters that
-  the
-             step must read once, by a plain sum: all except the token table, of which it reads one row.
+             the step must read once, by a plain sum: all except the token table, of which it reads one row.
 
-The end token is excluded, so that all tokens are generated. The two libraries take turns in one process, and wait
-before each turn until the threads of the other have stopped spinning. The result of a case is the ratio of the smallest
-wall times, which other work on the machine disturbs least, and in addition the ratio of CPU times. On a busy machine
-PyTorch's threads wait for each other in time slices that the machine does not give them: there, `--cpus 1` compares one
-thread with one thread. The generated tokens are compared. Each library runs as its users run it: transformers its
-`generate` with its default attention and cache, t5x_like `generate_tokens` on parameters in the layout of
-`inference_params`, compiled before.
+The end token is excluded, so that all tokens are generated. The two libraries run in turns, each in a process of its
+own (`interleaved.py`). The ratios are medians of the ratios of neighboring turns, and the tokens are compared.
+Each library runs as its users run it: transformers its `generate` with its default attention and cache, t5x_like
+`generate_tokens` on parameters in the layout of `inference_params`, compiled before. On a busy machine PyTorch's
+threads wait for each other in time slices that the machine does not give them: there, `--cpus 1` compares one thread
+with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import interleaved
 import numpy as np
 
-from t5x_like.config import CausalLM, DataConfig, RunConfig, SpanCorruption, TrainingConfig
-from t5x_like.decoding.beam_search import BeamSearch
-from t5x_like.decoding.decode_loop import decode_rows, read_prompts
-from t5x_like.decoding.engine import beam_tokens, generate_tokens
-from t5x_like.decoding.inference_params import InferenceParams, decoding_model, inference_params
-from t5x_like.interop.huggingface.checkpoint import open_directory
-from t5x_like.program import Program, build_program
+if TYPE_CHECKING:
+    # The process of transformers imports this module, too, and its memory is measured.
+    from t5x_like.decoding.inference_params import InferenceParams
+    from t5x_like.program import Program
 
 VOCABULARY, D_MODEL, D_FF, LAYERS, HEADS, HEAD_DIM = 32_128, 256, 1024, 8, 4, 64
 ROWS, NEW, EOS = 8, 64, 1
@@ -91,49 +87,93 @@ def transformers_model(kind: str) -> Any:
     return model.eval()
 
 
-def imported_model(kind: str, model: Any) -> tuple[Program, InferenceParams]:
-    """Return the same model, imported from its files."""
+def save_model(kind: str, folder: str) -> None:
+    transformers_model(kind).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def saved_model(kind: str) -> Iterator[Path]:
+    """Save the model of transformers, by a process that ends before anything is measured."""
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        source = open_directory(Path(folder), scale_logits=False if kind == "t5" else None)
-        one_stream = kind == "llama"
-        run = RunConfig(
-            name="benchmark",
-            model=source.model,
-            data=DataConfig(
-                layout="causal_lm" if one_stream else "encoder_decoder",
-                mixture=(CausalLM() if one_stream else SpanCorruption(name="span_corruption"),),
-                inputs_length=PROMPT[kind],
-                targets_length=NEW,
-            ),
-            training=TrainingConfig(num_train_steps=1, global_batch_size=ROWS),
-        )
-        program = build_program(run, jax.devices()[:1])
-        params = jax.block_until_ready(source.params(program.abstract_params))
+        process = multiprocessing.get_context("spawn").Process(target=save_model, args=(kind, folder))
+        process.start()
+        process.join()
+        yield Path(folder)
+
+
+def imported_model(kind: str, folder: Path) -> tuple[Program, InferenceParams]:
+    """Return the same model, imported from its files."""
+    import jax
+
+    from t5x_like.config import CausalLM, DataConfig, RunConfig, SpanCorruption, TrainingConfig
+    from t5x_like.decoding.inference_params import inference_params
+    from t5x_like.interop.huggingface.checkpoint import open_directory
+    from t5x_like.program import build_program
+
+    source = open_directory(folder, scale_logits=False if kind == "t5" else None)
+    one_stream = kind == "llama"
+    run = RunConfig(
+        name="benchmark",
+        model=source.model,
+        data=DataConfig(
+            layout="causal_lm" if one_stream else "encoder_decoder",
+            mixture=(CausalLM() if one_stream else SpanCorruption(name="span_corruption"),),
+            inputs_length=PROMPT[kind],
+            targets_length=NEW,
+        ),
+        training=TrainingConfig(num_train_steps=1, global_batch_size=ROWS),
+    )
+    program = build_program(run, jax.devices()[:1])
+    params = jax.block_until_ready(source.params(program.abstract_params))
     return program, jax.block_until_ready(inference_params(program, params))
 
 
-def decoders(kind: str, beams: int) -> dict[str, Callable[[], np.ndarray]]:
-    """Return functions that decode the whole batch and return the new tokens [ROWS, NEW], by library."""
+def model_kind(case: str) -> str:
+    return "t5" if case == "t5" else "llama"
+
+
+def _beams(case: str) -> int:
+    return 4 if case == "beam" else 1
+
+
+def _prompts(kind: str) -> np.ndarray:
+    """Return the tokens of the prompts; the first one of a decoder's prompt is its start token."""
+    prompts = np.random.default_rng(0).integers(2, 32_000, (ROWS, PROMPT[kind]))
+    return prompts if kind == "t5" else np.pad(prompts[:, 1:], ((0, 0), (1, 0)), constant_values=0)
+
+
+def transformers_decoder(options: argparse.Namespace) -> Callable[[], np.ndarray]:
+    """Return a function that decodes the whole batch and returns the new tokens [ROWS, NEW]."""
     import torch
 
+    if options.cpus:
+        torch.set_num_threads(options.cpus)
+    kind = model_kind(options.case)
     model = transformers_model(kind)
-    program, params = imported_model(kind, model)
-    prompts = np.random.default_rng(0).integers(2, 32_000, (ROWS, PROMPT[kind]))
-    allowed_V = np.arange(VOCABULARY) != EOS
-    # t5x_like adds the start token itself; transformers expects it in the prompt.
-    inputs = prompts if kind == "t5" else np.pad(prompts[:, 1:], ((0, 0), (1, 0)), constant_values=0)
-    ids = torch.tensor(inputs)
-    settings: dict[str, Any] = {"do_sample": False, "num_beams": beams, "max_new_tokens": NEW, "min_new_tokens": NEW}
+    ids = torch.tensor(_prompts(kind))
+    settings: dict[str, Any] = {"do_sample": False, "num_beams": _beams(options.case)}
+    settings |= {"max_new_tokens": NEW, "min_new_tokens": NEW}
 
-    def run_transformers() -> np.ndarray:
+    def run() -> np.ndarray:
         with torch.inference_mode():
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
         return out[:, -NEW:].numpy()
 
-    rows = [row.tolist() for row in (prompts if kind == "t5" else inputs[:, 1:])]
+    return run
 
-    def run_t5x_like() -> np.ndarray:
+
+def t5x_like_decoder(options: argparse.Namespace) -> Callable[[], np.ndarray]:
+    """The same of t5x_like, which adds the start token itself."""
+    from t5x_like.decoding.beam_search import BeamSearch
+    from t5x_like.decoding.engine import beam_tokens, generate_tokens
+
+    kind, beams = model_kind(options.case), _beams(options.case)
+    program, params = imported_model(kind, options.folder)
+    prompts = _prompts(kind)
+    rows = [row.tolist() for row in (prompts if kind == "t5" else prompts[:, 1:])]
+    allowed_V = np.arange(VOCABULARY) != EOS
+
+    def run() -> np.ndarray:
         if beams > 1:
             beams_by_row = beam_tokens(
                 program, params, rows, search=BeamSearch(size=beams), allowed_V=allowed_V, max_new_tokens=NEW
@@ -141,7 +181,10 @@ def decoders(kind: str, beams: int) -> dict[str, Callable[[], np.ndarray]]:
             return np.array([hypotheses[0].tokens for hypotheses in beams_by_row])
         return np.array(generate_tokens(program, params, rows, allowed_V=allowed_V, max_new_tokens=NEW))
 
-    return {"t5x_like": run_t5x_like, "transformers": run_transformers}
+    return run
+
+
+LIBRARIES = {"t5x_like": t5x_like_decoder, "transformers": transformers_decoder}
 
 
 class Seconds(NamedTuple):
@@ -162,22 +205,30 @@ def in_turns(functions: dict[str, Callable[[], Any]], turns: int) -> dict[str, S
     return best
 
 
-def compare(kind: str, beams: int, turns: int) -> dict[str, Any]:
-    functions = decoders(kind, beams)
-    tokens = {name: function() for name, function in functions.items()}
-    best = in_turns(functions, turns)
-    return {
-        "new_tokens_per_second": {name: round(ROWS * NEW / seconds.wall) for name, seconds in best.items()},
-        "cpu_seconds": {name: round(seconds.cpu, 3) for name, seconds in best.items()},
-        "times_transformers": round(best["transformers"].wall / best["t5x_like"].wall, 2),
-        "times_transformers_in_cpu": round(best["transformers"].cpu / best["t5x_like"].cpu, 2),
-        "same_tokens": round(float(np.mean(tokens["t5x_like"] == tokens["transformers"])), 4),
-    }
+def compare(case: str, options: argparse.Namespace) -> tuple[dict[str, interleaved.Record], dict[str, Any]]:
+    """Return the measurements of a case, and its tokens per second, ratios and share of equal tokens."""
+    with saved_model(model_kind(case)) as folder:
+        records = interleaved.measure(LIBRARIES, argparse.Namespace(**vars(options), case=case, folder=folder))
+    report: dict[str, Any] = {name: record.summary() for name, record in records.items()}
+    report["ratios"] = {"transformers": interleaved.ratio(records, "t5x_like", "transformers")}
+    if report["ratios"]["transformers"] is not None:
+        for name in records:
+            report[name]["new_tokens_per_second"] = round(ROWS * NEW / report[name]["wall_seconds"])
+        tokens = [record.turns[-1].result for record in records.values()]
+        report["same_tokens"] = round(float(np.mean(tokens[0] == tokens[1])), 4)
+    return records, report
 
 
 def one_step(turns: int) -> dict[str, Any]:
     """Measure the seconds of a decoding step for one row, and of reading its parameters."""
-    program, params = imported_model("llama", transformers_model("llama"))
+    import jax
+    import jax.numpy as jnp
+
+    from t5x_like.decoding.decode_loop import decode_rows, read_prompts
+    from t5x_like.decoding.inference_params import decoding_model
+
+    with saved_model("llama") as folder:
+        program, params = imported_model("llama", folder)
     tokens = jnp.asarray(np.random.default_rng(0).integers(2, 32_000, (1, PROMPT["llama"])), jnp.int32)
 
     @jax.jit
@@ -226,22 +277,16 @@ def one_step(turns: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=list(CASES), help=f"cases of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--cpus", type=int, help="number of cores to use (default: all)")
+    interleaved.add_options(parser, turns=5)
     options = parser.parse_args()
-    if options.cpus:
-        import torch
-
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cpus])
-        torch.set_num_threads(options.cpus)
-    report: dict[str, Any] = {"turns": options.turns, "cpus": len(os.sched_getaffinity(0))}
+    report: dict[str, Any] = {"machine": interleaved.machine()}
     for case in options.cases:
-        load = os.getloadavg()[0]
         if case == "step":
+            if options.cpus:
+                os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cpus])
             report[case] = one_step(3 * options.turns)
         else:
-            report[case] = compare("t5" if case == "t5" else "llama", 4 if case == "beam" else 1, options.turns)
-        report[case]["load_before"] = round(load, 1)
+            report[case] = compare(case, options)[1]
         print(json.dumps({case: report[case]}), flush=True)
     print(json.dumps(report, indent=2))
 

@@ -35,6 +35,7 @@ NOT_EXECUTED = {
     "docs/planning-compiled.md: Compiled plans": "needs XLA's compiler for TPUs: tests/aot",
     "docs/planning-compiled.md: Searching the batch size": "needs XLA's compiler for TPUs: tests/aot",
     "docs/planning-compiled.md: Peaks of the shipped recipes": "needs XLA's compiler for TPUs, and an hour",
+    "docs/performance.md: The benchmark": "needs the extra hf and an idle machine for a quarter of an hour",
     "docs/checkpoints.md: When a run saves": "trains to the end: tests/integration/test_best_checkpoints.py",
     "docs/checkpoints.md: Early stopping": "trains to the end: tests/integration/test_best_checkpoints.py",
     "docs/checkpoints.md: Run directories in buckets": "needs a bucket: tests/buckets",

@@ -19,7 +19,7 @@ from t5x_like.planning.estimate.tokens import denoiser_tokens
 LATENCY_SECONDS = 0.05
 """Assumed time of an answer of an object store; `benchmarks/object_store_reads.py` injects the same."""
 TOKENS_PER_CPU_SECOND = 48e6
-"""Raw tokens that one thread made into rows in docs/measurements.md. NumPy holds the interpreter lock, so several
+"""Raw tokens that one thread made into rows in docs/performance.md. NumPy holds the interpreter lock, so several
 threads make no more."""
 
 
