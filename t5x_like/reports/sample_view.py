@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from t5x_like.utils.sanitize import visible
 
-_SPECIAL = re.compile(r"<extra_id_(\d{1,6})>|(</s>|<s>|<pad>|<unk>|<mask>)")
+_SENTINEL = re.compile(r"<extra_id_(\d{1,6})>")
 _MODE = re.compile(r"\s*\[(R|S|X|NLU|NLG|S2S)\]")
 
 
@@ -40,20 +40,21 @@ class Sample:
 
 
 def pieces(text: str) -> tuple[Piece, ...]:
-    """Split a decoded row at its sentinels and special tokens. A mode token is recognized at the start only."""
+    """Split a decoded row at its sentinels. A mode token is recognized at the start only.
+
+    Names such as `<unk>` and `</s>` are text: tokenizers leave pad and EOS out of decoded text and write unknown text
+    as U+2047, so that these names come from the text itself.
+    """
     found: list[Piece] = []
     start = 0
     mode = _MODE.match(text)
     if mode:
         found.append(Piece("mode", mode.group(1)))
         start = mode.end()
-    for match in _SPECIAL.finditer(text, start):
+    for match in _SENTINEL.finditer(text, start):
         if match.start() > start:
             found.append(Piece("text", visible(text[start : match.start()])))
-        if match.group(1) is not None:
-            found.append(Piece("sentinel", match.group(), int(match.group(1))))
-        else:
-            found.append(Piece("special", match.group()))
+        found.append(Piece("sentinel", match.group(), int(match.group(1))))
         start = match.end()
     if start < len(text):
         found.append(Piece("text", visible(text[start:])))

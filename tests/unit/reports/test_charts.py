@@ -99,15 +99,14 @@ def test_curve_stays_within_the_chart_for_any_values(values):
 
 
 def test_sample_is_cut_at_sentinels_and_its_mode():
-    kinds = [(piece.kind, piece.text) for piece in pieces("[R] Thank <extra_id_0> me [S] to<extra_id_12></s>\x1b")]
+    kinds = [(piece.kind, piece.text) for piece in pieces("[R] Thank <extra_id_0> <unk> [S] to<extra_id_12></s>\x1b")]
     assert kinds == [
         ("mode", "R"),
         ("text", " Thank "),
         ("sentinel", "<extra_id_0>"),
-        ("text", " me [S] to"),
+        ("text", " <unk> [S] to"),
         ("sentinel", "<extra_id_12>"),
-        ("special", "</s>"),
-        ("text", "\\x1b"),
+        ("text", "</s>\\x1b"),
     ]
 
 
