@@ -160,6 +160,10 @@ class TrainingConfig:
     preference pairs and of a generator."""
     learning_rate_groups: tuple[LearningRateGroup, ...] = ()
     """Parameters with another learning rate. If several entries match a parameter, the first one applies."""
+    layer_decay: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 1.0
+    """Factor on the learning rate from each layer of a stack to the one below it: layer l of L has
+    layer_decay**(L + 1 - l), the embeddings have layer_decay**(L + 1), and other parameters 1 (Howard and Ruder 2018,
+    with the exponents of ELECTRA's fine-tuning)."""
     ema_decay: UnitFloatBelowOne | None = None
     """Decay of an exponential moving average of the parameters, at most (1 + step) / (10 + step); None: no average. The
     average is evaluated, and other commands read it from checkpoints."""

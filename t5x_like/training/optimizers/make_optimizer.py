@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import optax
 
-from t5x_like.config import OptimizerConfig, TrainingConfig
+from t5x_like.config import OptimizerConfig, ScheduleFreeConfig, TrainingConfig
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.sharding.rules import LogicalAxes
 from t5x_like.training.optimizers.adafactor import moment_axes
+from t5x_like.training.optimizers.layer_decay import with_layer_decay
 from t5x_like.training.optimizers.parameter_groups import group_of_each, per_group_optimizer
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
@@ -31,12 +32,17 @@ def make_optimizer(config: TrainingConfig, logical_axes: PyTree) -> optax.Gradie
 
     Raises:
       ConfigError: the optimizer cannot be made from its configuration, or `training.freeze` matches no parameter or all
-        of them, or a learning-rate group matches none.
+        of them, or a learning-rate group matches none, or layers cannot have learning rates of their own.
     """
+    if config.layer_decay != 1.0 and isinstance(config.optimizer, ScheduleFreeConfig):
+        expected = "1.0: schedule-free AdamW averages iterates, which are not proportional to the learning rate"
+        raise ConfigError([ConfigProblem("training.layer_decay", str(config.layer_decay), expected)])
     if config.freeze or config.learning_rate_groups:
         of = group_of_each(config, tree_paths.paths(logical_axes))
-        return per_group_optimizer(lambda axes: _build(config.optimizer, axes), logical_axes, of)
-    return _build(config.optimizer, logical_axes)
+        optimizer = per_group_optimizer(lambda axes: _build(config.optimizer, axes), logical_axes, of)
+    else:
+        optimizer = _build(config.optimizer, logical_axes)
+    return optimizer if config.layer_decay == 1.0 else with_layer_decay(optimizer, logical_axes, config.layer_decay)
 
 
 def _build(config: OptimizerConfig, logical_axes: PyTree) -> optax.GradientTransformationExtraArgs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -184,6 +185,42 @@ def test_a_group_trains_as_in_a_run_with_its_learning_rate(config: OptimizerConf
         for name in names:
             assert_close(found[name], expected[name], rtol=1e-4)
     assert jax.tree.structure(gradient_point(tx, found, state)) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("config", [AdamWConfig(), LambConfig(), MuonConfig()])
+def test_each_layer_trains_as_in_a_run_with_its_learning_rate(config: OptimizerConfig) -> None:
+    params = random_tree(0)
+    found, _ = trajectory(optimizer(config, layer_decay=0.5), params, learning_rate=RATE)
+    for layer, factor in enumerate((0.25, 0.5)):
+        expected, _ = trajectory(optimizer(config), params, learning_rate=RATE * factor)
+        for name, leaf in (("query", "kernel"), ("out", "kernel"), ("experts", "kernel"), ("norm", "scale")):
+            assert_close(found[name][leaf][layer], expected[name][leaf][layer], rtol=1e-4)
+    expected, _ = trajectory(optimizer(config), params, learning_rate=RATE)
+    assert_close(found["head"], expected["head"])
+
+
+def test_embeddings_are_below_the_lowest_layer() -> None:
+    axes = {
+        "encoder": {"layers": {"norm": {"scale": ("layers", "norm")}}, "final_norm": {"scale": ("norm",)}},
+        "token_embedder": {"embedding": ("vocab", "embed")},
+    }
+    params = {
+        "encoder": {"layers": {"norm": {"scale": jnp.ones((3, 4))}}, "final_norm": {"scale": jnp.ones(4)}},
+        "token_embedder": {"embedding": jnp.ones((5, 4))},
+    }
+    training = TrainingConfig(num_train_steps=1, global_batch_size=1, optimizer=AdamWConfig())
+
+    def updates(config: TrainingConfig) -> PyTree:
+        tx = make_optimizer(config, axes)
+        return tx.update(params, tx.init(params), params, learning_rate=jnp.float32(RATE))[0]
+
+    found, plain = updates(dataclasses.replace(training, layer_decay=0.5)), updates(training)
+    ratios = jax.tree.map(lambda one, other: np.unique(np.round(one / other, 4)).tolist(), found, plain)
+    assert ratios["token_embedder"] == {"embedding": [0.0625]}
+    assert ratios["encoder"] == {"layers": {"norm": {"scale": [0.125, 0.25, 0.5]}}, "final_norm": {"scale": [1.0]}}
+    schedule_free = dataclasses.replace(training, optimizer=ScheduleFreeConfig(), layer_decay=0.5)
+    with pytest.raises(ConfigError, match="averages iterates"):
+        updates(schedule_free)
 
 
 def test_a_group_that_matches_no_parameter_is_refused() -> None:
