@@ -20,10 +20,11 @@ import jax
 import numpy as np
 
 from t5x_like.config import CausalLM, DataConfig, ModelConfig, RunConfig, StackConfig, TrainingConfig
-from t5x_like.decoding.continuous_batching import Batcher, BatcherConfig, Request
+from t5x_like.decoding.continuous_batching import Batcher, BatcherConfig
 from t5x_like.decoding.engine import generate_tokens
 from t5x_like.decoding.inference_params import inference_params
 from t5x_like.decoding.sampling import Sampling
+from t5x_like.decoding.slot_requests import Request
 from t5x_like.models.factory import init_params
 from t5x_like.program import Program, build_program
 

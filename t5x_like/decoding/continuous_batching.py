@@ -10,56 +10,30 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from t5x_like.decoding.bucketing import bucket, check_positions, num_row_shards, pad_rows
+from t5x_like.decoding.bucketing import bucket, check_positions, num_row_shards
 from t5x_like.decoding.fair_queue import FairQueue
 from t5x_like.decoding.inference_params import inference_params
+from t5x_like.decoding.log_likelihood import score_stream
 from t5x_like.decoding.sampling import Sampling
-from t5x_like.decoding.slots import SlotSettings, decode_slots, empty_slots, free_slots, prefill_slots
+from t5x_like.decoding.slot_requests import FinishReason, Request, request_arrays
+from t5x_like.decoding.slots import NewTokens, SlotSettings, decode_slots, empty_slots, free_slots, prefill_slots
+from t5x_like.decoding.token_logprobs import on_host
 from t5x_like.decoding.token_selection import NOT_FINITE
 from t5x_like.program import Program
 from t5x_like.utils.stall_limit import progress, stall_seconds
 from t5x_like.utils.type_aliases import PyTree
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""Why a request has ended; "error": the logits of its next token are not finite."""
-OnTokens = Callable[[list[int], FinishReason | None], None]
-"""Called with new tokens without EOS, and the finish reason with the last ones (None before)."""
-
-NUM_SEEDS = 2**32
 _IDLE_SECONDS = 60.0
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """Request to continue one prompt.
-
-    Attributes:
-      prompt: Token ids, as `generate_tokens` takes them.
-      max_new_tokens: Largest number of new tokens, EOS included.
-      sampling: Sampling settings.
-      on_tokens: Called with new tokens, in the thread that runs the batcher.
-      seed, row: Seed and row number of the draws, as in `generate_tokens`.
-      client: Name of the client; clients are served in turn.
-      cancelled: Set by `Batcher.cancel`.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling
-    on_tokens: OnTokens
-    seed: int = 0
-    row: int = 0
-    client: str = ""
-    cancelled: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +60,7 @@ class Batcher:
 
     Attributes:
       failure: Exception that ended `run`; None after `close`.
+      scores_prompts: The model predicts the tokens of its prompts: it is a causal decoder.
     """
 
     def __init__(
@@ -120,6 +95,7 @@ class Batcher:
             prefill_batch_size=-(-min(config.prefill_batch_size, config.slots) // shards) * shards,
         )
         self.program, self.params = program, inference_params(program, params)
+        self.scores_prompts = model_config.encoder is None and not bidirectional
         self._settings = SlotSettings(
             program,
             max_prompt_length=config.max_prompt_length,
@@ -137,7 +113,7 @@ class Batcher:
         self._closed = False
         self.failure: BaseException | None = None
         placeholder = Request([1], 1, Sampling(), lambda tokens, finish: None)
-        arrays = _request_arrays(program, [placeholder], self.config.slots, self.config)
+        arrays = request_arrays(program, [placeholder], self.config.slots, self.config.max_prompt_length)
         self._slots = empty_slots(self._settings, arrays)
 
     def submit(self, request: Request) -> None:
@@ -148,13 +124,17 @@ class Batcher:
         """Append requests to the queue, all of them or none.
 
         Raises:
-          ValueError: a prompt is empty or too long, too many tokens are requested, or the batcher is closed.
+          ValueError: a prompt is empty or too long, too many tokens are requested, a prompt is to be scored by a model
+            that does not predict it, or the batcher is closed.
         """
         config = self.config
         for request in requests:
             if not 0 < len(request.prompt) <= config.max_prompt_length:
                 raise ValueError(f"a prompt of {len(request.prompt)} tokens, expected 1 to {config.max_prompt_length}")
-            if not 0 < request.max_new_tokens <= config.max_new_tokens:
+            is_scored = request.on_prompt_logprobs is not None
+            if is_scored and not self.scores_prompts:
+                raise ValueError("a prompt to be scored, expected none: this model does not predict its prompts")
+            if not (not is_scored) <= request.max_new_tokens <= config.max_new_tokens:
                 raise ValueError(f"{request.max_new_tokens} new tokens, expected 1 to {config.max_new_tokens}")
         with self._changed:
             if self._closed:
@@ -218,20 +198,29 @@ class Batcher:
     def warm_up(self) -> None:
         """Compile all programs that requests can need, so that no request waits for a compilation."""
         config = self.config
+
+        def ignore(*_: Any) -> None:
+            pass
+
         width = bucket(1)
         while True:
             prompt = [self.program.run.model.vocab_size - 1] * min(width - 1, config.max_prompt_length)
             max_new_tokens = min(2, config.max_new_tokens)
+            # As after a cancelled request, or one whose text has a stop string.
+            self._slots = free_slots(self._slots, np.zeros(config.slots, bool))
             # A single prompt twice: the initial free slots have another placement on the devices than later ones, which
             # compiles another program.
             for count in (1, 1, min(2, config.prefill_batch_size)):
                 for _ in range(count):
-                    self.submit(Request(prompt, max_new_tokens, Sampling(), lambda tokens, finish: None))
+                    self.submit(Request(prompt, max_new_tokens, Sampling(), ignore))
                 while self.num_waiting or self.num_active:
                     self.run_once()
             if width > config.max_prompt_length:
-                return
+                break
             width *= 2
+        if self.scores_prompts:
+            for exponent in range(bucket(1).bit_length() - 1, bucket(config.max_prompt_length).bit_length()):
+                score_stream(self.program, self.params, [0] * min(2**exponent, config.max_prompt_length))
 
     def run_once(self) -> None:
         """Free the slots of cancelled requests, read waiting prompts into free slots, and run a step."""
@@ -243,11 +232,9 @@ class Batcher:
         while self._admit():
             pass
         if self.num_active:
-            self._slots, tokens_KxS, is_new_KxS, ended_KxS = decode_slots(
-                self._settings, self.params, self._slots, self._allowed
-            )
+            self._slots, new_KxS = decode_slots(self._settings, self.params, self._slots, self._allowed)
             # One transfer per call and the only synchronization with the device.
-            self._deliver(*jax.device_get((tokens_KxS, is_new_KxS, ended_KxS)))
+            self._deliver(jax.device_get(new_KxS))
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -280,69 +267,65 @@ class Batcher:
         # Requests are recorded before anything can fail, so that `run` cancels them after an error.
         for slot, request in zip(free, admitted, strict=False):
             self._active[slot] = request
+        taken = [(slot, request) for slot, request in zip(free, admitted, strict=False) if not self._ends_scored(slot)]
+        if not taken:
+            return True
+        admitted = [request for _, request in taken]
         # Two programs only: a single prompt, or a full prefill batch.
         is_batch = len(admitted) > 1 or num_row_shards(self.program) > 1
         rows = config.prefill_batch_size if is_batch else 1
-        arrays = _request_arrays(self.program, admitted, rows, config)
+        arrays = request_arrays(self.program, admitted, rows, config.max_prompt_length)
         # Rows that only fill the batch get a slot number after the last slot, and are dropped by the scatter.
         slots = np.full(rows, config.slots, np.int32)
-        slots[: len(admitted)] = free[: len(admitted)]
-        self._slots, tokens, is_new, ended = prefill_slots(
+        slots[: len(admitted)] = [slot for slot, _ in taken]
+        self._slots, first = prefill_slots(
             self._settings, self.params, self._slots, self._allowed, {**arrays, "slots": slots}
         )
+
+        def by_slot(first_R: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            # In the layout of a step's result: [steps = 1, slots].
+            array = np.zeros((1, config.slots, *first_R.shape[1:]), first_R.dtype)
+            array[0, slots[: len(admitted)]] = first_R[: len(admitted)]
+            return array
+
         # The first tokens are delivered at once; waiting for the next step would delay them by `steps_per_sync` tokens.
-        tokens, is_new, ended = jax.device_get((tokens, is_new, ended))
-        # The first tokens in the layout of a step's result: [3, steps = 1, slots].
-        results = np.zeros((3, 1, config.slots), np.int32)
-        results[:, 0, slots[: len(admitted)]] = np.stack([tokens, is_new, ended])[:, : len(admitted)]
-        self._deliver(results[0], results[1] > 0, results[2] > 0)
+        self._deliver(jax.tree.map(by_slot, jax.device_get(first)))
         return True
 
-    def _deliver(
-        self, tokens_KxS: npt.NDArray[np.int32], is_new_KxS: npt.NDArray[np.bool_], ended_KxS: npt.NDArray[np.bool_]
-    ) -> None:
-        """Pass new tokens to their requests, and free the slots of requests that are done."""
+    def _ends_scored(self, slot: int) -> bool:
+        """Score the prompt of the request in a slot, if it asks for that. Return True if the request ends with it."""
+        request = self._active[slot]
+        assert request is not None
+        if request.on_prompt_logprobs is None:
+            return False
+        progress()
+        scored = score_stream(self.program, self.params, request.prompt)
+        finish: FinishReason | None = None if request.max_new_tokens else "length"
+        if any(math.isnan(entry.logprob) for entry in scored if entry.logprob is not None):
+            finish = "error"
+        else:
+            request.on_prompt_logprobs(scored)
+        if finish is None:
+            return False
+        self._active[slot] = None
+        request.on_tokens([], finish)
+        return True
+
+    def _deliver(self, new_KxS: NewTokens) -> None:
+        """Pass new tokens (arrays on the host) to their requests, and free the slots of requests that are done."""
         eos_ids = self.program.run.model.eos_ids
         for slot, request in enumerate(self._active):
-            if request is None or not is_new_KxS[:, slot].any():
+            if request is None or not new_KxS.is_new[:, slot].any():
                 continue
-            tokens = tokens_KxS[is_new_KxS[:, slot], slot].tolist()
+            steps = np.flatnonzero(new_KxS.is_new[:, slot])
+            tokens = new_KxS.tokens[steps, slot].tolist()
             finish: FinishReason | None = None
-            if ended_KxS[:, slot].any():
+            if new_KxS.ended[:, slot].any():
                 finish = "error" if tokens[-1] == NOT_FINITE else "stop" if tokens[-1] in eos_ids else "length"
                 self._active[slot] = None
-            request.on_tokens(tokens if finish in (None, "length") else tokens[:-1], finish)
-
-
-def _request_arrays(
-    program: Program, requests: Sequence[Request], rows: int, config: BatcherConfig
-) -> dict[str, npt.NDArray[Any]]:
-    """Return the prompts and settings as arrays of `rows` rows; those after the last request have length 1."""
-    model_config = program.run.model
-    streams = [
-        list(request.prompt)
-        if model_config.encoder is not None
-        else [model_config.decoder_start_token_id, *request.prompt]
-        for request in requests
-    ]
-    # A decoder's stream begins with the start token, which is not counted as part of the prompt.
-    max_length = config.max_prompt_length + (model_config.encoder is None)
-    width = min(bucket(max(map(len, streams))), max_length)
-
-    def column(values: Sequence[float], dtype: Any, filler: float) -> npt.NDArray[Any]:
-        return np.array([*values, *[filler] * (rows - len(requests))], dtype)
-
-    settings = [request.sampling for request in requests]
-    return {
-        "tokens": pad_rows(streams, rows, width),
-        "lengths": column([len(stream) for stream in streams], np.int32, 1),
-        "limits": column([request.max_new_tokens for request in requests], np.int32, 0),
-        "seeds": column([request.seed % NUM_SEEDS for request in requests], np.uint32, 0),
-        "rows": column([request.row for request in requests], np.int32, 0),
-        "temperature": column([sampling.temperature for sampling in settings], np.float32, 0),
-        # Settings that a request does not use get the value without effect, because all requests share one program.
-        "top_k": column([sampling.top_k or model_config.vocab_size for sampling in settings], np.int32, 1),
-        "top_p": column([1.0 if sampling.top_p is None else sampling.top_p for sampling in settings], np.float32, 1),
-        "min_p": column([sampling.min_p or 0.0 for sampling in settings], np.float32, 0),
-        "penalty": column([sampling.repetition_penalty for sampling in settings], np.float32, 1),
-    }
+            if finish not in (None, "length"):
+                tokens, steps = tokens[:-1], steps[:-1]
+            if request.on_logprobs is not None:
+                logprobs = jax.tree.map(lambda array, steps=steps, slot=slot: array[steps, slot], new_KxS.logprobs)
+                request.on_logprobs(on_host(new_KxS.tokens[steps, slot], logprobs))
+            request.on_tokens(tokens, finish)

@@ -15,6 +15,7 @@ from t5x_like.config import ModelConfig
 from t5x_like.decoding.bucketing import bucket, num_row_shards, pad_rows, put_on_mesh, require_positions
 from t5x_like.decoding.inference_params import InferenceParams, decoding_model
 from t5x_like.decoding.sampling import argmax_token
+from t5x_like.decoding.token_logprobs import Logprobs, TokenLogprob, logprobs_of, on_host
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.program import Program
 from t5x_like.utils.type_aliases import PyTree
@@ -81,6 +82,29 @@ def score_tokens(
             scores[index] = Score(float(np.sum(values, dtype=np.float64)), values, bool(greedy_RxT[row, :length].all()))
         advance(len(indices))
     return scores
+
+
+def score_stream(program: Program, params: PyTree | InferenceParams, tokens: Sequence[int]) -> list[TokenLogprob]:
+    """Return the log-probability of each token of a causal decoder's stream, given the start token and those before.
+
+    One stream is computed at a time, so that as many programs are compiled as there are widths, which are powers of
+    two.
+
+    Args:
+      tokens: The stream without its start token, at least one token.
+
+    Raises:
+      ConfigError: the stream has more tokens than the model has learned positions, or the model has an encoder.
+      DataError: a token id is outside the vocabulary.
+    """
+    config, pair = program.run.model, ((), tokens)
+    if config.encoder is not None:
+        raise ConfigError([ConfigProblem("model", "an encoder-decoder", "a decoder, which predicts its whole stream")])
+    _check([pair], config)
+    width = _bucketed(_lengths(pair, config), config).decoder
+    features = _features([pair], num_row_shards(program), _Shape(0, width, width), config, bidirectional=False)
+    logprobs = jax.device_get(_score_positions(program, params, put_on_mesh(program, features)))
+    return on_host(np.array(tokens, np.int32), jax.tree.map(lambda array: array[0, : len(tokens)], logprobs))
 
 
 class MaskedRow(NamedTuple):
@@ -243,22 +267,35 @@ def _features(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score_batch(program: Program, params: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Score a batch. The head is computed only at the positions that predict a target.
+    """Score a batch.
 
     Returns:
       Log-likelihoods float32 [R, T], and bool [R, T], True where the target is the most likely token; replicated on all
       devices.
     """
-    features = dict(batch)
-    targets_RxT, positions_RxT = features.pop("target_tokens"), features.pop("target_positions")
     with program.mesh_context():
-        model = decoding_model(program, params)
-        states_RxLxd, _ = model.states(features)
-        # The head is the largest product of a small model, and long prompts have few scored positions.
-        states_RxTxd = jnp.take_along_axis(states_RxLxd, positions_RxT[:, :, None], axis=1)
-        logits_RxTxV = model.head(states_RxTxd, model.token_embedder.embedding[...]).astype(jnp.float32)
+        logits_RxTxV, targets_RxT = _target_logits(program, params, batch)
         log_z_RxT = jax.nn.logsumexp(logits_RxTxV, axis=-1)
         at_target_RxT = jnp.take_along_axis(logits_RxTxV, targets_RxT[:, :, None], axis=-1)[:, :, 0]
         greedy_RxT = argmax_token(logits_RxTxV) == targets_RxT
         replicated = NamedSharding(program.mesh, PartitionSpec())
         return jax.lax.with_sharding_constraint((at_target_RxT - log_z_RxT, greedy_RxT), replicated)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score_positions(program: Program, params: PyTree, batch: Mapping[str, jax.Array]) -> Logprobs:
+    """Return the log-probabilities of a batch's targets [R, T], and of the most likely tokens; replicated."""
+    with program.mesh_context():
+        logprobs = logprobs_of(*_target_logits(program, params, batch))
+        return jax.lax.with_sharding_constraint(logprobs, NamedSharding(program.mesh, PartitionSpec()))
+
+
+def _target_logits(program: Program, params: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return float32 logits [R, T, V] at the positions that predict a target, and the targets [R, T]."""
+    features = dict(batch)
+    targets_RxT, positions_RxT = features.pop("target_tokens"), features.pop("target_positions")
+    model = decoding_model(program, params)
+    states_RxLxd, _ = model.states(features)
+    # The head is the largest product of a small model, and long prompts have few scored positions.
+    states_RxTxd = jnp.take_along_axis(states_RxLxd, positions_RxT[:, :, None], axis=1)
+    return model.head(states_RxTxd, model.token_embedder.embedding[...]).astype(jnp.float32), targets_RxT

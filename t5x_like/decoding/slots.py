@@ -18,6 +18,7 @@ from t5x_like.decoding import token_selection
 from t5x_like.decoding.decode_loop import read_prompts
 from t5x_like.decoding.inference_params import decoding_model
 from t5x_like.decoding.sampling import RowSampling
+from t5x_like.decoding.token_logprobs import Logprobs, logprobs_of, no_logprobs
 from t5x_like.decoding.token_selection import NOT_FINITE, SelectionParams, SelectionState
 from t5x_like.models.kv_cache import KVCache
 from t5x_like.models.model import Model
@@ -35,6 +36,7 @@ class SlotState(NamedTuple):
       sampling: Sampling settings of each slot.
       seeds_S, rows_S: Seed and row number of each slot's draws.
       selection_state: Selection state of each slot, without automata and stop strings.
+      logprobs_S: bool, True for a slot whose request asks for log-probabilities.
     """
 
     cache: KVCache
@@ -44,6 +46,23 @@ class SlotState(NamedTuple):
     seeds_S: jax.Array
     rows_S: jax.Array
     selection_state: SelectionState
+    logprobs_S: jax.Array
+
+
+class NewTokens(NamedTuple):
+    """New tokens of R prompts, arrays [R], or of S slots in some steps, arrays [steps, S].
+
+    Attributes:
+      tokens: int32, `NOT_FINITE` for a token without finite logits.
+      is_new: bool, True where there is a token: the slot was in use.
+      ended: bool, True where the token ends its request.
+      logprobs: Log-probabilities of the tokens; zeros where no request of a step asks for them.
+    """
+
+    tokens: jax.Array
+    is_new: jax.Array
+    ended: jax.Array
+    logprobs: Logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +91,11 @@ def _row_sampling(arrays: dict[str, jax.Array]) -> RowSampling:
 
 def _prefill(
     settings: SlotSettings, model: Model, allowed_V: jax.Array, arrays: dict[str, jax.Array]
-) -> tuple[SlotState, tuple[jax.Array, jax.Array, jax.Array]]:
+) -> tuple[SlotState, NewTokens]:
     """Read prompts and select their first tokens.
 
     Returns:
-      The state of as many slots as there are rows, and (first token [R], True [R], True where it is also the last [R]).
+      The state of as many slots as there are rows, and the first tokens.
     """
     model_config = model.config
     tokens, lengths = arrays["tokens"], arrays["lengths"]
@@ -103,11 +122,13 @@ def _prefill(
     state = token_selection.initial_state(selection, decoder_tokens, decoder_lengths, model_config.vocab_size)
     # The prefill already has the logits of the first new token. Rows that only fill the batch have a limit of 0 and are
     # not live.
-    token, invalid, state = _select(logits, selection, state, arrays["limits"] > 0)
+    live = arrays["limits"] > 0
+    token, invalid, state = _select(logits, selection, state, live)
     ended = jnp.isin(token, jnp.array(model_config.eos_ids, jnp.int32)) | (arrays["limits"] <= 1) | invalid
     remaining = jnp.where(ended, 0, arrays["limits"] - 1)
-    rows = SlotState(cache, token, remaining, sampling, arrays["seeds"], arrays["rows"], state)
-    return rows, (jnp.where(invalid, NOT_FINITE, token), jnp.ones_like(ended), ended)
+    rows = SlotState(cache, token, remaining, sampling, arrays["seeds"], arrays["rows"], state, arrays["logprobs"])
+    logprobs = _logprobs(logits, token, live & arrays["logprobs"])
+    return rows, NewTokens(jnp.where(invalid, NOT_FINITE, token), jnp.ones_like(ended), ended, logprobs)
 
 
 def _select(
@@ -143,6 +164,15 @@ def _select(
     return token_R, live_R & token_selection.not_finite(logits_RxV), new_state
 
 
+def _logprobs(logits_RxV: jax.Array, token_R: jax.Array, wanted_R: jax.Array) -> Logprobs:
+    """Return the log-probabilities of tokens, computed in a step in which a row asks for them."""
+    return jax.lax.cond(
+        jnp.any(wanted_R),
+        lambda: logprobs_of(logits_RxV, token_R),
+        lambda: no_logprobs(token_R, logits_RxV.shape[-1]),
+    )
+
+
 def _pad_encoder(cache: KVCache, length: int) -> KVCache:
     """Return the cache with the encoder's keys and values padded to `length` positions."""
     assert cache.cross is not None and cache.encoder_segment_ids is not None
@@ -161,36 +191,27 @@ def _pad_encoder(cache: KVCache, length: int) -> KVCache:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill_slots(
     settings: SlotSettings, params: PyTree, slots: SlotState, allowed_V: jax.Array, arrays: dict[str, jax.Array]
-) -> tuple[SlotState, jax.Array, jax.Array, jax.Array]:
-    """Read prompts into the slots `arrays["slots"]`.
-
-    Returns:
-      The slots, and for each prompt its first token, True, and True where that token is also the last.
-    """
+) -> tuple[SlotState, NewTokens]:
+    """Read prompts into the slots `arrays["slots"]`, and return the slots and the first token of each prompt."""
     with settings.program.mesh_context():
         rows, first_tokens = _prefill(settings, decoding_model(settings.program, params), allowed_V, arrays)
         index = arrays["slots"]
         # Every leaf of the state has the slot as dimension 0, so one scatter per leaf replaces all that the slot's
         # former request left: cache, settings, counters.
-        return (jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), slots, rows), *first_tokens)
+        return jax.tree.map(lambda old, new: old.at[index].set(new, mode="drop"), slots, rows), first_tokens
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode_slots(
     settings: SlotSettings, params: PyTree, slots: SlotState, allowed_V: jax.Array
-) -> tuple[SlotState, jax.Array, jax.Array, jax.Array]:
-    """Decode `steps_per_sync` tokens for each slot in use.
-
-    Returns:
-      The slots, and [steps, S] each: tokens, True where the token is new (the slot was in use), and True where the
-      token ends its request.
-    """
+) -> tuple[SlotState, NewTokens]:
+    """Decode `steps_per_sync` tokens for each slot in use."""
     with settings.program.mesh_context():
         model = decoding_model(settings.program, params)
         selection = SelectionParams(allowed_V, slots.sampling, slots.seeds_S, slots.rows_S)
         eos_ids = jnp.array(model.config.eos_ids, jnp.int32)
 
-        def decode_one(slots: SlotState, _: None) -> tuple[SlotState, tuple[jax.Array, jax.Array, jax.Array]]:
+        def decode_one(slots: SlotState, _: None) -> tuple[SlotState, NewTokens]:
             # Free slots are computed as well, since shapes are fixed, but add nothing to their cache (count 0).
             live_S = slots.remaining_S > 0
             logits, cache = model.decode(slots.last_S[:, None], slots.cache, counts_B=live_S.astype(jnp.int32))
@@ -202,10 +223,10 @@ def decode_slots(
             slots = slots._replace(
                 cache=cache, last_S=token_S, remaining_S=remaining_S, selection_state=selection_state
             )
-            return slots, (jnp.where(invalid_S, NOT_FINITE, token_S), live_S, ended_S)
+            logprobs = _logprobs(logits[:, 0], token_S, live_S & slots.logprobs_S)
+            return slots, NewTokens(jnp.where(invalid_S, NOT_FINITE, token_S), live_S, ended_S, logprobs)
 
-        slots, results = jax.lax.scan(decode_one, slots, length=settings.steps_per_sync)
-        return (slots, *results)
+        return jax.lax.scan(decode_one, slots, length=settings.steps_per_sync)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

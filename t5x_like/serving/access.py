@@ -18,7 +18,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from t5x_like.errors import ConfigError, ConfigProblem
-from t5x_like.serving import openai_schema
+from t5x_like.serving import response_forms
 
 API_KEY_VARIABLE = "T5X_LIKE_API_KEY"
 OPEN_PATHS = ("/health",)
@@ -75,7 +75,7 @@ class AccessControl:
             if refusal is not None:
                 status, message = refusal
                 more = {"www-authenticate": "Bearer"} if status == 401 else None
-                await JSONResponse(openai_schema.error_body(message, status), status, more)(scope, receive, send)
+                await JSONResponse(response_forms.error_body(message, status), status, more)(scope, receive, send)
                 return
             # Clients behind one proxy have its address, but keys of their own.
             address = scope["client"][0] if scope.get("client") else ""

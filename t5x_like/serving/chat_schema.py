@@ -1,4 +1,4 @@
-"""Request and response bodies of OpenAI's chat completions endpoint."""
+"""Request bodies of OpenAI's chat completions endpoint."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pydantic import Field
 
 from t5x_like.errors import DataError
 from t5x_like.serving.openai_schema import (
+    EXPECTED_TOP_LOGPROBS,
     BadRequest,
     Limits,
     PreparedRequest,
-    ResponseForm,
     SamplingRequest,
+    TopLogprobs,
     prepared,
     require_default,
     require_model,
     validated,
 )
+from t5x_like.serving.response_forms import CHAT
 
 EncodeChat = Callable[[Sequence[dict[str, Any]], Sequence[Any] | None], Sequence[int]]
 """(messages, tools) -> ids of the dialogue, ended by the beginning of the assistant's turn."""
@@ -34,8 +36,8 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: int | None = Field(None, description="a whole number")
     tool_choice: Annotated[Any, require_default("auto")] = None
     response_format: Annotated[Any, require_default({"type": "text"})] = None
-    logprobs: Annotated[Any, require_default(False)] = None
-    top_logprobs: Annotated[Any, require_default(0)] = None
+    logprobs: bool = Field(False, description="true or false")
+    top_logprobs: TopLogprobs | None = Field(None, description=EXPECTED_TOP_LOGPROBS)
     parallel_tool_calls: Any = None
     metadata: Any = None
     store: Annotated[Any, require_default(False)] = None
@@ -65,19 +67,15 @@ def parse_chat(body: bytes, limits: Limits, encode: EncodeChat) -> PreparedReque
         prompt = tuple(encode(request.messages, request.tools))
     except DataError as error:  # The chat template refuses the messages.
         raise BadRequest(str(error), "messages") from None
+    if request.top_logprobs is not None and not request.logprobs:
+        raise BadRequest("top_logprobs: found it without logprobs, expected logprobs: true beside it", "top_logprobs")
     asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    return prepared(request, (prompt,), limits.max_new_tokens if asked is None else asked, limits, CHAT, "messages")
-
-
-def _choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text, "refusal": None}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _event_choice(index: int, text: str, finish_reason: str | None, is_first: bool) -> dict[str, Any]:
-    delta = {**({"role": "assistant"} if is_first else {}), "content": text}
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-CHAT = ResponseForm("chatcmpl", "chat.completion", "chat.completion.chunk", _choice, _event_choice)
-"""Form of the responses of /v1/chat/completions."""
+    return prepared(
+        request,
+        (prompt,),
+        limits.max_new_tokens if asked is None else asked,
+        limits,
+        CHAT,
+        "messages",
+        num_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )

@@ -18,8 +18,17 @@ class IncrementalDetokenizer:
       stopped: A stop string is complete; the text ends before it.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]):
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str], echoed: Sequence[int] = ()):
+        """
+        Args:
+          decode: Converts ids to text.
+          stops: Strings that end the text.
+          echoed: Tokens whose text begins the text. They are decoded with those that follow, since a tokenizer may
+            remove the space before the first word of a text. Stop strings are looked for after them only.
+        """
         self._decode, self._stops = decode, stops
+        self._echoed = list(echoed)
+        self._num_echoed = len(decode(self._echoed).rstrip(_REPLACEMENT)) if self._echoed else 0
         self.tokens: list[int] = []
         self.stopped = False
         self._num_emitted = 0
@@ -36,11 +45,14 @@ class IncrementalDetokenizer:
         self.tokens += tokens
         # All tokens are decoded again, since a decoder may give an earlier token other text once its successor is
         # known.
-        text, self.stopped = cut_at_stop(self._decode(self.tokens), self._stops)
+        whole = self._decode([*self._echoed, *self.tokens])
+        echo, text = whole[: self._num_echoed], whole[self._num_echoed :]
+        text, self.stopped = cut_at_stop(text, self._stops)
         if not self.stopped and not last:
             text = text.rstrip(_REPLACEMENT)
             held_back = max((_overlap(text, stop) for stop in self._stops), default=0)
             text = text[: len(text) - held_back]
+        text = echo + text
         # A decoder may revise the text of the last token, but nothing that has been emitted.
         new = text[self._num_emitted :]
         self._num_emitted = max(self._num_emitted, len(text))

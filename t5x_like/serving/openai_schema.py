@@ -1,10 +1,9 @@
-"""Request and response bodies of OpenAI's completions endpoint."""
+"""Request bodies of OpenAI's completions endpoint, and what both endpoints have in common."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -12,7 +11,9 @@ import pydantic_core
 from pydantic import AfterValidator, Field
 
 from t5x_like.decoding.sampling import Sampling
+from t5x_like.decoding.token_logprobs import MAX_TOP_LOGPROBS
 from t5x_like.errors import ConfigError, DataError
+from t5x_like.serving.response_forms import COMPLETIONS, ResponseForm, error_body
 
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
@@ -25,7 +26,7 @@ _MAX_QUOTED = 100
 """Characters of the client's own text that an error message repeats."""
 
 
-RequestT = TypeVar("RequestT", bound="SamplingRequest")
+RequestT = TypeVar("RequestT", bound=pydantic.BaseModel)
 
 
 class BadRequest(Exception):
@@ -43,13 +44,6 @@ class BadRequest(Exception):
     def body(self) -> dict[str, Any]:
         """Return the response body in OpenAI's form."""
         return error_body(str(self), self.status, self.param)
-
-
-def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """Return the body of an error response in OpenAI's form."""
-    kinds = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-    kind = kinds.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
 def require_default(default: Any) -> AfterValidator:
@@ -72,6 +66,8 @@ _Prompts = (
     | Annotated[list[int], Field(min_length=1, fail_fast=True)]
     | Annotated[list[_Ids], Field(min_length=1, fail_fast=True)]
 )
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+EXPECTED_TOP_LOGPROBS = f"a whole number from 0 to {MAX_TOP_LOGPROBS}"
 _Number = Annotated[float, Field(gt=-_MAX_NUMBER, lt=_MAX_NUMBER, allow_inf_nan=False)]
 
 
@@ -127,44 +123,10 @@ class CompletionRequest(SamplingRequest):
     """Body of a POST to /v1/completions, as sent by the client."""
 
     prompt: _Prompts = Field(description="a text, ids, or a list of either")
-    echo: Annotated[Any, require_default(False)] = None
-    logprobs: Annotated[Any, require_default(0)] = None
+    echo: bool = Field(False, description="true or false")
+    logprobs: TopLogprobs | None = Field(None, description=EXPECTED_TOP_LOGPROBS)
     suffix: Annotated[Any, require_default("")] = None
     best_of: Annotated[Any, require_default(1)] = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ResponseForm:
-    """Form of the responses of an endpoint.
-
-    Attributes:
-      prefix: Beginning of the responses' ids.
-      object_name, event_name: `object` of a response, and of an event of a streamed one.
-      choice: (index, text, finish reason) -> element of a response's `choices`.
-      event_choice: The same for an event, with the text since the last one and whether it is the first one.
-    """
-
-    prefix: str
-    object_name: str
-    event_name: str
-    choice: Callable[[int, str, str | None], dict[str, Any]]
-    event_choice: Callable[[int, str, str | None, bool], dict[str, Any]]
-
-    def body(
-        self, response_id: str, model: str, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int] | None
-    ) -> dict[str, Any]:
-        """Return the body of a response."""
-        return _body(self.object_name, response_id, model, choices, usage)
-
-    def event(
-        self,
-        response_id: str,
-        model: str,
-        choices: Sequence[Mapping[str, Any]],
-        usage: Mapping[str, int] | None = None,
-    ) -> dict[str, Any]:
-        """Return the body of one event of a streamed response."""
-        return _body(self.event_name, response_id, model, choices, usage)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +139,9 @@ class PreparedRequest:
       stop: Strings that end a completion.
       include_usage: The response reports the numbers of tokens.
       form: Form of the response.
+      num_logprobs: Number of most likely tokens whose log-probabilities are reported at each position, beside that of
+        the token; None: no log-probabilities.
+      echo: The text begins with the prompt, and so do the log-probabilities.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -188,6 +153,8 @@ class PreparedRequest:
     stream: bool
     include_usage: bool
     form: ResponseForm
+    num_logprobs: int | None = None
+    echo: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +166,7 @@ class Limits:
       vocab_size: Upper bound (exclusive) of ids that are given as numbers.
       max_prompt_length, max_new_tokens: In tokens.
       draw_seed: Returns a seed for a request that has none.
+      scores_prompts: The model predicts the tokens of its prompts.
     """
 
     model: str
@@ -206,6 +174,7 @@ class Limits:
     max_prompt_length: int
     max_new_tokens: int
     draw_seed: Callable[[], int]
+    scores_prompts: bool = True
 
 
 def parse(body: bytes, limits: Limits, encode: Callable[[str], Sequence[int]]) -> PreparedRequest:
@@ -223,7 +192,22 @@ def parse(body: bytes, limits: Limits, encode: Callable[[str], Sequence[int]]) -
     require_model(request.model, limits.model)
     prompts = tuple(tuple(ids) for ids in _prompt_ids(request.prompt, encode, limits.vocab_size))
     most = min(DEFAULT_MAX_TOKENS, limits.max_new_tokens) if request.max_tokens is None else request.max_tokens
-    return prepared(request, prompts, most, limits, COMPLETIONS, "prompt")
+    if request.echo and request.logprobs is not None and not limits.scores_prompts:
+        message = (
+            "echo with logprobs: this model does not predict the tokens of its prompts, since it reads a prompt in "
+            "both directions; leave out one of the two"
+        )
+        raise BadRequest(message, "echo")
+    return prepared(
+        request,
+        prompts,
+        most,
+        limits,
+        COMPLETIONS,
+        "prompt",
+        num_logprobs=request.logprobs,
+        echo=request.echo,
+    )
 
 
 def require_model(name: str | None, served: str) -> None:
@@ -239,11 +223,15 @@ def prepared(
     limits: Limits,
     form: ResponseForm,
     param: str,
+    *,
+    num_logprobs: int | None = None,
+    echo: bool = False,
 ) -> PreparedRequest:
     """Return a request whose prompts and number of tokens are within the limits.
 
     Args:
       param: Field that holds the prompts, for messages.
+      num_logprobs, echo: See `PreparedRequest`. With an echo, no new token may be asked for.
 
     Raises:
       BadRequest: they are not, or the sampling settings are not valid.
@@ -258,9 +246,10 @@ def prepared(
     if request.n * len(prompts) > MAX_CHOICES:
         message = f"{len(prompts)} prompts with {request.n} completions each; expected {MAX_CHOICES} in all"
         raise BadRequest(message, "n")
-    if not 1 <= max_tokens <= limits.max_new_tokens:
+    least = 0 if echo else 1
+    if not least <= max_tokens <= limits.max_new_tokens:
         found = str(max_tokens)[:_MAX_QUOTED]
-        message = f"max_tokens: found {found}, expected a whole number from 1 to {limits.max_new_tokens}"
+        message = f"max_tokens: found {found}, expected a whole number from {least} to {limits.max_new_tokens}"
         raise BadRequest(message, "max_tokens")
     return PreparedRequest(
         prompts=prompts,
@@ -272,6 +261,8 @@ def prepared(
         stream=request.stream,
         include_usage=not request.stream or bool(request.stream_options.include_usage),
         form=form,
+        num_logprobs=num_logprobs,
+        echo=echo,
     )
 
 
@@ -341,37 +332,3 @@ def _require_known_ids(ids: list[Any], vocab_size: int) -> list[int]:
     if any(not 0 <= token < vocab_size for token in ids):
         raise BadRequest(f"a token id outside 0 to {vocab_size - 1}", "prompt")
     return ids
-
-
-def _body(
-    object_name: str,
-    response_id: str,
-    model: str,
-    choices: Sequence[Mapping[str, Any]],
-    usage: Mapping[str, int] | None,
-) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "id": response_id,
-        "object": object_name,
-        "created": int(time.time()),
-        "model": model,
-        "choices": list(choices),
-    }
-    return body if usage is None else body | {"usage": dict(usage)}
-
-
-def _choice(index: int, text: str, finish_reason: str | None, is_first: bool = True) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-
-COMPLETIONS = ResponseForm("cmpl", "text_completion", "text_completion", _choice, _choice)
-"""Form of the responses of /v1/completions."""
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the `usage` part of a response."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }

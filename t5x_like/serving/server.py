@@ -69,8 +69,9 @@ def serve_model(
         import uvicorn
 
         from t5x_like.serving.access import API_KEY_VARIABLE, AccessRules, own_names, read_keys
-        from t5x_like.serving.app import Service, make_app
+        from t5x_like.serving.app import make_app
         from t5x_like.serving.connections import ConnectionLimits, limited_protocol
+        from t5x_like.serving.service import Service
     except ImportError as error:
         raise SafetyError(
             f"serving needs the package {error.name}; install it: `pip install t5x-like[serve]`"
@@ -102,6 +103,7 @@ def serve_model(
     formats = formats_of(opened.loaded, mode)
     step, params = opened.load(step)
     tokenizer, form = opened.tokenizer, ends_in_eos(opened.tokenizer, formats.plain)
+    model = opened.program.run.model
     batcher = Batcher(
         opened.program,
         params,
@@ -122,9 +124,10 @@ def serve_model(
         model=directory.resolve().name if opened.data is None else opened.program.run.name,
         batcher=batcher,
         encode=encode,
+        tokenizer=tokenizer,
+        vocab_size=model.vocab_size,
+        start_id=None if model.encoder is not None else model.decoder_start_token_id,
         encode_chat=_chat_encoder(opened, form),
-        decode=lambda tokens: tokenizer.decode(list(tokens)),
-        vocab_size=opened.program.run.model.vocab_size,
         max_waiting=max_waiting,
         max_waiting_per_client=max_waiting_per_client or -(-max_waiting // 2),
         timeout=timeout,
@@ -158,7 +161,7 @@ def serve_model(
 def _chat_encoder(opened: PromptedModel, form: PromptFormat) -> EncodeChat:
     """Return the function that lays dialogues out by the chat template: that of the run's corpus, or of the tokenizer.
 
-    A decoder reads its start token first: it is not repeated where the template writes it.
+    The start token of a decoder may be among the ids, where the template writes it.
     """
     corpus = opened.data.sources[0].corpus if opened.data is not None and opened.data.sources else None
     tokenizer = opened.loaded.tokenizer
@@ -168,7 +171,7 @@ def _chat_encoder(opened: PromptedModel, form: PromptFormat) -> EncodeChat:
         ids, _ = encode_rendered(tokenizer, template.render(messages, tools, add_generation_prompt=True))
         if opened.loaded.model.encoder is not None:
             return form.ids(ids, tokenizer.vocabulary)
-        return ids[1:] if ids[:1] == [tokenizer.vocabulary.start_id] else ids
+        return ids
 
     return encode
 

@@ -196,6 +196,52 @@ def test_command_line_of_lm_eval_finds_the_model(run_dir, tmp_path, monkeypatch)
     assert result["config"]["model"] == "t5x_like" and "own_choice" in result["results"]
 
 
+def test_local_completions_of_the_server_score_as_the_adapter(run_dir, tmp_path, monkeypatch):
+    """lm-eval's own client of a server, with the tokens from the server, against the model in this process."""
+    for name in ("tenacity", "aiohttp", "uvicorn", "starlette"):
+        pytest.importorskip(name)
+    from helpers.served_model import served
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    local_tasks(tmp_path, "served")
+    # Windows of a long text are other ones in lm-eval's clients of servers, so that both read each text at once.
+    direct = lm_eval_adapter.T5xLikeLM(str(run_dir), cache="no", max_length=220)
+    with served(run_dir, prompt_length=220, max_new_tokens=8) as address:
+        # A start token of id 0 is nothing to lm-eval, unless it is named.
+        client = get_model("local-completions")(
+            base_url=f"{address}/v1/completions",
+            model=direct._loaded.run.name,
+            max_length=221,
+            batch_size=4,
+            max_retries=1,
+            custom_prefix_token_id=0,
+        )
+        if run_dir.name.startswith(("encoder_decoder", "prefix_lm")):
+            with pytest.raises(Exception, match="400"):
+                client.loglikelihood([Instance("loglikelihood", {}, ("red green", " blue"), 0)])
+            return
+        pairs = [("red green", " blue"), ("", "one two"), ("yellow ", "three"), ("four " * 9, "x")]
+        requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+        for ours, theirs in zip(direct.loglikelihood(requests), client.loglikelihood(requests), strict=True):
+            assert theirs == (pytest.approx(ours[0], abs=1e-4), ours[1])
+        texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("red green blue", "four " * 30)]
+        assert client.loglikelihood_rolling(texts) == pytest.approx(direct.loglikelihood_rolling(texts), abs=1e-3)
+        tasks = ["served_choice", "served_rolling"]
+        manager = TaskManager(include_path=str(tmp_path))
+        results = [
+            lm_eval.simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0)["results"]
+            for model in (direct, client)
+        ]
+        for task in tasks:
+            for metric, value in results[0][task].items():
+                if isinstance(value, float):
+                    assert results[1][task][metric] == pytest.approx(value, rel=1e-4), metric
+
+
 def test_multiple_choice_task_from_held_out_text(run_dir, tmp_path, monkeypatch, capsys):
     """With random parameters no accuracy is above chance, which the report states."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -21,6 +21,7 @@ from t5x_like.data.tokenizers.loading import load_tokenizer
 from t5x_like.decoding.continuous_batching import Batcher, BatcherConfig
 from t5x_like.decoding.engine import generate_tokens
 from t5x_like.decoding.sampling import Sampling
+from t5x_like.models.factory import bind_params
 from t5x_like.program import build_program
 
 httpx = pytest.importorskip("httpx")
@@ -45,6 +46,7 @@ def encode_chat(messages, tools):
 class Server:
     url: str
     batcher: Batcher
+    params: object
 
     def health(self):
         return httpx.get(f"{self.url}/health").json()
@@ -77,7 +79,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server():
-    from t5x_like.serving.app import Service, make_app
+    from t5x_like.serving.app import make_app
+    from t5x_like.serving.service import Service
 
     config = dataclasses.replace(model("decoder", "rope"), vocab_size=320)
     program = build_program(dataclasses.replace(example("causal_lm"), model=config), jax.devices()[:1])
@@ -87,8 +90,9 @@ def server():
         model="tiny",
         batcher=batcher,
         encode=lambda text: [int(token) for token in TOKENIZER.encode(text)],
-        decode=lambda tokens: TOKENIZER.decode(list(tokens)),
+        tokenizer=TOKENIZER,
         vocab_size=320,
+        start_id=config.decoder_start_token_id,
         encode_chat=encode_chat,
         max_waiting=256,
         timeout=60.0,
@@ -102,7 +106,7 @@ def server():
     ]
     for thread in threads:
         thread.start()
-    running = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", batcher)
+    running = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", batcher, parameters(config))
     until = time.time() + 60
     while time.time() < until:
         with contextlib.suppress(httpx.ConnectError):
@@ -160,6 +164,89 @@ def test_stream_has_the_same_text(server):
     assert json.loads(events[-2])["usage"]["completion_tokens"] > 0 and len(events) > 6
 
 
+def log_probabilities(server, tokens):
+    """Return the log-softmax [length, V] of the model's logits, in double precision, of each token of a stream."""
+    program = server.batcher.program
+    stream = np.array([[0, *tokens[:-1], *[0] * (64 - len(tokens))]], np.int32)
+    features = {"decoder_input_tokens": stream, "decoder_segment_ids": np.ones_like(stream)}
+    if "forward" not in vars(server):
+        server.forward = jax.jit(lambda features: bind_params(program.spec.graphdef, server.params)(features))
+    logits = np.asarray(server.forward(features), np.float64)[0, : len(tokens)]
+    return (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+
+
+def ids_of(text):
+    return [int(token) for token in TOKENIZER.encode(text)]
+
+
+def test_logprobs_and_echo_have_the_distribution_of_the_model(server):
+    fields = {"prompt": "Once upon", "max_tokens": 12, "temperature": 1.3, "top_p": 0.8, "seed": 5}
+    plain = server.post(**fields).json()["choices"][0]
+    (choice,) = server.post(**fields, logprobs=3, echo=True).json()["choices"]
+    assert choice["text"] == "Once upon" + plain["text"] and choice["finish_reason"] == plain["finish_reason"]
+    logprobs = choice["logprobs"]
+    tokens = ids_of(choice["text"])
+    expected = log_probabilities(server, tokens)
+    assert logprobs["tokens"] == list(choice["text"]) and logprobs["text_offset"] == list(range(len(tokens)))
+    # The distribution before the temperature, over all tokens, also those that may not be chosen.
+    at_token = expected[np.arange(len(tokens)), tokens]
+    np.testing.assert_allclose(logprobs["token_logprobs"], at_token, atol=2e-4)
+    for row, (token, top) in enumerate(zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)):
+        assert top[token] == logprobs["token_logprobs"][row]
+        best = sorted(top.values(), reverse=True)[:3]
+        np.testing.assert_allclose(best, np.sort(expected[row])[::-1][: len(best)], atol=2e-4)
+    # A prompt alone is scored without a new token, and its text alone is returned without the model.
+    (alone,) = server.post(prompt="Once upon", max_tokens=0, logprobs=3, echo=True).json()["choices"]
+    assert alone["text"] == "Once upon" and alone["finish_reason"] == "length"
+    assert alone["logprobs"]["token_logprobs"] == logprobs["token_logprobs"][:9]
+    (echoed,) = server.post(prompt="Once upon", max_tokens=0, echo=True).json()["choices"]
+    assert echoed == {"index": 0, "text": "Once upon", "logprobs": None, "finish_reason": "length"}
+    assert server.is_idle()
+
+
+def test_start_token_of_ids_is_not_predicted_and_not_repeated(server):
+    fields = {"max_tokens": 4, "temperature": 0, "logprobs": 1, "echo": True}
+    (text,) = server.post(prompt="ab", **fields).json()["choices"]
+    (ids,) = server.post(prompt=[0, *ids_of("ab")], **fields).json()["choices"]
+    assert ids["text"] == text["text"]
+    assert ids["logprobs"]["token_logprobs"] == [None, *text["logprobs"]["token_logprobs"]]
+    assert ids["logprobs"]["top_logprobs"][0] is None and ids["logprobs"]["tokens"][0] == "<pad>"
+
+
+def test_streamed_logprobs_are_those_of_the_whole_response(server):
+    whole = server.text("Once upon", 24)
+    for stop in ([], [whole[7:9]]):
+        fields = {"prompt": "Once upon", "max_tokens": 24, "temperature": 0, "logprobs": 2, "echo": True, "stop": stop}
+        (choice,) = server.post(**fields).json()["choices"]
+        text, logprobs = "", {name: [] for name in choice["logprobs"]}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=fields | {"stream": True}, timeout=60) as lines:
+            events = [json.loads(line[6:]) for line in lines.iter_lines() if line.startswith("data: {")]
+        for event in events:
+            (part,) = event["choices"]
+            assert all(len(text) <= at < len(text + part["text"]) for at in part["logprobs"]["text_offset"])
+            text += part["text"]
+            for name in logprobs:
+                logprobs[name] += part["logprobs"][name]
+        assert text == choice["text"] and logprobs == choice["logprobs"] and len(events) > 2 - len(stop)
+        assert "".join(logprobs["tokens"]) == text
+
+
+def test_tokens_of_a_text_for_clients_without_the_tokenizer(server):
+    def ask(path, **fields):
+        return httpx.post(f"{server.url}/{path}", json=fields, timeout=60)
+
+    tokens = ask("tokenize", prompt="Once </s>", add_special_tokens=False).json()["tokens"]
+    assert tokens == ids_of("Once </s>") and ask("detokenize", tokens=tokens).json()["prompt"] == "Once </s>"
+    names = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert [ask("tokenize", prompt=names[role]).json()["tokens"] for role in ("eos_token", "bos_token")] == [[1], [0]]
+    assert "0 to 319" in ask("detokenize", tokens=[320]).json()["error"]["message"]
+    assert "expected a text" in ask("tokenize", prompt=3).json()["error"]["message"]
+
+
 MESSAGES = [{"role": "user", "content": "Once"}]
 DIALOGUE = "user: Once\nassistant: "
 
@@ -175,7 +262,8 @@ def test_a_dialogue_is_laid_out_by_the_chat_template(server):
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"content": "a"}]}, 400, "without a text as its role"),
         ({"messages": [{"role": "user"}]}, 400, "refuses the messages"),
-        ({"messages": MESSAGES, "logprobs": True}, 400, "not supported"),
+        ({"messages": MESSAGES, "logprobs": 2}, 400, "expected true or false"),
+        ({"messages": MESSAGES, "top_logprobs": 2}, 400, "without logprobs"),
         ({"messages": MESSAGES, "prompt": "a"}, 400, "unknown field 'prompt'"),
         ({"messages": MESSAGES, "model": "gpt"}, 404, "no model 'gpt'"),
     ):
@@ -201,6 +289,26 @@ def test_the_official_client_chats_streams_and_gets_errors(server):
     assert events[-1].choices[0].finish_reason == answer.choices[0].finish_reason
     text = client.completions.create(model="tiny", prompt="Once upon", max_tokens=8, temperature=0)
     assert text.choices[0].text == server.text("Once upon", 8)
+    chat = client.chat.completions.create(max_tokens=12, logprobs=True, top_logprobs=2, **fields).choices[0]
+    entries = chat.logprobs.content
+    assert [entry.token for entry in entries] == list(wanted) and all(len(entry.top_logprobs) == 2 for entry in entries)
+    assert [bytes(entry.bytes) for entry in entries] == [token.encode() for token in wanted]
+    expected = log_probabilities(server, ids_of(DIALOGUE + wanted))[len(DIALOGUE) :]
+    at_token = expected[np.arange(len(wanted)), ids_of(wanted)]
+    np.testing.assert_allclose([entry.logprob for entry in entries], at_token, atol=2e-4)
+    np.testing.assert_allclose([entry.top_logprobs[0].logprob for entry in entries], expected.max(-1), atol=2e-4)
+    events = list(client.chat.completions.create(max_tokens=12, logprobs=True, top_logprobs=2, stream=True, **fields))
+    assert [entry for event in events for entry in event.choices[0].logprobs.content] == entries
+    text = client.completions.create(
+        model="tiny", prompt="Once upon", max_tokens=2, temperature=0, logprobs=1, echo=True
+    )
+    logprobs = text.choices[0].logprobs
+    assert logprobs.tokens == list(text.choices[0].text) and logprobs.text_offset == list(range(11))
+    assert [list(top.values())[0] for top in logprobs.top_logprobs] == [
+        max(top.values()) for top in logprobs.top_logprobs
+    ]
+    (alone,) = client.completions.create(model="tiny", prompt="Once upon", max_tokens=0, logprobs=0, echo=True).choices
+    assert alone.logprobs.token_logprobs == logprobs.token_logprobs[:9]
     with pytest.raises(openai.BadRequestError, match="expected a whole number from 1 to 24"):
         client.chat.completions.create(max_tokens=25, **fields)
 
@@ -220,7 +328,9 @@ REFUSED = [
     ({"prompt": "a", "n": 129}, 400, "from 1 to 128"),
     ({"prompt": ["a"] * 100, "n": 2}, 400, "128 in all"),
     ({"prompt": "a", "stop": [""]}, 400, "stop"),
-    ({"prompt": "a", "logprobs": 5}, 400, "not supported"),
+    ({"prompt": "a", "logprobs": 21}, 400, "from 0 to 20"),
+    ({"prompt": "a", "logprobs": True}, 400, "from 0 to 20"),
+    ({"prompt": "a", "max_tokens": -1, "echo": True}, 400, "from 0 to 24"),
     ({"prompt": "a", "max_token": 5}, 400, "unknown field 'max_token'"),
     ({"prompt": "a", "\ud800": 5}, 400, "not valid JSON"),
     ({"prompt": "a", "n": "b"}, 400, "whole number"),

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_like.decoding import slots
-from t5x_like.decoding.continuous_batching import Batcher, BatcherConfig, Request
+from t5x_like.decoding.continuous_batching import Batcher, BatcherConfig
 from t5x_like.decoding.engine import generate_tokens
 from t5x_like.decoding.sampling import Sampling
+from t5x_like.decoding.slot_requests import Request
 from t5x_like.program import build_program
 
 ALLOWED = np.arange(VOCABULARY) > 0

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from t5x_like.config import TokenizerConfig
+from t5x_like.data.tokenizers.loading import load_tokenizer
 from t5x_like.decoding.fair_queue import FairQueue
 from t5x_like.errors import ConfigError
 
@@ -28,6 +30,7 @@ class IdleBatcher:
 
     failure = None
     num_active = num_waiting = 0
+    scores_prompts = True
 
     def __init__(self) -> None:
         from t5x_like.decoding.continuous_batching import BatcherConfig
@@ -62,11 +65,13 @@ class Running:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     from t5x_like.serving.access import AccessRules
-    from t5x_like.serving.app import Service, make_app
+    from t5x_like.serving.app import make_app
     from t5x_like.serving.connections import ConnectionLimits, limited_protocol
+    from t5x_like.serving.service import Service
 
     batcher: Any = IdleBatcher()
-    service = Service("m", batcher, lambda text: [1], lambda ids: "", 10, max_waiting_per_client=4, body_seconds=2)
+    tokenizer = load_tokenizer(TokenizerConfig(kind="bytes", num_sentinels=0), None)
+    service = Service("m", batcher, lambda text: [1], tokenizer, 10, max_waiting_per_client=4, body_seconds=2)
     app = make_app(service, AccessRules(("first key", "second"), ("localhost", "models.example")))
     protocol = limited_protocol(ConnectionLimits(*LIMITS, header_seconds=2, request_seconds=30))
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
