@@ -75,7 +75,8 @@ soak: install-dev
 golden-shardings: install-dev
 	JAX_PLATFORMS=cpu $(BIN)/python tests/helpers/sharding_tables.py
 
-# The tests that drive models by lm-evaluation-harness; `make test` skips them where it is not installed.
+# The tests that drive models by lm-evaluation-harness; `make test` skips them where it is not installed. aiohttp and
+# tenacity are what its clients of servers need.
 test-harness: install-harness
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m harness
 
@@ -150,7 +151,8 @@ $(VENV)/.installed-tpu: $(VENV)/.installed-dev
 	@touch $@
 
 $(VENV)/.installed-harness: $(VENV)/.installed-dev
-	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,harness]'
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev,harness]' \
+	  'aiohttp>=3.10,<4' 'tenacity>=8,<10'
 	@touch $@
 
 $(VENV)-beam/.installed: pyproject.toml

@@ -327,5 +327,5 @@ class Batcher:
                 tokens, steps = tokens[:-1], steps[:-1]
             if request.on_logprobs is not None:
                 logprobs = jax.tree.map(lambda array, steps=steps, slot=slot: array[steps, slot], new_KxS.logprobs)
-                request.on_logprobs(on_host(new_KxS.tokens[steps, slot], logprobs))
+                request.on_logprobs(on_host(np.asarray(new_KxS.tokens[steps, slot]), logprobs))
             request.on_tokens(tokens, finish)
