@@ -244,18 +244,28 @@ def write_new(path: Url, value: bytes) -> bool:
     return existing is None and bool(replace_key(path, value, generation))
 
 
-def keys(path: Url, without: str = "") -> list[str]:
-    """Return the sorted names of all keys below `path`, relative to it, except those that begin with `without`."""
+def keys(path: Url, prefix: str = "", without: str = "") -> list[str]:
+    """Return the sorted names of the keys below `path`, relative to it.
+
+    Args:
+      path: URL of a folder.
+      prefix: Beginning of the names. Others are not requested.
+      without: Beginning of names that are left out, and not requested.
+    """
     if without:
-        after = without[:-1] + chr(ord(without[-1]) + 1)
-        names = [*keys_between(path, "", without), *keys_between(path, after, "")]
+        names = [*keys_between(path, "", without), *keys_between(path, _after(without), "")]
     else:
-        names = keys_between(path, "", "")
+        names = keys_between(path, prefix, _after(prefix) if prefix else "")
     if not names:
         # TensorStore's driver of Google Cloud Storage returns an empty list where the service refuses to list, but it
         # reports a refusal to read.
         read_key(path / "none")
     return names
+
+
+def _after(prefix: str) -> str:
+    """Return the first name behind all that begin with `prefix`."""
+    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
 
 
 def keys_between(path: Url, first: str, end: str) -> list[str]:
@@ -278,7 +288,8 @@ def remove_key(path: Url) -> None:
 def children(path: Location, prefix: str = "") -> list[str]:
     """Return the sorted names directly under `path` that begin with `prefix`; none if `path` does not exist."""
     if isinstance(path, Url):
-        names = {key.partition("/")[0] for key in keys(path)}
+        # Object stores list keys, not folders: every key below the children is requested, but none of other children.
+        names = {key.partition("/")[0] for key in keys(path, prefix)}
     else:
         names = {child.name for child in path.iterdir()} if path.is_dir() else set()
     return sorted(name for name in names if name.startswith(prefix))

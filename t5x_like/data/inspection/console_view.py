@@ -92,15 +92,15 @@ def _packing_notes(stream: TrainingStream) -> list[str]:
                 "its row: it is truncated at its end, which is then without EOS"
             )
         if isinstance(source.reader, PackedRows):
-            if source.reader.num_truncated:
-                reader = source.reader
+            totals = source.reader.totals
+            if totals.truncated:
                 notes.append(
-                    f"{source.name}: {reader.num_truncated:,} pairs are longer than a row and are truncated: "
-                    f"{reader.num_cut_inputs:,} inputs at their end, {reader.num_cut_targets:,} targets, which then "
-                    "end without EOS"
+                    f"{source.name}: {totals.truncated:,} pairs are longer than a row and are truncated: "
+                    f"{totals.cut_inputs:,} inputs at their end, {totals.cut_targets:,} targets, which then end "
+                    "without EOS"
                 )
-            if source.reader.num_too_short:
-                notes.append(f"{source.name}: {source.reader.num_too_short:,} documents are too short and are left out")
+            if totals.too_short:
+                notes.append(f"{source.name}: {totals.too_short:,} documents are too short and are left out")
     return notes
 
 

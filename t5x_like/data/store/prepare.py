@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 from t5x_like.config.corpus import CorpusConfig
 from t5x_like.config.data import DataConfig
@@ -28,6 +27,7 @@ from t5x_like.data.sources.validation_split import plan_split
 from t5x_like.data.sources.work_units import WorkUnit
 from t5x_like.data.store import shards, worker_pool
 from t5x_like.data.store.shards import MakeShards, ShardJob
+from t5x_like.data.store.store_lock import store_lock
 from t5x_like.data.store.store_paths import store_paths
 from t5x_like.data.store.token_arrays import ReadOptions
 from t5x_like.data.store.token_store import (
@@ -40,17 +40,16 @@ from t5x_like.data.store.token_store import (
     token_dtype,
 )
 from t5x_like.data.store.vocabulary_sample import sample_texts
+from t5x_like.data.stream.packing_planner import PackingPlanner
+from t5x_like.data.stream.row_stream import check_objectives, corpus_key
 from t5x_like.data.tokenizers.loading import configured_tokenizer, stored_config, tokenizer_from_model
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.data.tokenizers.train_vocabulary import train_vocabulary
 from t5x_like.errors import DataError, SafetyError
 from t5x_like.storage import locations
-from t5x_like.storage.lease import lease
-from t5x_like.storage.locations import Location
-from t5x_like.utils.file_lock import lock
+from t5x_like.storage.locations import AccessError, Location
 from t5x_like.utils.progress import ProgressDisplay
 from t5x_like.utils.sanitize import say
-from t5x_like.utils.stall_limit import progress, stall_seconds
 
 Report = Callable[[str], None]
 """Receives one line of text."""
@@ -61,7 +60,6 @@ and reduces the number of tokens of held-out text by less than 2 %."""
 _DESCRIBED_TOKENS = 2**16
 QUARANTINE = "quarantine.jsonl"
 """File of a store that lists the rows that were left out because they are invalid."""
-_LOCK_POLL_SECONDS = 1.0
 LINE_SECONDS = 5.0
 """Time between two lines of progress without a terminal."""
 _TRAINED_NAMES = {"sentencepiece": "SentencePiece", "bpe": "BPE", "wordpiece": "WordPiece", "unigram": "Unigram"}
@@ -74,8 +72,9 @@ def prepare(
 ) -> tuple[Store, ...]:
     """Make the token stores of `data.sources` with one tokenizer, and return them in the order of the sources.
 
-    Existing stores are opened. After an interruption at any time the next call resumes: complete shards are kept. Of
-    two simultaneous calls, one waits for the other. The files have the same bytes whatever the number of workers.
+    The packing plans of corpora whose examples are documents are stored beside them. Existing stores are opened. After
+    an interruption at any time the next call resumes: complete shards are kept. Of two simultaneous calls, one waits
+    for the other. The files have the same bytes whatever the number of workers.
 
     Args:
       data: Corpora, tokenizer and folder of the stores.
@@ -89,28 +88,65 @@ def prepare(
     """
     builder = _StoreBuilder(data, store_paths(data), report, workers or os.cpu_count() or 1, make_shards)
     for share, path in zip(data.sources, builder.paths, strict=True):
-        _prepare(builder, share.corpus, path)
-    return _require_same_tokenizer([Store.open(path, ReadOptions.of(data)) for path in builder.paths])
+        with _told_errors(path):
+            _prepare(builder, share.corpus, path)
+    stores = _require_same_tokenizer([Store.open(path, ReadOptions.of(data)) for path in builder.paths])
+    for index, store in enumerate(stores):
+        with _told_errors(store.path):
+            _store_plan(data, index, store, report)
+    return stores
+
+
+@contextlib.contextmanager
+def _told_errors(path: Location) -> Iterator[None]:
+    """Raise the error for the user in place of one of the file system."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free some space or set --data.store-dir to another folder"
+            raise SafetyError(f"{path}: the disk is full; {fix}") from None
+        message = f"the store cannot be written ({error.strerror or error})"
+        raise DataError(f"{path}: {message}; set --data.store-dir to another folder") from None
 
 
 def _prepare(builder: _StoreBuilder, corpus: CorpusConfig, path: Location) -> None:
     if is_committed(path):
         builder.report(f"{path}: already prepared")
         if locations.exists(partial_of(path)):  # A previous call died between the commit and the removal.
-            with _lock(path, builder.report):
+            with store_lock(path, builder.report):
                 locations.remove(partial_of(path))
         return
+    with store_lock(path, builder.report):
+        # Checked again: the process that held the lock before may have made the store.
+        if not is_committed(path):
+            builder.build(corpus, path)
+
+
+def _store_plan(data: DataConfig, index: int, store: Store, report: Report) -> None:
+    """Store the packing plan of the training split of a corpus whose examples are documents."""
+    share = data.sources[index]
+    if data.examples_of(share) != "documents":
+        return
+    split = store.split("train")
+    check_objectives(data, store.vocabulary)
+    objectives = data.objectives_of(share)
+    planner = PackingPlanner(split, store.sequences_per_document, data, objectives, corpus_key(data, index))
+    if planner.is_stored() or not split.num_documents:
+        return
     try:
-        with _lock(path, builder.report):
-            # Checked again: the process that held the lock before may have made the store.
-            if not is_committed(path):
-                builder.build(corpus, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            fix = "free some space or set --data.store-dir to another folder"
-            raise SafetyError(f"{path}: the disk is full; {fix}") from None
-        message = f"the store cannot be written ({error.strerror or error})"
-        raise DataError(f"{path}: {message}; set --data.store-dir to another folder") from None
+        display = ProgressDisplay(split.num_documents, "packing", report=report, interval_seconds=LINE_SECONDS)
+        with store_lock(store.path, report), display:
+            # Checked again: the process that held the lock before may have stored the plan.
+            if not planner.is_stored():
+                totals = planner.store(display)
+                seconds = display.seconds
+                report(f"{split.path}: packed {totals.examples:,} examples in {totals.rows:,} rows in {seconds:.1f} s")
+    except (OSError, AccessError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        # A store that others have made can be read only.
+        report(f"{split.path}: the packing plan cannot be stored ({error}), and is made at each start")
 
 
 def open_stores(data: DataConfig) -> tuple[Store, ...]:
@@ -162,54 +198,6 @@ def _require_same_tokenizer(stores: Sequence[Store]) -> tuple[Store, ...]:
             "stores that were made with another tokenizer and run `t5x-like prepare RECIPE`"
         )
     return tuple(stores)
-
-
-@contextlib.contextmanager
-def _lock(path: Location, report: Report) -> Iterator[None]:
-    """Hold the lock of a store, so that one process at a time makes it.
-
-    The operating system releases the lock of a local store when the process dies. An object store has a lease.
-    """
-    if not isinstance(path, Path):
-        key = path.with_name(path.name + ".lease")
-        with lease(key, lambda by: report(f"{key}: another process ({by}) is preparing this store; waiting")):
-            yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "w") as file:
-        if not lock(file):
-            report(f"{path}: another process is preparing this store; waiting")
-            _wait_for_lock(file, path)
-        yield
-
-
-def _wait_for_lock(file: IO[str], path: Path) -> None:
-    """Wait for the lock of a store as long as the process that holds it writes files."""
-    partial = partial_of(path)
-    assert isinstance(partial, Path)
-    newest, since = 0, time.monotonic()
-    while not lock(file):
-        found = _last_change(partial)
-        if found != newest:
-            newest, since = found, time.monotonic()
-            progress()
-        elif time.monotonic() - since > stall_seconds():
-            raise SafetyError(
-                f"{path}: found another process that prepares this store and has written nothing for "
-                f"{stall_seconds():g} s, the limit of --stall-timeout; end it (`fuser {file.name}` shows its id), and "
-                "run the same command again"
-            )
-        time.sleep(_LOCK_POLL_SECONDS)
-
-
-def _last_change(folder: Path) -> int:
-    """Return the newest time of change of the files in a folder in nanoseconds, while they are written and removed."""
-    newest = 0
-    for path, _, names in os.walk(folder):  # It skips folders that are removed meanwhile.
-        for name in names:
-            with contextlib.suppress(OSError):
-                newest = max(newest, os.stat(os.path.join(path, name)).st_mtime_ns)
-    return newest
 
 
 class _StoreBuilder:

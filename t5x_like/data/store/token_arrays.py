@@ -77,8 +77,9 @@ class ArrayWriter:
                 locations.wait(self._path, target.write(shard))
                 self.digest.update(np.ascontiguousarray(shard).data)
         except ValueError as error:  # TensorStore reports every error of the file system as a ValueError.
-            is_disk_full = os.strerror(errno.ENOSPC) in str(error)
-            raise OSError(errno.ENOSPC if is_disk_full else errno.EIO, str(error)) from None
+            known = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+            number = next((number for number in known if os.strerror(number) in str(error)), errno.EIO)
+            raise OSError(number, str(error)) from None
         self.size = stop
 
     def close(self) -> None:

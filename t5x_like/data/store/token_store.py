@@ -7,6 +7,7 @@ A store is a folder:
     train/tokens            uint16 or uint32 ids; every document ends in EOS
     train/offsets           uint64; document i is tokens[offsets[i]:offsets[i + 1]]
     train/token_counts      uint64; number of occurrences of each id
+    train/packing/...       plans of packed rows, which are added later (see `stored_plan`)
     validation/...          the same
     test/...                the same, if the corpus has a test split
     COMMITTED               digest of info.json, written last
@@ -40,6 +41,7 @@ import numpy.typing as npt
 from t5x_like.config.corpus import CorpusConfig
 from t5x_like.config.objectives import Objective
 from t5x_like.config.tokenizer import TokenizerConfig
+from t5x_like.data.store import stored_plan
 from t5x_like.data.store.store_format import FORMAT_VERSION, KINDS, TOKEN_COUNTS, parse_info
 from t5x_like.data.store.token_arrays import (
     DEFAULT_READS,
@@ -241,7 +243,15 @@ def _committed_info(path: Location) -> dict[str, Any] | None:
 
 
 class Split:
-    """Split of a store: a flat array of tokens with document offsets. A small split is held in memory."""
+    """Split of a store: a flat array of tokens with document offsets. A small split is held in memory.
+
+    Attributes:
+      path: Location of its arrays.
+      name: Its name.
+      num_documents, num_tokens: Its size.
+      num_bytes: Number of UTF-8 bytes of the documents' text. EOS tokens count as no bytes.
+      offsets_fingerprint: Digest of the lengths of its documents.
+    """
 
     def __init__(
         self,
@@ -252,7 +262,7 @@ class Split:
         vocab_size: int,
         options: ReadOptions,
     ):
-        self._path = path / name
+        self.path = path / name
         self._options = options
         self._vocab_size = vocab_size
         self._arrays = {kind: arrays[f"{name}/{kind}"] for kind in KINDS}
@@ -260,7 +270,7 @@ class Split:
         self.num_documents = info["documents"]
         self.num_tokens = info["tokens"]
         self.num_bytes = info["bytes"]
-        """Number of UTF-8 bytes of the documents' text. EOS tokens count as no bytes."""
+        self.offsets_fingerprint = self._arrays["offsets"].content
         self._in_memory = self._arrays["tokens"].num_bytes <= IN_MEMORY_BYTES
         self.reference_log_probs: npt.NDArray[np.float32] | None = None
         """[documents, 2]: log-probabilities of the chosen and the rejected answers of preference pairs under the model
@@ -270,21 +280,21 @@ class Split:
     def _array(self) -> Any:
         # A split in memory is read once, and a cache would hold it twice.
         options = dataclasses.replace(self._options, cache_bytes=0) if self._in_memory else self._options
-        return open_array(self._path / "tokens", self._arrays["tokens"], options)
+        return open_array(self.path / "tokens", self._arrays["tokens"], options)
 
     @property
     def is_read_by_requests(self) -> bool:
         """Whether each read of tokens is a request to an object store, which takes some time."""
-        return isinstance(self._path, Url) and not self._in_memory
+        return isinstance(self.path, Url) and not self._in_memory
 
     @functools.cached_property
     def _memory(self) -> npt.NDArray[Any]:
-        return self._checked(read(self._array, self._path))
+        return self._checked(read(self._array, self.path))
 
     def _checked(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the tokens; raise DataError if one of them is outside the vocabulary."""
         if tokens.size and (largest := int(tokens.max())) >= self._vocab_size:
-            raise damaged(self._path, f"found the id {largest}, expected ids below {self._vocab_size:,}")
+            raise damaged(self.path, f"found the id {largest}, expected ids below {self._vocab_size:,}")
         return tokens
 
     @functools.cached_property
@@ -294,31 +304,31 @@ class Split:
         For text the shape is [documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]], including its EOS. For
         pairs it is [2 * documents + 1]: inputs i are tokens[offsets[2i]:offsets[2i + 1]], and targets i follow.
         """
-        offsets = read(self._offsets_array, self._path)
+        offsets = read(self._offsets_array, self.path)
         if offsets[0] != 0 or offsets[-1] != self.num_tokens or (offsets[1:] < offsets[:-1]).any():
-            raise damaged(self._path, f"found offsets that do not rise from 0 to {self.num_tokens:,}, its tokens")
+            raise damaged(self.path, f"found offsets that do not rise from 0 to {self.num_tokens:,}, its tokens")
         return offsets
 
     @functools.cached_property
     def _offsets_array(self) -> Any:
-        return open_array(self._path / "offsets", self._arrays["offsets"])
+        return open_array(self.path / "offsets", self._arrays["offsets"])
 
     def offsets_of(self, first: int, last: int) -> npt.NDArray[np.uint64]:
         """Return `offsets[first : last + 1]`, without reading the others unless all are in memory."""
         if "offsets" in self.__dict__ or last - first + 1 >= self._offsets_array.shape[0]:
             return self.offsets[first : last + 1]
-        return read(self._offsets_array[first : last + 1], self._path)
+        return read(self._offsets_array[first : last + 1], self.path)
 
     @property
     def folder(self) -> Path:
         """Local folder beside the store, for temporary files."""
-        return self._path.parent.parent if isinstance(self._path, Path) else Path(tempfile.gettempdir())
+        return self.path.parent.parent if isinstance(self.path, Path) else Path(tempfile.gettempdir())
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Return tokens [start, stop) of the split."""
         if self._in_memory:
             return self._memory[start:stop]
-        return self._checked(read(self._array[start:stop], self._path))
+        return self._checked(read(self._array[start:stop], self.path))
 
     def gather(self, starts_N: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
         """Return [N, length]: `length` tokens from each of N starts, continuing with the first token after the last."""
@@ -336,12 +346,19 @@ class Split:
             if num_wrapped:
                 reads.append(self._array[0:num_wrapped].read())
             pending.append(reads)
-        rows = [np.concatenate([result_of(read, self._path) for read in reads]) for reads in pending]
+        rows = [np.concatenate([result_of(read, self.path) for read in reads]) for reads in pending]
         return self._checked(np.stack(rows))
+
+    def slices(self, ranges_NxB: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+        """Return the tokens [start, stop) of each of N ranges, which are read in parallel."""
+        if self._in_memory:
+            return [self._memory[start:stop] for start, stop in ranges_NxB.tolist()]
+        pending = [self._array[start:stop].read() for start, stop in ranges_NxB.tolist()]
+        return [self._checked(result_of(read, self.path)) for read in pending]
 
     def token_counts(self) -> npt.NDArray[np.int64]:
         """Return [vocab_size]: the number of occurrences of each id, which `prepare` has counted."""
-        path = self._path / TOKEN_COUNTS
+        path = self.path / TOKEN_COUNTS
         return read(open_array(path, self._arrays[TOKEN_COUNTS]), path).astype(np.int64)
 
 
@@ -370,6 +387,8 @@ class Store:
         problems = [
             problem for name, record in self._arrays.items() for problem in find_damage(self.path / name, record)
         ]
+        for split in self._splits.values():
+            problems += stored_plan.find_damage(split.path)
         try:
             _ = self.tokenizer
         except DataError as error:

@@ -117,13 +117,14 @@ def _document_batches(
         return
     objectives = (data.objectives[objective],)
     key = rng.fold_in(_ORDER, 0)
-    reader = PackedRows(store.split(split), store.sequences_per_document, data, objectives, key)
+    needed = batch_size * num_batches
+    reader = PackedRows(store.split(split), store.sequences_per_document, data, objectives, key, num_held_out=needed)
     shape = RowShape(data.inputs_length, data.targets_length, packed=False)
     traits = store.traits_for(objectives)
-    for first in range(0, min(reader.num_examples, batch_size * num_batches), batch_size):
-        packed = reader.take(np.arange(first, min(first + batch_size, reader.num_examples)))
+    for first in range(0, min(reader.totals.examples, needed), batch_size):
+        packed = reader.take(np.arange(first, min(first + batch_size, reader.totals.examples)))
         # By example index, so that the noise of an example does not depend on the batch size.
-        keys_N = rng.fold_in(_NOISE, np.arange(first, first + len(packed.row_N)))
+        keys_N = rng.fold_in(_NOISE, np.arange(first, first + len(packed)))
         spec = sub_batch_spec(data, shape, batch_size)
         out: Features = {name: np.zeros(array.shape, array.dtype) for name, array in spec.items()}
         for row_n, examples in reader.examples(packed, keys_N, 0, store.vocabulary, traits):

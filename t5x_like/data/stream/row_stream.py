@@ -79,9 +79,9 @@ class TrainingStream:
         self.vocabulary = _common_vocabulary(stores)
         self._ids = RowIds.of(self.vocabulary)
         self._traits = self.store.traits_for(data.objectives)
-        _check_objectives(data, self.vocabulary)
+        check_objectives(data, self.vocabulary)
         # The version is part of the key: rows of a changed algorithm have nothing in common with those of the old one.
-        self._seed = rng.fold_in(data.seed, VERSION)
+        self._seed = _seed(data)
         self._row_tokens = [row_tokens(objective, data) for objective in data.objectives]
         self.sources = [self._source(index, share) for index, share in enumerate(data.sources)]
         self.shapes = row_shapes(data)
@@ -249,7 +249,7 @@ class TrainingStream:
         store = self.stores[index]
         split = store.split(self.split)
         objectives = data.objectives_of(share)
-        key = rng.fold_in(self._key(_CORPUS), index)
+        key = corpus_key(data, index)
         names = [objective.name for objective in data.objectives]
         ids = tuple(names.index(objective.name) for objective in objectives)
         reader: Windows | PackedRows | LabeledRows | PreferenceRows
@@ -337,9 +337,9 @@ class TrainingStream:
         keys_n: rng.Keys,
     ) -> None:
         """Read and denoise the examples of packed rows, and write them into rows `row_n` of `out`."""
-        packed, owner_m = reader.examples_of_rows(reader.shuffled_rows(rank_n))
+        packed, owner_m, segment_m = reader.examples_of_rows(reader.shuffled_rows(rank_n))
         # The noise of an example depends on its row and on its number within the row.
-        keys_m = rng.fold_in(keys_n[owner_m], packed.segment_N)
+        keys_m = rng.fold_in(keys_n[owner_m], segment_m)
         layout = self.data.layout
         groups = [
             (objective_id, indices, examples)
@@ -355,7 +355,16 @@ class TrainingStream:
         for objective_id, indices, examples in groups:
             group_offsets = {stack: offset_m[indices] for stack, offset_m in offsets.items()}
             rows = row_n[owner_m[indices]]
-            put_packed(out, rows, packed.segment_N[indices], group_offsets, examples, layout, objective_id, self._ids)
+            put_packed(out, rows, segment_m[indices], group_offsets, examples, layout, objective_id, self._ids)
+
+
+def _seed(data: DataConfig) -> rng.Keys:
+    return rng.fold_in(data.seed, VERSION)
+
+
+def corpus_key(data: DataConfig, index: int) -> rng.Keys:
+    """Return the key of a corpus of the mixture, from which its order and the draws of objectives are derived."""
+    return rng.fold_in(rng.fold_in(_seed(data), _CORPUS), index)
 
 
 def _common_vocabulary(stores: Sequence[Store]) -> Any:
@@ -376,7 +385,7 @@ def _common_vocabulary(stores: Sequence[Store]) -> Any:
     return first.vocabulary
 
 
-def _check_objectives(data: DataConfig, vocabulary: Vocabulary) -> None:
+def check_objectives(data: DataConfig, vocabulary: Vocabulary) -> None:
     """Raise ConfigError if a window is empty, or if its spans can outnumber the sentinels of the vocabulary."""
     problems = []
     # An objective that needs one sentinel needs a mask token, which the tokenizer may have.

@@ -97,7 +97,7 @@ def test_dialogues_share_rows_and_cut_ones_are_counted(tmp_path: Path) -> None:
     stream = TrainingStream(open_stores(data), data, 1)
     assert stream.rows_per_epoch["files"] == 3 - 1, "the two short dialogues are in one row"
     reader = stream.sources[0].reader
-    assert (reader.num_cut_targets, reader.num_cut_inputs) == (1, 0)
+    assert (reader.totals.cut_targets, reader.totals.cut_inputs) == (1, 0)
     encoder = DialogueEncoder(BYTES, data.corpus)
     ids = [encoder.sequences(text(dialogue))[0][0] for dialogue in DIALOGUES]
     raw_tokens, _ = reader.row_means(data.mixture[0])

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from t5x_like.config import CausalLM, MaskedLM, Objective, PrefixLM, SpanCorruption, Supervised
 from t5x_like.config.objectives import Layout
 from t5x_like.data.inspection import console_view
-from t5x_like.data.stream import packing_plan
+from t5x_like.data.stream import first_fit as fitting
+from t5x_like.data.stream import packing_planner
+from t5x_like.data.stream.first_fit import first_fit, first_fit_in_lanes, first_fit_of_first
 from t5x_like.data.stream.heldout import objective_batches
 from t5x_like.data.stream.packing import PackedRows
-from t5x_like.data.stream.packing_plan import first_fit, first_fit_in_lanes
 from t5x_like.data.stream.row_stream import TrainingStream
 from t5x_like.data.stream.unpack import segments
 from t5x_like.data.tokenizers.vocabulary import EOS_ID, NUM_SPECIAL
@@ -50,6 +51,21 @@ def test_first_fit_uses_first_open_row_that_fits(sizes: list[tuple[int, int]], o
 
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), min_size=1, max_size=60),
+    count=st.integers(1, 20),
+    open_rows=st.integers(1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_first_examples_are_those_of_the_whole_plan(sizes: list[tuple[int, int]], count: int, open_rows: int) -> None:
+    row_N = first_fit(np.array(sizes), (20, 9), open_rows)
+    whole = np.argsort(row_N, kind="stable")
+    example_M, row_M = first_fit_of_first(np.array(sizes), (20, 9), count, open_rows)
+    found = example_M[np.argsort(row_M, kind="stable")]
+    assert len(found) >= min(count, len(sizes))
+    np.testing.assert_array_equal(found, whole[: len(found)])
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), min_size=1, max_size=60),
     lanes=st.integers(1, 7),
     open_rows=st.integers(1, 5),
 )
@@ -70,11 +86,11 @@ def test_plan_in_parts_holds_each_document_once(tmp_path: Path, monkeypatch: pyt
     store = numbered_store(tmp_path / "s", sum(LENGTHS), lengths=LENGTHS)
     data = dataclasses.replace(data_config("causal_lm"), example_mode="documents")
     whole = TrainingStream([store], data, 4)
-    monkeypatch.setattr(packing_plan, "DOCUMENTS_PER_PART", 25)
-    monkeypatch.setattr(packing_plan, "LANES", 3)
+    monkeypatch.setattr(packing_planner, "DOCUMENTS_PER_PART", 25)
+    monkeypatch.setattr(fitting, "LANES", 3)
     parts = TrainingStream([store], data, 4)
     (reader,) = (source.reader for source in parts.sources)
-    assert isinstance(reader, PackedRows) and isinstance(reader.take(slice(0, 3)).row_N, np.ndarray)
+    assert isinstance(reader, PackedRows)
     assert parts.fingerprint != whole.fingerprint
     found = []
     for stream in (whole, parts):
@@ -83,7 +99,7 @@ def test_plan_in_parts_holds_each_document_once(tmp_path: Path, monkeypatch: pyt
     np.testing.assert_array_equal(*found)
     (objective,) = data.mixture
     assert reader.row_share(objective) == pytest.approx(1.0)
-    assert reader.row_means(objective)[0] * reader.num_rows == found[0].size
+    assert reader.row_means(objective)[0] * reader.num_rows == pytest.approx(found[0].size)
     store_folder = [path.name for path in tmp_path.iterdir()]
     assert store_folder == ["s"], "temporary files have no name"
 
@@ -153,8 +169,8 @@ def test_packed_pairs_equal_the_stored_pairs(tmp_path: Path, layout: Layout) -> 
     wanted = [([mode, *given[:longest], EOS_ID], [*targets, EOS_ID]) for given, targets in pairs if targets]
     assert sorted(found) == sorted(wanted)
     reader = stream.sources[0].reader
-    assert reader.num_truncated == reader.num_cut_inputs == (layout == "encoder_decoder")
-    assert reader.num_too_short == 1 and reader.num_cut_targets == 0
+    assert reader.totals.truncated == reader.totals.cut_inputs == (layout == "encoder_decoder")
+    assert reader.totals.too_short == 1 and reader.totals.cut_targets == 0
     caption = str(console_view.mixture_table(stream).caption)
     assert ("1 pairs are longer" in caption) == (layout == "encoder_decoder")
     assert "1 documents are too short" in caption
@@ -186,7 +202,7 @@ def test_pairs_are_cut_by_the_length_of_the_row(
     end = [EOS_ID] if kept[1] == lengths[1] else []
     assert stream_[scored].tolist() == [*targets[: kept[1]], *end]
     reader = stream.sources[0].reader
-    assert (reader.num_cut_inputs, reader.num_cut_targets) == (kept[0] < lengths[0], kept[1] < lengths[1])
+    assert (reader.totals.cut_inputs, reader.totals.cut_targets) == (kept[0] < lengths[0], kept[1] < lengths[1])
     ((batch,),) = [objective_batches(store, data, data.sources[0], 1, data.mixture[0], 1, split="train")]
     assert batch["main"]["decoder_loss_weights"].sum() == kept[1] + len(end)
 

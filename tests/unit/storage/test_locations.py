@@ -27,6 +27,17 @@ def test_written_files_can_be_read_listed_and_removed(tmp_path: Path, kind: str)
     assert not locations.children(root)
 
 
+def test_children_with_a_prefix_request_no_keys_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = location(f"memory://{tmp_path.name}/a")
+    for name in ("one", "two", "tx"):
+        locations.write_bytes(root / name / "file", b"")
+    listed: list[list[str]] = []
+    between = locations.keys_between
+    monkeypatch.setattr(locations, "keys_between", lambda *range_: listed.append(between(*range_)) or listed[-1])
+    assert locations.children(root, "tw") == ["two"] and listed == [["two/file"]]
+    assert locations.children(root, "none") == []
+
+
 def test_locations_of_paths_and_urls() -> None:
     assert location("runs/stores") == Path("runs/stores")
     assert location("file:///data/my%20stores") == Path("/data/my stores")

@@ -22,7 +22,7 @@ from t5x_like.config.corpus import CorpusConfig
 from t5x_like.config.tokenizer import TokenizerConfig
 from t5x_like.data.sources.validation_split import SplitRule
 from t5x_like.data.sources.work_units import WorkUnit
-from t5x_like.data.store import prepare, worker_pool
+from t5x_like.data.store import store_lock, worker_pool
 from t5x_like.data.store.shards import ShardJob
 from t5x_like.data.stream import prefetch
 from t5x_like.data.stream.prefetch import Prefetcher
@@ -103,15 +103,18 @@ def test_a_process_that_does_not_end_is_not_waited_for(monkeypatch: pytest.Monke
 def test_another_process_that_prepares_a_store_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_LOCK_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(store_lock, "_POLL_SECONDS", 0.05)
     path = tmp_path / "store"
     with open(tmp_path / "store.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         said: list[str] = []
-        with pytest.raises(SafetyError, match=r"has written nothing for 0\.5 s"), prepare._lock(path, said.append):
+        with (
+            pytest.raises(SafetyError, match=r"has written nothing for 0\.5 s"),
+            store_lock.store_lock(path, said.append),
+        ):
             pass
         assert "waiting" in said[0]
-    with prepare._lock(path, said.append):
+    with store_lock.store_lock(path, said.append):
         assert len(said) == 1
 
 
@@ -120,15 +123,15 @@ def test_a_store_that_is_finished_while_its_files_are_listed(tmp_path: Path, mon
     for name in ("a", "b"):
         (tmp_path / "store.partial" / name).mkdir(parents=True)
         (tmp_path / "store.partial" / name / "tokens").touch()
-    assert prepare._last_change(tmp_path / "store.partial") > 0
+    assert store_lock.last_change(tmp_path / "store.partial") > 0
 
     def finish(path: str) -> os.stat_result:
         monkeypatch.undo()
         shutil.move(tmp_path / "store.partial", tmp_path / "store")
         return os.stat(path)
 
-    monkeypatch.setattr(prepare.os, "stat", finish)
-    assert prepare._last_change(tmp_path / "store.partial") == 0
+    monkeypatch.setattr(store_lock.os, "stat", finish)
+    assert store_lock.last_change(tmp_path / "store.partial") == 0
     assert (tmp_path / "store").is_dir()
 
 
