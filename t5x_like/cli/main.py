@@ -136,6 +136,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         say("t5x-like: the reader of the output closed the pipe", file=sys.stderr)
         return EXIT_BROKEN_PIPE
+    except Exception as found:
+        fault = _fault_error(found)
+        if fault is None:
+            raise
+        say(f"t5x-like: {fault}", file=sys.stderr)
+        return fault.exit_code
+
+
+def _fault_error(error: Exception) -> UserError | None:
+    """Return the error for the user if `error` is a fault of a machine, a connection or a storage; None otherwise."""
+    # Without jax, only the operating system reports faults. To import jax would take longer than most such commands.
+    if "jax" not in sys.modules and not isinstance(error, OSError):
+        return None
+    from t5x_like.distributed.startup import translate_error
+
+    translated = translate_error(error)
+    return translated if isinstance(translated, UserError) else None
 
 
 @contextlib.contextmanager

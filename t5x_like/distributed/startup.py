@@ -238,8 +238,10 @@ def translate_error(error: BaseException) -> BaseException:
     ended = None if _exit_broadcast is None or not fault.restart else _exit_broadcast.first(_ANNOUNCEMENT_SECONDS)
     if ended is not None:
         return RemoteProcessError(f"process {ended[0]} reports the reason", ended[1])
-    advice = "The same command resumes from the last checkpoint." if fault.restart else "The last checkpoint is intact."
-    return FaultError(f"process {jax.process_index()}: {fault.name} ({_first_line(error)}). {advice}", fault)
+    advice = "The same command resumes." if fault.restart else "What was saved before is intact."
+    # A command without other processes may not have asked for devices, and must not do it now.
+    process = "" if _exit_broadcast is None else f"process {jax.process_index()}: "
+    return FaultError(f"{process}{fault.name} ({_first_line(error)}). {advice}", fault)
 
 
 def _fault_of(error: BaseException) -> Fault | None:

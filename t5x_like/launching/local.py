@@ -26,16 +26,13 @@ from typing import IO, Any
 from t5x_like.distributed.cluster_detection import DEFAULT_PORT
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_TERMINATED, RESTART_CODES, UserError
 from t5x_like.launching.job import Job
-from t5x_like.launching.restart_loop import RestartLoop, forwarded_signals
+from t5x_like.launching.restart_loop import KILL_SECONDS, RestartLoop, forwarded_signals, process_state
 from t5x_like.utils.sanitize import say
 
 EXIT_GRACE_SECONDS = 10.0
 """Time for the other processes to exit by themselves after one has failed, with their own messages."""
 RESUMABLE_EXIT_GRACE_SECONDS = 120.0
 """The same after a process has stopped on request, when the others may still be saving."""
-KILL_SECONDS = 60.0
-"""Time after which a process that was killed and has not ended, or whose first thread alone has ended, is given up: a
-thread of it waits in the kernel, usually for a disk that does not answer."""
 RESTART_DELAY_SECONDS = 1.0
 """Delay before the first restart. All processes have ended by then."""
 _PR_SET_PDEATHSIG = 1
@@ -68,7 +65,8 @@ def launch_local(
 
     Returns:
       0 if all processes succeed; otherwise the exit code of the first that fails, 128 + the signal's number if a signal
-      ended it. EXIT_RESUMABLE, without a restart here, if a process cannot be ended.
+      ended it. If a process cannot be ended, there is no restart here, and the code is EXIT_RESUMABLE unless another
+      process has failed before.
 
     Raises:
       UserError: The log directory cannot be created; nothing was started.
@@ -214,7 +212,7 @@ class _ProcessGroup:
                 half_ended = {
                     index: half_ended.get(index, time.monotonic())
                     for index in left
-                    if _state(self._processes[index].pid) == "Z"
+                    if process_state(self._processes[index].pid) == "Z"
                 }
                 is_killed = given_up_at < float("inf")
                 if half_ended and not is_killed and time.monotonic() > min(half_ended.values()) + KILL_SECONDS:
@@ -253,7 +251,7 @@ class _ProcessGroup:
     def kill(self, *, only_stopped: bool = False) -> None:
         """Kill the remaining processes, or only those that a signal has stopped, and all processes of theirs."""
         for process in self._processes:
-            if process.poll() is None and (not only_stopped or _state(process.pid) in ("T", "t")):
+            if process.poll() is None and (not only_stopped or process_state(process.pid) in ("T", "t")):
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)
 
@@ -265,14 +263,6 @@ class _ProcessGroup:
 def _report(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         say(f"t5x-like launch: {text}", file=sys.stderr, flush=True)
-
-
-def _state(pid: int) -> str | None:
-    """Return the state of the first thread of a process, as `ps` shows it; None if it cannot be read."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return None
 
 
 def _create(log_dir: Path) -> None:

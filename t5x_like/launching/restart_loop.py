@@ -21,13 +21,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from t5x_like.errors import EXIT_REFUSED, RESTART_CODES
+from t5x_like.errors import EXIT_REFUSED, EXIT_RESUMABLE, RESTART_CODES
 
 RESTART_DELAY_SECONDS = 10.0
 """Delay before a restart, so that the processes on other machines have noticed the end too."""
 MAX_DELAY_SECONDS = 300.0
 """Longest delay: each run shorter than STABLE_SECONDS doubles the delay before the next one."""
 STABLE_SECONDS = 600.0
+KILL_SECONDS = 60.0
+"""Time after which a process whose first thread alone has ended is killed, and one that was killed is given up: a
+thread of it waits in the kernel, usually for a disk that does not answer."""
+_POLL_SECONDS = 1.0
 
 
 class RestartLoop:
@@ -114,9 +118,36 @@ class Supervisor:
         self._child = subprocess.Popen(self._command, start_new_session=True)
         if self._loop.is_stopped:
             self._child.terminate()
-        code = self._child.wait()
+        code = self._wait(self._child)
         self._child = None
         return 128 - code if code < 0 else code
+
+    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        """Return the exit code of the command, which runs as long as it takes; EXIT_RESUMABLE if it cannot end."""
+        half_ended: float | None = None
+        is_killed = False
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(timeout=_POLL_SECONDS)
+            # Such a process has called exit, and its exit code is not available before its last thread ends.
+            if process_state(child.pid) != "Z":
+                half_ended = None
+                continue
+            half_ended = half_ended or time.monotonic()
+            if is_killed and time.monotonic() > half_ended + 2 * KILL_SECONDS:
+                # It still holds the devices: another start beside it would fail.
+                self._loop.stop()
+                _report(f"process {child.pid} cannot be killed; restart this machine, and run the same command again")
+                return EXIT_RESUMABLE
+            if not is_killed and time.monotonic() > half_ended + KILL_SECONDS:
+                _report(f"killing process {child.pid}, not all threads of which have ended")
+                is_killed = True
+                self._kill(child)
+
+    @staticmethod
+    def _kill(child: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
 
     def _stop(self, number: int) -> None:
         self._loop.stop()
@@ -146,6 +177,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         restart_codes=options.restart_on,
         seconds=options.restart_delay,
     ).run()
+
+
+def process_state(pid: int) -> str | None:
+    """Return the state of the first thread of a process, as `ps` shows it; None if it cannot be read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
 
 
 def _is_running(pid_file: Path) -> bool:

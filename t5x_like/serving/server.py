@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections.abc import Sequence
@@ -185,15 +186,18 @@ def _bind(config: Any) -> Any:
 
 
 def _run(server: Any, socket: Any, batcher: Batcher) -> int:
-    """Serve HTTP in this thread and decode in another one. When one of them ends, the other one is ended."""
+    """Serve HTTP in this thread and decode in another one. When one of them ends, the other one is ended.
+
+    Raises the error that ended the decoding.
+    """
     host, port = socket.getsockname()[:2]
     say(f"http://{host}:{port}/v1/completions", flush=True)
 
     def decode() -> None:
-        try:
+        # The error is kept in `batcher.failure`.
+        with contextlib.suppress(BaseException):
             batcher.run()
-        finally:
-            server.should_exit = True
+        server.should_exit = True
 
     thread = threading.Thread(target=decode, name="decode", daemon=True)
     thread.start()
@@ -204,4 +208,6 @@ def _run(server: Any, socket: Any, batcher: Batcher) -> int:
         has_ended = end_thread(thread)
     if not has_ended:
         say(f"t5x-like: a decoding step did not end within {CLEANUP_SECONDS:g} s after the shutdown", file=sys.stderr)
-    return EXIT_OK if has_ended and batcher.failure is None else EXIT_UNEXPECTED
+    if batcher.failure is not None:
+        raise batcher.failure
+    return EXIT_OK if has_ended else EXIT_UNEXPECTED

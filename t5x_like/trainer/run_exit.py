@@ -97,7 +97,8 @@ def recorded_exit(workdir: Path) -> Iterator[RunExit]:
         ending.forget_previous()
         yield ending
     except BaseException as error:
-        ending.failed(error)
+        startup = sys.modules.get("t5x_like.distributed.startup")
+        ending.failed(error if startup is None else startup.translate_error(error))
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -15,10 +15,26 @@ from pathlib import Path
 import pytest
 from helpers import evaluated_run
 
+from t5x_like.errors import EXIT_RESUMABLE
+
 pytestmark = pytest.mark.slow
 
 STEPS = (3, 5, 8)
 TESTS = Path(__file__).parents[1]
+ECC = "INTERNAL: CUDA error: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered"
+# The command line, in a process whose device fails when the parameters of the model are loaded.
+FAILING_DEVICE = """
+import sys
+import jax
+from t5x_like import model_loading
+from t5x_like.cli.main import entry
+
+def fail(*arguments, **options):
+    raise jax.errors.JaxRuntimeError(MESSAGE)
+
+model_loading.LoadedModel.params = fail
+entry()
+"""
 TASK = ("--task", "reverse", "--module", "helpers.evaluated_run", "--no-intervals")
 
 
@@ -27,10 +43,14 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return evaluated_run.make(tmp_path_factory.mktemp("evaluated"), STEPS)
 
 
-def started(*arguments: str) -> subprocess.Popen[bytes]:
+def environment() -> dict[str, str]:
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([sys.executable, "-m", "t5x_like", *arguments], env=environment, stdout=subprocess.DEVNULL)
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+
+
+def started(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "t5x_like", *arguments]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
 
 
 def killed_when(condition: Callable[[], bool], *arguments: str) -> bool:
@@ -108,6 +128,16 @@ def test_each_row_and_each_step_is_computed_once_despite_kills(run_dir):
     uninterrupted = json.loads(output.read_text())
     checks = ("previous_step", "crc32")  # Of the line in evaluations.jsonl.
     assert uninterrupted == {name: value for name, value in result[1].items() if name not in checks}
+
+
+@pytest.mark.parametrize("command", [["eval"], ["generate", "--prompt", "red green"]], ids=["eval", "generate"])
+def test_failed_device_ends_a_command_with_the_code_of_a_restart(run_dir: Path, command: list[str]) -> None:
+    code = FAILING_DEVICE.replace("MESSAGE", repr(ECC))
+    argv = [sys.executable, "-c", code, command[0], str(run_dir), *command[1:]]
+    result = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == EXIT_RESUMABLE, result.stderr
+    assert f"t5x-like: a device failed ({ECC}). The same command resumes." in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.harness

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import fault_plugin
 from helpers.fault_runs import (
     LAST_STEP,
     RECIPE,
@@ -322,4 +324,20 @@ def test_revoked_permission_ends_the_run_which_resumes_with_it(
     assert "Permission denied" in output and "Traceback" not in output
     (workdir / "checkpoints").chmod(0o700)
     finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in fault_plugin.SYSTEM_CALLS, reason="the system calls are not known")
+def test_exceeded_quota_ends_the_run_which_resumes(
+    workspace: Workspace, tmp_path: Path, uninterrupted: Callable[[str], Path]
+):
+    """The kernel refuses the writes of a save, as a file system does whose quota is exceeded."""
+    workdir = tmp_path / "run"
+    (workspace.directory / fault_plugin.FAULTS).write_text(json.dumps([[20, fault_plugin.QUOTA]]))
+    output = finish(workspace.train(workdir, recipe="faulty"), code=EXIT_REFUSED)
+    assert "Disk quota exceeded" in output[output.rindex("t5x-like: ") :] and "Traceback" not in output
+    assert json.loads((workdir / "exit.json").read_text())["code"] == EXIT_REFUSED
+    assert newest(workdir) == 16
+    finish(workspace.train(workdir, recipe="faulty"))
     assert_same_end(workdir, uninterrupted("recipe"))

@@ -47,7 +47,6 @@ ALLOWED = {
     "distributed/startup.py": {"jax.distributed.shutdown()": "jax's own limit, and timeouts.start"},
     "kernels/expert_dispatch.py": {"x.at[order].get(unique_indices=True, mode='promise_in_bounds')": NO_WAIT},
     "launching/local.py": {"group.wait()": RUN, "process.wait()": RUN},
-    "launching/restart_loop.py": {"self._child.wait()": RUN},
     "serving/app.py": {
         "completion.chunks.get()": "--timeout of the request",
         "merged.get()": "--timeout of the request",

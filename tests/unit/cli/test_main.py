@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from helpers.config_examples import REPOSITORY, changed, example
 
@@ -34,6 +36,7 @@ HEAVY = (
     "pyarrow",
     "numpy",
 )
+ECC = "INTERNAL: CUDA error: CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered"
 COMMANDS = ("train", "prepare", "inspect", "eval", "generate")
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -278,19 +281,30 @@ def test_exit_codes_are_in_the_documentation() -> None:
         (DataError("no text"), 2, "t5x-like: no text"),
         (SafetyError("another run"), 3, "t5x-like: another run"),
         (KeyboardInterrupt(), 130, "t5x-like: interrupted"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            3,
+            f"t5x-like: no space is left on a disk ([Errno {errno.EDQUOT}] Disk quota exceeded). What was saved before "
+            "is intact.",
+        ),
+        (jax.errors.JaxRuntimeError(ECC), 42, f"t5x-like: a device failed ({ECC}). The same command resumes."),
     ],
 )
 def test_errors_of_the_user_become_exit_codes(
     config: str,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     raised: BaseException,
     code: int,
     message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     fake(monkeypatch, "t5x_like.trainer.train", "train", result=raised)
     assert main(["train", config]) == code
     assert capsys.readouterr().err == f"{message}\n"
+    (record,) = Path("runs").glob("*/exit.json")
+    assert json.loads(record.read_text())["code"] == code
 
 
 def test_unexpected_error_prints_a_traceback_and_exits_with_1(tmp_path: Path) -> None:

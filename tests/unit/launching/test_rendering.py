@@ -21,9 +21,9 @@ from t5x_like.cli import train
 from t5x_like.cli.arguments import process_flags
 from t5x_like.cli.main import main
 from t5x_like.distributed.cluster_detection import detect_cluster
-from t5x_like.errors import EXIT_CODES, RESTART_CODES, ConfigError
+from t5x_like.errors import EXIT_CODES, EXIT_RESUMABLE, RESTART_CODES, ConfigError
 from t5x_like.hardware.topologies import ACCELERATORS, Topology, parse_topology
-from t5x_like.launching import accelerator_names, gke, skypilot, slurm, tpu_vm
+from t5x_like.launching import accelerator_names, gke, restart_loop, skypilot, slurm, tpu_vm
 from t5x_like.launching.executor import execute
 from t5x_like.launching.job import Job, resource_name
 from t5x_like.launching.rendering import Rendering, Step, to_text
@@ -158,6 +158,37 @@ def test_delay_doubles_until_a_run_has_lasted(monkeypatch: pytest.MonkeyPatch) -
     lengths = iter([5.0] * 7 + [1000.0, 5.0, 5.0])
     assert loop.run(lambda: once(lengths)) == 42
     assert delays == [10, 20, 40, 80, 160, 300, 300, 10, 10]
+
+
+# As when a thread waits in the kernel for a disk: the first thread has ended, and another one has not.
+ENDS_BY_HALF = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the state of a process is read from /proc")
+@pytest.mark.parametrize("can_be_killed", [True, False])
+def test_restart_loop_kills_or_gives_up_a_command_that_has_not_ended_completely(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], can_be_killed: bool
+) -> None:
+    monkeypatch.setattr(restart_loop, "KILL_SECONDS", 1.0 if can_be_killed else 0.2)
+    monkeypatch.setattr(restart_loop, "_POLL_SECONDS", 0.05)
+    kill, given_up = Supervisor._kill, []
+    if not can_be_killed:
+        monkeypatch.setattr(Supervisor, "_kill", staticmethod(given_up.append))
+    command = [sys.executable, "-c", ENDS_BY_HALF]
+    code = Supervisor(command, max_restarts=1, restart_codes=(EXIT_RESUMABLE,), seconds=0).run()
+    output = capfd.readouterr().err
+    assert "killing process" in output and "restart 1" not in output
+    if can_be_killed:
+        assert code == 128 + signal.SIGKILL and "cannot be killed" not in output
+    else:
+        # It is not started again beside the process that still runs.
+        assert code == EXIT_RESUMABLE and "cannot be killed" in output
+        kill(given_up[0])
+        given_up[0].wait(60)
 
 
 def test_restart_loop_forwards_signals_and_refuses_a_second_instance(tmp_path: Path) -> None:
