@@ -55,6 +55,11 @@ class Progress:
             self._console.print(Text(f"step {self._step}/{self._total}  {text}"), soft_wrap=True)
         self._status = text
 
+    def note(self, text: str) -> None:
+        """Print a line that stays, such as the scores of an evaluation, and clear the status."""
+        self._console.print(Text(f"step {self._step}/{self._total}  {visible(text)}"), soft_wrap=True)
+        self._status = ""
+
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()

@@ -44,6 +44,7 @@ from t5x_like.trainer.row_record import RowRecord
 from t5x_like.trainer.step_guard import StepGuard
 from t5x_like.training.guard import all_finite
 from t5x_like.training.norms import is_empty_norm
+from t5x_like.utils.formatting import number
 
 MAX_IN_FLIGHT_STEPS = 4
 """Number of steps that the host may be ahead of the device. Their batches wait in the device's memory."""
@@ -198,8 +199,11 @@ class TrainSession:
                 )
             require_metrics(self.run, result)
             self.evaluated = self.step
-            self.callbacks.evaluation(self.step, scalars(result))
-        self.progress.status(f"evaluated step {self.step}")
+            scores = scalars(result)
+            self.callbacks.evaluation(self.step, scores)
+        # The perplexity is a function of the loss.
+        shown = [f"{name} {number(value)}" for name, value in scores.items() if not name.startswith("perplexity/")]
+        self.progress.note(f"evaluated step {self.step}: {', '.join(shown)}")
 
     def stops_early(self) -> bool:
         """Return whether the run ends after the evaluation of this step; `early_stop` then has the reason."""

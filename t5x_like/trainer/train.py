@@ -202,7 +202,7 @@ def _train(run: RunConfig, record: RunRecord, stop: StopRequest, end: RunExit) -
 
 def _report(workdir: Path) -> None:
     try:
-        write_report(workdir)
+        say(f"report: {write_report(workdir)}")
     except Exception:
         # The run is saved: a failure to write its report must not make the run a failure.
         _LOG.exception("%s: the run is complete, but its report could not be written", workdir)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import time
 from pathlib import Path
@@ -19,14 +21,16 @@ from t5x_like.config import (
     ul2,
 )
 from t5x_like.data.store.prepare import prepare
+from t5x_like.evaluation.results_store import scalars
 from t5x_like.trainer.train import train
+from t5x_like.utils.formatting import number
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """Return a finished UL2 run on the language reference and its wall-clock seconds."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, str]:
+    """Return a finished UL2 run on the language reference, its wall-clock seconds and what it has printed."""
     root = tmp_path_factory.mktemp("training")
     run = small_run(
         root,
@@ -50,11 +54,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     )
     prepare(run.data, report=lambda line: None)
     start = time.monotonic()
-    assert train(run, root / "run") == 0
-    return root / "run", time.monotonic() - start
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert train(run, root / "run") == 0
+    return root / "run", time.monotonic() - start, output.getvalue()
 
 
-def test_the_loss_of_every_denoiser_falls(finished: tuple[Path, float]) -> None:
+def test_the_loss_of_every_denoiser_falls(finished: tuple[Path, float, str]) -> None:
     records = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [40, 80, 120, 160]
     denoisers = [name for name in records[0] if name.startswith("loss/")]
@@ -63,14 +68,25 @@ def test_the_loss_of_every_denoiser_falls(finished: tuple[Path, float]) -> None:
         assert records[-1][name] < records[0][name] - 0.3, name
 
 
-def test_held_out_text_takes_fewer_bits_than_its_byte_entropy(finished: tuple[Path, float]) -> None:
+def test_held_out_text_takes_fewer_bits_than_its_byte_entropy(finished: tuple[Path, float, str]) -> None:
     scores = json.loads((finished[0] / "evaluation.json").read_text())
     assert scores["step"] == 160
     assert scores["prefix_lm"]["bits_per_byte"] < scores["baselines"]["byte_entropy_bits_per_byte"]
 
 
-def test_times_sum_to_the_wall_clock_and_speed_is_computed_from_it(finished: tuple[Path, float]) -> None:
-    directory, seconds = finished
+def test_scores_of_each_evaluation_and_the_place_of_the_report_are_printed(finished: tuple[Path, float, str]) -> None:
+    run_dir, _, output = finished
+    evaluations = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [evaluation["step"] for evaluation in evaluations] == [80, 160]
+    for evaluation in evaluations:
+        (line,) = [line for line in output.splitlines() if f"evaluated step {evaluation['step']}:" in line]
+        for name, value in scalars(evaluation).items():
+            assert name.startswith("perplexity/") or f"{name} {number(value)}" in line
+    assert f"report: {run_dir / 'report.html'}" in output and (run_dir / "report.html").exists()
+
+
+def test_times_sum_to_the_wall_clock_and_speed_is_computed_from_it(finished: tuple[Path, float, str]) -> None:
+    directory, seconds, _ = finished
     spent = json.loads((directory / "exit.json").read_text())["seconds"]
     assert sum(spent.values()) == pytest.approx(seconds, rel=0.25)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -78,6 +94,6 @@ def test_times_sum_to_the_wall_clock_and_speed_is_computed_from_it(finished: tup
     assert stepping == pytest.approx(spent["step"] + spent["data_wait"], rel=0.1)
 
 
-def test_time_since_the_last_save_makes_a_save_due_at_the_end_of_an_interval(finished: tuple[Path, float]) -> None:
+def test_time_since_the_last_save_makes_a_save_due_at_the_end_of_an_interval(finished: tuple[Path, float, str]) -> None:
     saved = {path.name for path in (finished[0] / "checkpoints").iterdir() if path.name.isdecimal()}
     assert saved == {"40", "80", "120", "160"}
