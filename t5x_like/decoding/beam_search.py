@@ -172,7 +172,7 @@ def search_batch(
             done_R=batch["limits"] < 1,
             # Prompt r has the rows r B to r B + B - 1, an order that `_gather_beams` and the reshapes to [R, B] rely
             # on.
-            cache=jax.tree.map(lambda leaf: jnp.take(leaf, prompt_of_beam, axis=0), cache),
+            cache=cache.for_beams(search.size),
             selection_state=token_selection.reorder(selection_state, prompt_of_beam),
         )
         selection = _repeat_for_beams(selection, prompt_of_beam)
@@ -276,14 +276,11 @@ def _extend(
     )
 
     def take_parents(leaf: Array) -> Array:
-        # Children continue their parent's text, so they need the cache and the penalties of the parent.
+        # Children continue their parent's text, so they need the penalties of the parent.
         by_prompt = leaf.reshape(rows, size, *leaf.shape[1:])
         return _gather_beams(by_prompt, parent_RxB).reshape(leaf.shape)
 
-    # The encoder's keys and values are equal for all beams of a prompt, so only the decoder's are reordered.
-    cache = state.cache._replace(
-        lengths=take_parents(state.cache.lengths), layers=jax.tree.map(take_parents, state.cache.layers)
-    )
+    cache = state.cache.follow_beams(parent_RxB)
     selection_state = token_selection.advance(
         next_RxB.reshape(-1), selection, jax.tree.map(take_parents, state.selection_state)
     )

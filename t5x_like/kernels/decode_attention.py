@@ -7,7 +7,7 @@ concatenated. This kernel is used for decoding steps whatever attention backend 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,12 +19,15 @@ from t5x_like.kernels.attention_masks import DenseMask
 class KVSegment(NamedTuple):
     """Cached keys and values with their mask.
 
+    A segment may have P rows side by side for each row of the queries, P B in all: a query then attends to the keys of
+    all P rows. Beam search needs this, whose queries find parts of their past in the rows of other beams.
+
     Attributes:
-      keys: [B, G, K, h]; float, or int8 with scales.
-      values: [B, G, K, h]; float, or int8 with scales.
-      key_scales: float32 [B, G, K], or None for floats.
-      value_scales: float32 [B, G, K], or None for floats.
-      mask: Mask [1 or B, 1, 1 or Q, K] and bias [1 or B, H, Q, K]; either may be None.
+      keys: [P B, G, K, h]; float, or int8 with scales.
+      values: [P B, G, K, h]; float, or int8 with scales.
+      key_scales: float32 [P B, G, K], or None for floats.
+      value_scales: float32 [P B, G, K], or None for floats.
+      mask: Mask [1 or P B, 1, 1 or Q, K] and bias [1 or P B, H, 1 or Q, K]; either may be None.
     """
 
     keys: Array
@@ -57,28 +60,40 @@ def attend(q_BxQxHxh: Array, segments: Sequence[KVSegment], *, scale: float, sof
     q = jnp.swapaxes(q, 1, 2).reshape(batch, kv_heads, heads // kv_heads * q_length, head_dim)
 
     # One softmax over all segments: the maximum of all scores, then sums over the segments.
-    scores = [_scores(q, segment, q_length, softcap) for segment in segments]
+    scores = [_scores(_repeated(q, segment), segment, q_length, softcap) for segment in segments]
     # Without the subtraction of the maximum, exp overflows float32 for scores above 88.
-    maximum = jnp.max(scores[0], axis=-1, keepdims=True)
+    maximum = _over_rows(jnp.max, jnp.max(scores[0], axis=-1, keepdims=True), batch)
     for segment_scores in scores[1:]:
-        maximum = jnp.maximum(maximum, jnp.max(segment_scores, axis=-1, keepdims=True))
+        maximum = jnp.maximum(maximum, _over_rows(jnp.max, jnp.max(segment_scores, axis=-1, keepdims=True), batch))
     total = jnp.zeros_like(maximum)
     weighted = jnp.zeros(q.shape, jnp.float32)
     for segment_scores, segment in zip(scores, segments, strict=True):
         # The maximum is that of all segments, so the exponentials of different segments have one scale and can be
         # added.
-        weights = jnp.exp(segment_scores - maximum)
-        total = total + jnp.sum(weights, axis=-1, keepdims=True)
+        weights = jnp.exp(segment_scores - _repeated(maximum, segment))
+        total = total + _over_rows(jnp.sum, jnp.sum(weights, axis=-1, keepdims=True), batch)
         if segment.value_scales is not None:
             # Scale the weights, one number per key, and not the values, head_dim numbers per key.
             weights = weights * segment.value_scales[:, :, None]
         values = segment.values.astype(dtype)
-        weighted = weighted + jnp.einsum(
-            "bgmk,bgkh->bgmh", weights.astype(dtype), values, preferred_element_type=jnp.float32
-        )
+        mixed = jnp.einsum("bgmk,bgkh->bgmh", weights.astype(dtype), values, preferred_element_type=jnp.float32)
+        weighted = weighted + _over_rows(jnp.sum, mixed, batch)
     # Dividing the weighted sum at the end takes h divisions per query instead of K.
     out = (weighted / total).astype(dtype).reshape(batch, heads, q_length, head_dim)
     return jnp.swapaxes(out, 1, 2)
+
+
+def _repeated(x_Bx: Array, segment: KVSegment) -> Array:
+    """Return [P B, ...], a row of [B, ...] for each row of the segment."""
+    count = segment.keys.shape[0] // x_Bx.shape[0]
+    if count == 1:
+        return x_Bx
+    return jnp.broadcast_to(x_Bx[:, None], (x_Bx.shape[0], count, *x_Bx.shape[1:])).reshape(-1, *x_Bx.shape[1:])
+
+
+def _over_rows(reduce: Callable[..., Array], x: Array, batch: int) -> Array:
+    """Return [B, ...], [P B, ...] reduced over the P rows of each query."""
+    return x if x.shape[0] == batch else reduce(x.reshape(batch, -1, *x.shape[1:]), axis=1)
 
 
 def _scores(q_BxGxMxh: Array, segment: KVSegment, q_length: int, softcap: float | None) -> Array:

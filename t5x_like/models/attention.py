@@ -190,17 +190,40 @@ class Attention(nnx.Module):
         *,
         cos_sin: CosSin | None = None,
         distances: Distances | None = None,
+        beams: Array | None = None,
     ) -> Array:
         """Return the output of attention over cached keys and values, [B, T, d].
 
-        Several caches share one softmax. `distances` belong to the first one.
+        Several caches share one softmax. `distances` belong to the first one. A cache may have one row for several rows
+        of the queries, side by side, if T is 1: the beams of a prompt.
+
+        Args:
+          query_BxTxHxh: Queries as the projection returns them.
+          caches: Keys and values with their masks; that of the first one is by row of the queries.
+          cos_sin: Rotary positions of the queries, or None.
+          distances: Relative positions of disentangled attention, or None.
+          beams: Table of the first cache in a beam search (`KVCache.beams`), or None.
         """
         # Only disentangled positions read the keys themselves; all others leave them in the cache's type.
-        keys = None if distances is None else caches[0][0].dequantize(query_BxTxHxh.dtype)[0]
+        keys = None
+        if distances is not None:
+            keys = caches[0][0].dequantize(query_BxTxHxh.dtype)[0]
+            if beams is not None:
+                # Their bias depends on the keys themselves: those of each beam's own past.
+                by_prompt = keys.reshape(*beams.shape, *keys.shape[2:])
+                keys = jnp.take_along_axis(by_prompt, beams[..., None, None], axis=1).reshape(keys.shape)
         query, bias = self._position_query(query_BxTxHxh, cos_sin, distances, keys)
+        shape = query.shape
+        prompts = caches[-1][0].keys.shape[0] if beams is None else beams.shape[0]
+        if prompts != shape[0]:
+            # The beams of a prompt are queries of one row, which read the prompt's keys together.
+            query = query.reshape(prompts, -1, *shape[2:])
         segments = [KVSegment(*cache, mask if bias is None else DenseMask(bias, mask.mask)) for cache, mask in caches]
+        if beams is not None:
+            segments[0] = segments[0]._replace(mask=_mask_of_beams(segments[0].mask, beams))
         config = self.config
-        return self.out(attend(query, segments, scale=attention_scale(config), softcap=config.attention_softcap))
+        attended = attend(query, segments, scale=attention_scale(config), softcap=config.attention_softcap)
+        return self.out(attended.reshape(shape))
 
     def _position_query(
         self, query: Array, cos_sin: CosSin | None, distances: Distances | None, keys: Array | None
@@ -235,3 +258,26 @@ class Attention(nnx.Module):
         # Position to content: the key's score with the same bucket, found in the transposed array [B, H, K, Q].
         from_position = jnp.take_along_axis(key_scores, jnp.swapaxes(buckets, 2, 3), axis=3)
         return attention_scale(self.config) * (to_position + jnp.swapaxes(from_position, 2, 3))
+
+
+def _mask_of_beams(own: DenseMask, beams_RxBxK: Array) -> DenseMask:
+    """Return the mask of the B beams of R prompts, as queries of a prompt, over the slots of all rows of the prompt.
+
+    Args:
+      own: Mask [R B, 1, 1, K] and bias [1 or R B, H, 1, K] of each beam over slots. The tokens in a slot have the same
+        position in all rows of a prompt.
+      beams_RxBxK: `KVCache.beams`.
+
+    Returns:
+      Mask [R B, 1, B, K] and bias [1 or R B, H, B, K]: rows of the cache, beams, slots.
+    """
+    prompts, count, slots = beams_RxBxK.shape
+    seen_RxCxBxK = beams_RxBxK[:, None] == jnp.arange(count)[:, None, None]
+    if own.mask is not None:
+        seen_RxCxBxK &= jnp.broadcast_to(own.mask, (prompts * count, 1, 1, slots)).reshape(prompts, 1, count, slots)
+    bias = own.bias
+    if bias is not None and bias.shape[0] > 1:
+        heads = bias.shape[1]
+        by_prompt = jnp.swapaxes(bias.reshape(prompts, 1, count, heads, slots), 2, 3)
+        bias = jnp.broadcast_to(by_prompt, (prompts, count, heads, count, slots)).reshape(-1, heads, count, slots)
+    return DenseMask(bias, seen_RxCxBxK.reshape(-1, 1, count, slots))

@@ -34,6 +34,7 @@ class LayerInputs:
       cross_mask: Mask of the cross-attention.
       lengths: int32 [B], tokens of each row that are in the cache already, in a decoding step; else None.
       valid: bool [B, L], False for padding, which experts ignore; None: no padding.
+      beams: Table of the self-attention's cache in a beam search (`KVCache.beams`), else None.
       is_first: bool scalar if the attention of the first layer has no norm before it, else None.
     """
 
@@ -45,6 +46,7 @@ class LayerInputs:
     cross_mask: Mask | None = None
     lengths: Array | None = None
     valid: Array | None = None
+    beams: Array | None = None
     is_first: Array | None = None
 
 
@@ -163,7 +165,9 @@ class Block(nnx.Module):
         if self.is_merged:
             assert cross is not None and isinstance(shared.cross_mask, DenseMask)
             caches.append((cross, shared.cross_mask))
-        branch = self.self_attention.attend_to_cache(query, caches, cos_sin=shared.cos_sin, distances=shared.distances)
+        branch = self.self_attention.attend_to_cache(
+            query, caches, cos_sin=shared.cos_sin, distances=shared.distances, beams=shared.beams
+        )
         x_BxTxd = self._add_branch(x_BxTxd, branch, "self_attention", None)
 
         if self.has_cross_attention:

@@ -8,6 +8,7 @@ length is enough to undo its last tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -90,7 +91,7 @@ class LayerCache(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Cache of a decoder: a pytree of fixed shapes whose arrays all have the row as dimension 0.
+    """Cache of a decoder: a pytree of fixed shapes whose arrays, except `beams`, have the row as dimension 0.
 
     Attributes:
       lengths: int32 [B], number of tokens of each row. Reducing it undoes the last tokens, up to the widest step that
@@ -98,12 +99,16 @@ class KVCache(NamedTuple):
       layers: Cache of each decoder layer.
       cross: Keys and values of the encoder's states for each layer, or None without an encoder.
       encoder_segment_ids: int32 [B, S], 0 for padding, or None.
+      beams: None but in a beam search, whose rows are the beams of R prompts, side by side: number of slots of a layer
+        K -> int32 [R, beams, K], the beam of the same prompt in whose row the token lies that a beam has in a slot. The
+        encoder's arrays then have a row per prompt. Tokens stay where they were written when beams are exchanged.
     """
 
     lengths: Array
     layers: tuple[LayerCache, ...]
     cross: tuple[LayerCache, ...] | None = None
     encoder_segment_ids: Array | None = None
+    beams: Mapping[int, Array] | None = None
 
     @property
     def rows(self) -> int:
@@ -129,6 +134,36 @@ class KVCache(NamedTuple):
             return cache
         cross, ids = jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=0), (self.cross, self.encoder_segment_ids))
         return cache._replace(cross=cross, encoder_segment_ids=ids)
+
+    def for_beams(self, count: int) -> KVCache:
+        """Return the cache of a beam search in which each row has become `count` equal ones."""
+
+        def repeated(leaf: Array) -> Array:
+            return jnp.repeat(leaf, count, axis=0)
+
+        own = jnp.arange(count, dtype=jnp.int32)[:, None]
+        sizes = {layer.size for layer in self.layers}
+        return self._replace(
+            lengths=repeated(self.lengths),
+            layers=jax.tree.map(repeated, self.layers),
+            beams={size: jnp.broadcast_to(own, (self.rows, count, size)) for size in sizes},
+        )
+
+    def follow_beams(self, parents_RxB: Array) -> KVCache:
+        """Return the cache in which each beam has the tokens of a beam of the same prompt, before its next token.
+
+        No token is moved. The next token of each beam is written to the beam's own row.
+        """
+        assert self.beams is not None
+        prompts, count = parents_RxB.shape
+        own = jnp.arange(count, dtype=jnp.int32)[None, :, None]
+        lengths = jnp.take_along_axis(self.lengths.reshape(prompts, count), parents_RxB, axis=1)
+        beams = {}
+        for size, table in self.beams.items():
+            inherited = jnp.take_along_axis(table, parents_RxB[:, :, None], axis=1)
+            is_next = jnp.arange(size) == (lengths % size)[:, :, None]
+            beams[size] = jnp.where(is_next, own, inherited)
+        return self._replace(lengths=lengths.reshape(-1), beams=beams)
 
     def insert_rows(self, row: Array | int, other: KVCache) -> KVCache:
         """Return the cache with the rows of `other` written from row `row` on; both differ in the number of rows

@@ -202,6 +202,9 @@ class Stack(nnx.Module):
                 inputs_of_kind[kind] = self._step_inputs(
                     kind, cache.lengths, positions, layer_cache.size, valid, dense_cross_mask
                 )
+                if cache.beams is not None:
+                    beams = cache.beams[layer_cache.size]
+                    inputs_of_kind[kind] = dataclasses.replace(inputs_of_kind[kind], beams=beams)
         layers = []
         for number, (block, kind, layer_cache) in enumerate(zip(self.blocks(), kinds, cache.layers, strict=True)):
             inputs = inputs_of_kind[kind]

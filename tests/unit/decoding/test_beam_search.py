@@ -3,18 +3,21 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import decoding_examples as tiny
 
-from t5x_like.config import ShardingConfig
+from t5x_like.config import ModelConfig, ShardingConfig, StackConfig
 from t5x_like.decoding.beam_search import BeamSearch
 from t5x_like.decoding.constrained import Constraints
+from t5x_like.decoding.decode_loop import read_prompts
 from t5x_like.decoding.engine import beam_tokens, generate_tokens
 from t5x_like.decoding.log_likelihood import score_tokens
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.stop_strings import compile_stop_strings
 from t5x_like.errors import ConfigError, DataError
+from t5x_like.models.factory import abstract_model, bind_params
 from t5x_like.program import build_program
 
 EOS = 1
@@ -192,3 +195,61 @@ def test_settings_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="beam_size") as caught:
         BeamSearch(0, -1.0, early_stopping=True)
     assert len(caught.value.problems) == 3
+
+
+STACK = StackConfig(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=64)
+WINDOWS = dataclasses.replace(STACK, positions="rope", layer_pattern=("local", "global"), sliding_window=(5, 3))
+MODELS = {
+    "relative bias and an encoder": ModelConfig(
+        encoder=STACK,
+        decoder=dataclasses.replace(STACK, relative_bias_per_layer=True, relative_bias_bidirectional=False),
+        vocab_size=tiny.VOCABULARY,
+    ),
+    "windows": ModelConfig(encoder=None, decoder=WINDOWS, vocab_size=tiny.VOCABULARY),
+    "merged attention": ModelConfig(
+        encoder=STACK,
+        decoder=dataclasses.replace(WINDOWS, cross_attention="merged"),
+        vocab_size=tiny.VOCABULARY,
+    ),
+    "disentangled positions": ModelConfig(
+        encoder=None, decoder=dataclasses.replace(STACK, positions="disentangled"), vocab_size=tiny.VOCABULARY
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("relative bias and an encoder", None),
+        pytest.param("windows", "int8", marks=pytest.mark.slow),
+        pytest.param("merged attention", None, marks=pytest.mark.slow),
+        pytest.param("disentangled positions", None, marks=pytest.mark.slow),
+    ],
+)
+def test_beams_read_their_past_where_it_was_written(name, dtype):
+    """Beams are exchanged at random: the logits are those of caches whose rows are copied at each step."""
+    config, count, steps = MODELS[name], 3, 9
+    spec, random = abstract_model(config), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.normal(0.0, 0.4, leaf.shape).astype(np.float32), spec.params)
+    prompts, lengths = jnp.asarray(random.integers(2, 60, (2, 4)), jnp.int32), jnp.array([4, 2])
+
+    @jax.jit
+    def largest_difference(params, tokens_TxN, parents_TxRxB):
+        model = bind_params(spec.graphdef, params)
+        _, cache = read_prompts(model, prompts, lengths, steps + 1, cache_dtype=dtype)
+        copied = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), cache)
+        first = jnp.arange(prompts.shape[0])[:, None] * count
+
+        def step(caches, turn):
+            kept, copied = caches
+            tokens, parents = turn
+            kept_logits, kept = model.decode(tokens[:, None], kept.follow_beams(parents))
+            copied_logits, copied = model.decode(tokens[:, None], copied.reorder((first + parents).reshape(-1)))
+            return (kept, copied), (jnp.max(jnp.abs(kept_logits - copied_logits)), jnp.std(copied_logits))
+
+        return jax.lax.scan(step, (cache.for_beams(count), copied), (tokens_TxN, parents_TxRxB))[1]
+
+    tokens = random.integers(2, 60, (steps, 2 * count)).astype(np.int32)
+    parents = random.integers(0, count, (steps, 2, count)).astype(np.int32)
+    differences, spread = largest_difference(params, tokens, parents)
+    assert np.max(differences) < 1e-4 * np.max(spread)
