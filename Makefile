@@ -240,5 +240,13 @@ $(VENV)-audit/.installed:
 	  'cyclonedx-bom>=7,<8' 'pip-licenses>=5,<6' 'pip-audit>=2.9,<3'
 	@touch $@
 
+# Names the base of the container image by the digest that its tag has now; needs docker and the network.
+.PHONY: container-base
+BASE_TAG ?= python:3.12-slim-bookworm
+container-base:
+	digest=$$(docker buildx imagetools inspect $(BASE_TAG) --format '{{.Manifest.Digest}}') \
+	  && sed -i "s|^ARG BASE=.*|ARG BASE=$(BASE_TAG)@$$digest|" launch/Containerfile
+	grep -E '^ARG BASE=.*@sha256:[0-9a-f]{64}$$' launch/Containerfile
+
 clean:
 	rm -rf $(VENV) $(VENV)-tpu $(VENV)-beam $(VENV)-buckets $(VENV)-external $(VENV)-docs $(VENV)-audit build dist

@@ -128,7 +128,9 @@ class GuardConfig:
     after the rows of the rejected step. A run also ends when all steps of a logging interval are rejected."""
     spike_threshold: PositiveFloat | None = None
     """A step is a spike if its loss or the norm of its update exceeds the median of the applied steps before it by more
-    than this number of standard deviations, estimated as 1.4826 times the median absolute deviation. None: no step."""
+    than this number of standard deviations, estimated as 1.4826 times the median absolute deviation. None: no step. A
+    median loss of `spike_window` steps that exceeds the lowest one before it by as much is reported as a slow
+    divergence. It ends the run if the policy is abort, and no further checkpoint becomes healthy until it falls."""
     spike_window: Annotated[int, pydantic.Field(ge=8, le=4096)] = 128
     """Number of applied steps of that median. There are no spikes before it is full."""
     max_rollbacks: NonNegativeInt = 3

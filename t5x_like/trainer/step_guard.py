@@ -13,6 +13,7 @@ from t5x_like.checkpoints.interface import Checkpoints
 from t5x_like.config import RunConfig
 from t5x_like.errors import SafetyError
 from t5x_like.monitoring.metrics import WeightedMean, compute
+from t5x_like.trainer.divergence import DivergenceDetector
 from t5x_like.utils.jsonl import RecordFile
 
 REJECTED = "rejected_steps.jsonl"
@@ -33,7 +34,7 @@ class StepGuard:
     """Looks at each step once its metrics are on the host; all processes see the same ones.
 
     A checkpoint is healthy if a number of applied steps followed it: the logging interval or that of the checkpoints,
-    whichever is shorter. The newest healthy one is kept on the disk.
+    whichever is shorter, and the loss was not rising slowly. The newest healthy one is kept on the disk.
     """
 
     def __init__(self, run: RunConfig, workdir: Path, checkpoints: Checkpoints, saved_steps: Sequence[int]):
@@ -45,6 +46,8 @@ class StepGuard:
         self._saved = list(saved_steps)
         self._rejected: list[int] = []
         self._is_reported = False
+        threshold = self._config.spike_threshold
+        self._divergence = None if threshold is None else DivergenceDetector(self._config.spike_window, threshold)
         self.healthy_step: int | None = None
 
     def check(self, step: int, metrics: Mapping[str, WeightedMean], rows: range) -> None:
@@ -56,12 +59,16 @@ class StepGuard:
           rows: Indices of its rows.
 
         Raises:
-          SafetyError: it was rejected, and the policy ends the run, or it cannot be recorded.
+          SafetyError: it was rejected or the loss rises slowly, and the policy ends the run; or it cannot be recorded.
           RejectedStepError: it was rejected, and the policy is to go back.
         """
         if metrics["skipped_steps"].sum:
             self._rejected.append(step)
             self._reject(step, metrics, rows)
+        elif self._divergence is not None:
+            self._look_for_a_rise(self._divergence, step, compute(metrics["loss"]))
+            if self._divergence.is_rising:
+                return
         for saved in self._saved:
             followed = range(saved + 1, saved + self._interval + 1)
             if followed[-1] <= step and not any(rejected in followed for rejected in self._rejected):
@@ -75,6 +82,8 @@ class StepGuard:
         """Note that training continues from the checkpoint of `step`, and that later ones are gone."""
         self._saved = [saved for saved in self._saved if saved <= step]
         self._rejected = []
+        if self._divergence is not None:
+            self._divergence.restart()
 
     def checkpoint_before(self, rejected_step: int, num_rollbacks: int) -> int:
         """Return the step of the checkpoint to go back to.
@@ -102,6 +111,18 @@ class StepGuard:
             f"{healthy} Lower training.schedule.learning_rate, or look at the rows of rejected steps ({self._path}) "
             "with `t5x-like inspect --first-row`. To continue from an earlier checkpoint, remove the later ones."
         )
+
+    def _look_for_a_rise(self, detector: DivergenceDetector, step: int, loss: float) -> None:
+        rise = detector.add(step, loss)
+        if rise is None:
+            return
+        message = (
+            f"the loss rises: its median over the {self._config.spike_window} steps up to {step} is {rise.median:.4g}, "
+            f"and was {rise.lowest:.4g} up to step {rise.since}. {self.advice()}"
+        )
+        if self._config.policy == "abort":
+            raise SafetyError(message)
+        _LOG.warning("%s", message)
 
     def _reject(self, step: int, metrics: Mapping[str, WeightedMean], rows: range) -> None:
         is_spike = "spikes" in metrics and metrics["spikes"].sum > 0

@@ -1,4 +1,4 @@
-"""The lock of the dependencies agrees with the pins, and every package in it has hashes."""
+"""The lock of the dependencies agrees with the pins; every package in it has hashes, and the image's base a digest."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def test_lock_has_the_pinned_versions_with_hashes() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = {re.match(r"[A-Za-z0-9-]+", text)[0].lower() for text in project["dependencies"]}  # type: ignore[index]
     assert required <= lock.keys(), "make constraints writes both"
+
+
+def test_base_of_the_container_image_is_named_by_its_digest() -> None:
+    text = (ROOT / "launch" / "Containerfile").read_text()
+    assert re.findall(r"^FROM (.*)$", text, re.MULTILINE) == ["${BASE}"]
+    assert re.search(r"^ARG BASE=python:3\.\d+[\w.-]*@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
