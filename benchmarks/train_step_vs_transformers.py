@@ -68,7 +68,7 @@ def t5x_like_step(options: argparse.Namespace) -> Callable[[], float]:
 
     from t5x_like.program import build_program
 
-    program = build_program(_run(options), jax.devices()[:1])
+    program = build_program(run_of(options), jax.devices()[:1])
     state = program.init()
     case = options.case
     batch = program.shard_batch({"main": {**random_batch(case), "denoiser_ids": np.zeros(ROWS[case], np.int32)}})
@@ -87,7 +87,7 @@ def t5x_like_step(options: argparse.Namespace) -> Callable[[], float]:
     return step
 
 
-def _run(options: argparse.Namespace) -> Any:
+def run_of(options: argparse.Namespace) -> Any:
     """Return the run whose step is measured."""
     from t5x_like.config import (
         AdafactorConfig,

@@ -157,9 +157,9 @@ class TrainingConfig:
     """Probability that the target distribution spreads over the other tokens of the vocabulary. Evaluation has none."""
     loss_chunk_tokens: NonNegativeInt | None = None
     """Number of tokens per device whose logits exist at once in the loss of training and evaluation; 0: those of all
-    tokens of a sub-batch. None: 0 if these take 256 MiB per device or less, else 512 or the width of the head, if that
-    is more. The loss is the same but for rounding. Losses that need all logits have them: those of a teacher, of
-    preference pairs and of a generator."""
+    tokens of a sub-batch. None: 0 if these take 256 MiB per device or less, else those of 64 MiB, but at least as many
+    as the head is wide. The loss is the same but for rounding. Losses that need all logits have them: those of a
+    teacher, of preference pairs and of a generator."""
     learning_rate_groups: tuple[LearningRateGroup, ...] = ()
     """Parameters with another learning rate. If several entries match a parameter, the first one applies."""
     layer_decay: Annotated[float, pydantic.Field(gt=0.0, le=1.0)] = 1.0

@@ -25,6 +25,8 @@ ModelApply = Callable[[Params, SubBatch, jax.Array | None], ModelOutput]
 """The same of a model that returns a `ModelOutput`."""
 MAX_LOGITS_BYTES = 256 * 2**20
 """Bytes of float32 logits per device up to which the loss is computed from all of them, if the run does not choose."""
+CHUNK_BYTES = 64 * 2**20
+"""Bytes of the float32 logits of a chunk beyond that, unless it would have fewer tokens than the head is wide."""
 
 
 def targets_and_weights(batch: SubBatch) -> tuple[jax.Array, jax.Array]:
@@ -105,7 +107,7 @@ def loss_chunk_tokens(chosen: int | None, tokens: int, width: int, vocabulary: i
         return chosen
     # Each chunk adds its gradient of the kernel to that of all. With fewer tokens than the head is wide, this takes
     # more memory traffic than the products.
-    return max(512, width) if 4 * tokens * vocabulary > MAX_LOGITS_BYTES else 0
+    return max(width, CHUNK_BYTES // (4 * vocabulary)) if 4 * tokens * vocabulary > MAX_LOGITS_BYTES else 0
 
 
 def needs_all_logits(run: RunConfig) -> bool:

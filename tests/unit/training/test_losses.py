@@ -135,7 +135,8 @@ def test_loss_in_chunks_has_the_sums_and_the_gradient_of_whole_logits() -> None:
 def test_logits_are_whole_up_to_a_size_unless_the_run_chooses() -> None:
     at_limit = MAX_LOGITS_BYTES // (4 * 32_768)
     assert loss_chunk_tokens(None, at_limit, 256, 32_768) == 0
-    assert loss_chunk_tokens(None, at_limit + 1, 256, 32_768) == 512
+    assert loss_chunk_tokens(None, at_limit + 1, 256, 32_768) == 512, "64 MiB of logits"
+    assert loss_chunk_tokens(None, at_limit + 1, 256, 8 * 32_768) == 256, "as many tokens as the head is wide"
     assert loss_chunk_tokens(None, at_limit + 1, 2048, 32_768) == 2048
     assert loss_chunk_tokens(0, 10 * at_limit, 256, 32_768) == 0 and loss_chunk_tokens(64, 100, 256, 1000) == 64
 
