@@ -35,6 +35,7 @@ from t5x_like.evaluation.lm_requests import Pair, RequestFormat, request_format
 from t5x_like.finetuning.base_model import with_teacher_model
 from t5x_like.model_loading import Devices, LoadedModel, open_model
 from t5x_like.program import Program
+from t5x_like.storage.mirror import path_to_read
 from t5x_like.trainer import train as trainer
 from t5x_like.utils.trusted_urls import require_local
 from t5x_like.utils.type_aliases import PyTree
@@ -270,7 +271,7 @@ def train(
 
     Args:
       run: Configuration, or a recipe as on the command line.
-      workdir: Directory of the run.
+      workdir: Directory of the run, or a URL (`gs://`, `s3://`).
       allow_changes: Training fields that may differ from those of the run in `workdir`.
       allow_start_over: Train from step 0 if `workdir` has records of a run whose checkpoints are gone.
       plan: File of a saved plan (`plan --save`), with which the start is compared.
@@ -287,9 +288,11 @@ def train(
     problems = validate(run)
     if problems:
         raise ConfigError(problems)
-    require_local(str(workdir), "workdir")
+    directory = path_to_read(str(workdir), "workdir")
+    if plan is not None:
+        require_local(str(plan), "plan")
     saved_plan = None if plan is None else Path(plan)
-    return trainer.train(run, Path(workdir), allow_changes, saved_plan, start_over=allow_start_over) == EXIT_OK
+    return trainer.train(run, directory, allow_changes, saved_plan, start_over=allow_start_over) == EXIT_OK
 
 
 def _pair(layout: RequestFormat, inputs: Text, targets: Text) -> Pair:

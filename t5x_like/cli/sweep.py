@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from t5x_like.cli.arguments import (
     add_devices_option,
     add_recipe_command,
     configured_run,
-    local_path,
     plugin_arguments,
 )
 from t5x_like.cli.recipe_argument import recipe_run
@@ -24,9 +22,9 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--workdir",
-        type=local_path,
         metavar="DIR",
-        help="directory of the sweep, with a run directory for each combination (default: runs/NAME-sweep)",
+        help="directory of the sweep, or a URL: gs:// or s3://, with a run directory for each combination (default: "
+        "runs/NAME-sweep)",
     )
     parser.add_argument(
         "--metric",
@@ -42,7 +40,9 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
     run = recipe_run(options.recipe)
     arms = sweep_arms(run, overrides, lambda words: configured_run(options, list(words)))
-    workdir = options.workdir or Path("runs") / f"{run.name}-sweep"
+    from t5x_like.storage.locations import location
+
+    workdir = location(options.workdir or f"runs/{run.name}-sweep", "--workdir")
     if options.plan:
         from t5x_like.planning.estimate.flops import training_flops
         from t5x_like.utils import formatting

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from t5x_like.evaluation.comparison import EvaluatedCheckpoint, MetricCell, Metr
 from t5x_like.evaluation.results_store import BITS_BOUND
 from t5x_like.launching.restart_loop import RESTART_DELAY_SECONDS, Supervisor
 from t5x_like.reports.comparison_page import write_comparison
+from t5x_like.storage import locations
+from t5x_like.storage.locations import Location
+from t5x_like.storage.mirror import fetch, path_to_read
 from t5x_like.studies.sweep_arms import Arm
 from t5x_like.utils import formatting
 from t5x_like.utils.console import Console
@@ -30,13 +34,26 @@ MAX_RESTARTS = 3
 """Restarts of an arm after exit codes with which the same command resumes."""
 
 
-def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequence[str] = ()) -> tuple[int, list[Arm]]:
+def arm_path(workdir: Location, arm: Arm) -> Path:
+    """Return the local directory of an arm's run: of one in an object store, a copy that is brought up to date.
+
+    Raises:
+      UserError: there is no run at the URL, or the object store cannot be accessed.
+    """
+    directory = path_to_read(str(workdir / arm.name), "--workdir")
+    fetch(directory)
+    return directory
+
+
+def train_arms(
+    recipe: str, arms: Sequence[Arm], workdir: Location, further: Sequence[str] = ()
+) -> tuple[int, list[Arm]]:
     """Train all arms, one after the other, and evaluate those that are not evaluated yet.
 
     Args:
       recipe: RECIPE as the user named it.
       arms: The arms.
-      workdir: Directory of the sweep, in which each arm has a run directory.
+      workdir: Directory or URL of the sweep, in which each arm has a run directory.
       further: Further options of both `train` and `eval`.
 
     Returns:
@@ -46,17 +63,15 @@ def train_arms(recipe: str, arms: Sequence[Arm], workdir: Path, further: Sequenc
     finished = []
     for number, arm in enumerate(arms, 1):
         say(f"arm {number} of {len(arms)}: {arm.name}")
-        directory = workdir / arm.name
-        code = _run(["train", recipe, "--workdir", str(directory), *further, "--", *arm.overrides])
+        code = _run(["train", recipe, "--workdir", str(workdir / arm.name), *further, "--", *arm.overrides])
         if code == EXIT_REFUSED:
             say(f"arm {arm.name} is left out of the comparison: exit code {code}")
         elif code != EXIT_OK:
             return code, []
         else:
             finished.append(arm)
-    directories = [workdir / arm.name for arm in finished]
     # Training evaluates the last step, but does not save the draws that intervals are computed from.
-    missing = [str(path) for path in directories if not _has_draws(path)]
+    missing = [str(workdir / arm.name) for arm in finished if not _has_draws(arm_path(workdir, arm))]
     code = _run(["eval", *missing, *further]) if missing else EXIT_OK
     if code != EXIT_OK:
         return code, []
@@ -101,7 +116,7 @@ class SweepResult:
         return [checkpoint for checkpoint, cell in pairs if not cell.verdict and not cell.other_text]
 
 
-def sweep_result(arms: Sequence[Arm], workdir: Path, metric: str | None = None) -> SweepResult:
+def sweep_result(arms: Sequence[Arm], workdir: Location, metric: str | None = None) -> SweepResult:
     """Return the arms in the order of a metric of their newest evaluated steps.
 
     Args:
@@ -110,7 +125,7 @@ def sweep_result(arms: Sequence[Arm], workdir: Path, metric: str | None = None) 
     Raises:
       ConfigError: an arm is not evaluated, or the arms do not all have the metric.
     """
-    checkpoints = [comparison.read_checkpoint(CheckpointRef(workdir / arm.name)) for arm in arms]
+    checkpoints = [comparison.read_checkpoint(CheckpointRef(arm_path(workdir, arm))) for arm in arms]
     shared = [name for name in checkpoints[0].values if all(name in each.values for each in checkpoints)]
     usual = [name for name in ("bits_per_byte", BITS_BOUND) if name in shared]
     losses = [name for name in shared if name.startswith("loss/")]
@@ -124,7 +139,7 @@ def sweep_result(arms: Sequence[Arm], workdir: Path, metric: str | None = None) 
     return SweepResult(chosen, tuple(ordered), row.cells)
 
 
-def report(result: SweepResult, workdir: Path, console: Console) -> Path:
+def report(result: SweepResult, workdir: Location, console: Console) -> Location:
     """Print the arms and the best of them, and write the page that compares them; return its path."""
     table = Table(title=f"{result.metric} of {len(result.checkpoints):,} arms, the best first")
     table.add_column("arm", overflow="fold")
@@ -153,7 +168,12 @@ def report(result: SweepResult, workdir: Path, console: Console) -> Path:
     if len(shown) < len(result.checkpoints):
         say(f"the page shows the best {len(shown)} arms")
     references = [CheckpointRef(each.path, (each.step,)) for each in shown]
-    return write_comparison(references, workdir / PAGE)
+    if isinstance(workdir, Path):
+        return write_comparison(references, workdir / PAGE)
+    with tempfile.TemporaryDirectory() as temporary:
+        page = write_comparison(references, Path(temporary) / PAGE)
+        locations.write_bytes(workdir / PAGE, page.read_bytes())
+    return workdir / PAGE
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

@@ -81,10 +81,12 @@ def test_transient_errors_are_repeated(server: Server, faults: Faults, fault: st
     faults.every = 3
     faults.is_lost, faults.is_cut = fault == "lost answer", fault == "cut answer"
     faults.status = int(fault) if fault.isdecimal() else 0
+    before = locations.num_repeated_requests()
     for number in range(12):
         locations.write_bytes(root / str(number), str(number).encode())
     assert [locations.read_bytes(root / str(number)) for number in range(12)] == [b"%d" % n for n in range(12)]
     assert len(locations.keys(root)) == 12 and faults.injected > 6
+    assert locations.num_repeated_requests() - before > 6
 
 
 def test_permanent_errors_are_told_at_once(server: Server, faults: Faults) -> None:

@@ -81,9 +81,11 @@ def test_url_in_place_of_a_path_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_url_in_place_of_a_directory_is_refused_in_python() -> None:
+def test_url_of_another_service_is_refused_in_python() -> None:
+    with pytest.raises(ConfigError, match="a path, or a URL of gs://, s3://"):
+        api.train("smoke", workdir="http://bucket/run")
     with pytest.raises(ConfigError, match="local path"):
-        api.train("smoke", workdir="s3://bucket/run")
+        api.train("smoke", workdir="runs/smoke", plan="s3://bucket/plan.json")
     run = changed(example(), "data.tokenizer", dataclasses.replace(example().data.tokenizer, path="http://host/x"))
     assert any(problem.where == "data.tokenizer.path" for problem in validate(run))
 
