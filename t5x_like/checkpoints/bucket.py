@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import secrets
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,6 +74,7 @@ class BucketCheckpoints(Checkpoints):
         self._kept, self._before_commit = kept, before_commit
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        self._begun = 0.0
         if not read_only and jax.process_index() == 0:
             self._remove_leftovers()
 
@@ -87,6 +89,7 @@ class BucketCheckpoints(Checkpoints):
         files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> bool:
         self.wait()
+        self._begun = time.monotonic()
         name = on_process_0(lambda: None if step in self.steps() else f"{step}.{secrets.token_hex(8)}")
         if name is None:
             return False
@@ -219,6 +222,7 @@ class BucketCheckpoints(Checkpoints):
         # When the answer to a write was lost, its repetition finds the record.
         if not locations.write_new(key := self._key("committed", step), text) and locations.read_bytes(key) != text:
             raise SafetyError(f"{key}: another process has saved step {step} in the meantime")
+        self.save_seconds = time.monotonic() - self._begun
         if self._run is not None:
             self._run.completed(step)
         try:
@@ -264,10 +268,12 @@ class BucketCheckpoints(Checkpoints):
 
         while True:
             record = on_process_0(choose)
-            by_path, found = bucket_arrays.read(self._data(record), record["arrays"], leaves)
+            is_broadcast = self._config.load_and_broadcast
+            parts, found = bucket_arrays.read(self._data(record), record["arrays"], leaves, is_broadcast=is_broadcast)
             found = self._in_any_process(found + (self._files_of(record)[1] if is_wanted(_FILES) else []))
-            if not found and (changed := changes(by_path, record[FINGERPRINTS])):
-                found = [changed]
+            if not found:
+                by_path = bucket_arrays.assemble(leaves, parts, is_broadcast=is_broadcast)
+                found = [changed] if (changed := changes(by_path, record[FINGERPRINTS])) else []
             if not found:
                 break
             problems[record["step"]] = found

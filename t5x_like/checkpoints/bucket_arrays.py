@@ -18,6 +18,12 @@ import jax
 import numpy as np
 import tensorstore
 
+from t5x_like.checkpoints.replica_broadcast import (
+    first_replica_indices,
+    from_first_replica,
+    from_parts,
+    index_key,
+)
 from t5x_like.faults import FaultError, fault_of
 from t5x_like.storage import locations
 from t5x_like.storage.locations import Url
@@ -31,6 +37,8 @@ Metadata = dict[str, Any]
 Index = tuple[slice, ...]
 Piece = tuple[str, Index, np.ndarray]
 """Path of an array, and a shard of it with its place."""
+Parts = dict[str, dict[Any, np.ndarray]]
+"""Parts of arrays by path and by `index_key` of their place."""
 
 
 def describe(leaves: Mapping[str, Any]) -> dict[str, Metadata]:
@@ -97,23 +105,28 @@ def write(url: Url, described: Mapping[str, Metadata], pieces: Iterable[Piece]) 
 
 
 def read(
-    url: Url, described: Mapping[str, Metadata], leaves: Mapping[str, jax.ShapeDtypeStruct]
-) -> tuple[dict[str, Any], list[str]]:
+    url: Url,
+    described: Mapping[str, Metadata],
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    is_broadcast: bool = False,
+) -> tuple[Parts, list[str]]:
     """Read what this process's devices need, and verify it.
 
     Args:
       url: Where the arrays were written.
       described: Metadata of the arrays by path.
       leaves: Shapes, types and shardings of the arrays to read by path.
+      is_broadcast: Read only what the first replica of each array needs, for `assemble` to send to the others.
 
     Returns:
-      The intact arrays by path, and the problems of the damaged ones.
+      The intact parts of the arrays by path, and the problems of the damaged ones.
 
     Raises:
       FaultError: the object store failed.
     """
     problems: list[str] = []
-    parts: dict[str, dict[Any, np.ndarray]] = {path: {} for path in leaves}
+    parts: Parts = {path: {} for path in leaves}
 
     def begin(wanted: tuple[str, Index]) -> tuple[int, Callable[[], object]]:
         path, index = wanted
@@ -122,20 +135,33 @@ def read(
 
         def finish() -> None:
             try:
-                parts[path][_key(index)] = np.asarray(locations.wait(url, future))
+                parts[path][index_key(index)] = np.asarray(locations.wait(url, future))
             except ValueError as error:
                 _raise_fault(url, error)
                 problems.append(f"{path}: {_reason(error)}")
 
         return view.size * view.dtype.numpy_dtype.itemsize, finish
 
-    wanted = [(path, index) for path, leaf in leaves.items() for index in _indices(leaf)]
+    wanted = [
+        (path, index)
+        for path, leaf in leaves.items()
+        for index in (first_replica_indices(_sharding(leaf), leaf.shape) if is_broadcast else _indices(leaf))
+    ]
     for finish in _windowed(wanted, begin):
         finish()
-    if problems:
-        return {}, sorted(problems)
-    # The parts of an array are released as soon as it is on the devices.
-    return {path: _assemble(leaf, parts.pop(path)) for path, leaf in leaves.items()}, []
+    return parts, sorted(problems)
+
+
+def assemble(
+    leaves: Mapping[str, jax.ShapeDtypeStruct], parts: Parts, *, is_broadcast: bool = False
+) -> dict[str, jax.Array]:
+    """Return the arrays by path that `read` has read in all processes, and release their parts.
+
+    Args:
+      is_broadcast: As in `read`: each array is sent from its first replica to the others, by the devices.
+    """
+    assembled = from_first_replica if is_broadcast else from_parts
+    return {path: assembled(_sharding(leaf), leaf.shape, leaf.dtype, parts.pop(path)) for path, leaf in leaves.items()}
 
 
 def find_damage(url: Url, described: Mapping[str, Metadata]) -> list[str]:
@@ -211,15 +237,7 @@ def _sharding(leaf: jax.ShapeDtypeStruct) -> Any:
 def _indices(leaf: jax.ShapeDtypeStruct) -> list[Index]:
     """Return the distinct parts of an array that this process's devices need."""
     by_device = _sharding(leaf).addressable_devices_indices_map(leaf.shape)
-    return list({_key(index): index for index in by_device.values()}.values())
-
-
-def _key(index: Index) -> tuple[tuple[int | None, int | None], ...]:
-    return tuple((part.start, part.stop) for part in index)
-
-
-def _assemble(leaf: jax.ShapeDtypeStruct, parts: Mapping[Any, np.ndarray]) -> jax.Array:
-    return jax.make_array_from_callback(leaf.shape, _sharding(leaf), lambda index: parts[_key(index or ())])
+    return list({index_key(index): index for index in by_device.values()}.values())
 
 
 def _raise_fault(url: Url, error: ValueError) -> None:

@@ -8,10 +8,12 @@ between as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_like.sharding.batch_placement import on_host
 
@@ -71,8 +73,34 @@ def fingerprint(x: jax.Array) -> jax.Array:
     return jnp.sum(_mix(words ^ _mix(place + jnp.uint32(0x9E3779B9))), dtype=jnp.uint32)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def fingerprint_of_part(values: np.ndarray, place: Sequence[slice], shape: Sequence[int]) -> int:
+    """Return what a part of an array adds to its fingerprint, computed by NumPy.
+
+    Args:
+      values: The part.
+      place: Its place in the array, a slice for each dimension.
+      shape: Shape of the array.
+    """
+    word = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint32}[values.dtype.itemsize]
+    starts, lengths = [part.start for part in place], list(shape)
+    words = np.frombuffer(values.tobytes(), word)
+    if values.dtype.itemsize == 8:
+        starts, lengths = [*starts, 0], [*lengths, 2]
+        words = words.reshape((*values.shape, 2))
+    else:
+        words = words.reshape(values.shape)
+    # One dimension at least: NumPy warns of an overflow of scalars, which is meant here.
+    index = np.zeros(1, np.uint32)
+    for dimension in range(words.ndim):
+        stride = math.prod(lengths[dimension + 1 :]) % 2**32
+        numbers = (np.arange(words.shape[dimension], dtype=np.uint64) + np.uint64(starts[dimension])).astype(np.uint32)
+        index = index + (numbers * np.uint32(stride)).reshape((-1, *([1] * (words.ndim - 1 - dimension))))
+    mixed = _mix(words.astype(np.uint32) ^ _mix(index + np.uint32(0x9E3779B9)))
+    return int(np.sum(mixed, dtype=np.uint64)) % 2**32
+
+
+def _mix(x: Any) -> Any:
     """Return the finalizer of MurmurHash3 (Appleby 2011), a permutation of uint32."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -27,10 +27,12 @@ class Checkpoints(ABC):
     Attributes:
       directory: Directory of the checkpoints.
       protected: Step of a checkpoint that is kept although newer ones exist.
+      save_seconds: Time from the begin of the last save to its commit, or that of an earlier process; None if unknown.
     """
 
     directory: Path
     protected: int | None
+    save_seconds: float | None = None
 
     @abstractmethod
     def steps(self) -> list[int]:

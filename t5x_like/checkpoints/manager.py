@@ -6,7 +6,8 @@ A checkpoint is a directory named by its step:
     <step>/training/    everything else of the state: optimizer, step, random key
     <step>/files/       parts of the state that are not arrays, such as the position of a host's data pipeline
     <step>/meta.json    path, type, shape and fingerprint of every array; JSON values of the trainer
-    <step>/SHA256SUMS   checksums of all files above
+    <step>/SHA256SUMS   checksums of all files above, except large ones of array data, which fingerprints protect
+    <step>/SIZES        sizes of these, if there are any
 
 It is written under the name `<step>.saving`: Orbax commits the arrays, then the files (which were written to
 `<step>.saving.files`) and the checksums are added, then the directory is renamed. So a step that is listed is complete,
@@ -18,12 +19,13 @@ processes.
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +46,7 @@ from t5x_like.checkpoints.retention import removable
 from t5x_like.config.run import CheckpointConfig
 from t5x_like.distributed.coordination import on_process_0
 from t5x_like.errors import ConfigError, SafetyError
+from t5x_like.faults import STORAGE_FAILED, FaultError
 from t5x_like.run_directory import RUN_ID, RunRecord
 from t5x_like.utils import tree_paths
 from t5x_like.utils.atomic_write import sync_directory, write_files
@@ -85,6 +88,7 @@ class CheckpointManager(Checkpoints):
         self._read_only = read_only
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        self._begun = 0.0
         if not read_only and jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
@@ -102,6 +106,7 @@ class CheckpointManager(Checkpoints):
         files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> bool:
         self.wait()
+        self._begun = time.monotonic()
         # One process decides: on a network file system the others can still see an older listing.
         if on_process_0(lambda: self._is_saved(step)):
             return False
@@ -160,25 +165,17 @@ class CheckpointManager(Checkpoints):
         *,
         require: Require = lambda path, meta: None,
     ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        choose = functools.partial(
-            self._choose,
-            expected=tree_paths.describe(tree_paths.by_path(abstract_state)),
-            needed=lambda name: True,
-            require=require,
-        )
-        return self._load_unchanged(choose, step, abstract_state)
+        return self._restore(abstract_state, step, lambda name: True, require=require)
 
     def restore_params(
         self, abstract_params: Mapping[str, Any], step: int | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        abstract = {PARAMS: abstract_params}
-        choose = functools.partial(
-            self._choose,
-            expected=tree_paths.describe(tree_paths.by_path(abstract)),
-            needed=lambda name: not name.startswith((f"{TRAINING}/", f"{_FILES}/")),
+        chosen, loaded, meta = self._restore(
+            {PARAMS: abstract_params},
+            step,
+            lambda name: not name.startswith((f"{TRAINING}/", f"{_FILES}/")),
             below=f"{PARAMS}/",
         )
-        chosen, loaded, meta = self._load_unchanged(choose, step, abstract)
         return chosen, loaded[PARAMS], meta
 
     def read_files(self, step: int) -> dict[str, bytes]:
@@ -202,7 +199,16 @@ class CheckpointManager(Checkpoints):
             raise SafetyError(f"{sums}: unreadable ({error.strerror}), expected a checkpoint's checksums") from None
 
     def find_damage(self, step: int) -> list[str]:
-        return checksums.verify_checksums(self._path(step))
+        path = self._path(step)
+        problems = checksums.verify_checksums(path)
+        if problems or not checksums.has_unhashed_files(path):
+            return problems
+        saved = self._record(step).get(FINGERPRINTS, {})
+        return [
+            f"{array}: found other values than were in memory when it was saved"
+            for array in saved
+            if orbax_arrays.stored_fingerprint(path, array) != saved[array]
+        ]
 
     def _finish(self, step: int, committed: Callable[[], None], record: str, size: int) -> None:
         """Complete a save after its arrays have been handed to Orbax; runs in the background."""
@@ -217,6 +223,7 @@ class CheckpointManager(Checkpoints):
                 checksums.write_checksums(saving)
                 # The commit: readers ignore the directory until it has the name of its step.
                 saving.rename(self._path(step))
+                self.save_seconds = time.monotonic() - self._begun
                 sync_directory(self.directory)
                 if self._run is not None:
                     self._run.completed(step)
@@ -238,57 +245,86 @@ class CheckpointManager(Checkpoints):
             self._remove_leftovers()
         return error if reason is None else failed_save(self.directory, step, reason, error, size, self.steps())
 
-    def _choose(
+    def _restore(
         self,
+        abstract: Mapping[str, Any],
         step: int | None,
-        *,
-        expected: dict[str, str],
         needed: Callable[[str], bool],
+        *,
         below: str = "",
         require: Require = lambda path, meta: None,
-    ) -> int:
-        """Return the step to restore; process 0 decides for all processes."""
+    ) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Restore `step`, or the newest intact checkpoint.
+
+        Process 0 chooses, and verifies the checksums of small files. Each process compares the arrays that it reads
+        with their fingerprints.
+        """
         self.wait()
+        leaves = tree_paths.by_path(abstract)
+        expected = tree_paths.describe(leaves)
+        problems: dict[int, list[str]] = {}
 
         def choose() -> int:
             if step is not None and not self._path(step).is_dir():
                 raise ConfigError([missing_step(self.directory, step, self.steps())])
-            problems: dict[int, list[str]] = {}
             for candidate in [step] if step is not None else reversed(self.steps()):
+                if candidate in problems:
+                    continue
                 path = self._path(candidate)
-                # Meta first: it shows whose checkpoint this is before gigabytes are hashed.
-                problems[candidate] = checksums.verify_checksums(path, lambda name: name == _META)
-                if not problems[candidate]:
+                # Meta first: it shows whose checkpoint this is before anything else is read.
+                found = checksums.verify_checksums(path, lambda name: name == _META)
+                if not found:
                     record = self._record(candidate)
                     require(path, record["meta"])
                     saved = {p: text for p, text in record["state"].items() if p.startswith(below)}
                     tree_paths.require_same(saved, expected, f"the checkpoint {path}")
-                    problems[candidate] = checksums.verify_checksums(path, needed)
-                if not problems[candidate]:
-                    del problems[candidate]
-                    self._pass_over(problems, candidate)
+                    found = checksums.verify_checksums(path, needed)
+                if not found:
                     return candidate
+                problems[candidate] = found
             raise SafetyError(self._none_left(problems))
 
-        return on_process_0(choose)
-
-    def _load_unchanged(
-        self, choose: Callable[[int | None], int], step: int | None, abstract: Mapping[str, Any]
-    ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Return step, state and meta of a checkpoint, whose state is compared with its fingerprints."""
-        chosen = choose(step)
-        record = self._record(chosen)
-        for _ in range(2):  # A difference that arose while it was read is gone the second time.
-            by_path = orbax_arrays.load(self._path(chosen), tree_paths.by_path(abstract))
-            problem = changes(by_path, record.get(FINGERPRINTS))
+        while True:
+            chosen = on_process_0(choose)
+            record = self._record(chosen)
+            by_path, problem = self._load(chosen, leaves, record.get(FINGERPRINTS))
             if problem is None:
-                state = jax.tree.unflatten(jax.tree.structure(abstract), by_path.values())
-                return chosen, state, record["meta"]
-            _logger.error("the checkpoint %s: %s", self._path(chosen), problem)
-        if step is not None or self._read_only:
-            raise SafetyError(f"{self._path(chosen)}: {problem}. Name another step.")
-        on_process_0(lambda: self._set_aside(chosen))
-        return self._load_unchanged(choose, step, abstract)
+                break
+            if step is not None:
+                raise SafetyError(f"{self._path(chosen)}: {problem}. Name another step.")
+            problems[chosen] = [problem]
+        on_process_0(lambda: self._pass_over(problems, chosen))
+        state = jax.tree.unflatten(jax.tree.structure(abstract), [by_path[path] for path in leaves])
+        return chosen, state, record["meta"]
+
+    def _load(
+        self, step: int, leaves: Mapping[str, Any], saved: Mapping[str, str] | None
+    ) -> tuple[dict[str, Any], str | None]:
+        """Return the arrays of a checkpoint by path, and what is wrong with them.
+
+        Raises:
+          FaultError: one of several processes cannot read its part, and the others may wait for it; a restart resumes
+            from the checkpoint before.
+        """
+        problem = None
+        for _ in range(2):  # A difference that arose while it was read is gone the second time.
+            try:
+                by_path = orbax_arrays.load(self._path(step), leaves)
+            except Exception as error:
+                problem = orbax_arrays.damage(error)
+                if problem is None:
+                    raise
+                if jax.process_count() > 1:
+                    fate = "is left unchanged" if self._read_only else "is set aside; a restart uses the one before"
+                    if not self._read_only:
+                        self._set_aside(step)
+                    raise FaultError(f"{self._path(step)}: {problem}; it {fate}", STORAGE_FAILED) from error
+            else:
+                problem = changes(by_path, saved)
+                if problem is None:
+                    return by_path, None
+            _logger.error("the checkpoint %s: %s", self._path(step), problem)
+        return {}, problem
 
     def _record(self, step: int) -> dict[str, Any]:
         record = read_json(self._path(step) / _META)
@@ -324,7 +360,8 @@ class CheckpointManager(Checkpoints):
     def _set_aside(self, step: int) -> None:
         damaged = self._path(step, "damaged")
         _remove(damaged)
-        self._path(step).rename(damaged)
+        with contextlib.suppress(FileNotFoundError):  # Another process that has found the damage was faster.
+            self._path(step).rename(damaged)
 
     def _none_left(self, problems: dict[int, list[str]]) -> str:
         if not problems:

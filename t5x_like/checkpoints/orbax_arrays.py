@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tensorstore
+
+from t5x_like.checkpoints.fingerprints import fingerprint_of_part
+from t5x_like.faults import fault_of
+from t5x_like.storage import locations
 from t5x_like.utils import tree_paths
 
 PARAMS = "params"
 """Folder of the parameters, and the first part of their paths."""
 TRAINING = "training"
 """Folder of all other arrays."""
+_DAMAGE = re.compile(
+    r"[^\n]*(DATA_LOSS|CRC-?32C|checksum|corrupt|Error (?:decoding|parsing|reading))[^\n]*", re.IGNORECASE
+)
 
 
 def _import_orbax() -> Any:
@@ -52,6 +63,39 @@ def load(directory: Path, leaves: Mapping[str, Any]) -> dict[str, Any]:
     # The split into items exists in the files only, not in the tree of the caller.
     by_path = {path.removeprefix(f"{TRAINING}/"): leaf for path, leaf in loaded.items()}
     return {path: by_path[path] for path in leaves}
+
+
+def damage(error: BaseException) -> str | None:
+    """Return in one line what an error of `load` says about damaged files; None for any other error."""
+    found = None if fault_of(str(error)) else _DAMAGE.search(str(error))
+    return f"the arrays cannot be read ({found[0].strip()[:200]})" if found else None
+
+
+def stored_fingerprint(directory: Path, path: str) -> str:
+    """Return the fingerprint of an array in `directory`, which is read in parts; "" if it cannot be read."""
+    item = PARAMS if path.startswith(f"{PARAMS}/") else TRAINING
+    name = path.removeprefix(f"{PARAMS}/").replace("/", ".")
+    base = {"driver": "file", "path": f"{directory / item}/"}
+    spec = {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    try:
+        array = locations.wait(directory, tensorstore.open(spec, open=True, read=True))
+        parts = (
+            fingerprint_of_part(np.asarray(locations.wait(directory, array[index].read())), index, array.shape)
+            for index in _parts(array.shape, array.chunk_layout.read_chunk.shape or ())
+        )
+        return f"{sum(parts) % 2**32:08x}"
+    except ValueError:
+        return ""
+
+
+def _parts(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Yield the places of the chunks of an array."""
+    yield from itertools.product(
+        *(
+            [slice(start, min(start + length, size)) for start in range(0, size, length)]
+            for size, length in zip(shape, chunk, strict=True)
+        )
+    )
 
 
 def _context() -> Any:

@@ -64,6 +64,12 @@ class CheckpointConfig:
     """Number of newest checkpoints that are kept."""
     keep_period: PositiveInt | None = None
     """Checkpoints at multiples of this step are kept forever."""
+    load_and_broadcast: bool = False
+    """In a bucket: one replica of each array reads a checkpoint and sends it to the others over the network of the
+    devices. False: each replica, such as each slice with data parallelism between slices, reads all of it."""
+    grace_seconds: PositiveFloat = 120.0
+    """Time between the signal to stop and the kill of the processes, as the launcher sets it. A save that takes longer
+    is reported: a run that is stopped then loses the steps since the save before."""
     keep_best: KeepBest | None = None
     """Keep the best of the checkpoints whose step is evaluated during training (evaluation.every_steps)."""
 

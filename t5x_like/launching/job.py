@@ -18,6 +18,10 @@ SHARED_MOUNT = "/mnt/runs"
 """Default mount point of a volume that all machines share."""
 
 
+_GRACE = "--checkpoints.grace-seconds"
+"""Override by which a run compares its saves with the grace time, whose default is that of `Job`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Training run to be started on a target.
@@ -62,7 +66,10 @@ class Job:
           options: Options of `train` that the target adds.
         """
         command = (python, "-P", "-m", "t5x_like", "train", self.recipe, "--workdir", self.workdir)
-        return (*command, *options, *self.arguments)
+        grace: tuple[str, ...] = ()
+        if self.grace_seconds != Job.grace_seconds and not any(text.startswith(_GRACE) for text in self.arguments):
+            grace = (_GRACE, str(self.grace_seconds))
+        return (*command, *options, *grace, *self.arguments)
 
 
 def resource_name(name: str, limit: int = 40) -> str:

@@ -40,6 +40,7 @@ from t5x_like.storage.mirror import mirror_of
 from t5x_like.trainer import startup_summary
 from t5x_like.trainer.callbacks import Callbacks
 from t5x_like.trainer.crash_loop import counted_start
+from t5x_like.trainer.grace import SAVE_SECONDS, too_slow
 from t5x_like.trainer.profiling import step_profiler
 from t5x_like.trainer.reference import RECORD as REFERENCE
 from t5x_like.trainer.reference import attach_reference
@@ -96,6 +97,9 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
             step, state, first_row, interval = found.step, found.state, found.first_row, found.interval
             of_data, recorded, files = found.meta["data"], found.meta, checkpoints.read_files(step)
             clock.go_on(found.meta["seconds"])
+            checkpoints.save_seconds = found.meta.get(SAVE_SECONDS)
+            if (text := too_slow(checkpoints, run)) is not None:
+                shown.out(text, highlight=False)
         else:
             require_tokenizer_of_source(run, source.stores)
             state = program.with_new_average(initial_state(program, lambda line: shown.out(line, highlight=False)))

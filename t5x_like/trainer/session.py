@@ -35,9 +35,11 @@ from t5x_like.monitoring.writers import (
 from t5x_like.program import FROZEN, Program
 from t5x_like.run_directory import RunRecord
 from t5x_like.sharding.batch_placement import on_host
+from t5x_like.storage.locations import num_repeated_requests
 from t5x_like.storage.mirror import require_access
 from t5x_like.trainer import startup_summary
 from t5x_like.trainer.callbacks import Callbacks
+from t5x_like.trainer.grace import SAVE_SECONDS, too_slow
 from t5x_like.trainer.profiling import StepProfiler
 from t5x_like.trainer.replay_check import ReplayCheck
 from t5x_like.trainer.row_record import RowRecord
@@ -168,6 +170,7 @@ class TrainSession:
                 "data": {"rows": self.rows_read(self.step), "fingerprint": self.source.fingerprint},
                 "interval": {name: list(mean) for name, mean in self.accumulated_metrics.items()},
                 "seconds": self.clock.totals(),
+                SAVE_SECONDS: self.checkpoints.save_seconds,
                 "mesh": dict(self.program.mesh.shape),
                 "versions": startup_summary.versions(),
             }
@@ -226,6 +229,8 @@ class TrainSession:
         """Notify the callbacks of the checkpoint whose writing has ended, if there is one."""
         step, self.unfinished_checkpoint = self.unfinished_checkpoint, None
         if step is not None:
+            if jax.process_index() == 0 and (text := too_slow(self.checkpoints, self.run)) is not None:
+                _LOG.warning("%s", text)
             self.callbacks.checkpoint(step, self.checkpoints.directory / str(step))
 
     @contextlib.contextmanager
@@ -310,6 +315,8 @@ class TrainSession:
         totals = self.clock.totals()
         metrics |= {"goodput": goodput(totals), **lost_time(totals)}
         metrics |= {f"epochs/{name}": count for name, count in self.source.epochs(self.rows_read(step)).items()}
+        if repeated := num_repeated_requests():
+            metrics["repeated_requests"] = float(repeated)
         with self._written():
             self.writers.write(step, metrics)
         self.callbacks.step_end(step, metrics)

@@ -85,6 +85,9 @@ def test_shards_are_chunks_and_are_restored_on_another_mesh(url: Url, monkeypatc
         _, restored, _ = checkpoints.restore(abstract(split(*names)))
         assert restored["params"]["w"].sharding.spec == PartitionSpec(*names)
         np.testing.assert_array_equal(restored["params"]["w"], values)
+        broadcast = opened(url, read_only=True, load_and_broadcast=True)
+        _, restored, _ = broadcast.restore(abstract(split(*names)))
+        np.testing.assert_array_equal(restored["params"]["w"], values)
 
 
 def test_step_is_listed_only_when_its_record_is_written(url: Url, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from helpers.checkpoint_examples import digest, make_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5x_like.checkpoints import orbax_arrays
-from t5x_like.checkpoints.fingerprints import fingerprints
+from t5x_like.checkpoints.fingerprints import fingerprint, fingerprint_of_part, fingerprints
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import CheckpointConfig
 from t5x_like.errors import SafetyError
@@ -99,3 +100,13 @@ def test_named_step_with_changed_values_is_refused(manager: CheckpointManager, m
     with pytest.raises(SafetyError, match=r"in memory when it was saved, in params/head/kernel\. Name another step"):
         manager.restore(abstract(make_state(0)), step=2)
     assert manager.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool", "uint8", "int32"])
+@pytest.mark.parametrize("shape", [(), (5,), (6, 4, 3)])
+def test_numpy_adds_the_parts_of_an_array_to_its_fingerprint(dtype: str, shape: tuple[int, ...]) -> None:
+    random = np.random.default_rng(len(shape))
+    array = jnp.asarray(random.integers(0, 255, shape)).astype(dtype)
+    cuts = [[slice(start, min(start + 4, size)) for start in range(0, size, 4)] for size in shape]
+    parts = (fingerprint_of_part(np.asarray(array)[place], place, shape) for place in itertools.product(*cuts))
+    assert sum(parts) % 2**32 == int(fingerprint(array))
