@@ -210,65 +210,12 @@ def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settin
     workspace.run("compare", f"{run}:24", f"{run}:30", "--output", str(out / "page.html"), *trust)
     assert len(locations.read_bytes(out / "page.html") or b"") > 1000
 
-    outputs_are_those_of_a_local_run(workspace, local, run, (*trust, "--trust", str(run)), stores)
-
     # A run that starts from the mean.
     start = ("--training.num-train-steps", "2", "--initialize-from.directory")
     warm = run.with_name("warm")
     workspace.run("train", RECIPE, "--workdir", str(warm), *start, str(out / "mean"), *stores)
     warm_locally = local.once("warm", "train", RECIPE, "--workdir", "warm", *start, "mean")
     assert_same_arrays(state_in(warm, tmp_path, workspace, 2), saved_state(warm_locally, 2))
-
-
-def outputs_are_those_of_a_local_run(
-    workspace: Workspace, local: Workspace, run: Url, trust: tuple[str, ...], stores: tuple[str, ...]
-) -> None:
-    """Embed, convert, fine-tune, predict, sweep, and train by the Python API."""
-    texts = b"".join(b'{"text": "text %d", "label": "%s"}\n' % (n, (b"a", b"b")[n % 2]) for n in range(40))
-    out = run.with_name("outputs")
-    locations.write_bytes(out / "texts.jsonl", texts)
-    for each in (workspace, local):
-        (each.directory / "texts.jsonl").write_bytes(texts)
-    workspace.run("embed", str(run), "--input", str(out / "texts.jsonl"), "--output", str(out / "v.npy"), *trust)
-    vectors = local.once("v.npy", "embed", "run", "--input", "texts.jsonl", "--output", "v.npy")
-    assert locations.read_bytes(out / "v.npy") == vectors.read_bytes()
-    workspace.run("convert", "--to", "hf", str(run), str(out / "hf"), *trust)
-    converted = local.once("hf", "convert", "--to", "hf", "run", "hf")
-    names = {path.relative_to(converted).as_posix() for path in converted.rglob("*") if path.is_file()}
-    assert set(locations.keys(out / "hf")) == names >= {"config.json", "model.safetensors"}
-    assert locations.read_bytes(out / "hf" / "model.safetensors") == (converted / "model.safetensors").read_bytes()
-
-    fields = ("--data.corpus.files", "texts.jsonl", "--data.corpus.inputs-field", "text")
-    fields = (*fields, "--data.corpus.text-field", "label", "--training.num-train-steps", "2")
-    classify = ("train", "finetune:classify", "--from")
-    workspace.run(*classify, str(run), "--workdir", str(out / "labels"), *fields, *stores, *trust)
-    labels = ("--input", "texts.jsonl", "--output")
-    workspace.run("predict", str(out / "labels"), *labels, str(out / "predicted.jsonl"), *trust)
-    local.once("labels", *classify, "run", "--workdir", "labels", *fields)
-    predicted = local.once("predicted.jsonl", "predict", "labels", *labels, "predicted.jsonl")
-    assert locations.read_bytes(out / "predicted.jsonl") == predicted.read_bytes()
-
-    if not str(run).startswith("gs://"):
-        return  # A sweep runs the commands above.
-    arms = ("sweep", RECIPE, "--training.num-train-steps", "2", "--training.schedule.learning-rate", "1e-3", "1e-4")
-    workspace.run(*arms, "--workdir", str(out / "sweep"), *stores, *trust)
-    swept = local.once("sweep", *arms, "--workdir", "sweep")
-    folders = sorted(path.name for path in swept.iterdir() if path.is_dir())
-    assert locations.children(out / "sweep") == sorted([*folders, "comparison.html"]) and len(folders) == 2
-    for name in folders:
-        found, expected = segments.read_file(out / "sweep" / name, "evaluations.jsonl"), swept / name
-        assert found == (expected / "evaluations.jsonl").read_bytes()
-    script = "import sys, t5x_like; from t5x_like.config.recipes import load_recipe; from dataclasses import replace;"
-    script += "run = load_recipe(sys.argv[1]); run = replace(run, training=replace(run.training, num_train_steps=2));"
-    script += (
-        "run = replace(run, data=replace(run.data, store_dir=sys.argv[3])); assert t5x_like.train(run, sys.argv[2])"
-    )
-    command = [sys.executable, "-c", script, str(RECIPE), str(out / "api"), stores[1]]
-    subprocess.run(command, env=workspace.environment, cwd=workspace.directory, check=True, capture_output=True)
-    two = local.once("two", "train", RECIPE, "--workdir", "two", "--training.num-train-steps", "2")
-    assert logged((segments.read_file(out / "api", "metrics.jsonl") or b"").decode()) == logged(
-        (two / "metrics.jsonl").read_text()
-    )
 
 
 def start_processes(
