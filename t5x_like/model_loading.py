@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -42,7 +43,9 @@ from t5x_like.data.tokenizers.tokenizer import Tokenizer, have_same_pieces
 from t5x_like.errors import ConfigError, ConfigProblem, DataError, SafetyError
 from t5x_like.interop.huggingface.checkpoint import HuggingFaceModel, open_directory
 from t5x_like.program import Program, build_program
+from t5x_like.sharding.attention_choice import attention_for_platform
 from t5x_like.storage.mirror import fetch
+from t5x_like.utils.sanitize import say
 from t5x_like.utils.type_aliases import PyTree
 
 ModelKind = Literal["run", "imported", "huggingface"]
@@ -107,7 +110,14 @@ class LoadedModel:
             case _:
                 devices = self.devices
         run = self.run if self.has_data else _with_divisible_batch(self.run, len(devices))
-        return build_program(run, devices)
+        model = attention_for_platform(run.model, devices[0].platform)
+        if model != run.model:
+            # Training refuses instead: a run keeps the numbers of its backend.
+            note = (
+                f"attention {run.model.attention!r} is for other devices than these: {model.attention!r} runs instead"
+            )
+            say(f"{self.path}: {note}", file=sys.stderr)
+        return build_program(dataclasses.replace(run, model=model), devices)
 
     @functools.cached_property
     def stores(self) -> tuple[Store, ...]:

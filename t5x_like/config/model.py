@@ -285,9 +285,10 @@ class ModelConfig:
     masked tokens, has weight 1."""
     dtype: Dtype = "float32"
     """Type of activations and matrix products. Parameters are always float32."""
-    attention: str = "reference"
-    """Name of a registered attention backend: reference, xla, cudnn, blockwise, flash (TPU), or one of a plug-in. The
-    registry is that of `kernels.attention`; the name is checked when the model is built."""
+    attention: str = "auto"
+    """Name of an attention backend: reference, xla, cudnn (NVIDIA), blockwise, flash and splash (TPU), or one of a
+    plug-in. auto chooses by platform, length and features from the table of `kernels.auto_attention`. The name is
+    checked when the model is built."""
     scan_layers: bool = True
     """Run the stacked layers by `lax.scan`. False unrolls them, for debugging; the parameters are the same."""
     remat: Remat = "none"

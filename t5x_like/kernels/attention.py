@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from t5x_like.errors import ConfigProblem
+from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.kernels.attention_backend import (
     AttentionBackend,
     AttentionOptions,
@@ -22,13 +22,17 @@ from t5x_like.kernels.attention_backend import (
 )
 from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, Mask, MaskSpec
 from t5x_like.kernels.blockwise_attention import BlockwiseAttention
+from t5x_like.kernels.cudnn_attention import CudnnAttention
 from t5x_like.kernels.dropout import keep_mask
 from t5x_like.kernels.flash_attention import FlashAttention
-from t5x_like.kernels.library_attention import CudnnAttention, XlaAttention
+from t5x_like.kernels.library_attention import XlaAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
+from t5x_like.kernels.splash_attention import SplashAttention
 from t5x_like.utils.name_registry import Registry
 
+AUTO = "auto"
+"""Value of `ModelConfig.attention` for which `kernels.auto_attention` chooses the backend."""
 _BACKENDS: Registry[AttentionBackend] = Registry("attention backend")
 
 
@@ -36,11 +40,14 @@ def register_backend(name: str, backend: AttentionBackend) -> None:
     """Make `backend` available as `ModelConfig.attention = name`.
 
     Raises:
-      ConfigError: the name is registered already.
+      ConfigError: the name is registered already, or is "auto".
       TypeError: `backend` is not an instance of `AttentionBackend`.
     """
     if not isinstance(backend, AttentionBackend):
         raise TypeError(f"attention backend {name!r}: found {backend!r}, expected an instance of AttentionBackend")
+    if name == AUTO:
+        found = f"the attention backend name {name!r}, which stands for a choice among backends"
+        raise ConfigError([ConfigProblem(f"registration of {type(backend).__qualname__}", found, "another name")])
     _BACKENDS.register(name, backend, defined_by=type(backend))
 
 
@@ -59,8 +66,8 @@ def get_backend(name: str) -> AttentionBackend:
 
 
 def unknown_backend(name: str) -> ConfigProblem | None:
-    """Return the problem of a name that is not registered, else None."""
-    return None if name in _BACKENDS else _BACKENDS.unknown(name, "model.attention")
+    """Return the problem of a name that is neither registered nor "auto", else None."""
+    return None if name in _BACKENDS or name == AUTO else _BACKENDS.unknown(name, "model.attention")
 
 
 register_backend("reference", ReferenceAttention())
@@ -68,6 +75,7 @@ register_backend("xla", XlaAttention())
 register_backend("cudnn", CudnnAttention())
 register_backend("blockwise", BlockwiseAttention())
 register_backend("flash", FlashAttention())
+register_backend("splash", SplashAttention())
 
 
 def attention(
@@ -101,7 +109,8 @@ def attention(
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
       backend: Name of a registered backend. Built in are "reference" (einsums, and the ring for sequences that are
         split over devices), "xla" (`jax.nn.dot_product_attention`), "cudnn" (the same function with NVIDIA's kernels),
-        "blockwise" (loops over blocks, with memory linear in the length) and "flash" (Pallas kernels for TPUs).
+        "blockwise" (loops over blocks, with memory linear in the length), "flash" (Pallas kernels for TPUs) and
+        "splash" (JAX's Pallas kernels for TPUs, without a bias).
 
     Returns:
       [B, Q, H, h] in the type of q.
@@ -133,6 +142,7 @@ def attention(
         dropout_rng = None
     # The request is checked at every call, at trace time. A caller that builds a mask itself cannot bypass what
     # `attention_problems` checks of a configuration.
+    described = mask.keys if isinstance(mask, BlockwiseMask) else ()
     request = AttentionRequest(
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -141,10 +151,14 @@ def attention(
         bias="relative" if _has_bias(mask) else "none",
         softcap=softcap,
         dropout_rate=0.0 if dropout_rng is None else dropout_rate,
-        dynamic_window=isinstance(mask, BlockwiseMask) and any(k.dynamic_window is not None for k in mask.keys),
+        dynamic_window=any(each.dynamic_window is not None for each in described),
         is_split=isinstance(mask, BlockwiseMask) and mask.split is not None and mask.split.length != (),
         is_merged=len(keys) > 1,
+        q_length=q_BxQxHxh.shape[1],
+        kv_length=sum(lengths),
     )
+    if described:
+        request = request.with_mask(described[0].mask)
     reason = implementation.supports(request)
     if reason is not None:
         raise ValueError(f"attention backend {backend!r}: {reason}")

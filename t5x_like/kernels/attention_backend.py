@@ -38,6 +38,10 @@ class AttentionRequest:
       dynamic_window: The window is an array (`KeySpec.dynamic_window`). Backends with dense masks never see it.
       is_split: The sequence is split over devices (`BlockwiseMask.split` with axes of the length).
       is_merged: Several sequences of keys count as one (merged attention, T5Gemma 2).
+      has_positions: The mask has explicit positions instead of counting indices from 0.
+      has_prefix: `MaskSpec.causal` does not apply within a prefix, which differs between rows.
+      q_length: Number of queries; 0: not known.
+      kv_length: Number of keys of all sequences together; 0: not known.
     """
 
     num_heads: int = 1
@@ -50,6 +54,18 @@ class AttentionRequest:
     dynamic_window: bool = False
     is_split: bool = False
     is_merged: bool = False
+    has_positions: bool = False
+    has_prefix: bool = False
+    q_length: int = 0
+    kv_length: int = 0
+
+    def with_mask(self, mask: MaskSpec) -> AttentionRequest:
+        """Return the request with the properties of a mask."""
+        return dataclasses.replace(
+            self,
+            has_positions=mask.q_positions is not None or mask.kv_positions is not None,
+            has_prefix=mask.causal and mask.q_prefix is not None and mask.kv_prefix is not None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

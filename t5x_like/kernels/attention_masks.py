@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from t5x_like.kernels.position_bias import RelativeBias, dense_bias, positions_o
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids", "q_prefix", "kv_prefix"],
-    meta_fields=["causal", "window"],
+    meta_fields=["causal", "window", "padding_at_end"],
 )
 @dataclasses.dataclass(frozen=True)
 class MaskSpec:
@@ -35,6 +36,8 @@ class MaskSpec:
       q_prefix: bool [B, Q]. Where query and key are both in the prefix, `causal` does not apply (seqio's
         `decoder_causal_attention`).
       kv_prefix: bool [B, K].
+      padding_at_end: In each row of `kv_segment_ids` all ids of 0 follow the others, as batches with seqio's features
+        have them. A backend may then read lengths; the mask does not change.
     """
 
     causal: bool = False
@@ -45,6 +48,7 @@ class MaskSpec:
     kv_segment_ids: Array | None = None
     q_prefix: Array | None = None
     kv_prefix: Array | None = None
+    padding_at_end: bool = False
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["bias", "mask"], meta_fields=[])
@@ -165,6 +169,24 @@ def materialize(mask: MaskSpec, relative_bias: RelativeBias | None, q_length: in
 
 def _dense_bias(mask: MaskSpec, relative_bias: RelativeBias, q_length: int, kv_length: int) -> Array:
     return dense_bias(relative_bias, q_length, kv_length, q_positions=mask.q_positions, kv_positions=mask.kv_positions)
+
+
+def dense_mask_and_bias(mask: Mask, q_length: int, kv_lengths: Sequence[int]) -> DenseMask:
+    """Return the dense form of a mask over sequences of keys of `kv_lengths`."""
+    if isinstance(mask, DenseMask):
+        return mask
+    parts = []
+    for keys, length in zip(mask.keys, kv_lengths, strict=True):
+        spec = keys.mask
+        if keys.dynamic_window is not None:
+            window: Any = (keys.dynamic_window[0], keys.dynamic_window[1])
+            spec = dataclasses.replace(spec, window=window)
+        parts.append((materialize(spec, keys.relative_bias, q_length, length), length))
+    joined, total = parts[0]
+    for part, length in parts[1:]:
+        joined = concat_masks(joined, total, part, length)  # type: ignore[assignment]
+        total += length
+    return joined
 
 
 def concat_masks(first: Mask, first_length: int, second: Mask, second_length: int) -> Mask:

@@ -6,7 +6,7 @@ A query without any visible key gets the mean of all values, as in the reference
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec
 
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
 from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, Mask, MaskSpec, SequenceSharding
-from t5x_like.kernels.flash_block import KernelMask, KernelSetting
+from t5x_like.kernels.device_kernels import Axes, attend_on_each_device
+from t5x_like.kernels.flash_block import KernelMask, KernelSetting, block_size
 from t5x_like.kernels.flash_kernels import forward, key_value_gradients, query_gradient
 from t5x_like.kernels.online_softmax import HIDDEN, correction, pad_to_blocks
 from t5x_like.kernels.position_bias import RelativeBias, bias_by_distance
@@ -52,6 +53,8 @@ class FlashAttention(AttentionBackend):
             )
         if request.is_merged:
             return 'it cannot attend to several sequences of keys (merged attention); set attention="blockwise"'
+        if request.has_positions:
+            return 'it masks by index and found explicit positions; set attention="blockwise"'
         if request.is_split:
             return (
                 "it cannot attend over a sequence that is split over devices; "
@@ -75,13 +78,8 @@ class FlashAttention(AttentionBackend):
         if not isinstance(mask, BlockwiseMask):
             raise ValueError("found a dense mask, expected the result of this backend's prepare_mask")
         described = mask.keys[0]
-        if described.mask.q_positions is not None or described.mask.kv_positions is not None:
-            raise ValueError(
-                'attention backend "flash": found explicit positions, expected a mask by index; '
-                'set attention="blockwise"'
-            )
         q_length, kv_length = q_BxQxHxh.shape[1], keys[0].shape[1]
-        block = self.block or _block_size(q_length, kv_length)
+        block = self.block or block_size(q_length, kv_length)
         q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
         q, k, v = (pad_to_blocks(jnp.swapaxes(x, 1, 2), 2, block) for x in (q, keys[0], values[0]))
         distances = None
@@ -98,48 +96,18 @@ class FlashAttention(AttentionBackend):
             options.softcap,
             self.interpret,
         )
-        arrays = (q, k, v, distances, _kernel_mask(described, q_length, kv_length, block))
-        out = _attend_on_each_device(functools.partial(_attend, setting, kv_length), mask.split, *arrays)
+        kernel_mask = _kernel_mask(described, q_length, kv_length, block)
+
+        def specs(batch: Axes, heads: Axes) -> tuple[Any, ...]:
+            def rows_of(codes: Array | None) -> PartitionSpec:
+                return PartitionSpec(batch if codes is not None and codes.shape[0] == q.shape[0] else None)
+
+            codes = (rows_of(kernel_mask.q_codes), rows_of(kernel_mask.kv_codes))
+            return PartitionSpec(heads), KernelMask(*codes, PartitionSpec())  # type: ignore[arg-type]
+
+        attend = functools.partial(_attend, setting, kv_length)
+        out = attend_on_each_device(attend, mask.split, q, k, v, (distances, kernel_mask), specs)
         return jnp.swapaxes(out[:, :, :q_length], 1, 2)
-
-
-def _attend_on_each_device(
-    attend: Callable[..., Array],
-    placement: SequenceSharding | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    distances: Array | None,
-    mask: KernelMask,
-) -> Array:
-    """Run `attend` on each device's rows and heads; XLA cannot partition the kernels itself."""
-    if placement is None:
-        return attend(q, k, v, distances, mask)
-    batch, heads, kv_heads = (axes or None for axes in (placement.batch, placement.heads, placement.kv_heads))
-    if heads != kv_heads:
-        # Fewer key heads than devices: each query head gets its own copy.
-        k, v = (jnp.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
-    by_head = PartitionSpec(batch, heads)
-
-    def rows_of(codes: Array | None) -> PartitionSpec:
-        return PartitionSpec(batch if codes is not None and codes.shape[0] == q.shape[0] else None)
-
-    return jax.shard_map(
-        attend,
-        mesh=placement.mesh,
-        in_specs=(
-            *(by_head,) * 3,
-            PartitionSpec(heads),
-            KernelMask(rows_of(mask.q_codes), rows_of(mask.kv_codes), PartitionSpec()),  # type: ignore[arg-type]
-        ),
-        out_specs=by_head,
-        check_vma=False,
-    )(q, k, v, distances, mask)
-
-
-def _block_size(q_length: int, kv_length: int) -> int:
-    """Return the size of the blocks with the least padding; the largest of several."""
-    return min((512, 256, 128), key=lambda block: (-(-q_length // block) * -(-kv_length // block)) * block**2)
 
 
 def _kernel_mask(keys: KeySpec, q_length: int, kv_length: int, block: int) -> KernelMask:

@@ -66,6 +66,11 @@ class KernelMask:
     window: Array | None
 
 
+def block_size(q_length: int, kv_length: int) -> int:
+    """Return the size of the blocks of queries and keys with the least padding; the largest of several."""
+    return min((512, 256, 128), key=lambda block: (-(-q_length // block) * -(-kv_length // block)) * block**2)
+
+
 def dot(a: Array, b: Array, dimensions: Any) -> Array:
     """Return a product that is accumulated in float32."""
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

@@ -1,9 +1,8 @@
-"""Attention by `jax.nn.dot_product_attention`: compiled by XLA on every platform, or by cuDNN on NVIDIA GPUs."""
+"""Attention by `jax.nn.dot_product_attention`, compiled by XLA on every platform."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 from jax import Array
@@ -40,43 +39,15 @@ class XlaAttention(DenseMaskBackend):
     def attend(
         self, q_BxQxHxh: Array, keys: Sequence[Array], values: Sequence[Array], mask: Mask, options: AttentionOptions
     ) -> Array:
-        return _dot_product_attention(q_BxQxHxh, keys, values, mask, options, "xla")
-
-
-class CudnnAttention(XlaAttention):
-    """`jax.nn.dot_product_attention` with the implementation "cudnn": fused kernels for half precision."""
-
-    is_portable = False
-    materializes_scores = False
-
-    def supports(self, request: AttentionRequest) -> str | None:
-        if request.dtype == "float32":
-            return "cuDNN's kernels are for half precision and the model computes in float32; set dtype=bfloat16"
-        return super().supports(request)
-
-    def attend(
-        self, q_BxQxHxh: Array, keys: Sequence[Array], values: Sequence[Array], mask: Mask, options: AttentionOptions
-    ) -> Array:
-        return _dot_product_attention(q_BxQxHxh, keys, values, mask, options, "cudnn")
-
-
-def _dot_product_attention(
-    q_BxQxHxh: Array,
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    mask: Mask,
-    options: AttentionOptions,
-    implementation: Literal["xla", "cudnn"],
-) -> Array:
-    # Bias and mask are arrays: the causal flag of the library covers neither prefixes nor segments.
-    assert isinstance(mask, DenseMask)
-    # It accepts G key heads for H query heads, so that keys and values are not repeated.
-    return jax.nn.dot_product_attention(
-        q_BxQxHxh,
-        join_sequences(keys),
-        join_sequences(values),
-        bias=None if mask.bias is None else mask.bias.astype(q_BxQxHxh.dtype),
-        mask=mask.mask,
-        scale=options.scale,
-        implementation=implementation,
-    )
+        # Bias and mask are arrays: the causal flag of the library covers neither prefixes nor segments.
+        assert isinstance(mask, DenseMask)
+        # It accepts G key heads for H query heads, so that keys and values are not repeated.
+        return jax.nn.dot_product_attention(
+            q_BxQxHxh,
+            join_sequences(keys),
+            join_sequences(values),
+            bias=None if mask.bias is None else mask.bias.astype(q_BxQxHxh.dtype),
+            mask=mask.mask,
+            scale=options.scale,
+            implementation="xla",
+        )

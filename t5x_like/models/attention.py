@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,28 +11,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from t5x_like.config.model import ModelConfig, Positions, StackConfig
+from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.errors import ConfigError, ConfigProblem
-from t5x_like.kernels.attention import attention, get_backend, unknown_backend
-from t5x_like.kernels.attention_backend import AttentionBackend, AttentionRequest, BiasKind, drops_values
-from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, Mask
+from t5x_like.kernels.attention import AUTO, attention, get_backend, unknown_backend
+from t5x_like.kernels.attention_masks import (
+    BlockwiseMask,
+    DenseMask,
+    Mask,
+    MaskSpec,
+    SequenceSharding,
+    materialize,
+)
+from t5x_like.kernels.auto_attention import choose
 from t5x_like.kernels.decode_attention import KVSegment, attend
+from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.models.kv_cache import KeysValues, LayerCache
 from t5x_like.models.layers import Dense, FusedDense, Norm, attention_scale, attention_stddevs
 from t5x_like.models.rotary import CosSin, rotate
-from t5x_like.sharding.constrain import active_platform, constrain
+from t5x_like.sharding.attention_choice import attention_request, attention_uses
+from t5x_like.sharding.constrain import active_platform, attention_placement, constrain, sequence_split
 
 SeveralKeysValues = tuple[tuple[Array, ...], tuple[Array, ...]]
 """Keys and values of several sequences."""
-
-
-_BIASES: dict[Positions, BiasKind] = {
-    "relative_bias": "relative",
-    "disentangled": "content",
-    "rope": "none",
-    "learned": "none",
-    "none": "none",
-}
 
 
 class Distances(NamedTuple):
@@ -51,52 +52,106 @@ def attention_problems(model: ModelConfig) -> Iterator[ConfigProblem]:
     problem = unknown_backend(model.attention)
     if problem is not None:
         yield problem
+    if problem is not None or model.attention == AUTO:
         return
-    backend = get_backend(model.attention)
-    for name, stack in [*model.stacks.items(), ("generator", model.generator)]:
-        if stack is None:
-            continue
-        is_merged = name == "decoder" and model.encoder is not None and stack.cross_attention == "merged"
-        reason = backend.supports(attention_request(stack, model.dtype, is_merged=is_merged))
-        if reason is not None:
+    for use in attention_uses(model):
+        reason = get_backend(model.attention).supports(use.request)
+        if reason is not None and not use.is_cross:
             yield ConfigProblem(
-                "model.attention", f"{model.attention} for model.{name}", f"a backend that supports it: {reason}"
+                "model.attention", f"{model.attention} for model.{use.stack}", f"a backend that supports it: {reason}"
             )
 
 
-def backend_for_devices(name: str) -> AttentionBackend:
-    """Return a backend; raise ConfigError if its kernels are for other devices than those of the active mesh."""
-    backend = get_backend(name)
-    if backend.platform is not None and active_platform() not in (None, backend.platform):
-        found, expected = (f"devices of platform {platform!r}" for platform in (active_platform(), backend.platform))
-        fix = 'set model.attention="blockwise"'
-        raise ConfigError([ConfigProblem("model.attention", f"{name} on {found}", expected, fix)])
-    return backend
+@dataclasses.dataclass(frozen=True)
+class PlannedAttention:
+    """Attention of a stack on the devices of the active mesh.
+
+    Attributes:
+      backend: Name of the backend.
+      has_dense_mask: The mask is dense for every backend, because the bias of each layer has the size of the scores.
+      placement: Placement of the arrays for `shard_map`, or None.
+    """
+
+    backend: str
+    has_dense_mask: bool
+    placement: SequenceSharding | None
+
+    def prepare_mask(self, mask: MaskSpec, bias: RelativeBias | None, q_length: int, kv_length: int) -> Mask:
+        """Return the mask as the backend reads it; each device computes the part of its queries of a dense one."""
+        if self.has_dense_mask:
+            prepared: Mask = materialize(mask, None, q_length, kv_length)
+        else:
+            prepared = get_backend(self.backend).prepare_mask(mask, bias, q_length, kv_length, self.placement)
+        if isinstance(prepared, BlockwiseMask):
+            return prepared
+        dense_bias, dense = prepared.bias, prepared.mask
+        return DenseMask(
+            bias=None if dense_bias is None else constrain(dense_bias, ("batch", "heads", "length", None)),
+            mask=None if dense is None else constrain(dense, ("batch", None, "length", None)),
+        )
 
 
-def attention_request(stack: StackConfig, dtype: str, *, is_merged: bool) -> AttentionRequest:
-    """Return what the self-attention of a stack asks of its backend."""
-    dropped_as_values = drops_values(stack.num_heads, stack.num_kv_heads, stack.dropout_broadcast_length)
-    return AttentionRequest(
-        num_heads=stack.num_heads,
-        num_kv_heads=stack.num_kv_heads,
-        head_dim=stack.head_dim,
-        dtype=dtype,
-        bias=_BIASES[stack.positions],
-        softcap=stack.attention_softcap,
-        dropout_rate=0.0 if dropped_as_values else stack.dropout_rate,
-        dynamic_window=len(set(stack.layer_kinds)) > 1,
+def plan_attention(
+    config: StackConfig,
+    attention: str,
+    dtype: str,
+    mask: MaskSpec,
+    *,
+    rows: int,
+    length: int,
+    source_length: int,
+    is_cross: bool,
+    is_merged: bool,
+) -> PlannedAttention:
+    """Return the backend of an attention on the active mesh, and the placement of its arrays.
+
+    Args:
+      config: The stack.
+      attention: `ModelConfig.attention`; "auto" is resolved for the platform of the devices.
+      dtype: Type of the activations.
+      mask: Mask of the attention.
+      rows: Rows of the batch.
+      length: Length of the stack's own sequence.
+      source_length: Length of the encoder's sequence; 0 without one.
+      is_cross: The attention is cross-attention.
+      is_merged: The self-attention also reads the encoder's states.
+
+    Raises:
+      ConfigError: the kernels of the named backend are for other devices than those of the mesh.
+    """
+    sizes = (config.num_heads, config.num_kv_heads)
+    is_disentangled = config.positions == "disentangled"
+    # Where the mesh splits the length, attention runs as a ring over the devices and the mask stays a description.
+    # Disentangled attention has a bias of the size of the scores and cannot run as a ring.
+    lengths = [length, source_length] if source_length else [length]
+    placement = None if is_disentangled else sequence_split(rows, lengths, *sizes)
+    request = attention_request(
+        config,
+        dtype,
+        q_length=length,
+        source_length=source_length,
+        is_cross=is_cross,
         is_merged=is_merged,
-    )
+        is_split=placement is not None,
+    ).with_mask(mask)
+    platform = active_platform()
+    backend = choose(attention, platform, request).backend
+    expected = get_backend(backend).platform
+    if expected is not None and platform not in (None, expected):
+        found = f"{backend} on devices of platform {platform!r}"
+        fix = 'set model.attention="auto"'
+        raise ConfigError([ConfigProblem("model.attention", found, f"devices of platform {expected!r}", fix)])
+    if placement is None and get_backend(backend).needs_placement:
+        placement = attention_placement(rows, *sizes)
+    return PlannedAttention(backend, is_disentangled and not is_cross, placement)
 
 
 class Attention(nnx.Module):
     """Multi-head attention with queries from one sequence and keys and values from the same or another one."""
 
-    def __init__(self, config: StackConfig, attention_backend: str, *, kv_width: int, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, *, kv_width: int, rngs: nnx.Rngs):
         """`kv_width` is the width of the sequence that keys and values are projected from."""
         self.config = config
-        self.attention_backend = attention_backend
         bias = config.use_bias or config.qkv_bias
         heads, kv_heads = ("heads", config.num_heads), ("kv_heads", config.num_kv_heads)
         embed, kv_embed, head_dim = ("embed", config.d_model), ("embed", kv_width), ("head_dim", config.head_dim)
@@ -142,6 +197,7 @@ class Attention(nnx.Module):
         keys_values: KeysValues | SeveralKeysValues,
         mask: Mask,
         *,
+        backend: str,
         cos_sin: CosSin | None = None,
         distances: Distances | None = None,
         dropout_rng: Array | None = None,
@@ -152,6 +208,7 @@ class Attention(nnx.Module):
           query_BxQxHxh: Queries as the projection returns them.
           keys_values: Keys and values after `position_keys`, of one or several sequences.
           mask: Mask that the backend has prepared.
+          backend: Name of the attention backend.
           cos_sin: Rotary positions of the queries, or None.
           distances: Relative positions of disentangled attention, or None.
           dropout_rng: Key of the dropout of probabilities; None: no dropout.
@@ -179,7 +236,7 @@ class Attention(nnx.Module):
             dropout_rate=self.config.dropout_rate,
             dropout_rng=dropout_rng,
             dropout_broadcast_length=self.config.dropout_broadcast_length,
-            backend=self.attention_backend,
+            backend=backend,
         )
         return self.out(constrain(attended_BxQxHxh, ("batch", "length", "heads", "head_dim")))
 

@@ -29,9 +29,11 @@ class LayerInputs:
       spec: Description of that mask, for layers with their own table of relative bias.
       cos_sin: Rotary positions of x, or None.
       distances: Relative positions of disentangled attention, or None.
+      backend: Name of the backend of the self-attention; None in a decoding step, which has an attention of its own.
       encoded: Encoder states [B, S, d] for cross-attention; None without an encoder, or if each layer's keys and values
         are computed already.
       cross_mask: Mask of the cross-attention.
+      cross_backend: Name of the backend of the cross-attention; None without one, and in a decoding step.
       lengths: int32 [B], tokens of each row that are in the cache already, in a decoding step; else None.
       valid: bool [B, L], False for padding, which experts ignore; None: no padding.
       beams: Table of the self-attention's cache in a beam search (`KVCache.beams`), else None.
@@ -42,8 +44,10 @@ class LayerInputs:
     spec: MaskSpec
     cos_sin: CosSin | None = None
     distances: Distances | None = None
+    backend: str | None = None
     encoded: Array | None = None
     cross_mask: Mask | None = None
+    cross_backend: str | None = None
     lengths: Array | None = None
     valid: Array | None = None
     beams: Array | None = None
@@ -59,7 +63,6 @@ class Block(nnx.Module):
     def __init__(
         self,
         config: StackConfig,
-        attention_backend: str,
         *,
         encoder_width: int | None,
         rngs: nnx.Rngs,
@@ -67,14 +70,14 @@ class Block(nnx.Module):
         """`encoder_width` is the width of the encoder's output; None: no cross-attention."""
         self.config = config
         self.self_attention_norm = Norm(config)
-        self.self_attention = Attention(config, attention_backend, kv_width=config.d_model, rngs=rngs)
+        self.self_attention = Attention(config, kv_width=config.d_model, rngs=rngs)
         if config.relative_bias_per_layer and config.positions == "relative_bias":
             self.relative_bias = relative_bias_table(config, rngs=rngs)
         self.has_cross_attention = encoder_width is not None and config.cross_attention == "separate"
         self.is_merged = encoder_width is not None and config.cross_attention == "merged"
         if encoder_width is not None and self.has_cross_attention:
             self.cross_attention_norm = Norm(config)
-            self.cross_attention = Attention(config, attention_backend, kv_width=encoder_width, rngs=rngs)
+            self.cross_attention = Attention(config, kv_width=encoder_width, rngs=rngs)
         self.mlp_norm = Norm(config)
         self.mlp = Mlp(config, rngs=rngs) if config.experts is None else MixtureOfExperts(config, rngs=rngs)
         if config.norm_placement == "both":
@@ -106,6 +109,7 @@ class Block(nnx.Module):
         if cross_keys_values is None and shared.encoded is not None:
             cross_keys_values = self.encoder_keys_values(shared.encoded)
 
+        assert shared.backend is not None
         inner = self._self_attention_input(x_BxLxd, shared)
         query, keys_values = self.self_attention.project(inner)
         own = self.self_attention.position_keys(keys_values, shared.cos_sin)
@@ -123,6 +127,7 @@ class Block(nnx.Module):
             query,
             attended,
             mask,
+            backend=shared.backend,
             cos_sin=shared.cos_sin,
             distances=self._drop_distances(shared.distances, rngs[6]),
             dropout_rng=rngs[0],
@@ -130,10 +135,12 @@ class Block(nnx.Module):
         x_BxLxd = self._add_branch(x_BxLxd, branch, "self_attention", rngs[1])
 
         if self.has_cross_attention:
-            assert shared.cross_mask is not None and cross_keys_values is not None
+            assert shared.cross_mask is not None and shared.cross_backend is not None and cross_keys_values is not None
             inner = self._branch_input(x_BxLxd, self.cross_attention_norm)
             query = self.cross_attention.query(inner)
-            branch = self.cross_attention(query, cross_keys_values, shared.cross_mask, dropout_rng=rngs[2])
+            branch = self.cross_attention(
+                query, cross_keys_values, shared.cross_mask, backend=shared.cross_backend, dropout_rng=rngs[2]
+            )
             x_BxLxd = self._add_branch(x_BxLxd, branch, "cross_attention", rngs[3])
 
         x_BxLxd, routing = self._mlp(x_BxLxd, shared, rngs[4], rngs[5])
@@ -258,11 +265,11 @@ def relative_bias_of(config: StackConfig, table: Embedding) -> RelativeBias:
     return RelativeBias(table.embedding[...], config.relative_bias_bidirectional, config.relative_bias_max_distance)
 
 
-def stacked_blocks(config: StackConfig, attention_backend: str, *, encoder_width: int | None, rngs: nnx.Rngs) -> Block:
+def stacked_blocks(config: StackConfig, *, encoder_width: int | None, rngs: nnx.Rngs) -> Block:
     """Return a Block whose parameters have a leading dimension of layers: num_layers blocks in one."""
 
     def make(key: Array) -> Block:
-        return Block(config, attention_backend, encoder_width=encoder_width, rngs=nnx.Rngs(params=key))
+        return Block(config, encoder_width=encoder_width, rngs=nnx.Rngs(params=key))
 
     # `vmap` over the constructor gives every parameter a leading dimension of layers, with initial values that differ
     # between layers, and compiles one constructor.

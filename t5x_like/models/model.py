@@ -132,7 +132,7 @@ class Model(nnx.Module):
                 assert encoded is not None
                 if (repeats := tokens.shape[0] // encoded.shape[0]) > 1:
                     encoded, valid = (jnp.repeat(x, repeats, axis=0) for x in (encoded, valid))
-                cross_mask = MaskSpec(kv_segment_ids=valid.astype(jnp.int32))
+                cross_mask = MaskSpec(kv_segment_ids=valid.astype(jnp.int32), padding_at_end=encoder_ids is None)
             else:
                 cross_mask = MaskSpec(q_segment_ids=decoder_ids, kv_segment_ids=encoder_ids)
         states, _, routing = self.decoder(
@@ -290,7 +290,13 @@ class Model(nnx.Module):
             )
         states, new, _ = self.decoder(
             self._embed(tokens_BxT),
-            MaskSpec(causal=True, kv_segment_ids=valid.astype(jnp.int32), q_prefix=prefix, kv_prefix=prefix),
+            MaskSpec(
+                causal=True,
+                kv_segment_ids=valid.astype(jnp.int32),
+                q_prefix=prefix,
+                kv_prefix=prefix,
+                padding_at_end=True,
+            ),
             valid=valid,
             cross_mask=_cross_mask(cache),
             cross=cross,
@@ -369,7 +375,8 @@ def decoder_non_padding_mask(tokens_BxL: Array, pad_id: int | None) -> Array:
 def encoder_mask(tokens_BxS: Array, segment_ids: Array | None, pad_id: int | None) -> MaskSpec:
     """Return the mask of an encoder's self-attention."""
     if segment_ids is None:
-        return MaskSpec(kv_segment_ids=non_padding_mask(tokens_BxS, pad_id).astype(jnp.int32))
+        # Rows are padded at their end, as seqio's features are.
+        return MaskSpec(kv_segment_ids=non_padding_mask(tokens_BxS, pad_id).astype(jnp.int32), padding_at_end=True)
     return MaskSpec(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
 
 

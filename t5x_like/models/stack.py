@@ -13,20 +13,9 @@ from jax import Array
 
 from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
 from t5x_like.errors import ConfigError, ConfigProblem
-from t5x_like.kernels.attention import get_backend
-from t5x_like.kernels.attention_masks import (
-    BlockwiseMask,
-    DenseMask,
-    Mask,
-    MaskSpec,
-    SequenceSharding,
-    concat_masks,
-    materialize,
-    select_mask,
-    stack_masks,
-)
+from t5x_like.kernels.attention_masks import Mask, MaskSpec, concat_masks, materialize, select_mask, stack_masks
 from t5x_like.kernels.position_bias import RelativeBias, disentangled_buckets
-from t5x_like.models.attention import Distances, backend_for_devices
+from t5x_like.models.attention import Distances, PlannedAttention, plan_attention
 from t5x_like.models.blocks import (
     Block,
     LayerInputs,
@@ -41,7 +30,7 @@ from t5x_like.models.kv_cache import KeysValues, KVCache, LayerCache, slot_posit
 from t5x_like.models.layers import Dense, Embedding, Norm, dropout
 from t5x_like.models.moe import Routing
 from t5x_like.models.rotary import CosSin, rope
-from t5x_like.sharding.constrain import attention_placement, constrain, sequence_split
+from t5x_like.sharding.constrain import constrain
 
 
 class Stack(nnx.Module):
@@ -52,7 +41,8 @@ class Stack(nnx.Module):
         self.config = config
         self.remat = model.remat
         self.scan_layers = model.scan_layers
-        self.attention_backend = model.attention
+        self.attention = model.attention
+        self.dtype = model.dtype
         d = config.d_model
         width = model.embedding_dim or d
         if config.positions == "learned":
@@ -74,9 +64,7 @@ class Stack(nnx.Module):
                 [("embed", width)], [("mlp", d)], stddev=width**-0.5, use_bias=config.use_bias, rngs=rngs
             )
         self._is_merged = encoder_width is not None and config.cross_attention == "merged"
-        self.layers: Block | nnx.List[Block] = stacked_blocks(
-            config, model.attention, encoder_width=encoder_width, rngs=rngs
-        )
+        self.layers: Block | nnx.List[Block] = stacked_blocks(config, encoder_width=encoder_width, rngs=rngs)
         # Post-norm layers end in a norm already; the residual stream of the other placements is never normalized
         # otherwise.
         if config.norm_placement != "post":
@@ -126,30 +114,34 @@ class Stack(nnx.Module):
             cross_length = encoded.shape[1]
         elif cross is not None:
             cross_length = cross[0].shape[2]
-        backend = backend_for_devices(self.attention_backend)
-        # Disentangled attention has a bias of the size of the scores and cannot run as a ring.
-        split = None
-        if config.positions != "disentangled":
-            lengths = [length, cross_length] if cross_length else [length]
-            # Where the mesh splits the length, attention runs as a ring over the devices and the mask stays a
-            # description.
-            sizes = (config.num_heads, config.num_kv_heads)
-            split = sequence_split(x.shape[0], lengths, *sizes)
-            if split is None and backend.needs_placement:
-                split = attention_placement(x.shape[0], *sizes)
-        prepared_cross_mask = None
+
+        def planned(mask: MaskSpec, *, is_cross: bool = False) -> PlannedAttention:
+            return plan_attention(
+                config,
+                self.attention,
+                self.dtype,
+                mask,
+                rows=x.shape[0],
+                length=length,
+                source_length=cross_length,
+                is_cross=is_cross,
+                is_merged=self._is_merged,
+            )
+
+        own = planned(mask)
+        cross_attention, prepared_cross_mask = None, None
         if cross_mask is not None:
-            prepared_cross_mask = _constrain_mask(backend.prepare_mask(cross_mask, None, length, cross_length, split))
+            # In merged attention one softmax covers both sequences of keys, so that one backend reads both masks.
+            cross_attention = own if self._is_merged else planned(cross_mask, is_cross=True)
+            prepared_cross_mask = cross_attention.prepare_mask(cross_mask, None, length, cross_length)
         # Local and global layers differ in mask and rotary base only. Both are prepared once per kind, whatever the
         # number of layers.
         kinds = list(dict.fromkeys(config.layer_kinds))
-        masks = [
-            _constrain_mask(self._prepare_mask(self._add_window(kind, mask), length, length, split)) for kind in kinds
-        ]
+        masks = [own.prepare_mask(self._add_window(kind, mask), self._shared_bias(), length, length) for kind in kinds]
         if self._is_merged:
             # One softmax over the decoder's own keys and, after them, those of the encoder.
             assert prepared_cross_mask is not None
-            masks = [concat_masks(own, length, prepared_cross_mask, cross_length) for own in masks]
+            masks = [concat_masks(each, length, prepared_cross_mask, cross_length) for each in masks]
         # Everything that a layer reads besides its states and parameters. A scan closes over it, so that it is not
         # stacked per layer.
         shared = LayerInputs(
@@ -157,8 +149,10 @@ class Stack(nnx.Module):
             spec=mask,
             cos_sin=self._rope(kinds[0], positions, valid),
             distances=self._distances(mask, length, length),
+            backend=own.backend,
             encoded=encoded,
             cross_mask=prepared_cross_mask,
+            cross_backend=None if cross_attention is None else cross_attention.backend,
             valid=valid,
         )
         by_kind = None
@@ -267,12 +261,6 @@ class Stack(nnx.Module):
 
     def _add_window(self, kind: LayerKind, mask: MaskSpec) -> MaskSpec:
         return dataclasses.replace(mask, window=self.config.sliding_window) if kind == "local" else mask
-
-    def _prepare_mask(self, mask: MaskSpec, q_length: int, kv_length: int, split: SequenceSharding | None) -> Mask:
-        if self.config.positions == "disentangled":
-            # The bias of each layer is an array of the size of the scores, so the mask is dense for every backend.
-            return materialize(mask, None, q_length, kv_length)
-        return get_backend(self.attention_backend).prepare_mask(mask, self._shared_bias(), q_length, kv_length, split)
 
     def _shared_bias(self) -> RelativeBias | None:
         """Return the relative bias that all layers share, if there is one."""
@@ -385,16 +373,6 @@ class _KindInputs(NamedTuple):
 
     masks: Array
     cos_sin: CosSin | None
-
-
-def _constrain_mask(mask: Mask) -> Mask:
-    """Constrain a dense mask so that each device computes the part of its queries."""
-    if isinstance(mask, BlockwiseMask):
-        return mask
-    return DenseMask(
-        bias=None if mask.bias is None else constrain(mask.bias, ("batch", "heads", "length", None)),
-        mask=None if mask.mask is None else constrain(mask.mask, ("batch", None, "length", None)),
-    )
 
 
 def _stack_trees(trees: list[CosSin | None]) -> CosSin | None:

@@ -115,6 +115,7 @@ class Plan:
                 "parts": {name: dataclasses.asdict(part) for name, part in self.parts.items()},
             },
             "compute": self.compute(),
+            "attention": self.program.attention,
             "memory": {
                 "peak_bytes": self.memory.peak_bytes,
                 "usable_bytes": self.memory.usable_bytes,

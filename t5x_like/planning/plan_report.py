@@ -28,6 +28,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"mesh: {axes or 'one device'}", highlight=False)
     if plan.program.mesh_reason is not None:
         console.print(plan.program.mesh_reason, highlight=False, markup=False)
+    console.print(f"attention: {plan.program.attention}", highlight=False, markup=False)
     console.print(_parameters(plan))
     _print_compute(plan, console)
     console.print(_memory(plan.memory))

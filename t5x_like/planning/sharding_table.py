@@ -6,14 +6,17 @@ Nothing is compiled for it.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
 
+from t5x_like.kernels.auto_attention import choose
 from t5x_like.planning.estimate.memory import leaf_bytes
 from t5x_like.planning.xla.aot_compile import abstract_batch, carried_state
-from t5x_like.program import Program
+from t5x_like.program import Program, build_program
+from t5x_like.sharding.attention_choice import attention_uses
 from t5x_like.sharding.constrain import Constrained, record_constraints
 from t5x_like.utils import tree_paths
 
@@ -58,12 +61,33 @@ def activation_shardings(program: Program) -> list[ShardedArray]:
 
     On one device there is nothing to split, and nothing is constrained.
     """
+    program = _without_cudnn(program)
     with record_constraints() as calls:
         # The unjitted step is traced again: a cached trace would make no calls.
         step: Any = program.train_step
         jax.eval_shape(step.__wrapped__, carried_state(program), abstract_batch(program))
     counted = collections.Counter(map(_activation, calls))
     return [array._replace(copies=copies) for array, copies in counted.items()]
+
+
+def _without_cudnn(program: Program) -> Program:
+    """Return the program with "blockwise" in place of cuDNN, whose version JAX asks for when an attention is traced.
+
+    GPUs are planned on machines without it, and the two constrain the same activations.
+    """
+    devices = list(program.mesh.devices.flat)
+    model = program.run.model
+    platform = devices[0].platform
+    names = {
+        choose(model.attention, platform, use.request).backend
+        for features in program.batch_spec.values()
+        for use in attention_uses(model, features)
+    }
+    if platform != "gpu" or "cudnn" not in names:
+        return program
+    return build_program(
+        dataclasses.replace(program.run, model=dataclasses.replace(model, attention="blockwise")), devices
+    )
 
 
 def _activation(call: Constrained) -> ShardedArray:

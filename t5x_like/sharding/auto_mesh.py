@@ -229,7 +229,7 @@ def choose_sharding(
     accelerator = accelerator_of(devices[0].device_kind)
     usable = 0 if accelerator is None else accelerator.usable_bytes // accelerator.devices_per_chip
     pool = DevicePool(len(devices), known_slices(devices) or 1, usable)
-    activations = _activations(run)
+    activations = _activations(run, devices[0].platform)
     # The degree must divide the number of experts of every stack that has experts; a dense stack does not limit it.
     experts = math.gcd(*(stack.experts.num_experts for stack in run.model.stacks.values() if stack.experts)) or 1
 
@@ -265,13 +265,13 @@ def choose_sharding(
     return config, choice.reason
 
 
-def _activations(run: RunConfig) -> list[SavedArray]:
+def _activations(run: RunConfig, platform: str) -> list[SavedArray]:
     """Return the saved activations of one accumulation step, and the logits in float32 with their cotangents."""
     parts = run.training.gradient_accumulation_steps
     arrays = []
     for sub_batch in batch_spec(run).values():
         features = accumulation_part(sub_batch, parts)
-        for saved in saved_activations(run.model, features).values():
+        for saved in saved_activations(run.model, features, platform).values():
             arrays += saved
         if run.model.stacks and run.model.task_head is None:
             # The largest arrays of a step with a large vocabulary: logits in float32, cotangents in the model's type.

@@ -33,7 +33,10 @@ from typing import assert_never
 from t5x_like.config.batch_spec import REJECTED, ArraySpec
 from t5x_like.config.model import ModelConfig, Remat, StackConfig
 from t5x_like.kernels.attention import get_backend
+from t5x_like.kernels.attention_backend import AttentionBackend
+from t5x_like.kernels.auto_attention import choose
 from t5x_like.kernels.expert_dispatch import SLACK
+from t5x_like.sharding.attention_choice import attention_request
 from t5x_like.sharding.rules import LogicalAxes
 
 _FLOAT32 = 4
@@ -76,12 +79,14 @@ class StackInput:
       length: Length of the stack's own sequence.
       source_length: Length of the encoder's sequence, for a decoder beside an encoder; else 0.
       mask_per_row: Whether the attention mask differs between rows (padding, segments, a bidirectional prefix).
+      platform: Platform of the devices, which decides on the backend of attention; None: not known.
     """
 
     rows: int
     length: int
     source_length: int
     mask_per_row: bool
+    platform: str | None = None
 
 
 def itemsize(config: ModelConfig) -> int:
@@ -103,7 +108,9 @@ def accumulation_part(features: Mapping[str, ArraySpec], parts: int) -> dict[str
     }
 
 
-def stack_inputs(config: ModelConfig, features: Mapping[str, ArraySpec]) -> dict[str, StackInput]:
+def stack_inputs(
+    config: ModelConfig, features: Mapping[str, ArraySpec], platform: str | None = None
+) -> dict[str, StackInput]:
     """Return the input shape of each stack for a sub-batch, encoder first."""
     inputs = {}
     source_length = 0
@@ -111,15 +118,17 @@ def stack_inputs(config: ModelConfig, features: Mapping[str, ArraySpec]) -> dict
         rows, length = features[f"{name}_input_tokens"].shape
         # An encoder masks its padding, which differs by row; a causal mask alone is the same for all rows.
         per_row = name == "encoder" or "decoder_causal_attention" in features or "decoder_segment_ids" in features
-        inputs[name] = StackInput(rows, length, source_length, per_row)
+        inputs[name] = StackInput(rows, length, source_length, per_row, platform)
         source_length = length
     return inputs
 
 
-def saved_activations(config: ModelConfig, features: Mapping[str, ArraySpec]) -> dict[str, list[SavedArray]]:
+def saved_activations(
+    config: ModelConfig, features: Mapping[str, ArraySpec], platform: str | None = None
+) -> dict[str, list[SavedArray]]:
     """Return the arrays saved for the backward pass of a sub-batch, by stack. The logits are not among them."""
     saved = {}
-    for name, stack, inputs in _stacks(config, features):
+    for name, stack, inputs in _stacks(config, features, platform):
         layers = [array.times(stack.num_layers) for array in layer_activations(config, stack, inputs, config.remat)]
         saved[name] = [*layers, *_outside_layers(config, stack, inputs)]
     return saved
@@ -141,8 +150,10 @@ def activation_kinds(config: ModelConfig, features: Mapping[str, ArraySpec]) -> 
     return kinds
 
 
-def _stacks(config: ModelConfig, features: Mapping[str, ArraySpec]) -> Iterator[tuple[str, StackConfig, StackInput]]:
-    inputs = stack_inputs(config, features)
+def _stacks(
+    config: ModelConfig, features: Mapping[str, ArraySpec], platform: str | None = None
+) -> Iterator[tuple[str, StackConfig, StackInput]]:
+    inputs = stack_inputs(config, features, platform)
     for name, stack in config.stacks.items():
         yield name, stack, inputs[name]
     if config.generator is not None:
@@ -183,8 +194,7 @@ def layer_activations(config: ModelConfig, stack: StackConfig, inputs: StackInpu
             assert_never(remat)
     if stack.dropout_rate > 0:
         arrays += _dropout(config, stack, inputs, branches)
-    if _saves_scores(config):
-        arrays += attention_scores(config, stack, inputs)
+    arrays += _scores(config, stack, inputs, saved=True)
     if stack.positions == "disentangled":
         shape = (inputs.rows, stack.num_heads, inputs.length, inputs.length)
         arrays.append(SavedArray("distance biases", ("batch", "heads", "length", None), shape, _FLOAT32))
@@ -258,40 +268,46 @@ def _dropout(config: ModelConfig, stack: StackConfig, inputs: StackInput, branch
         return
     yield _saved(inputs, "dropout", ("embed", stack.d_model), _BOOL).times(branches)
     yield _saved(inputs, "dropout", ("mlp", stack.d_ff), _BOOL)
-    if not get_backend(config.attention).materializes_scores:
-        # The mask of the probabilities is drawn again, block by block.
-        return
+    # A backend that works block by block draws the mask of the probabilities again.
     axes = ("batch", "heads", "length", None)
-    for length in (inputs.length, *((inputs.source_length,) if branches == 3 else ())):
-        yield SavedArray("dropout", axes, (inputs.rows, stack.num_heads, inputs.length, length), _BOOL)
+    for width, backend in _attentions(config, stack, inputs):
+        if backend.materializes_scores:
+            yield SavedArray("dropout", axes, (inputs.rows, stack.num_heads, inputs.length, width), _BOOL)
 
 
-def _saves_scores(config: ModelConfig) -> bool:
-    """Return whether the attention backend saves the scores of each layer for the backward pass."""
-    backend = get_backend(config.attention)
-    return backend.materializes_scores and not backend.recomputes_scores
+def _attentions(config: ModelConfig, stack: StackConfig, inputs: StackInput) -> Iterator[tuple[int, AttentionBackend]]:
+    """Yield the number of keys and the backend of each attention of a layer."""
+    is_merged = stack.cross_attention == "merged" and inputs.source_length > 0
+    for is_cross in (False, True) if inputs.source_length and not is_merged else (False,):
+        request = attention_request(
+            stack,
+            config.dtype,
+            q_length=inputs.length,
+            source_length=inputs.source_length,
+            is_cross=is_cross,
+            is_merged=is_merged,
+        )
+        yield request.kv_length, get_backend(choose(config.attention, inputs.platform, request).backend)
+
+
+def _scores(config: ModelConfig, stack: StackConfig, inputs: StackInput, *, saved: bool) -> list[SavedArray]:
+    """Return the scores in float32 with the probabilities in the model's type of each attention that materializes them;
+    if `saved`, of each one that keeps them for the backward pass."""
+    axes = ("batch", "heads", "length", None)
+    shape, size = (inputs.rows, stack.num_heads, inputs.length), _FLOAT32 + itemsize(config)
+    return [
+        SavedArray("attention scores", axes, (*shape, width), size)
+        for width, backend in _attentions(config, stack, inputs)
+        if backend.materializes_scores and not (saved and backend.recomputes_scores)
+    ]
 
 
 def attention_scores(config: ModelConfig, stack: StackConfig, inputs: StackInput) -> list[SavedArray]:
-    """Return the scores of each attention of a layer if the backend materializes them.
+    """Return the scores of each attention of a layer whose backend materializes them.
 
     They are scores in float32 together with probabilities in the model's type.
     """
-    if not get_backend(config.attention).materializes_scores:
-        return []
-    widths = [inputs.length]
-    if stack.cross_attention == "merged":
-        # One attention over the decoder's own tokens and those of the source.
-        widths = [inputs.length + inputs.source_length]
-    elif inputs.source_length > 0:
-        widths.append(inputs.source_length)
-    axes = ("batch", "heads", "length", None)
-    return [
-        SavedArray(
-            "attention scores", axes, (inputs.rows, stack.num_heads, inputs.length, width), _FLOAT32 + itemsize(config)
-        )
-        for width in widths
-    ]
+    return _scores(config, stack, inputs, saved=False)
 
 
 def mlp_cotangents(config: ModelConfig, stack: StackConfig, inputs: StackInput) -> list[SavedArray]:

@@ -8,6 +8,7 @@ from t5x_like.config import RunConfig, batch_spec
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.kernels.attention import get_backend
 from t5x_like.kernels.attention_backend import AttentionRequest
+from t5x_like.kernels.auto_attention import choose
 from t5x_like.sharding.rules import AnyMesh, Rules, problems, spec
 from t5x_like.sharding.saved_activations import accumulation_part, activation_kinds
 from t5x_like.sharding.shardings import LogicalArray, logical_leaves
@@ -111,7 +112,9 @@ def _length_problems(run: RunConfig, mesh: AnyMesh, rules: Rules) -> list[Config
                 expected = f"a multiple of {shards} ({split})"
                 length_problems.append(ConfigProblem(where, str(array.shape[1]), expected, fix))
     if shards > 1 and rules.context_attention == "ring":
-        reason = get_backend(run.model.attention).supports(AttentionRequest(is_split=True))
+        # Every platform has a candidate of "auto" for the ring.
+        backend = choose(run.model.attention, None, AttentionRequest(is_split=True)).backend
+        reason = get_backend(backend).supports(AttentionRequest(is_split=True))
         if reason is not None:
             where = f'model.attention with {split} and context_attention="ring"'
             expected = f"a backend that attends over a sequence that is split over devices: {reason}"

@@ -89,6 +89,7 @@ def show(
     summary = StartSummary(
         name=run.name,
         model=_model(run),
+        attention=program.attention,
         run_dir=str(workdir),
         resume=f"resumes from step {step} of {total}" if step else f"new run of {total} steps",
         parts={name: Part(part.count, 4 * part.count) for name, part in parameter_parts(program).items()},
@@ -157,6 +158,7 @@ class StartSummary:
     Attributes:
       name: Name of the run.
       model: Architecture in a few words.
+      attention: Backends of the attentions, and why preferred ones were passed over.
       run_dir: Run directory.
       resume: "new run of 2000 steps" or "resumes from step 400 of 2000".
       parts: Parameters by part of the model.
@@ -171,6 +173,7 @@ class StartSummary:
 
     name: str
     model: str
+    attention: str
     run_dir: str
     resume: str
     parts: Mapping[str, Part]
@@ -200,6 +203,7 @@ def _run_table(summary: StartSummary) -> Table:
     rows = {
         "run directory": f"{summary.run_dir} ({summary.resume})",
         "model": summary.model,
+        "attention": summary.attention,
         "tokens": f"{formatting.count(summary.tokens_per_step)} per step, "
         f"{total_tokens} in {summary.total_steps:,} steps",
         "compute": f"{formatting.flops(summary.flops_per_step)} per step",

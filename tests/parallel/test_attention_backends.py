@@ -1,4 +1,4 @@
-"""Blockwise and flash attention on a mesh of several devices, compared with the reference on one device."""
+"""Blockwise, flash and splash attention on a mesh of several devices, compared with the reference on one device."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from t5x_like.kernels.blockwise_attention import BlockwiseAttention
 from t5x_like.kernels.flash_attention import FlashAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
+from t5x_like.kernels.splash_attention import SplashAttention
 
 ROWS, LENGTH, HEADS, WIDTH = 4, 20, 4, 8
 SEGMENTS = np.sort(np.random.default_rng(0).integers(0, 4, (ROWS, LENGTH)), axis=1)
@@ -31,6 +32,7 @@ def gradients(
     *,
     placement: SequenceSharding | None = None,
     queries: PartitionSpec | None = None,
+    has_bias: bool = True,
 ) -> list[Array]:
     """Return all gradients and the output; `queries` is the sharding of the queries and their output."""
     random = np.random.default_rng(1)
@@ -44,7 +46,8 @@ def gradients(
         q, k, v, table = arrays
         if queries is not None:
             q = jax.lax.with_sharding_constraint(q, NamedSharding(MESH, queries))
-        prepared = backend.prepare_mask(mask, RelativeBias(table, False, 20), LENGTH, LENGTH, placement)
+        bias = RelativeBias(table, False, 20) if has_bias else None
+        prepared = backend.prepare_mask(mask, bias, LENGTH, LENGTH, placement)
         out = backend.attend(q, [k], [v], prepared, options)
         return jnp.sum(out * weights), out
 
@@ -63,6 +66,15 @@ def test_flash_kernels_run_on_the_rows_and_heads_of_each_device(kv_axes: tuple[s
     kv_heads = 2 if kv_axes else 1
     found = gradients(FlashAttention(block=16, interpret=True), kv_heads, placement=placement)
     assert_equal_gradients(found, gradients(ReferenceAttention(), kv_heads))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_axes", [("tensor",), ()], ids=["split key heads", "one key head for all devices"])
+def test_splash_kernels_run_on_the_rows_and_heads_of_each_device(kv_axes: tuple[str, ...]) -> None:
+    placement = SequenceSharding(MESH, ("data",), (), ("tensor",), kv_axes)
+    kv_heads = 2 if kv_axes else 1
+    found = gradients(SplashAttention(block=128, interpret=True), kv_heads, placement=placement, has_bias=False)
+    assert_equal_gradients(found, gradients(ReferenceAttention(), kv_heads, has_bias=False))
 
 
 @pytest.mark.slow

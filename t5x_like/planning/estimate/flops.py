@@ -11,6 +11,8 @@ from t5x_like.config import RunConfig, batch_spec
 from t5x_like.config.batch_spec import ArraySpec
 from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.kernels.attention import get_backend
+from t5x_like.kernels.attention_backend import AttentionRequest
+from t5x_like.kernels.auto_attention import choose
 from t5x_like.models.factory import kernels
 from t5x_like.models.flops import forward_flops_by_part
 from t5x_like.planning.estimate.kv_cache_bytes import attended_tokens
@@ -110,7 +112,9 @@ def decode_flops(config: ModelConfig, *, rows: int, length: int, encoder_length:
 def _recomputed(config: ModelConfig, forward: Mapping[str, int]) -> float:
     """Return the FLOPs of the layers' forward pass that the backward pass recomputes."""
     scores = sum(count for part, count in forward.items() if part.endswith(" scores"))
-    attention = 0.5 * scores if get_backend(config.attention).recomputes_scores else 0.0
+    # Every portable candidate of "auto" recomputes them.
+    backend = choose(config.attention, None, AttentionRequest()).backend
+    attention = 0.5 * scores if get_backend(backend).recomputes_scores else 0.0
     match config.remat:
         case "none":
             return attention

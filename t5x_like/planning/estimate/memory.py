@@ -183,6 +183,7 @@ class ActivationMemory:
         self.program = program
         self.run: RunConfig = program.run
         self.config: ModelConfig = program.run.model
+        self.platform: str = program.mesh.devices.flat[0].platform
         self.size = saved_activations.itemsize(self.config)
         self.size_of = tiled_bytes if is_tiled(program) else _plain_bytes
         parts = self.run.training.gradient_accumulation_steps
@@ -202,7 +203,7 @@ class ActivationMemory:
         return [sum(self._saved_by_stack(features).values()) for features in self.sub_batches]
 
     def _saved_by_stack(self, features: Mapping[str, ArraySpec]) -> dict[str, int]:
-        by_stack = saved_activations.saved_activations(self.config, features)
+        by_stack = saved_activations.saved_activations(self.config, features, self.platform)
         return {name: self.bytes_of(arrays) for name, arrays in by_stack.items()}
 
     def head(self) -> dict[str, int]:
@@ -269,7 +270,8 @@ class ActivationMemory:
         return max(candidates, key=lambda parts: sum(parts.values()))
 
     def _layer(self, name: str, stack: StackConfig, features: Mapping[str, ArraySpec]) -> dict[str, int]:
-        inputs = saved_activations.stack_inputs(self.config, features)["encoder" if name == "generator" else name]
+        all_inputs = saved_activations.stack_inputs(self.config, features, self.platform)
+        inputs = all_inputs["encoder" if name == "generator" else name]
         recomputed = 0
         if self.config.remat != "none":
             everything = saved_activations.layer_activations(self.config, stack, inputs, "none")

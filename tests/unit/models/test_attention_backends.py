@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from jax import Array
 
 from t5x_like.config import ShardingConfig
+from t5x_like.config.batch_spec import ArraySpec
 from t5x_like.config.model import ModelConfig
 from t5x_like.errors import ConfigError
 from t5x_like.hardware.fake_devices import fake_devices
@@ -29,10 +31,13 @@ from t5x_like.kernels.attention_masks import (
     SequenceSharding,
     materialize,
 )
+from t5x_like.kernels.auto_attention import choose
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
+from t5x_like.model_loading import LoadedModel, inference_run
 from t5x_like.models import presets
 from t5x_like.models.factory import abstract_model, bind_params, init_params
+from t5x_like.sharding.attention_choice import attention_uses, describe_attention
 from t5x_like.sharding.constrain import activation_context
 from t5x_like.sharding.mesh import make_mesh
 from t5x_like.sharding.rules import default_rules
@@ -115,7 +120,9 @@ def test_backend_that_never_gets_a_dense_mask_computes_the_same_logits(
 
 
 def test_unknown_backend_is_refused_with_the_registered_names() -> None:
-    with pytest.raises(ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, reference, xla"):
+    with pytest.raises(
+        ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, reference, splash, xla"
+    ):
         abstract_model(small("blokwise"))
 
 
@@ -171,6 +178,43 @@ def test_kernels_of_tpus_are_refused_on_other_devices_before_compilation() -> No
     assert states(fake_devices(parse_topology("v5e:2x2"))[:1]).shape[:2] == (2, 12)
 
 
+def test_auto_is_resolved_for_the_devices_of_the_mesh_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = presets.smoke("encoder_decoder", vocab_size=64)
+    stacks = {name: dataclasses.replace(stack, positions="relative_bias") for name, stack in model.stacks.items()}
+    model = dataclasses.replace(model, attention="auto", **stacks)  # type: ignore[arg-type]
+    features = {f"{stack}_input_tokens": ArraySpec((2, 256), "int32") for stack in ("encoder", "decoder")}
+    used: list[str] = []
+
+    def record(q: Array, *_: Any, backend: str, **__: Any) -> Array:
+        used.append(backend)
+        return q
+
+    monkeypatch.setattr("t5x_like.models.attention.attention", record)
+    spec = abstract_model(model)
+    tokens = {name: jax.ShapeDtypeStruct(array.shape, np.int32) for name, array in features.items()}
+    for devices, expected in [
+        (fake_devices(parse_topology("v5e:2x2"))[:1], ["flash", "flash", "splash"]),
+        (jax.devices()[:1], ["reference"] * 3),
+    ]:
+        used.clear()
+        with activation_context(make_mesh(ShardingConfig(), devices), default_rules(ShardingConfig())):
+            jax.eval_shape(lambda params, batch: bind_params(spec.graphdef, params)(batch), spec.params, tokens)
+        assert used == expected
+        uses = list(attention_uses(model, features))
+        assert [choose("auto", devices[0].platform, use.request).backend for use in uses] == used
+    assert describe_attention(model, {"main": features}, "tpu", is_split=False) == (
+        "flash for encoder self-attention and decoder self-attention (not splash: it has no relative bias), "
+        "splash for decoder cross-attention"
+    )
+
+
+def test_a_model_of_other_devices_is_opened_with_auto_and_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = LoadedModel(Path("model"), "imported", inference_run("model", small("flash")), has_data=False)
+    assert loaded.program.run.model.attention == "auto"
+    assert "'flash' is for other devices" in capsys.readouterr().err
+    assert loaded.model.attention == "flash"
+
+
 def test_dropout_of_values_is_supported_by_every_backend() -> None:
     abstract_model(small("xla", dropout_rate=0.1, dropout_broadcast_length=True, num_kv_heads=2))
 
@@ -186,4 +230,4 @@ def test_incomplete_backend_and_taken_name_are_refused_at_registration() -> None
         register_backend("new", ReferenceAttention)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="already registered"):
         register_backend("xla", ReferenceAttention())
-    assert backend_names() == ("reference", "xla", "cudnn", "blockwise", "flash")
+    assert backend_names() == ("reference", "xla", "cudnn", "blockwise", "flash", "splash")

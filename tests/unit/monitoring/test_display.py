@@ -71,6 +71,7 @@ def test_summary_shows_the_run():
     summary = StartSummary(
         name="smoke " + HOSTILE,
         model="encoder-decoder, 4+4 layers",
+        attention="flash for encoder self-attention",
         run_dir="runs/smoke",
         resume="resumes from step 400 of 2000",
         parts={"encoder": Part(5_242_880, 20_971_520), "decoder": Part(7_342_080, 29_368_320)},
@@ -86,6 +87,7 @@ def test_summary_shows_the_run():
     shown = console.file.getvalue()
     for text in (
         "runs/smoke (resumes from step 400 of 2000)",
+        "flash for encoder self-attention",
         "12.3k per step, 24.6M in 2,000 steps",
         "530 GFLOP per step",
         "in all 100 MiB per device",

@@ -1,0 +1,94 @@
+"""Choice of an attention backend for `ModelConfig.attention = "auto"`: a table of candidates per platform.
+
+The first candidate of a platform whose limits hold and that supports the request is chosen. The choice depends on the
+platform, the lengths and the features of an attention only, so that a resumed run makes the same one. Backends of
+plug-ins are not candidates: they are named explicitly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from t5x_like.kernels.attention import AUTO, get_backend
+from t5x_like.kernels.attention_backend import AttentionRequest, BiasKind
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Backend that "auto" may choose, within limits of the longer one of queries and keys.
+
+    Attributes:
+      backend: Name of a registered backend.
+      min_length: Smallest length for which it is chosen.
+      max_length: Largest length for which it is chosen; None: any.
+      biases: Kinds of bias for which it is chosen; None: any that it supports.
+      max_head_dim: Largest width of a head for which it is chosen; None: any that it supports.
+    """
+
+    backend: str
+    min_length: int = 0
+    max_length: int | None = None
+    biases: tuple[BiasKind, ...] | None = None
+    max_head_dim: int | None = None
+
+    def refuses(self, request: AttentionRequest) -> str | None:
+        """Return None, or why the candidate is not chosen for a request."""
+        length = max(request.q_length, request.kv_length)
+        if length < self.min_length:
+            return f"chosen from a length of {self.min_length}"
+        if self.max_length is not None and length > self.max_length:
+            return f"chosen up to a length of {self.max_length}"
+        if self.biases is not None and request.bias not in self.biases:
+            return f"not chosen for a {request.bias} bias"
+        if self.max_head_dim is not None and request.head_dim > self.max_head_dim:
+            return f"chosen up to heads of {self.max_head_dim}"
+        reason = get_backend(self.backend).supports(request)
+        # Reasons end with advice for those who named the backend themselves.
+        return None if reason is None else reason.partition(";")[0]
+
+
+_PORTABLE = (Candidate("reference", max_length=1024), Candidate("blockwise"), Candidate("reference"))
+CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
+    "cpu": _PORTABLE,
+    # A row that is shorter than a tile of 128 would be padded to one.
+    "tpu": (Candidate("splash", min_length=128), Candidate("flash", min_length=128), *_PORTABLE),
+    # cuDNN reads a relative bias as an array of the size of the scores; heads above 128 need a GPU from Hopper on.
+    "gpu": (Candidate("cudnn", biases=("none",), max_head_dim=128), *_PORTABLE),
+}
+"""Candidates by platform of JAX, best first. The last one supports every request."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Backend of an attention.
+
+    Attributes:
+      backend: Its name.
+      passed_over: Name of each candidate before it, with the reason.
+    """
+
+    backend: str
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+
+def choose(name: str, platform: str | None, request: AttentionRequest) -> Choice:
+    """Return the backend of an attention; one that is named explicitly is returned whether it supports it or not.
+
+    Args:
+      name: `ModelConfig.attention`.
+      platform: Platform of JAX that the program is for; None: any, so that the backend must be portable.
+      request: Properties of the attention.
+
+    Raises:
+      ValueError: no candidate supports the request.
+    """
+    if name != AUTO:
+        return Choice(name)
+    passed_over: list[tuple[str, str]] = []
+    for candidate in _PORTABLE if platform is None else CANDIDATES.get(platform, _PORTABLE):
+        reason = candidate.refuses(request)
+        if reason is None:
+            return Choice(candidate.backend, tuple(passed_over))
+        passed_over.append((candidate.backend, reason))
+    raise ValueError(f"no attention backend for platform {platform!r} supports {request}")
