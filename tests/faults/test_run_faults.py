@@ -338,6 +338,7 @@ def test_exceeded_quota_ends_the_run_which_resumes(
     output = finish(workspace.train(workdir, recipe="faulty"), code=EXIT_REFUSED)
     assert "Disk quota exceeded" in output[output.rindex("t5x-like: ") :] and "Traceback" not in output
     assert json.loads((workdir / "exit.json").read_text())["code"] == EXIT_REFUSED
-    assert newest(workdir) == 16
+    # The save of step 16 may have been in progress.
+    assert newest(workdir) in (8, 16)
     finish(workspace.train(workdir, recipe="faulty"))
     assert_same_end(workdir, uninterrupted("recipe"))
