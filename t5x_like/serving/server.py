@@ -191,6 +191,8 @@ def _run(server: Any, socket: Any, batcher: Batcher) -> int:
     Raises the error that ended the decoding.
     """
     host, port = socket.getsockname()[:2]
+    # Whoever reads the address may connect at once: until the server accepts connections, they wait.
+    socket.listen(server.config.backlog)
     say(f"http://{host}:{port}/v1/completions", flush=True)
 
     def decode() -> None:

@@ -202,7 +202,7 @@ def test_local_completions_of_the_server_score_as_the_adapter(run_dir, tmp_path,
         pytest.importorskip(name)
     from helpers.served_model import served
     from lm_eval.api.instance import Instance
-    from lm_eval.api.registry import get_model
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -212,7 +212,7 @@ def test_local_completions_of_the_server_score_as_the_adapter(run_dir, tmp_path,
     direct = lm_eval_adapter.T5xLikeLM(str(run_dir), cache="no", max_length=220)
     with served(run_dir, prompt_length=220, max_new_tokens=8) as address:
         # A start token of id 0 is nothing to lm-eval, unless it is named.
-        client = get_model("local-completions")(
+        client = LocalCompletionsAPI(
             base_url=f"{address}/v1/completions",
             model=direct._loaded.run.name,
             max_length=221,
