@@ -154,6 +154,12 @@ BEFORE = {
 }
 REPLACEMENTS = {
     # Page -> text of its examples -> text that is executed, with fewer steps.
+    "README.md": {
+        "--workdir runs/mine": "--workdir runs/mine --training.num-train-steps 2 --evaluation.num-batches 1 "
+        "--data.inputs-length 40 --data.targets-length 16",
+        "serve runs/mine": "serve runs/mine --port 8000 --prompt-length 30 --max-new-tokens 4",
+        "export runs/mine exported": "export runs/mine exported --prompt-length 30 --max-new-tokens 4",
+    },
     "docs/adapters.md": {"steps=200": "steps=2"},
     "docs/migrate-huggingface.md": {"steps 2000": "steps 2"},
     "docs/finetune.md": {
@@ -210,7 +216,7 @@ class Session:
         """Run a command: this package's own and Python files in this process, a server in the background, others in a
         shell. Starting Python, jax and TensorFlow for each command would cost as much as the commands."""
         text = self.shorter(command.text)
-        if self.page == "docs/serving.md":
+        if self.page in ("docs/serving.md", "README.md"):
             text = text.replace("8000", str(self.port))
         if text.startswith("t5x-like serve"):
             self.servers.append(subprocess.Popen(["bash", "-c", f"exec {text}"]))
@@ -276,6 +282,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for number, name in enumerate(("train", "dev", "test")):
         with (folder / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([["text"], *([path.read_text()] for path in sources[number::3])])
+    (folder / "data").mkdir()
+    for number, name in enumerate(("train", "dev", "test")):
+        rows = [f"{path.stem}\t{path.read_text().split()[0]}" for path in sources[number::3]]
+        (folder / f"data/{name}.tsv").write_text("\n".join(["inputs\ttargets", *rows]) + "\n")
     prompts = ["The function returns a", "Return the"]
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
