@@ -58,11 +58,11 @@ test-aot:
 compile-ahead: $(VENV)/.installed-tpu
 	$(BIN)/python -m pytest -m aot tests/aot
 
-# Reads every kind of file that may come from others after INPUTS random changes each; `make test` does so with 25.
+# Reads every kind of file that may come from others after random changes, for so many seconds each; `make test` reads 25.
 .PHONY: fuzz
-INPUTS ?= 2000
+FUZZ_SECONDS ?= 60
 fuzz: install-dev
-	FUZZ_INPUTS=$(INPUTS) $(BIN)/python -m pytest --timeout 0 -n 0 tests/unit/test_foreign_files.py
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
 # Random faults over one run of two processes, which must end as the undisturbed run; needs root for its file systems.
 .PHONY: soak
