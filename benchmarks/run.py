@@ -7,8 +7,8 @@
 
 Each row runs this project and its peers (eager transformers and, for training steps, torch.compile) on the same shapes,
 one process each, in turns. The table has medians with the smallest and largest value. `--output` writes the results as
-JSON with the CPU, its load and the versions. `--compare` shows how the ratios to transformers differ from a committed
-baseline, and exits with 1 if one of CPU seconds or memory is worse by more than `--tolerance`: ratios of neighboring
+JSON with the CPU, its load and the versions. `--compare` shows how the ratios to transformers differ from earlier
+results, and exits with 1 if one of CPU seconds or memory is worse by more than `--tolerance`: ratios of neighboring
 turns depend less on the load of the machine than seconds do, but they do depend on the maker of the CPU.
 """
 
@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--output", type=Path, help="file for the results")
     parser.add_argument("--results", type=Path, help="read these results of --output and measure nothing")
-    parser.add_argument("--compare", type=Path, help="baseline: results of an earlier run")
+    parser.add_argument("--compare", type=Path, help="results of an earlier run")
     parser.add_argument("--tolerance", type=float, default=0.1, help="relative difference that counts (default 0.1)")
     interleaved.add_options(parser, turns=8)
     train_step_vs_transformers.add_options(parser)
