@@ -209,17 +209,23 @@ class PretrainedModel:
         normalize: bool | None = None,
         bidirectional: bool | None = None,
         max_length: int | None = None,
+        dimensions: int | None = None,
     ) -> npt.NDArray[np.float32]:
         """Return embeddings, float32 [texts, width]. An encoder-decoder embeds by its encoder.
 
         Args:
-          pooling, normalize, bidirectional, max_length: See `embedding.text_encoder.open_encoder`; None: as the model
-            was trained or published.
+          pooling, normalize, bidirectional, max_length, dimensions: See `embedding.text_encoder.open_encoder`; None: as
+            the model was trained or published.
         """
-        key = (pooling, normalize, bidirectional, max_length)
+        key = (pooling, normalize, bidirectional, max_length, dimensions)
         if key not in self._encoders:
             self._encoders[key] = open_encoder(
-                self.loaded, pooling=pooling, normalize=normalize, bidirectional=bidirectional, max_length=max_length
+                self.loaded,
+                pooling=pooling,
+                normalize=normalize,
+                bidirectional=bidirectional,
+                max_length=max_length,
+                dimensions=dimensions,
             )
         return embed(self._encoders[key], texts)
 

@@ -51,6 +51,12 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--max-length", type=positive, metavar="N", help="truncate texts to N tokens (default: as in training)"
     )
+    parser.add_argument(
+        "--dimensions",
+        type=positive,
+        metavar="N",
+        help="keep the first N dimensions, and normalize them if vectors are normalized (default: all)",
+    )
     parser.set_defaults(overrides=False)
 
 
@@ -70,4 +76,5 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
             normalize={None: None, "yes": True, "no": False}[options.normalize],
             bidirectional={None: None, "bidirectional": True, "causal": False}[options.attention],
             max_length=options.max_length,
+            dimensions=options.dimensions,
         )

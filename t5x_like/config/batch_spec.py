@@ -8,7 +8,7 @@ specification.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import assert_never
 
 from t5x_like.config.data import DataConfig
@@ -22,6 +22,23 @@ REJECTED = "rejected_"
 """Prefix of the features of a preference pair's rejected answer."""
 CHOSEN_REFERENCE, REJECTED_REFERENCE = "chosen_reference", "rejected_reference"
 """Features of preference pairs: log-probabilities of the two answers under the model that the run starts from."""
+POSITIVE = "positive_input_tokens"
+"""Feature of embeddings: the text that matches the row's own."""
+
+
+def negative(number: int) -> str:
+    """Return the name of a feature of embeddings: hard negative 1, 2, ..."""
+    return f"negative_{number}_input_tokens"
+
+
+def negative_weights(number: int) -> str:
+    """Return the name of the feature with the weights of a hard negative, which are 0 for rows without it."""
+    return f"negative_{number}_weights"
+
+
+def texts_of(features: Collection[str]) -> int:
+    """Return the number of texts of a row: its own, the one that matches it, and its hard negatives."""
+    return 1 + (POSITIVE in features) + sum(negative(number) in features for number in range(1, len(features) + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +79,17 @@ def row_shapes(data: DataConfig) -> dict[str, RowShape]:
     if data.seqio is not None:
         return {MAIN: RowShape(data.inputs_length, data.targets_length, packed=data.seqio.pack)}
     documents = any(data.examples_of(share) == "documents" for share in data.sources)
+    packs_pairs = data.preference is not None and data.preference.pairs_per_row > 1
     paired = {sub_batch_of(objective, data) for objective in data.objectives if objective.windows_per_row > 1}
     lengths = {MAIN: data.targets_length}
     lengths |= {f"targets_{length}": length for length in sorted(data.targets_length_buckets, reverse=True)}
     used = {MAIN} if documents else {sub_batch_of(objective, data) for objective in data.objectives}
     return {
-        name: RowShape(data.inputs_length, length, packed=documents or name in paired or data.mask_document_borders)
+        name: RowShape(
+            data.inputs_length,
+            length,
+            packed=documents or packs_pairs or name in paired or data.mask_document_borders,
+        )
         for name, length in lengths.items()
         if name in used
     }
@@ -123,11 +145,13 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
       decoder_positions) for each stack of the layout.
     Labelled examples have input tokens only (in prefix_lm also decoder_causal_attention, which is 1 for the whole
       text), `labels` and `label_weights`: [rows], or [rows, length] for token classification; labels are float32 for
-      regression. Embeddings have `positive_input_tokens` instead of labels.
+      regression. Embeddings have `positive_input_tokens` instead of labels, and for hard negatives k = 1, 2, ...
+      `negative_{k}_input_tokens` and `negative_{k}_weights` [rows], which are 0 where the row has no such negative.
     Preference pairs have these features of the prompt with the chosen answer, and `rejected_decoder_...` of the prompt
       with the rejected one, for each feature of the decoder; the prompt of an encoder is that of both. The
       log-probabilities of the two answers under the reference are `chosen_reference` and `rejected_reference`, float32
-      [rows].
+      [rows]. In packed rows, segment s has those at [row, s - 1] of [rows, pairs_per_row], and the segments of a pair
+      have the same number in all features.
     `denoiser_ids` are indices into `data.objectives`: [rows], or [rows, length] by target position if rows are packed.
       Rows of seqio's Tasks do not have them.
     """
@@ -144,7 +168,8 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
         features["decoder_causal_attention"] = targets
     if data.preference is not None:
         features |= {f"{REJECTED}{name}": size for name, size in features.items() if name.startswith("decoder")}
-        features |= {CHOSEN_REFERENCE: (rows,), REJECTED_REFERENCE: (rows,)}
+        references = (rows, data.preference.pairs_per_row) if shape.packed else (rows,)
+        features |= {CHOSEN_REFERENCE: references, REJECTED_REFERENCE: references}
     if data.seqio is None:
         features["denoiser_ids"] = targets if shape.packed else (rows,)
     types = {CHOSEN_REFERENCE: "float32", REJECTED_REFERENCE: "float32"}
@@ -168,7 +193,10 @@ def _labelled_spec(data: DataConfig, objective: LabeledExamples, rows: int) -> M
             features["labels"] = ArraySpec(text, "int32")
             weights = text
         case "embedding":
-            features["positive_input_tokens"] = ArraySpec(text, "int32")
+            features[POSITIVE] = ArraySpec(text, "int32")
+            for number in range(1, data.sources[0].corpus.max_negatives + 1):
+                features[negative(number)] = ArraySpec(text, "int32")
+                features[negative_weights(number)] = ArraySpec((rows,), "int32")
         case kind:
             assert_never(kind)
     return {**features, "label_weights": ArraySpec(weights, "int32"), "denoiser_ids": ArraySpec((rows,), "int32")}

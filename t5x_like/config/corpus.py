@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from t5x_like.config.bounds import NonEmptyStr, NonNegativeInt, OpenUnitFloat
+from t5x_like.config.bounds import NonEmptyStr, NonNegativeInt, OpenUnitFloat, PositiveInt
 from t5x_like.config.dataclass import config_dataclass
 
 TargetKind = Literal["text", "label", "token_labels", "number"]
@@ -44,6 +44,13 @@ class CorpusConfig:
     `text_field`, to the same inputs. Pairs with the same inputs are in the same split when a fraction is held out,
     unless `key_field` is set. With `messages_field` the inputs are the messages of that field, and the answers are
     texts, or lists of messages of which the last is the answer."""
+    negative_fields: tuple[NonEmptyStr, ...] = ()
+    """Trained embeddings: fields or templates of texts that do not match the inputs although they resemble them (hard
+    negatives). A field holds a text or a list of texts, and may be empty. Rows with the same inputs and the same
+    `text_field` are in the same split when a fraction is held out, unless `key_field` is set."""
+    num_negatives: PositiveInt | None = None
+    """Largest number of hard negatives of a row: a row with more is refused, and one with fewer is completed by texts
+    that do not count in the loss. None: the number of `negative_fields`."""
     messages_field: NonEmptyStr | None = None
     """Dialogues: field with the list of messages, each with a `role` and a `content`, in place of a text. The field
     `tools`, if the rows have it, holds the descriptions of the tools."""
@@ -100,11 +107,19 @@ class CorpusConfig:
         return self.tfds or self.task or self.generator or "python_docs"
 
     @property
+    def max_negatives(self) -> int:
+        """Number of hard negatives that each document has in its store, of which some can be empty."""
+        return (self.num_negatives or len(self.negative_fields)) if self.negative_fields else 0
+
+    @property
     def sequences_per_document(self) -> int:
         """Number of sequences of a document in its store. 1: a text. 2: inputs and targets, or the tokens of a dialogue
-        and their mask. 3: a prompt, the chosen and the rejected answer."""
+        and their mask. 3: a prompt, the chosen and the rejected answer. 2 + n: a text, the one that matches it, and n
+        hard negatives."""
         if self.rejected_field is not None:
             return 3
+        if self.negative_fields:
+            return 2 + self.max_negatives
         return 2 if self.inputs_field is not None or self.messages_field is not None else 1
 
     @property
@@ -126,7 +141,7 @@ class CorpusConfig:
 _LATER = frozenset(
     {"target_kind", "labels", "validation_files", "test_files", "key_field", "generator"}
     | {"train_split", "validation_split", "test_split", "max_bad_records"}
-    | {"messages_field", "messages_as", "chat_template", "rejected_field"}
+    | {"messages_field", "messages_as", "chat_template", "rejected_field", "negative_fields", "num_negatives"}
 )
 """Fields that were added after the first release."""
 

@@ -100,6 +100,12 @@ class TaskHeadConfig:
     """Divide embeddings by their L2 norm, so that dot products are cosine similarities."""
     temperature: PositiveFloat = 0.05
     """Embeddings: divisor of the dot products in the contrastive loss."""
+    matryoshka_dimensions: tuple[PositiveInt, ...] = ()
+    """Embeddings: numbers of leading dimensions that are trained to be embeddings of their own, besides the whole
+    vector (Kusupati et al. 2022). The contrastive loss of each prefix, normalized as the whole vector is, is added to
+    that of the whole vector."""
+    matryoshka_weights: tuple[PositiveFloat, ...] = ()
+    """Factors of the losses of `matryoshka_dimensions`; empty: 1 for each. The loss of the whole vector has 1."""
 
     @property
     def outputs(self) -> int:

@@ -36,6 +36,7 @@ def embed_command(
     normalize: bool | None = None,
     bidirectional: bool | None = None,
     max_length: int | None = None,
+    dimensions: int | None = None,
 ) -> int:
     """Embed the texts of `input_path` with a model.
 
@@ -45,7 +46,7 @@ def embed_command(
     Args:
       model: Directory of the model, with its step if one is named.
       field: Field of the JSON lines that holds the text.
-      pooling, normalize, bidirectional, max_length: see `text_encoder.open_encoder`.
+      pooling, normalize, bidirectional, max_length, dimensions: see `text_encoder.open_encoder`.
 
     Returns:
       The exit code.
@@ -64,6 +65,7 @@ def embed_command(
         normalize=normalize,
         bidirectional=bidirectional,
         max_length=max_length,
+        dimensions=dimensions,
     )
     settings = encoder.embedding
     normalized = "normalized" if settings.normalize else "not normalized"

@@ -24,7 +24,7 @@ from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.model_loading import LoadedModel, open_model
 from t5x_like.models.factory import abstract_model, bind_params
 from t5x_like.models.model import Model
-from t5x_like.models.task_heads import TaskModel, normalized, pool
+from t5x_like.models.task_heads import TaskModel, pool, shortened
 from t5x_like.sharding.constrain import activation_context
 from t5x_like.sharding.mesh import make_mesh
 from t5x_like.sharding.rules import Rules, default_rules
@@ -43,12 +43,14 @@ class Embedding:
       normalize: The vector is scaled to length 1.
       bidirectional: Each token of a decoder attends to the whole text (LLM2Vec); otherwise to the tokens before it.
       transform: The dense layer of the model's own head follows the pooling.
+      dimensions: Number of leading dimensions that are kept; None: all.
     """
 
     pooling: Pooling
     normalize: bool
     bidirectional: bool
     transform: bool
+    dimensions: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,9 +73,7 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        stack = self.model.encoder or self.model.decoder
-        assert stack is not None
-        return stack.d_model
+        return self.embedding.dimensions or _full_width(self.model)
 
     @property
     def row_shares(self) -> int:
@@ -110,7 +110,7 @@ def _vectors(encoder: TextEncoder, params: PyTree, tokens_BxL: jax.Array, valid_
         x = pool(states, valid_BxL, how.pooling)
         if how.transform:
             x = jnp.tanh(cast(TaskModel, model).head.transform(x))
-        x = normalized(x) if how.normalize else x.astype(jnp.float32)
+        x = shortened(x, how.dimensions or x.shape[-1], normalize=how.normalize)
         return jax.lax.with_sharding_constraint(x, NamedSharding(encoder.mesh, PartitionSpec()))
 
 
@@ -122,6 +122,7 @@ def open_encoder(
     normalize: bool | None = None,
     bidirectional: bool | None = None,
     max_length: int | None = None,
+    dimensions: int | None = None,
 ) -> TextEncoder:
     """Open a model that embeds texts. An encoder-decoder embeds by its encoder.
 
@@ -130,6 +131,8 @@ def open_encoder(
       pooling, normalize, bidirectional, max_length: None: as the model was trained or published. Where that is not
         known: the mean of the states (of a causal decoder the last one), not normalized, causal attention of a decoder,
         and the row length of the training, the model's number of positions or 512 tokens.
+      dimensions: Number of leading dimensions of the embeddings that are kept, and then normalized if `normalize`, as
+        for a model that was trained with `TaskHeadConfig.matryoshka_dimensions`. None: all.
 
     Raises:
       UserError: there is no model or no tokenizer, or the options do not fit the model.
@@ -143,11 +146,15 @@ def open_encoder(
         raise ConfigError([ConfigProblem("--attention", "bidirectional, of relative biases to the left only", fix)])
     causal = config.encoder is None and not bidirectional
     head = config.task_head
+    if dimensions is not None and dimensions > _full_width(config):
+        expected = f"at most {_full_width(config)}, the width of the model's embeddings"
+        raise ConfigError([ConfigProblem("--dimensions", str(dimensions), expected)])
     embedding = Embedding(
         pooling=pooling or known.pooling or ("last" if causal else "mean"),
         normalize=known.normalize if normalize is None else normalize,
         bidirectional=bidirectional,
         transform=head is not None and head.transform and head.kind == "embedding",
+        dimensions=dimensions,
     )
     most = max_positions(config)
     length = max_length or min(known.max_length or LONGEST, most or LONGEST)
@@ -165,6 +172,12 @@ def open_encoder(
     )
     _, params = loaded.params(abstract_params=abstract_params)
     return TextEncoder(config, embedding, encode, length, spec.graphdef, params, mesh, rules)
+
+
+def _full_width(model: ModelConfig) -> int:
+    stack = model.encoder or model.decoder
+    assert stack is not None
+    return stack.d_model
 
 
 @dataclasses.dataclass(frozen=True)

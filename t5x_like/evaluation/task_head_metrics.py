@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, assert_never, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
@@ -16,7 +17,7 @@ from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream import heldout
 from t5x_like.data.stream.labeled_rows import label_text
 from t5x_like.evaluation.agreement import macro_f1, pearson, spearman
-from t5x_like.models.task_heads import TaskModel, stack_sides
+from t5x_like.models.task_heads import TaskModel, shortened, stack_sides
 from t5x_like.program import Program
 from t5x_like.utils.type_aliases import Features, FloatArray, PyTree
 
@@ -29,7 +30,8 @@ def head_scores(program: Program, params: PyTree, batches: Iterable[Mapping[str,
     Returns:
       Classes: f1_macro, the mean F1 of the labels that occur or are predicted; majority, the accuracy of always
       predicting the most frequent label. Numbers: pearson, spearman, r2. Embeddings: recall_at_1, recall_at_10 and mrr
-      of each text's positive among the positives of all texts.
+      of each text's positive among the positives of all texts, and the same of each trained prefix of d dimensions as
+      recall_at_1_of_d and so on.
     """
     head = program.run.model.task_head
     assert head is not None
@@ -46,7 +48,12 @@ def head_scores(program: Program, params: PyTree, batches: Iterable[Mapping[str,
     predicted = np.concatenate(outputs)
     match head.kind:
         case "embedding":
-            return retrieval(predicted[:, 0], predicted[:, 1])
+            found = retrieval(predicted[:, 0], predicted[:, 1])
+            for size in head.matryoshka_dimensions:
+                prefix = np.asarray(shortened(jnp.asarray(predicted[:, :2]), size, normalize=head.normalize))
+                scores_of = retrieval(prefix[:, 0], prefix[:, 1])
+                found |= {f"{name}_of_{size}": score for name, score in scores_of.items()}
+            return found
         case "classification" | "token_classification":
             return classification_scores(np.concatenate(true), predicted)
         case "regression":

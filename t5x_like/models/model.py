@@ -76,8 +76,8 @@ class Model(nnx.Module):
         Reads `encoder_input_tokens` and `decoder_input_tokens` for the stacks that the model has. Optional features are
         `*_segment_ids` and `*_positions` of packed rows, `*_token_types` and, in decoders, `decoder_causal_attention`.
         Positions restart in each segment. Learned and rotary positions read them; masks and relative positions use the
-        indices of the row. Without segment ids, the decoder may have K rows for each row of the encoder, side by side:
-        answers to the same inputs.
+        indices of the row. The decoder may have K rows for each row of the encoder, side by side: answers to the same
+        inputs. In packed rows, the segments of all of them have the numbers of the encoder's.
 
         Args:
           batch: Features of the sub-batch, [B, L] each.
@@ -124,17 +124,18 @@ class Model(nnx.Module):
             causal=True, q_segment_ids=decoder_ids, kv_segment_ids=decoder_ids, q_prefix=prefix, kv_prefix=prefix
         )
         cross_mask = None
-        if self.config.encoder is not None:
+        if encoded is not None:
+            inputs = batch["encoder_input_tokens"]
+            valid = non_padding_mask(inputs, self.config.pad_token_id) if encoder_ids is None else encoder_ids
+            if (repeats := tokens.shape[0] // encoded.shape[0]) > 1:
+                encoded, valid = (jnp.repeat(x, repeats, axis=0) for x in (encoded, valid))
             # Without segment ids on one side, all queries attend to all tokens of the encoder that are not padding.
-            if encoder_ids is None or decoder_ids is None:
-                inputs = batch["encoder_input_tokens"]
-                valid = non_padding_mask(inputs, self.config.pad_token_id) if encoder_ids is None else encoder_ids
-                assert encoded is not None
-                if (repeats := tokens.shape[0] // encoded.shape[0]) > 1:
-                    encoded, valid = (jnp.repeat(x, repeats, axis=0) for x in (encoded, valid))
-                cross_mask = MaskSpec(kv_segment_ids=valid.astype(jnp.int32), padding_at_end=encoder_ids is None)
-            else:
-                cross_mask = MaskSpec(q_segment_ids=decoder_ids, kv_segment_ids=encoder_ids)
+            is_packed = encoder_ids is not None and decoder_ids is not None
+            cross_mask = MaskSpec(
+                q_segment_ids=decoder_ids if is_packed else None,
+                kv_segment_ids=valid.astype(jnp.int32),
+                padding_at_end=encoder_ids is None,
+            )
         states, _, routing = self.decoder(
             self._embed(tokens),
             mask,

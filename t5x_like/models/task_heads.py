@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from t5x_like.config.batch_spec import POSITIVE, negative, negative_weights, texts_of
 from t5x_like.config.model import ModelConfig, Pooling, StackConfig, TaskHeadConfig
 from t5x_like.errors import DataError
+from t5x_like.kernels.cross_entropy import cross_entropy
 from t5x_like.model_output import AuxiliaryLoss, ModelOutput, Targets
 from t5x_like.models.layers import Dense
 from t5x_like.models.model import Model, decoder_non_padding_mask
@@ -25,8 +27,6 @@ from t5x_like.sharding.constrain import constrain
 if TYPE_CHECKING:
     Batch = Mapping[str, Array]
 
-POSITIVE, NEGATIVE = "positive_input_tokens", "negative_input_tokens"
-"""Features of pairs: the text that matches the row's own, and a similar one that does not (a hard negative)."""
 _HIDDEN = -1e30
 """Logit of a document that does not count."""
 
@@ -36,8 +36,8 @@ class TaskModel(Model):
 
     A batch has `labels` and `label_weights` besides the input tokens: [rows], or [rows, length] for token
     classification. Labels are class indices (int32), or the target numbers (float32) of regression. Rows of weight 0
-    are not counted. Embeddings have no labels but `positive_input_tokens` and optionally `negative_input_tokens`. Each
-    row holds one text; packed rows are refused.
+    are not counted. Embeddings have no labels but `positive_input_tokens` and the features of hard negatives, if there
+    are any (`config.batch_spec`). Each row holds one text; packed rows are refused.
     """
 
     head: TextHead
@@ -84,14 +84,26 @@ class TaskModel(Model):
         return self.head(states, text_mask(self.config, batch), head_rng), losses
 
     def _contrast(self, batch: Batch, dropout_rng: Array | None) -> ModelOutput:
-        """Return the InfoNCE loss of each row's text among the positives and hard negatives of the global batch."""
+        """Return the InfoNCE loss of each row's text among the positives and hard negatives of the global batch.
+
+        The losses of the prefixes of `TaskHeadConfig.matryoshka_dimensions` are auxiliary losses "matryoshka_{size}".
+        """
         head = self.head.config
         texts, sides = stack_sides(self.config, batch)
         vectors, losses = self.scores(texts, dropout_rng=dropout_rng)
         # One pass over [rows * sides] texts, taken apart again: row r has its texts at r * sides, r * sides + 1, ...
         vectors_BxSxd = vectors.reshape(-1, sides, vectors.shape[-1])
         weights = _required(batch, "label_weights").astype(jnp.float32)
-        logits, targets = contrast(vectors_BxSxd, weights, head.temperature)
+        counts_BxS = document_weights(batch, weights, sides)
+        logits, targets = contrast(vectors_BxSxd, counts_BxS, head.temperature)
+        factors = head.matryoshka_weights or (1.0,) * len(head.matryoshka_dimensions)
+        for size, factor in zip(head.matryoshka_dimensions, factors, strict=True):
+            prefix = shortened(vectors_BxSxd, size, normalize=head.normalize)
+            loss, _ = cross_entropy(*contrast(prefix, counts_BxS, head.temperature))
+            losses = {
+                **losses,
+                f"matryoshka_{size}": AuxiliaryLoss(jnp.sum(loss * weights), jnp.sum(weights), factor),
+            }
         return ModelOutput(logits[:, None], losses, targets=Targets(targets[:, None], weights[:, None]))
 
 
@@ -158,12 +170,26 @@ def normalized(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
-def contrast(vectors_BxSxd: Array, weights_B: Array, temperature: float) -> tuple[Array, Array]:
+def shortened(vectors: Array, dimensions: int, *, normalize: bool) -> Array:
+    """Return the first dimensions of vectors [..., d], scaled to length 1 if `normalize`, in float32."""
+    prefix = vectors[..., :dimensions].astype(jnp.float32)
+    return normalized(prefix) if normalize else prefix
+
+
+def document_weights(batch: Batch, weights_B: Array, sides: int) -> Array:
+    """Return float32 [B, S - 1]: 0 for the positives and hard negatives of rows of weight 0, and for negatives that a
+    row does not have."""
+    negatives = [_required(batch, negative_weights(number)) for number in range(1, sides - 1)]
+    present = jnp.stack([jnp.ones_like(weights_B), *(x.astype(jnp.float32) for x in negatives)], axis=1)
+    return present * weights_B[:, None]
+
+
+def contrast(vectors_BxSxd: Array, weights_BxD: Array, temperature: float) -> tuple[Array, Array]:
     """Return the similarities for InfoNCE (van den Oord et al. 2018) with in-batch negatives.
 
     Args:
       vectors_BxSxd: Vectors of each row's text, its positive and its hard negatives.
-      weights_B: Rows of weight 0 are not used as negatives.
+      weights_BxD: Weights of the D = S - 1 documents of each row; documents of weight 0 are not used as negatives.
       temperature: Divisor of the products.
 
     Returns:
@@ -176,7 +202,7 @@ def contrast(vectors_BxSxd: Array, weights_B: Array, temperature: float) -> tupl
     # global batch.
     documents_Nxd = constrain(jnp.swapaxes(vectors_BxSxd[:, 1:], 0, 1).reshape((sides - 1) * rows, width), (None, None))
     logits = jnp.einsum("bd,nd->bn", queries, documents_Nxd, preferred_element_type=jnp.float32) / temperature
-    counts_N = jnp.tile(weights_B > 0, sides - 1)
+    counts_N = constrain((weights_BxD > 0).T.reshape((sides - 1) * rows), (None,))
     own = jnp.arange(rows)
     # A row's own positive always counts, so that rows of weight 0 have a finite loss.
     counted = counts_N[None] | (own[:, None] == jnp.arange((sides - 1) * rows)[None])
@@ -192,9 +218,8 @@ def stack_sides(config: ModelConfig, batch: Batch) -> tuple[dict[str, Array], in
       DataError: the batch has no positives, or the model has no padding id.
     """
     stack = _stack_name(config)
-    sides = [_required(batch, f"{stack}_input_tokens"), _required(batch, POSITIVE)]
-    if NEGATIVE in batch:
-        sides.append(batch[NEGATIVE])
+    names = [f"{stack}_input_tokens", POSITIVE, *(negative(number) for number in range(1, texts_of(batch) - 1))]
+    sides = [_required(batch, name) for name in names]
     tokens = jnp.stack(sides, axis=1).reshape(-1, sides[0].shape[1])
     texts = {f"{stack}_input_tokens": constrain(tokens, ("batch", "length"))}
     if "decoder_causal_attention" in batch:

@@ -97,7 +97,8 @@ class StoreView:
         found: dict[str, LengthSummary] = {}
         values: dict[str, npt.NDArray[np.int64]] = {}
         if train.num_documents:
-            values = document_lengths(train, per_document)
+            preferences = bool(store.info.get("corpus", {}).get("rejected_field"))
+            values = document_lengths(train, per_document, preferences=preferences)
             found = {what: summarize_lengths(values[what], log=_spreads(values[what])) for what in values}
         return StoreView(
             name=visible(name),

@@ -30,7 +30,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import assert_never
 
-from t5x_like.config.batch_spec import REJECTED, ArraySpec
+from t5x_like.config.batch_spec import REJECTED, ArraySpec, texts_of
 from t5x_like.config.model import ModelConfig, Remat, StackConfig
 from t5x_like.kernels.attention import get_backend
 from t5x_like.kernels.attention_backend import AttentionBackend
@@ -97,10 +97,10 @@ def itemsize(config: ModelConfig) -> int:
 def accumulation_part(features: Mapping[str, ArraySpec], parts: int) -> dict[str, ArraySpec]:
     """Return the features of a sub-batch in one of `parts` gradient accumulation steps.
 
-    The texts of a contrastive pair or triple, and the rejected answer of a preference pair, go through the model as
+    The further texts of a contrastive row, and the rejected answer of a preference pair, go through the model as
     additional rows.
     """
-    texts = 1 + sum(name in features for name in ("positive_input_tokens", "negative_input_tokens"))
+    texts = texts_of(features)
     rows = {name: texts + (f"{REJECTED}{name}" in features) for name in features}
     return {
         name: ArraySpec((array.shape[0] * rows[name] // parts, *array.shape[1:]), array.dtype)

@@ -23,8 +23,8 @@ def preference_apply(apply: ModelApply, objective: Preference) -> ModelApply:
 
     Returns:
       A function with the loss of Rafailov et al. 2023, or with label smoothing that of Mitchell 2023, as its output's
-      "loss", whose weight is the number of pairs. Rows without a chosen answer have weight 0. Its metrics, as means
-      over pairs unless stated otherwise:
+      "loss", whose weight is the number of pairs: rows, or the segments of packed rows. Rows and segments without a
+      chosen answer have weight 0. Its metrics, as means over pairs unless stated otherwise:
       preference_accuracy: 1 where the chosen answer has the higher reward.
       preference_margin: Difference of the two rewards.
       chosen_reward, rejected_reward: beta (log p(answer) - log p_ref(answer)).
@@ -33,42 +33,43 @@ def preference_apply(apply: ModelApply, objective: Preference) -> ModelApply:
     """
 
     def loss_of_pairs(params: Params, batch: SubBatch, rng: jax.Array | None) -> ModelOutput:
-        output, log_probs_Bx2, tokens_Bx2 = answer_log_probs(apply, params, batch, rng)
-        reference_Bx2 = jnp.stack([batch[CHOSEN_REFERENCE], batch[REJECTED_REFERENCE]], axis=1)
-        is_pair_B = (tokens_Bx2[:, 0] > 0).astype(jnp.float32)
+        output, log_probs_Px2, tokens_Px2 = answer_log_probs(apply, params, batch, rng)
+        references = (batch[name].reshape(-1) for name in (CHOSEN_REFERENCE, REJECTED_REFERENCE))
+        reference_Px2 = constrain(jnp.stack(list(references), axis=1), ("batch", None))
+        is_pair_P = (tokens_Px2[:, 0] > 0).astype(jnp.float32)
         # Selected before they are used: rows that complete a batch have no reference, and 0 * NaN would be NaN.
-        ratios_Bx2 = jnp.where(is_pair_B[:, None] > 0, log_probs_Bx2 - reference_Bx2, 0.0)
-        loss_B, rewards_Bx2 = preference_loss(ratios_Bx2, objective.beta, objective.label_smoothing)
-        margin_B = rewards_Bx2[:, 0] - rewards_Bx2[:, 1]
-        pairs = jnp.sum(is_pair_B)
+        ratios_Px2 = jnp.where(is_pair_P[:, None] > 0, log_probs_Px2 - reference_Px2, 0.0)
+        loss_P, rewards_Px2 = preference_loss(ratios_Px2, objective.beta, objective.label_smoothing)
+        margin_P = rewards_Px2[:, 0] - rewards_Px2[:, 1]
+        pairs = jnp.sum(is_pair_P)
 
-        def mean(values_B: jax.Array) -> WeightedMean:
-            return WeightedMean(jnp.sum(jax.lax.stop_gradient(values_B) * is_pair_B), pairs)
+        def mean(values_P: jax.Array) -> WeightedMean:
+            return WeightedMean(jnp.sum(jax.lax.stop_gradient(values_P) * is_pair_P), pairs)
 
         metrics = {
-            "preference_accuracy": mean((margin_B > 0).astype(jnp.float32)),
-            "preference_margin": mean(margin_B),
-            "chosen_reward": mean(rewards_Bx2[:, 0]),
-            "rejected_reward": mean(rewards_Bx2[:, 1]),
-            "kl_to_reference": WeightedMean(-jnp.sum(jax.lax.stop_gradient(ratios_Bx2)), jnp.sum(tokens_Bx2)),
+            "preference_accuracy": mean((margin_P > 0).astype(jnp.float32)),
+            "preference_margin": mean(margin_P),
+            "chosen_reward": mean(rewards_Px2[:, 0]),
+            "rejected_reward": mean(rewards_Px2[:, 1]),
+            "kl_to_reference": WeightedMean(-jnp.sum(jax.lax.stop_gradient(ratios_Px2)), jnp.sum(tokens_Px2)),
         }
-        loss = AuxiliaryLoss(jnp.sum(loss_B * is_pair_B), pairs, 1.0)
+        loss = AuxiliaryLoss(jnp.sum(loss_P * is_pair_P), pairs, 1.0)
         return ModelOutput(None, {"loss": loss, **output.losses}, {**output.metrics, **metrics})
 
     return loss_of_pairs
 
 
-def preference_loss(ratios_Bx2: jax.Array, beta: float, label_smoothing: float) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each pair [B] and the rewards of its answers [B, 2].
+def preference_loss(ratios_Px2: jax.Array, beta: float, label_smoothing: float) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of each pair [P] and the rewards of its answers [P, 2].
 
     Args:
-      ratios_Bx2: log p - log p_ref of the chosen and of the rejected answer, summed over their tokens.
+      ratios_Px2: log p - log p_ref of the chosen and of the rejected answer, summed over their tokens.
       beta, label_smoothing: See `Preference`.
     """
-    rewards_Bx2 = beta * ratios_Bx2
-    h_B = rewards_Bx2[:, 0] - rewards_Bx2[:, 1]
-    loss_B = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(h_B) - label_smoothing * jax.nn.log_sigmoid(-h_B)
-    return loss_B, rewards_Bx2
+    rewards_Px2 = beta * ratios_Px2
+    h_P = rewards_Px2[:, 0] - rewards_Px2[:, 1]
+    loss_P = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(h_P) - label_smoothing * jax.nn.log_sigmoid(-h_P)
+    return loss_P, rewards_Px2
 
 
 def answer_log_probs(
@@ -79,19 +80,29 @@ def answer_log_probs(
     Args:
       apply: (parameters, sub-batch, dropout key) -> logits of the model.
       params: Parameters.
-      batch: Sub-batch of B preference pairs.
+      batch: Sub-batch of preference pairs: B rows of one pair, or B packed rows of up to S pairs.
       rng: Key of dropout; None: none.
 
     Returns:
-      The output for the 2 B answers; float32 [B, 2], the sums of log p over the tokens of the chosen and of the
-      rejected answer, with their EOS; and float32 [B, 2], the numbers of these tokens.
+      The output for 2 B rows of answers; float32 [P, 2], the sums of log p over the tokens of the chosen and of the
+      rejected answer, with their EOS; and float32 [P, 2], the numbers of these tokens. P is B, or B S: the segments of
+      each row, of which some may be empty.
     """
     answers = _stacked_answers(batch)
     output = apply(params, answers, rng)
     targets, weights = targets_and_weights(answers)
     loss, _ = cross_entropy(output.logits, targets)
-    sums = -jnp.sum(loss * weights, axis=1), jnp.sum(weights, axis=1)
-    log_probs, tokens = (constrain(x.reshape(-1, 2), ("batch", None)) for x in sums)
+    if "decoder_segment_ids" in answers:
+        segments = jnp.arange(1, batch[CHOSEN_REFERENCE].shape[1] + 1)
+        is_of_segment = answers["decoder_segment_ids"][:, :, None] == segments
+    else:
+        is_of_segment = jnp.ones((*weights.shape, 1), jnp.bool_)
+    # Selected and not multiplied, so that a segment has the sum that it would have in a row of its own.
+    sums = (jnp.sum(jnp.where(is_of_segment, x[:, :, None], 0.0), axis=1) for x in (-loss * weights, weights))
+    # [2 B, S], the answers side by side, to pairs.
+    log_probs, tokens = (
+        constrain(jnp.swapaxes(x.reshape(-1, 2, x.shape[-1]), 1, 2).reshape(-1, 2), ("batch", None)) for x in sums
+    )
     return output, log_probs, tokens
 
 

@@ -167,6 +167,7 @@ REPLACEMENTS = {
         "steps 100": "steps 2 --evaluation.num-batches 1",
         "(400)": "(40)",
         "rows[:400]": "rows[:40]",
+        "rows[100:]": "rows[100:160]",
     },
     # A decoder compiles faster than an encoder-decoder. The two commands are alternatives: each gets a run.
     "docs/processes.md": {"local smoke ": "local smoke:decoder ", "steps 20": "steps 2"},

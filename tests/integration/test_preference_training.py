@@ -47,8 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_steps(folder: Path, name: str, steps: int, *options: str) -> int:
     command = ["train", "finetune:dpo", "--from", str(folder / "base"), "--workdir", str(folder / name)]
     command += ["--data.corpus.files", str(folder / "pairs.jsonl"), "--data.corpus.validation-fraction", "0.25"]
-    command += ["--data.store-dir", str(folder / "stores"), "--data.inputs-length", "24"]
-    command += ["--data.targets-length", "20", "--training.num-train-steps", str(steps)]
+    # Two pairs share a row.
+    command += ["--data.store-dir", str(folder / "stores"), "--data.inputs-length", "44"]
+    command += ["--data.targets-length", "40", "--data.mixture.0.pairs-per-row", "2"]
+    command += ["--training.num-train-steps", str(steps)]
     command += ["--training.schedule.kind", "constant", "--training.schedule.learning-rate", "3e-3"]
     command += ["--checkpoints.save-every-steps", "20", "--monitoring.log-every-steps", "1"]
     # The programs of these runs are the same ones.

@@ -1,9 +1,12 @@
-"""The preference loss and its gradient equal the published formula, computed here one answer at a time, on a mesh."""
+"""The preference loss and its gradient equal the published formula, computed here one answer at a time, on a mesh, also
+where several pairs share a row."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,19 @@ import pytest
 from helpers.parallel_programs import ROWS, batch_for, random_like, run_for, start
 from jax import Array
 
-from t5x_like.config import LoraConfig, Preference, RunConfig, ShardingConfig, batch_spec
+from t5x_like.config import (
+    CorpusConfig,
+    LoraConfig,
+    Preference,
+    RunConfig,
+    ShardingConfig,
+    TokenizerConfig,
+    batch_spec,
+)
+from t5x_like.config.validation import validate
+from t5x_like.data.store.prepare import prepare
+from t5x_like.data.stream import reference_log_probs
+from t5x_like.data.stream.row_stream import TrainingStream
 from t5x_like.monitoring.metrics import compute
 from t5x_like.program import Program, build_program
 from t5x_like.utils.type_aliases import PyTree
@@ -23,10 +38,13 @@ BETA = 0.3
 REFERENCES = ("chosen_reference", "rejected_reference")
 
 
-def run_of_pairs(architecture: str, label_smoothing: float, *, lora: bool, parts: int = 1) -> RunConfig:
+def run_of_pairs(
+    architecture: str, label_smoothing: float, *, lora: bool, parts: int = 1, pairs_per_row: int = 1
+) -> RunConfig:
     run = run_for(architecture, MESH, gradient_accumulation_steps=parts)
     stacks = {name: dataclasses.replace(stack, dropout_rate=0.0) for name, stack in run.model.stacks.items()}
-    data = dataclasses.replace(run.data, mixture=(Preference(beta=BETA, label_smoothing=label_smoothing),))
+    objective = Preference(beta=BETA, label_smoothing=label_smoothing, pairs_per_row=pairs_per_row)
+    data = dataclasses.replace(run.data, mixture=(objective,))
     adapters = LoraConfig(base="base", rank=4, paths=(".*attention/(query|value)/kernel", ".*mlp/wo/kernel"))
     training = dataclasses.replace(run.training, lora=adapters if lora else None)
     return dataclasses.replace(run, model=dataclasses.replace(run.model, **stacks), data=data, training=training)
@@ -62,7 +80,6 @@ def log_prob(program: Program, params: PyTree, pairs: Pairs, prefix: str) -> Arr
 
 def expected_loss(program: Program, params: PyTree, pairs: Pairs, label_smoothing: float) -> tuple[Array, Array]:
     """Return the mean loss of Rafailov et al. 2023 (with label smoothing, of Mitchell 2023), and the log ratios."""
-    pairs = {name: x[:-1] for name, x in pairs.items()}
     ratios = jnp.stack(
         [
             log_prob(program, params, pairs, prefix) - pairs[reference]
@@ -99,8 +116,79 @@ def test_loss_gradient_and_metrics_equal_the_published_formula(case: str) -> Non
     """Adam's first moment after one step is a tenth of the gradient."""
     architecture, label_smoothing, lora, parts = CASES[case]
     run = run_of_pairs(architecture, label_smoothing, lora=lora, parts=parts)
-    program = build_program(run, jax.devices()[:8])
     pairs = random_pairs(run, architecture)
+    check(run, pairs, {name: x[:-1] for name, x in pairs.items()}, label_smoothing)
+
+
+PACKED_CASES = {
+    "encoder_decoder": ("encoder_decoder", False, 1),
+    "decoder lora": ("decoder", True, 2),
+    "prefix_lm": ("prefix_lm", False, 1),
+    "decoder": ("decoder", False, 2),
+    "encoder_decoder lora": ("encoder_decoder", True, 2),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("encoder_decoder", marks=pytest.mark.slow),
+        pytest.param("decoder lora", marks=pytest.mark.slow),
+        *(pytest.param(case, marks=EXTENDED) for case in ("prefix_lm", "decoder", "encoder_decoder lora")),
+    ],
+)
+def test_packed_pairs_have_the_loss_and_gradient_of_the_same_pairs_alone(case: str, tmp_path: Path) -> None:
+    architecture, lora, parts = PACKED_CASES[case]
+    run = run_of_pairs(architecture, 0.1, lora=lora, parts=parts, pairs_per_row=3)
+    run, packed, alone = packed_pairs(run, tmp_path)
+    segments = packed["decoder_segment_ids"].max(1)
+    assert segments.max() == 3 and 0 in segments and 0 < np.median(segments)
+    check(run, packed, alone, 0.1)
+
+
+def packed_pairs(run: RunConfig, folder: Path) -> tuple[RunConfig, Pairs, Pairs]:
+    """Return the run with rows for an epoch of pairs of random texts, these rows, and the same pairs one per row."""
+    random = np.random.default_rng(0)
+
+    def text(longest: int) -> str:
+        return "".join(random.choice(list("abcdefgh"), random.integers(1, longest)))
+
+    lines = [{"prompt": text(6), "chosen": f"a{text(9)}", "rejected": f"b{text(9)}"} for _ in range(40)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    corpus = CorpusConfig(
+        files=(str(folder / "pairs.jsonl"),), inputs_field="prompt", text_field="chosen", rejected_field="rejected"
+    )
+    tokenizer = TokenizerConfig(kind="bytes", num_sentinels=0)
+    data = dataclasses.replace(run.data, corpus=corpus, tokenizer=tokenizer, store_dir=str(folder / "stores"))
+    stores = prepare(data, report=lambda line: None)
+    values = reference_log_probs.missing_values(data, stores)
+    for array in values.values():
+        array[:] = random.normal(-60.0, 3.0, array.shape)
+    reference_log_probs.attach(values, data, stores)
+    packed = TrainingStream(stores, data, 1)
+    count = packed.rows_per_epoch["files"]
+    features = packed.get_rows(np.arange(count))
+    # Rows without pairs complete the batch. They have no reference.
+    rows = -(-(count + 1) // 8) * 8
+    features = {
+        name: np.concatenate([x, np.zeros((rows - count, *x.shape[1:]), x.dtype)]) for name, x in features.items()
+    }
+    for name in REFERENCES:
+        features[name][count:] = np.nan
+    run = dataclasses.replace(run, data=data, training=dataclasses.replace(run.training, global_batch_size=rows))
+    assert not validate(run)
+    assert {name: (x.shape, str(x.dtype)) for name, x in features.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in batch_spec(run)["main"].items()
+    }
+    assert data.preference is not None
+    single = dataclasses.replace(data, mixture=(dataclasses.replace(data.preference, pairs_per_row=1),))
+    alone = TrainingStream(stores, single, 1)
+    return run, features, alone.get_rows(np.arange(alone.rows_per_epoch["files"]))
+
+
+def check(run: RunConfig, batch: Pairs, pairs: Pairs, label_smoothing: float) -> None:
+    """Assert that a step on `batch` has the loss, the gradient and the metrics of `pairs`, one per row."""
+    program = build_program(run, jax.devices()[:8])
     trained, base = random_like(program.abstract_params, 0), random_like(program.abstract_base_params, 1)
     state = start(program, {"params": trained, "base": base})
 
@@ -109,7 +197,7 @@ def test_loss_gradient_and_metrics_equal_the_published_formula(case: str) -> Non
         return expected_loss(program, whole, pairs, label_smoothing)
 
     (expected, ratios), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained)
-    after, metrics = program.train_step(state, program.shard_batch({"main": pairs}))
+    after, metrics = program.train_step(state, program.shard_batch({"main": batch}))
     found = {name: compute(jax.device_get(mean)) for name, mean in metrics.items()}
     assert found["loss"] == pytest.approx(float(expected), rel=1e-4) == found["loss/dpo"]
     # Some gradients are small beside others of the tree, whose rounding they have.
@@ -124,4 +212,4 @@ def test_loss_gradient_and_metrics_equal_the_published_formula(case: str) -> Non
     assert found["preference_margin"] == pytest.approx((rewards[0] - rewards[1]).mean(), rel=1e-3)
     tokens = sum(pairs[f"{prefix}decoder_loss_weights"].sum() for prefix in ("", "rejected_"))
     assert found["kl_to_reference"] == pytest.approx(-float(ratios.sum()) / tokens, rel=1e-4)
-    assert found["loss_tokens"] == ROWS - 1
+    assert found["loss_tokens"] == len(pairs["chosen_reference"])

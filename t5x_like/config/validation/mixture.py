@@ -69,6 +69,10 @@ def _objectives_of(where: str, share: CorpusShareConfig, data: DataConfig) -> Pr
     if data.preference is not None:
         yield from _preferences(where, share, data)
         return
+    if share.corpus.negative_fields:
+        kinds = ", ".join(objective.kind for objective in objectives) or "none"
+        yield ConfigProblem(f"{where}.mixture", f"{kinds} for hard negatives", "one objective, of kind embedding")
+        return
     if share.corpus.rejected_field is not None:
         kinds = ", ".join(objective.kind for objective in objectives) or "none"
         yield ConfigProblem(f"{where}.mixture", f"{kinds} for preference pairs", "one objective, of kind preference")
@@ -166,6 +170,12 @@ def _labelled(where: str, share: CorpusShareConfig, data: DataConfig) -> Problem
             "labels that differ from those of the first corpus",
             "the same labels in all corpora",
         )
+    if corpus.negative_fields and kind != "embedding":
+        yield ConfigProblem(f"{where}.corpus.negative_fields", f"hard negatives for {kind}", "none, or kind embedding")
+    if corpus.max_negatives != data.sources[0].corpus.max_negatives:
+        found = f"{corpus.max_negatives} hard negatives in a row, {data.sources[0].corpus.max_negatives} in the first"
+        fix = "set num_negatives of all corpora to the largest number"
+        yield ConfigProblem(f"{where}.corpus.num_negatives", found, "the same number in all corpora", fix)
     if "documents" in (data.example_mode, share.example_mode):
         expected = "windows, the default: each labelled example is a row, and rows are not packed"
         yield ConfigProblem(f"{where}.example_mode", "documents for labelled examples", expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from t5x_like.config.bounds import Problems, above, at_least, bound_problems, within, without_repetition
-from t5x_like.config.model import ModelConfig, RopeScalingConfig, StackConfig
+from t5x_like.config.model import ModelConfig, RopeScalingConfig, StackConfig, TaskHeadConfig
 from t5x_like.errors import ConfigProblem
 
 
@@ -112,6 +112,20 @@ def _task_head(model: ModelConfig) -> Problems:
         yield ConfigProblem(f"{where}.labels", f"labels for {head.kind}", "none: labels are for classification")
     if len(set(head.labels)) < len(head.labels):
         yield ConfigProblem(f"{where}.labels", "a label twice", "each label once")
+    yield from _matryoshka(model, head)
+
+
+def _matryoshka(model: ModelConfig, head: TaskHeadConfig) -> Problems:
+    """Yield the problems of the prefixes of an embedding that are trained."""
+    field, dimensions = "model.task_head.matryoshka_dimensions", head.matryoshka_dimensions
+    width = next(reversed(model.stacks.values())).d_model
+    if dimensions and head.kind != "embedding":
+        yield ConfigProblem(field, f"prefixes of the output of {head.kind}", "none, or kind embedding")
+    if any(size >= width for size in dimensions) or len(set(dimensions)) < len(dimensions):
+        yield ConfigProblem(field, ", ".join(map(str, dimensions)), f"different numbers below the width, {width}")
+    if head.matryoshka_weights and len(head.matryoshka_weights) != len(dimensions):
+        found = f"{len(head.matryoshka_weights)} weights for {len(dimensions)} dimensions"
+        yield ConfigProblem("model.task_head.matryoshka_weights", found, "one for each, or none")
 
 
 def _stack(where: str, stack: StackConfig) -> Problems:

@@ -46,16 +46,20 @@ def corpus_problems(corpus: CorpusConfig, where: str = "data.corpus") -> Problem
             yield ConfigProblem(f"{where}.{split}", f"a split beside {files}", "one of the two")
     if not given and corpus.key_field is not None:
         yield ConfigProblem(f"{where}.key_field", "a key of the embedded corpus", "a source with fields")
-    for name in ("text_field", "inputs_field", "rejected_field", "key_field"):
+    fields = {name: getattr(corpus, name) for name in ("text_field", "inputs_field", "rejected_field", "key_field")}
+    fields |= {f"negative_fields.{index}": field for index, field in enumerate(corpus.negative_fields)}
+    for name, field in fields.items():
         try:
-            parse_field(getattr(corpus, name) or "text")
+            parse_field(field or "text")
         except ValueError as error:
             expected = "a field, or a template such as '{title}: {body}', in which {{ and }} are braces"
-            yield ConfigProblem(f"{where}.{name}", f"{getattr(corpus, name)!r} ({error})", expected)
+            yield ConfigProblem(f"{where}.{name}", f"{field!r} ({error})", expected)
     if corpus.inputs_field is not None:
         yield from _pairs_problems(corpus, where)
     if corpus.rejected_field is not None:
         yield from _preference_problems(corpus, where)
+    if corpus.negative_fields or corpus.num_negatives:
+        yield from _negatives_problems(corpus, where)
     if corpus.messages_field is not None and corpus.inputs_field is not None:
         yield ConfigProblem(f"{where}.inputs_field", "a field of inputs beside messages_field", "one of the two")
     if corpus.messages_field is not None and not corpus.files:
@@ -119,6 +123,21 @@ def _preference_problems(corpus: CorpusConfig, where: str) -> Problems:
         yield ConfigProblem(field, repr(corpus.rejected_field), expected)
     if corpus.target_kind != "text":
         yield ConfigProblem(f"{where}.target_kind", f"{corpus.target_kind} beside rejected_field", "text")
+
+
+def _negatives_problems(corpus: CorpusConfig, where: str) -> Problems:
+    """Yield the problems of hard negatives, which are further texts of pairs in files."""
+    field = f"{where}.negative_fields"
+    if not corpus.negative_fields:
+        yield ConfigProblem(field, "none, beside num_negatives", "the fields of the hard negatives")
+    if corpus.inputs_field is None or corpus.rejected_field is not None or corpus.target_kind != "text":
+        expected = "inputs_field and text_field, of two texts that match"
+        yield ConfigProblem(field, "hard negatives of a corpus without matching texts", expected)
+    if not corpus.files:
+        yield ConfigProblem(field, "hard negatives without files", "data.corpus.files")
+    if {corpus.inputs_field, corpus.text_field} & set(corpus.negative_fields):
+        expected = "fields other than those of the texts that match"
+        yield ConfigProblem(field, ", ".join(map(repr, corpus.negative_fields)), expected)
 
 
 def tokenizer_problems(tokenizer: TokenizerConfig, corpora: Sequence[CorpusConfig]) -> Problems:

@@ -20,7 +20,7 @@ from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream.feature_converters import Features
 from t5x_like.data.stream.labeled_rows import label_text
 from t5x_like.data.stream.packing import PackedRows
-from t5x_like.data.stream.preference_rows import PreferenceRows
+from t5x_like.data.stream.preference_rows import PackedPreferenceRows, PreferenceRows
 from t5x_like.data.stream.row_stream import TrainingStream
 from t5x_like.data.stream.unpack import Kind, UnpackedExample, examples, runs
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
@@ -86,9 +86,10 @@ def _packing_notes(stream: TrainingStream) -> list[str]:
     """Return a line for each corpus of which documents are truncated or left out."""
     notes = []
     for source in stream.sources:
-        if isinstance(source.reader, PreferenceRows) and source.reader.num_truncated:
+        pairs = source.reader.pairs if isinstance(source.reader, PackedPreferenceRows) else source.reader
+        if isinstance(pairs, PreferenceRows) and pairs.num_truncated:
             notes.append(
-                f"{source.name}: {source.reader.num_truncated:,} preference pairs have an answer that is longer than "
+                f"{source.name}: {pairs.num_truncated:,} preference pairs have an answer that is longer than "
                 "its row: it is truncated at its end, which is then without EOS"
             )
         if isinstance(source.reader, PackedRows):
@@ -138,9 +139,12 @@ def _labeled_panel(
     assert objective is not None
     lines = []
     for name, values in features.items():
-        if name.endswith("_input_tokens"):
+        side = name.removesuffix("_input_tokens")
+        # A row can have fewer hard negatives than others.
+        if side != name and features.get(f"{side}_weights", features["label_weights"])[row].any():
             tokens = np.trim_zeros(values[row], "b")
-            lines.append(_line(name.split("_")[0], tokens, np.zeros(len(tokens), np.bool_), tokenizer, limit))
+            label = side.replace("_", " ")
+            lines.append(_line(label, tokens, np.zeros(len(tokens), np.bool_), tokenizer, limit))
     if "labels" in features:
         names = stream.data.sources[0].corpus.labels
         label = label_text(features["labels"][row], features["label_weights"][row], names)

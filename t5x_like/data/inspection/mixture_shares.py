@@ -8,6 +8,7 @@ import numpy as np
 
 from t5x_like.config.mixture_schedule import row_loss_tokens, row_tokens
 from t5x_like.data.stream.packing import PackedRows
+from t5x_like.data.stream.preference_rows import PackedPreferenceRows
 from t5x_like.data.stream.row_stream import TrainingStream
 
 
@@ -44,7 +45,9 @@ def mixture_shares(stream: TrainingStream) -> list[MixtureShare]:
         source = next(source for source in stream.sources if source.name == corpus)
         if not isinstance(source.reader, PackedRows):
             pairs.append((corpus, objective.name, stream.sub_batch_of(corpus, objective), share))
-            sizes.append((row_tokens(objective, stream.data), row_loss_tokens(objective, stream.data)))
+            pairs_per_row = source.reader.pairs_per_row if isinstance(source.reader, PackedPreferenceRows) else 1
+            loss_tokens = row_loss_tokens(objective, stream.data) * pairs_per_row
+            sizes.append((row_tokens(objective, stream.data), loss_tokens))
             continue
         for packed_objective in source.objectives:
             row_share = source.reader.row_share(packed_objective)

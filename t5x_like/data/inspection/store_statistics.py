@@ -64,12 +64,15 @@ def summarize_lengths(values_D: npt.NDArray[np.int64], bins: int = 40, *, log: b
     return LengthSummary(len(values_D), float(values_D.mean()), quantiles, edges, counts.astype(np.int64))
 
 
-def document_lengths(split: Split, sequences_per_document: int) -> dict[str, npt.NDArray[np.int64]]:
+def document_lengths(
+    split: Split, sequences_per_document: int, *, preferences: bool = False
+) -> dict[str, npt.NDArray[np.int64]]:
     """Return the tokens of each document without EOS; for pairs, those of each of their parts."""
     bounds = split.offsets.astype(np.int64)
     sizes = bounds[1:] - bounds[:-1]
     if sequences_per_document > 1:
-        names = ("inputs", "targets") if sequences_per_document == 2 else ("prompts", "chosen", "rejected")
+        negatives = [f"negative {number}" for number in range(1, sequences_per_document - 1)]
+        names = ("prompts", "chosen", "rejected") if preferences else ("inputs", "targets", *negatives)
         return {name: sizes[index :: len(names)] for index, name in enumerate(names)}
     return {"documents": sizes - 1}
 

@@ -29,8 +29,15 @@ class Document(NamedTuple):
     rejected: str | None = None
     """Rejected answer of a preference pair, whose inputs are the prompt and whose text is the chosen answer."""
 
+    negatives: tuple[str, ...] = ()
+    """Hard negatives of a pair of texts that match, completed by empty texts to `CorpusConfig.max_negatives`."""
+
     @property
     def texts(self) -> tuple[str, ...]:
+        return (*self._required_texts, *self.negatives)
+
+    @property
+    def _required_texts(self) -> tuple[str, ...]:
         return tuple(text for text in (self.inputs, self.text, self.rejected) if text is not None)
 
     @property
@@ -42,7 +49,7 @@ class Document(NamedTuple):
         """True if there is no text, or if a pair lacks a part."""
         if self.tokens:
             return any(not len(ids) for ids in self.tokens)
-        return any(not text or text.isspace() for text in self.texts)
+        return any(not text or text.isspace() for text in self._required_texts)
 
     @property
     def content(self) -> bytes:

@@ -1,10 +1,10 @@
-"""Validation of the targets of a corpus of pairs: any text, a label, one label per word, a number, or two answers."""
+"""Validation of the rows of a corpus of pairs: the kind of the targets, two answers, or hard negatives."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from t5x_like.config.corpus import CorpusConfig
@@ -69,6 +69,28 @@ def validate_preference(
             raise DataError(f"{where()}: found no text in {field!r}, expected a prompt and two answers")
     if chosen == rejected:
         raise DataError(equal_answers(chosen, config, where))
+
+
+def validate_negatives(
+    inputs: str, text: str, negatives: Sequence[str], config: CorpusConfig, where: Callable[[], str]
+) -> None:
+    """Check the hard negatives of a pair of texts that match.
+
+    Raises:
+      DataError: there are more than the configuration allows, or one of them is the text that matches, or the inputs.
+    """
+    fields = ", ".join(map(repr, config.negative_fields))
+    if len(negatives) > config.max_negatives:
+        raise DataError(
+            f"{where()}: found {len(negatives)} hard negatives in {fields}, expected at most {config.max_negatives}; "
+            f"set --data.corpus.num-negatives {len(negatives)}"
+        )
+    for other, name in ((text, config.text_field), (inputs, config.inputs_field)):
+        if other in negatives:
+            raise DataError(
+                f"{where()}: found the text of {name!r}, {other[:80]!r}, among the hard negatives in {fields}, "
+                "expected texts that do not match"
+            )
 
 
 def _validate_label(label: str, config: CorpusConfig, where: Callable[[], str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from t5x_like.config.corpus import CorpusConfig, parse_field
 from t5x_like.data.chat.messages import TOOLS_FIELD, dialogue_text, preference_text
 from t5x_like.data.sources.document import Document, ReadStats
-from t5x_like.data.sources.label_validation import validate_preference, validate_target
+from t5x_like.data.sources.label_validation import validate_negatives, validate_preference, validate_target
 from t5x_like.errors import DataError
 
 Where = Callable[[], str]
@@ -83,10 +83,25 @@ class FieldReader:
             return ""
         return "".join(literal + text for (literal, _), text in zip(self._parts, texts, strict=True))
 
-    def _field(self, row: Mapping[str, Any], path: str, where: Where) -> str:
+    def texts(self, row: Mapping[str, Any], where: Where) -> list[str]:
+        """Return the texts of a field that holds one or a list of them, without empty ones; of a template, its text.
+
+        Raises:
+          DataError, UnicodeError: see `text`.
+        """
+        value = None if self._is_template else self._value(row, self.paths[0], where)
+        if isinstance(value, list):
+            texts = [self._scalar(item, self.paths[0], where) for item in value]
+        else:
+            texts = [self.text(row, where)]
+        return [text for text in texts if text.strip()]
+
+    def _value(self, row: Mapping[str, Any], path: str, where: Where) -> Any:
         value = row[path] if path in row else self._nested(row, path, where)
-        if isinstance(value, np.ndarray | np.generic):
-            value = value.tolist()
+        return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+    def _field(self, row: Mapping[str, Any], path: str, where: Where) -> str:
+        value = self._value(row, path, where)
         if self._accepts_lists and isinstance(value, list):
             return " ".join(self._scalar(item, path, where) for item in value)
         return self._scalar(value, path, where)
@@ -128,7 +143,8 @@ class RowReader:
     """Conversion of the rows of a corpus to documents.
 
     Attributes:
-      fields: Readers of the text, and of the inputs, the rejected answer and the key if they are configured.
+      fields: Readers of the text, and of the inputs, the rejected answer, the hard negatives and the key if they are
+        configured.
     """
 
     def __init__(self, config: CorpusConfig):
@@ -146,12 +162,13 @@ class RowReader:
         self._rejected = None
         if config.rejected_field is not None:
             self._rejected = FieldReader(config.rejected_field, "data.corpus.rejected-field")
+        self._negatives = [FieldReader(field, "data.corpus.negative-fields") for field in config.negative_fields]
         self._key = None
         if config.key_field is not None:
             self._key = FieldReader(config.key_field, "data.corpus.key-field", accepts_numbers=True)
         if config.messages_field is not None:
             self._text = FieldReader(config.messages_field, "data.corpus.messages-field")
-        readers = (self._inputs, self._text, self._rejected, self._key)
+        readers = (self._inputs, self._text, self._rejected, *self._negatives, self._key)
         self.fields = [reader for reader in readers if reader is not None]
         if config.messages_field is not None:
             self.fields.append(FieldReader(TOOLS_FIELD, "data.corpus.messages-field", is_optional=True))
@@ -196,6 +213,7 @@ class RowReader:
             text = self._text.text(value, row.where)
             inputs = None if self._inputs is None else self._inputs.text(value, row.where)
             rejected = None if self._rejected is None else self._rejected.text(value, row.where)
+            negatives = [text for reader in self._negatives for text in reader.texts(value, row.where)]
         except UnicodeError as error:
             self._skip(row, str(error), stats)
             return None
@@ -204,6 +222,12 @@ class RowReader:
             # Answers to one prompt must not be in two splits.
             return Document(text, inputs=inputs, key=inputs if key is None else key, rejected=rejected)
         document = Document(text, inputs=inputs, key=key)
+        if self._negatives:
+            validate_negatives(inputs or "", text, negatives, self._config, row.where)
+            # Pairs that differ in their negatives only must not be in two splits.
+            missing = ("",) * (self._config.max_negatives - len(negatives))
+            key = f"{inputs}\0{text}" if key is None else key
+            document = document._replace(key=key, negatives=(*negatives, *missing))
         if not document.is_blank:
             validate_target(text, inputs, self._config, row.where)
         return document

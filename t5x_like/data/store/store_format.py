@@ -49,7 +49,7 @@ class _Vocabulary(pydantic.BaseModel, extra="forbid"):
 
 class _Info(pydantic.BaseModel, strict=True):
     dtype: Literal["uint16", "uint32"]
-    parts: Literal[1, 2, 3]
+    parts: int = pydantic.Field(ge=1)
     splits: dict[Literal["train", "validation", "test"], _Part]
     vocabulary: _Vocabulary
     content_fingerprint: str

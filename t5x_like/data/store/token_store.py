@@ -17,7 +17,7 @@ also be in an object store, named by its URL (see `storage.locations`).
 
 A store of supervised pairs has `parts` 2 in its info.json: the array holds inputs_0 targets_0 inputs_1 targets_1 ...
 without EOS, and `offsets` has two entries per pair. A store of preference pairs has `parts` 3: inputs, the chosen and
-the rejected answer.
+the rejected answer. One of pairs with n hard negatives has `parts` 2 + n; missing negatives are empty.
 """
 
 from __future__ import annotations

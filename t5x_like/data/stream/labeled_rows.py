@@ -1,13 +1,15 @@
-"""Rows of labelled examples: each pair of a store is a row, with the text as inputs and the label as targets."""
+"""Rows of labelled examples: each document of a store is a row, a text with its label or the texts that match it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
+from t5x_like.config.batch_spec import POSITIVE, negative, negative_weights
 from t5x_like.config.data import DataConfig
 from t5x_like.config.layouts import StackName
 from t5x_like.config.objectives import LabeledExamples, Mode
@@ -26,16 +28,21 @@ class LabeledRows(WholeExampleRows):
     """Rows of labelled examples of one corpus. Each epoch visits all pairs in an order of its own.
 
     Attributes:
-      num_rows: Number of pairs.
-      num_truncated: Number of pairs whose text is longer than a row.
+      num_rows: Number of examples.
+      num_truncated: Number of examples whose text is longer than a row.
 
     Raises:
-      DataError: there are no pairs, or the store contains text without labels.
+      DataError: there are no examples, or the store contains text without labels.
     """
 
     def __init__(self, store: Store, split: Split, data: DataConfig, objective: LabeledExamples, key: rng.Keys):
-        if store.sequences_per_document != 2:
-            raise DataError(f"{store.path}: found a store of text, expected pairs of text and label")
+        self._num_negatives = data.sources[0].corpus.max_negatives
+        self._parts = 2 + self._num_negatives
+        if store.sequences_per_document != self._parts:
+            raise DataError(
+                f"{store.path}: found {store.sequences_per_document} texts in a document, expected {self._parts}: "
+                "text and label, or a text, the one that matches it, and the hard negatives"
+            )
         self._split, self._objective = split, objective
         self._shuffle_key = rng.fold_in(key, _SHUFFLE)
         self._labels = data.sources[0].corpus.labels
@@ -46,10 +53,10 @@ class LabeledRows(WholeExampleRows):
         self._max_text = data.row_length - len(self._prefix) - 1  # EOS.
         self._length = data.row_length
         self._bounds = split.offsets.astype(np.int64)
-        self.num_rows = (len(self._bounds) - 1) // 2
+        self.num_rows = (len(self._bounds) - 1) // self._parts
         if not self.num_rows:
             raise DataError(f"{store.path}: found no labelled examples in its {split.name} split, expected some")
-        self.num_truncated = int((np.diff(self._bounds)[::2] > self._max_text).sum())
+        self.num_truncated = int((np.diff(self._bounds)[:: self._parts] > self._max_text).sum())
         # Labels are stored as token ids in the store. Comparing ids avoids decoding each one.
         self._by_tokens = {tuple(self._tokenizer.encode(label)): i for i, label in enumerate(self._labels)}
 
@@ -62,20 +69,25 @@ class LabeledRows(WholeExampleRows):
         """Write pairs into rows of `out`, one per row. `config.batch_spec` lists the features."""
         tokens = f"{self._stack}_input_tokens"
         for row, pair in zip(row_n.tolist(), pair_n.tolist(), strict=True):
-            first, middle, last = self._bounds[2 * pair : 2 * pair + 3].tolist()
-            # A pair is two sequences: bounds 2 i, 2 i + 1 and 2 i + 2 delimit text and label.
+            # Of pairs, bounds 2 i, 2 i + 1 and 2 i + 2 delimit text and label. Hard negatives follow them.
+            first, middle, last, *ends = self._bounds[self._parts * pair : self._parts * (pair + 1) + 1].tolist()
             text = self._text_tokens(first, middle)
-            out[tokens][row] = self._vocabulary.pad_id
-            out[tokens][row, : len(text)] = text
+            self._put_text(out[tokens][row], text)
             if "decoder_causal_attention" in out:
                 out["decoder_causal_attention"][row, : len(text)] = 1
             if self._objective.kind == "embedding":
-                positive = self._text_tokens(middle, last)
-                out["positive_input_tokens"][row] = self._vocabulary.pad_id
-                out["positive_input_tokens"][row, : len(positive)] = positive
+                self._put_text(out[POSITIVE][row], self._text_tokens(middle, last))
                 out["label_weights"][row] = 1
+                for number, (start, stop) in enumerate(itertools.pairwise([last, *ends]), start=1):
+                    # A row without this negative has an empty text of weight 0.
+                    self._put_text(out[negative(number)][row], self._text_tokens(start, stop))
+                    out[negative_weights(number)][row] = stop > start
             else:
                 self._put_label(out, row, text, self._split.tokens(middle, last))
+
+    def _put_text(self, out_L: npt.NDArray[Any], text: list[int]) -> None:
+        out_L[:] = self._vocabulary.pad_id
+        out_L[: len(text)] = text
 
     def _text_tokens(self, start: int, stop: int) -> list[int]:
         """Return the ids of a text as the model reads them. A decoder reads its start id first, as in training."""

@@ -12,12 +12,14 @@ from t5x_like.data.store.token_store import Split
 from t5x_like.data.stream.labeled_rows import LabeledRows
 from t5x_like.data.stream.mixture_index import PhasePlan, periods_in
 from t5x_like.data.stream.packing import PackedRows
-from t5x_like.data.stream.preference_rows import PreferenceRows
+from t5x_like.data.stream.preference_rows import PackedPreferenceRows, PreferenceRows
 from t5x_like.data.stream.windows import Windows
 from t5x_like.errors import DataError
 
 _MIN_PERIODS = 20
 """Minimum number of periods in a phase that ends, unless the phase is short."""
+
+Reader = Windows | PackedRows | LabeledRows | PreferenceRows | PackedPreferenceRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class CorpusSource:
     split: Split
     objectives: tuple[Objective, ...]
     objective_ids: tuple[int, ...]
-    reader: Windows | PackedRows | LabeledRows | PreferenceRows
+    reader: Reader
 
     def rows_per_block(self, data: DataConfig, phase: Phase) -> tuple[int, ...]:
         """Return the rows of each objective in a block.

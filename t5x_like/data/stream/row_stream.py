@@ -42,8 +42,8 @@ from t5x_like.data.stream.host_shard import WHOLE, HostShard
 from t5x_like.data.stream.labeled_rows import LabeledRows
 from t5x_like.data.stream.mixture_index import MixtureIndex, RowOrigin
 from t5x_like.data.stream.packing import PackedRows
-from t5x_like.data.stream.phase_planning import CorpusSource, plan_phases
-from t5x_like.data.stream.preference_rows import PreferenceRows
+from t5x_like.data.stream.phase_planning import CorpusSource, Reader, plan_phases
+from t5x_like.data.stream.preference_rows import preference_reader
 from t5x_like.data.stream.windows import Windows
 from t5x_like.data.tokenizers.vocabulary import Vocabulary
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
@@ -200,9 +200,10 @@ class TrainingStream:
             # Whole examples have no windows; their rank leads to a row of the plan or to a pair.
             if isinstance(source.reader, PackedRows) and row_n.size:
                 self._put_packed(out, source, source.reader, row_n, origin.rank_N[row_n], keys_N[row_n])
-            elif isinstance(source.reader, LabeledRows | PreferenceRows) and row_n.size:
+            elif not isinstance(source.reader, Windows | PackedRows) and row_n.size:
                 source.reader.put(out, row_n, source.reader.shuffled_rows(origin.rank_N[row_n]))
-                out["denoiser_ids"][row_n] = source.objective_ids[0]
+                if not shape.packed:
+                    out["denoiser_ids"][row_n] = source.objective_ids[0]
         return out
 
     def corpus_of(self, index_N: IntArray, sub_batch: str = MAIN) -> IntArray:
@@ -252,14 +253,14 @@ class TrainingStream:
         key = corpus_key(data, index)
         names = [objective.name for objective in data.objectives]
         ids = tuple(names.index(objective.name) for objective in objectives)
-        reader: Windows | PackedRows | LabeledRows | PreferenceRows
+        reader: Reader
         match data.examples_of(share):
             case "labelled":
                 assert data.labelled is not None
                 reader = LabeledRows(store, split, data, data.labelled, key)
             case "preferences":
                 assert data.preference is not None
-                reader = PreferenceRows(store, split, data, data.preference, key)
+                reader = preference_reader(store, split, data, data.preference, key)
             case "documents":
                 reader = PackedRows(split, store.sequences_per_document, data, objectives, key)
             case "windows":

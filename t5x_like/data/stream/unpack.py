@@ -53,12 +53,15 @@ def examples(row: UnpackedRow, objectives: Sequence[Objective], vocabulary: Voca
 def segments(row: UnpackedRow) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Yield the features of each example of a row: of each segment if the row is packed, otherwise of the row.
 
-    A preference pair has two examples, that of the chosen answer and that of the rejected one.
+    A preference pair has two examples, that of the chosen answer and, after it, that of the rejected one.
     """
     rejected = {name.removeprefix(REJECTED): values for name, values in row.items() if name.startswith(f"{REJECTED}d")}
     if rejected:
-        yield {name: values for name, values in row.items() if not name.startswith(REJECTED)}
-        yield {name: values for name, values in row.items() if not name.startswith(REJECTED)} | rejected
+        # Those of the row are at the positions of the chosen answers.
+        rejected["denoiser_ids"] = np.full_like(row["denoiser_ids"], np.max(row["denoiser_ids"]))
+        chosen = {name: values for name, values in row.items() if not name.startswith(REJECTED)}
+        for answers in zip(segments(chosen), segments(chosen | rejected), strict=True):
+            yield from answers
         return
     stacks = [stack for stack in ("encoder", "decoder") if f"{stack}_segment_ids" in row]
     if not stacks:

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 from helpers.config_examples import changed
-from helpers.task_head_examples import LABELS, labeled_run
+from helpers.task_head_examples import LABELS, labeled_run, with_head
 
 from t5x_like.config import LabeledExamples, batch_spec, evaluation_spec
+from t5x_like.config.validation import validate
 from t5x_like.data.inspection.console_view import inspect
 from t5x_like.data.store.prepare import prepare
 from t5x_like.data.stream import heldout
@@ -86,6 +87,89 @@ def test_batches_match_the_batch_spec(tmp_path, kind):
         assert (batch["main"]["labels"] == 0.5).all()
     if kind == "embedding":
         assert set(texts(stores, batch["main"], "positive")) == {"its pair"}
+
+
+def with_negatives(tmp_path, rows, **fields):
+    """Return the data configuration and the stores of rows with hard negatives in the field `hard`."""
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = labeled_run()
+    corpus = dataclasses.replace(
+        run.data.corpus,
+        files=(str(tmp_path / "texts.jsonl"),),
+        target_kind="text",
+        labels=(),
+        negative_fields=("hard",),
+        validation_fraction=0.25,
+        **fields,
+    )
+    data = dataclasses.replace(
+        run.data, corpus=corpus, mixture=(LabeledExamples(kind="embedding"),), store_dir=str(tmp_path / "stores")
+    )
+    model = dataclasses.replace(with_head("embedding"), vocab_size=300)
+    assert not validate(dataclasses.replace(run, model=model, data=data))
+    return data, prepare(data, report=lambda line: None)
+
+
+HARD: list[object] = [["far 0", "other 0"], "far 1", [], None, ["far 4"]]
+
+
+def test_hard_negatives_are_one_or_several_texts_of_a_row(tmp_path, capsys):
+    rows = [{"text": f"row {n}", "label": f"near {n}", "hard": HARD[n % 5]} for n in range(50)]
+    data, stores = with_negatives(tmp_path, rows, num_negatives=2)
+    run = dataclasses.replace(labeled_run(), data=data)
+    stream = TrainingStream(stores, data, 8)
+    batch = stream.batch(0)["main"]
+    assert {name: (x.shape, str(x.dtype)) for name, x in batch.items()} == {
+        name: (x.shape, x.dtype) for name, x in batch_spec(run)["main"].items()
+    }
+    features = stream.get_rows(np.arange(stream.rows_per_epoch["files"]))
+    columns = [texts(stores, features, name) for name in ("encoder", "positive", "negative_1", "negative_2")]
+    weights = np.stack([features["negative_1_weights"], features["negative_2_weights"]], axis=1)
+    for text, positive, *found, present in zip(*columns, weights, strict=True):
+        number = int(text.split()[1])
+        expected = HARD[number % 5] or []
+        expected = [expected] if isinstance(expected, str) else expected
+        assert positive == f"near {number}"
+        assert found == [*expected, "", ""][:2] and present.tolist() == [int(bool(text)) for text in found]
+    inspect(run, rows=5)
+    assert "negative 1 [" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "hard, message",
+    [
+        (["a", "b", "c"], r"texts.jsonl:31: found 3 hard negatives in 'hard', expected at most 2; .*num-negatives 3"),
+        (["near"], "texts.jsonl:31: found the text of 'label', 'near', among the hard negatives"),
+        ([1], "texts.jsonl:31: found 'hard' of type number, expected a string"),
+    ],
+)
+def test_invalid_hard_negatives_are_refused_with_their_line(tmp_path, hard, message):
+    rows = [{"text": f"row {n}", "label": "near", "hard": "far"} for n in range(30)]
+    with pytest.raises(DataError, match=message):
+        with_negatives(tmp_path, [*rows, {"text": "a", "label": "near", "hard": hard}], num_negatives=2)
+
+
+def test_pairs_that_differ_in_their_negatives_are_in_one_split(tmp_path):
+    rows = [{"text": f"row {n // 4}", "label": "near", "hard": f"far {n}"} for n in range(80)]
+    _, stores = with_negatives(tmp_path, rows)
+    documents = [stores[0].split(split).num_documents for split in ("train", "validation")]
+    assert sum(documents) == 80 and documents[1] and not any(count % 4 for count in documents)
+
+
+@pytest.mark.parametrize(
+    "changes, expected_path",
+    [
+        ({"num_negatives": 2}, "data.corpus.negative_fields"),
+        ({"negative_fields": ("{a",)}, "data.corpus.negative_fields.0"),
+        ({"negative_fields": ("hard",)}, "data.corpus.negative_fields"),  # For classification.
+    ],
+)
+def test_hard_negatives_of_other_data_are_refused(changes, expected_path):
+    run = labeled_run()
+    run = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, corpus=dataclasses.replace(run.data.corpus, **changes))
+    )
+    assert expected_path in [problem.where for problem in validate(run)]
 
 
 def test_word_label_is_at_first_token_and_truncated_words_have_none(tmp_path):

@@ -94,6 +94,52 @@ def test_an_epoch_has_every_pair_once_as_supervised_pairs_with_its_reference(tmp
             np.testing.assert_array_equal(features[shared + name], values_, err_msg=shared + name)
 
 
+@pytest.mark.parametrize("layout", ["encoder_decoder", "prefix_lm", "causal_lm"])
+def test_packed_rows_have_each_pair_once_as_segments(tmp_path: Path, layout: Layout) -> None:
+    """The segments of a pair have the same number in the rows of the prompts and of both answers."""
+    data, store = prepared(tmp_path, [*PAIRS, *((f"q{n}", "y" * (1 + n % 3), "no") for n in range(45))], layout)
+    values = reference_log_probs.missing_values(data, [store])
+    values["files/train"][:] = np.arange(values["files/train"].size).reshape(-1, 2)
+    reference_log_probs.attach(values, data, [store])
+    alone = TrainingStream([store], data, 4)
+    single = alone.get_rows(np.arange(alone.rows_per_epoch["files"]))
+    data = dataclasses.replace(data, mixture=(Preference(pairs_per_row=3),))
+    stream = TrainingStream([store], data, 4)
+    count = stream.rows_per_epoch["files"]
+    packed = stream.get_rows(np.arange(count))
+    assert {name: (x.shape[1:], str(x.dtype)) for name, x in packed.items()} == {
+        name: (spec.shape[1:], spec.dtype) for name, spec in batch_spec(run_with(data))["main"].items()
+    }
+    assert packed["decoder_segment_ids"].max() == 3 and count < len(single["chosen_reference"])
+    found = []
+    for row in range(count):
+        for number in range(1, int(packed["decoder_segment_ids"][row].max()) + 1):
+            reference = packed["chosen_reference"][row, number - 1]
+            assert packed["rejected_reference"][row, number - 1] == reference + 1
+            (pair,) = np.flatnonzero(single["chosen_reference"] == reference)
+            found.append(pair)
+            for name, values_ in packed.items():
+                stack = next(
+                    (stack for stack in ("encoder", "rejected_decoder", "decoder") if name.startswith(stack)), None
+                )
+                if stack is None:
+                    continue
+                segment = values_[row][packed[f"{stack}_segment_ids"][row] == number]
+                if name.endswith("_positions"):
+                    assert segment.tolist() == list(range(len(segment)))
+                elif not name.endswith("_segment_ids"):
+                    expected = single[name][pair]
+                    assert segment.tolist() == expected[: len(segment)].tolist(), name
+                    # The input after the last target is read by no position of the segment.
+                    assert not expected[len(segment) + 1 :].any()
+    assert sorted(found) == list(range(len(single["chosen_reference"])))
+    assert len(describe_rows(stream, 0, 2)) == 2 * sum(int(packed["decoder_segment_ids"][row].max()) for row in (0, 1))
+    assert mixture_table(stream).row_count == 1
+    other = stream.get_rows(np.arange(count, 2 * count))["chosen_reference"]
+    assert not np.array_equal(other, packed["chosen_reference"])
+    assert sorted(map(tuple, other)) == sorted(map(tuple, packed["chosen_reference"]))
+
+
 def test_the_same_prompt_is_in_one_split(tmp_path: Path) -> None:
     _, store = prepared(tmp_path, PAIRS)
     train, held_out = ({prompt for prompt, _, _ in texts(store, name)} for name in ("train", "validation"))

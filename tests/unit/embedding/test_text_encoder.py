@@ -43,6 +43,10 @@ def test_decoder_embeds_by_last_token_or_bidirectionally(tmp_path, pieces):
     assert a.shape == b.shape == (4, 32) and np.abs(a - b).max() > 1e-2
     # Each text alone: neither the texts beside it nor its row's length matter.
     np.testing.assert_allclose(embed(both, TEXTS[2:3])[0], b[2], atol=1e-5)
+    short = embed(open_encoder(folder, bidirectional=True, normalize=True, dimensions=8), TEXTS)
+    np.testing.assert_allclose(short, b[:, :8] / np.linalg.norm(b[:, :8], axis=1, keepdims=True), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ConfigError, match="--dimensions: found 33, expected at most 32"):
+        open_encoder(folder, dimensions=33)
     first = open_encoder(folder, bidirectional=True, pooling="cls", normalize=True)
     found = embed(first, ["one small text", "one small one"])
     assert np.abs(found[0] - found[1]).max() > 1e-4  # The first token has read the last.

@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 from helpers.config_examples import changed
 from helpers.model_examples import model, tokens
+from helpers.parallel_programs import random_like, start
 from helpers.task_head_examples import labeled_run, with_head
 
-from t5x_like.config import CorpusConfig, LabeledExamples, TaskHeadConfig
+from t5x_like.config import (
+    AdamWConfig,
+    CorpusConfig,
+    LabeledExamples,
+    ShardingConfig,
+    TaskHeadConfig,
+    batch_spec,
+)
 from t5x_like.config.validation import validate
 from t5x_like.errors import ConfigError, DataError
 from t5x_like.evaluation.task_head_metrics import classification_scores, regression_scores, retrieval
@@ -96,10 +104,11 @@ def test_padded_rows_need_a_padding_id_or_segment_ids(stack):
 
 def test_contrastive_loss_is_cross_entropy_over_the_texts_of_all_rows():
     vectors = np.random.default_rng(0).normal(size=(5, 3, 8)).astype(np.float32)
-    weights = np.array([1, 1, 1, 1, 0], np.float32)
+    # The last row does not count, and row 2 has no hard negative.
+    weights = np.array([[1, 1], [1, 1], [1, 0], [1, 1], [0, 0]], np.float32)
     logits, own = contrast(jnp.array(vectors), jnp.array(weights), 0.5)
     rows = np.arange(4)
-    documents = np.concatenate([vectors[:4, 1], vectors[:4, 2]])
+    documents = np.concatenate([vectors[:4, 1], vectors[[0, 1, 3], 2]])
     expected = vectors[:4, 0] @ documents.T / 0.5
     expected = np.log(np.exp(expected).sum(1)) - expected[rows, rows]
     found = -jax.nn.log_softmax(logits)[rows, own[:4]]
@@ -214,26 +223,65 @@ def test_head_metrics_match_their_definitions():
     assert retrieval(queries, np.roll(queries, 1, axis=0))["recall_at_1"] == 0
 
 
-def test_contrastive_negatives_come_from_all_devices():
+def ranking_loss(vectors, negatives, temperature):
+    """Return sentence-transformers' MultipleNegativesRankingLoss of each row: vectors of its text, its positive and
+    its hard negatives [B, S, d], and which of the negatives there are [B, S - 2]."""
+    vectors = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    there = np.nonzero(negatives.T)
+    documents = jnp.concatenate([vectors[:, 1], jnp.swapaxes(vectors[:, 2:], 0, 1)[there]])
+    return -jnp.diagonal(jax.nn.log_softmax(vectors[:, 0] @ documents.T / temperature)[:, : len(vectors)])
+
+
+def test_contrastive_loss_on_a_mesh_equals_the_published_formulas():
+    """In-batch and hard negatives come from all devices. The Matryoshka loss (Kusupati et al. 2022) is the sum of the
+    losses of prefixes, times their weights. Adam's first moment after one step is a tenth of the gradient."""
     run = labeled_run()
-    corpus = CorpusConfig(files=("pairs.jsonl",), inputs_field="text", text_field="other")
+    corpus = CorpusConfig(
+        files=("a.jsonl",), inputs_field="text", text_field="other", negative_fields=("x",), num_negatives=2
+    )
     data = dataclasses.replace(run.data, corpus=corpus, mixture=(LabeledExamples(kind="embedding"),), inputs_length=12)
-    config = dataclasses.replace(with_head("embedding"), vocab_size=300)
-    run = dataclasses.replace(run, model=config, data=data)
+    head = {"temperature": 0.5, "matryoshka_dimensions": (16, 8), "matryoshka_weights": (0.5, 2.0)}
+    config = dataclasses.replace(with_head("embedding", **head), vocab_size=300)
+    training = dataclasses.replace(run.training, optimizer=AdamWConfig(weight_decay=0.0), max_gradient_norm=None)
+    sharding = ShardingConfig(data=2, fsdp=2, tensor=2)
+    run = dataclasses.replace(run, model=config, data=data, training=training, sharding=sharding)
     assert not validate(run)
     random = np.random.default_rng(0)
-    batch = {
-        name: random.integers(1, 60, (8, 12)).astype(np.int32)
-        for name in ("encoder_input_tokens", "positive_input_tokens")
-    }
-    batch |= {"label_weights": np.ones(8, np.int32), "denoiser_ids": np.zeros(8, np.int32)}
-    params = jax.device_get(jax.jit(lambda: init_params(config, jax.random.key(0)))())
-    found = []
-    for count in (1, 8):
-        program = build_program(run, jax.devices()[:count])
-        placed = jax.tree.map(jax.device_put, params, jax.tree.map(lambda x: x.sharding, program.abstract_params))
-        metrics = program.eval_step(placed, program.shard_batch({"main": batch}))
-        found.append({name: compute(mean) for name, mean in metrics.items()})
-    assert found[0].keys() == found[1].keys() and 0.5 < found[0]["loss"]
-    for name in found[0]:
-        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
+    sides = [f"{side}_input_tokens" for side in ("encoder", "positive", "negative_1", "negative_2")]
+    batch = {name: random.integers(1, 60, (8, 12)).astype(np.int32) for name in sides}
+    batch |= {"label_weights": np.array([1] * 7 + [0], np.int32), "denoiser_ids": np.zeros(8, np.int32)}
+    negatives = np.array([[1, 1], [1, 0], [0, 0], [1, 1], [1, 1], [1, 0], [1, 1], [1, 1]], np.int32)
+    batch |= {"negative_1_weights": negatives[:, 0], "negative_2_weights": negatives[:, 1]}
+    assert {name: x.shape for name, x in batch.items()} == {n: x.shape for n, x in batch_spec(run)["main"].items()}
+    program = build_program(run, jax.devices()[:8])
+    params = random_like(program.abstract_params, 0)
+
+    def expected(params):
+        model = bind_params(program.spec.graphdef, params)
+        vectors = jnp.stack([model.scores({"encoder_input_tokens": batch[side][:7]})[0] for side in sides], axis=1)
+        means = {n: ranking_loss(vectors[..., :n], negatives[:7], 0.5).mean() for n in (32, 16, 8)}
+        return means[32] + 0.5 * means[16] + 2.0 * means[8], means
+
+    (_, means), gradient = jax.jit(jax.value_and_grad(expected, has_aux=True))(params)
+    after, metrics = program.train_step(start(program, {"params": params}), program.shard_batch({"main": batch}))
+    found = {name: compute(mean) for name, mean in metrics.items()}
+    for name, size in (("loss", 32), ("loss/head", 32), ("matryoshka_16", 16), ("matryoshka_8", 8)):
+        assert found[name] == pytest.approx(float(means[size]), rel=1e-4)
+    atol = 1e-5 * max(float(np.abs(x).max()) for x in jax.tree.leaves(gradient))
+    moment = after["opt_state"].mu
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 0.1 * b, rtol=1e-3, atol=atol), moment, gradient)
+
+
+@pytest.mark.parametrize(
+    "changes, expected_path",
+    [
+        ({"kind": "regression"}, "model.task_head.matryoshka_dimensions"),
+        ({"matryoshka_dimensions": (32,)}, "model.task_head.matryoshka_dimensions"),
+        ({"matryoshka_dimensions": (8, 8)}, "model.task_head.matryoshka_dimensions"),
+        ({"matryoshka_weights": (1.0, 1.0)}, "model.task_head.matryoshka_weights"),
+    ],
+)
+def test_invalid_prefixes_of_embeddings_are_refused(changes, expected_path):
+    head = dataclasses.replace(TaskHeadConfig(kind="embedding", matryoshka_dimensions=(8,)), **changes)
+    with pytest.raises(ConfigError, match=expected_path):
+        abstract_model(dataclasses.replace(with_head("embedding"), task_head=head))
