@@ -29,6 +29,7 @@ from helpers.fault_runs import (
     wait_for,
 )
 from helpers.metadata_server import metadata_server
+from helpers.recorded_rows import recorded_rows
 from helpers.saved_state import saved_state
 
 from t5x_like.checkpoints.manager import CheckpointManager
@@ -74,6 +75,26 @@ def test_sigterm_saves_and_the_same_command_resumes(workspace: Workspace, uninte
     assert saved_state(workdir, left["step"])["step"] == left["step"]
     finish(workspace.train(workdir))
     assert_same_end(workdir, uninterrupted("recipe"))
+
+
+def test_stopped_run_resumes_on_another_mesh(
+    workspace: Workspace, uninterrupted: Callable[[str], Path], tmp_path: Path
+):
+    """The state is that of the checkpoint, which the restore compares by fingerprints; the rows and, but for the order
+    of sums, the losses are those of the run on one device."""
+    workdir, expected = tmp_path / "run", uninterrupted("recipe")
+    shutil.copytree(expected, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(newest(workdir)))
+    resumed_from = newest(workdir)
+    assert resumed_from < LAST_STEP
+    output = finish(workspace.train(workdir, "--devices", "2"))
+    assert f"step {resumed_from}" in output and newest(workdir) == LAST_STEP
+    assert recorded_rows(workdir) == recorded_rows(expected)
+    lines, wanted = logged(workdir), logged(expected)
+    assert [line["step"] for line in lines] == [line["step"] for line in wanted]
+    for line, other in zip(lines, wanted, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert line["loss_tokens"] == other["loss_tokens"]
 
 
 @pytest.mark.slow
