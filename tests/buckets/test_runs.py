@@ -218,6 +218,50 @@ def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settin
     assert_same_arrays(state_in(warm, tmp_path, workspace, 2), saved_state(warm_locally, 2))
 
 
+@pytest.mark.slow
+@pytest.mark.extended
+def test_other_outputs_are_those_of_a_local_run(server: Server, settings: None, tmp_path: Path) -> None:
+    """Train by the Python API, embed, fine-tune, predict and sweep, all in the bucket."""
+    if server.scheme == "s3":
+        pytest.skip("the commands do not depend on the protocol; gs:// covers them")
+    workspace, local = Workspace(tmp_path / "a", server.environment), Workspace(tmp_path / "b")
+    texts = [json.dumps({"text": f"text {number}", "label": "ab"[number % 2]}) for number in range(200)]
+    for each in (workspace, local):
+        (each.directory / "texts.jsonl").write_text("\n".join(texts))
+    out, stores = at(server, "outputs"), ("--data.store-dir", server.url("stores5"))
+    trust = ("--trust", server.url("stores5"))
+    two = ("--training.num-train-steps", "2")
+    workspace.run("prepare", RECIPE, *stores)
+    local.run("prepare", RECIPE)
+    local.run("train", RECIPE, "--workdir", "run", *two)
+    script = "import sys, t5x_like; from t5x_like.config.recipes import load_recipe; from dataclasses import replace;"
+    script += "run = load_recipe(sys.argv[1]); run = replace(run, training=replace(run.training, num_train_steps=2));"
+    script += (
+        "run = replace(run, data=replace(run.data, store_dir=sys.argv[3])); assert t5x_like.train(run, sys.argv[2])"
+    )
+    command = [sys.executable, "-c", script, str(RECIPE), str(out / "run"), stores[1]]
+    subprocess.run(command, env=workspace.environment, cwd=workspace.directory, check=True, capture_output=True)
+    assert_same_arrays(state_in(out / "run", tmp_path, workspace, 2), saved_state(local.directory / "run", 2))
+
+    for each, place, model, options in ((workspace, f"{out}/", out / "run", trust), (local, "", "run", ())):
+        each.run("embed", str(model), "--input", "texts.jsonl", "--output", f"{place}vectors.npy", *options)
+        fields = ("--data.corpus.files", "texts.jsonl", "--data.corpus.inputs-field", "text")
+        fields = (*fields, "--data.corpus.text-field", "label", "--training.global-batch-size", "4", *two)
+        stored = stores if each is workspace else ()
+        each.run("train", "finetune:classify", "--from", str(model), "--workdir", f"{place}labels", *fields, *stored)
+        predict = ("--input", "texts.jsonl", "--output", f"{place}predicted.jsonl")
+        each.run("predict", f"{place}labels", *predict, *options)
+        rates = ("--training.schedule.learning-rate", "1e-3", "1e-4", *two, *stored)
+        each.run("sweep", RECIPE, "--workdir", f"{place}sweep", *rates, *options)
+    for name in ("vectors.npy", "predicted.jsonl"):
+        assert locations.read_bytes(out / name) == (local.directory / name).read_bytes()
+    arms = sorted(path.name for path in (local.directory / "sweep").iterdir() if path.is_dir())
+    assert locations.children(out / "sweep") == sorted([*arms, "comparison.html"]) and len(arms) == 2
+    for arm in arms:
+        found = (segments.read_file(out / "sweep" / arm, "metrics.jsonl") or b"").decode()
+        assert logged(found) == logged((local.directory / "sweep" / arm / "metrics.jsonl").read_text())
+
+
 def start_processes(
     hosts: list[Workspace], workdir: str, recipe: str, *options: str, prefix: tuple[str, ...] = ()
 ) -> list[subprocess.Popen[str]]:
