@@ -9,6 +9,7 @@ refuses two processes with the same index and processes with different counts. I
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 import time
@@ -27,7 +28,7 @@ _MAX_LISTED = 20
 
 
 class RendezvousError(Exception):
-    """Some processes did not connect in time."""
+    """Some processes did not connect in time, or process 0 cannot listen at present."""
 
 
 def rendezvous(coordinator: str, index: int, count: int, seconds: float, environment: Mapping[str, str]) -> None:
@@ -41,7 +42,7 @@ def rendezvous(coordinator: str, index: int, count: int, seconds: float, environ
       environment: JAX_COORDINATOR_BIND_ADDRESS may give the address on which process 0 listens.
 
     Raises:
-      RendezvousError: Some processes did not connect; the message names them.
+      RendezvousError: Some processes did not connect, which the message names, or the port of process 0 is taken.
       ConfigError: Two processes have the same index, or different counts.
     """
     host, _, port = coordinator.rpartition(":")
@@ -133,6 +134,12 @@ def _listener(bind: str, port: int) -> socket.socket:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         return socket.create_server(("", port), backlog=1024)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            # A process of an earlier start may still be ending, and `launch local` chooses another port at a restart.
+            raise RendezvousError(
+                f"process 0 cannot listen on port {port}: address already in use. If the same command fails again, end "
+                "the program that uses it, or choose another port"
+            ) from None
         found = f"cannot bind port {port}: {(error.strerror or str(error)).lower()}"
         raise ConfigError([ConfigProblem("coordinator", found, "a free port on the host of process 0")]) from None
 

@@ -220,21 +220,30 @@ def test_save_on_a_frozen_file_system_is_reported(
 
 
 def test_port_of_the_coordinator_is_taken(workspace: Workspace, tmp_path: Path) -> None:
+    """The message says so; the local launcher starts the processes again, with another port."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        variables = {
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_COORDINATOR_BIND_ADDRESS": address,
-            "JAX_NUM_PROCESSES": "2",
-            "JAX_PROCESS_ID": "0",
-        }
-        process = workspace.train(tmp_path / "run", "--initialization-timeout", "20", variables=variables)
-        output, _ = process.communicate(timeout=200)
-    assert (
-        process.returncode not in (EXIT_OK, None) and "address already in use" in output and "Traceback" not in output
-    )
+        variables = {"TAKEN_PORT": str(taken.getsockname()[1])}
+        options = ("-n", "2", "--devices-per-process", "1", "--", sys.executable, "-m", "t5x_like")
+        train = ("train", f"{RECIPE}:recipe", "--workdir", tmp_path / "run", "--training.num-train-steps", "2")
+        process = workspace.start(
+            *options, *train, "--sharding.data", "2", module="helpers.taken_port_launch", variables=variables
+        )
+        output = finish(process)
+    assert "address already in use" in output and f"exit code {EXIT_RESUMABLE}, restart 1 of" in output
+    assert ", restart 2 of" not in output and "Traceback" not in output
+    assert newest(tmp_path / "run") == 2
+
+
+def test_coordinator_whose_name_is_unknown(workspace: Workspace, tmp_path: Path) -> None:
+    """A failure of the name service during the start is named within the limit, by a code that restarts."""
+    flags = ("--coordinator", "coordinator.invalid:4711", "--num-processes", "2", "--process-id", "1")
+    process = workspace.train(tmp_path / "run", *flags, "--initialization-timeout", "3")
+    output = finish(process, EXIT_RESUMABLE, seconds=100)
+    assert "could not connect to process 0 at coordinator.invalid:4711 within 3 seconds" in output
+    assert "ame or service not known" in output or "name resolution" in output
+    assert "Traceback" not in output
 
 
 class Pair:
