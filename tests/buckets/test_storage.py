@@ -86,7 +86,8 @@ def test_transient_errors_are_repeated(server: Server, faults: Faults, fault: st
         locations.write_bytes(root / str(number), str(number).encode())
     assert [locations.read_bytes(root / str(number)) for number in range(12)] == [b"%d" % n for n in range(12)]
     assert len(locations.keys(root)) == 12 and faults.injected > 6
-    assert locations.num_repeated_requests() - before > 6
+    if fault.isdecimal():  # The HTTP library itself repeats some requests on a connection that was closed.
+        assert locations.num_repeated_requests() - before > 6
 
 
 def test_permanent_errors_are_told_at_once(server: Server, faults: Faults) -> None:
