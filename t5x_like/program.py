@@ -55,7 +55,7 @@ class Program:
         training state holds the frozen parameters beside them, as "base".
       abstract_base_params: Frozen parameters as `jax.ShapeDtypeStruct`s with shardings; None without adapters.
       abstract_teacher_params: The same of the teacher of a run with distillation, which the training state holds as
-        "teacher"; None without one.
+        "teacher"; None without one, or if its distributions are stored.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
       eval_step: (params, batch) -> metrics, jitted, for batches of the shape of `evaluation_spec`.
     """
@@ -184,7 +184,7 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
         carried = carried | {"base": tree_shardings(mesh, rules, spec.logical_axes, spec.params)}
         abstract_base = _with_shardings(spec.params, carried["base"])
     distillation, teacher, abstract_teacher = run.training.distillation, None, None
-    if distillation is not None:
+    if distillation is not None and distillation.top_k is None:
         assert distillation.model is not None
         teacher = abstract_model(distillation.model)
         carried = carried | {"teacher": tree_shardings(mesh, rules, teacher.logical_axes, teacher.params)}
@@ -211,7 +211,8 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
 
         step_apply: ModelApply = apply_trained
         if distillation is not None:
-            step_apply = distillation_apply(apply_trained, teacher_logits, distillation)
+            live = teacher_logits if distillation.top_k is None else None
+            step_apply = distillation_apply(apply_trained, live, distillation)
         trainable, metrics = make_train_step(run, step_apply, optimizer, schedule)(trainable, batch)
         return trainable | frozen, metrics
 

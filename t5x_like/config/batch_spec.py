@@ -22,6 +22,9 @@ REJECTED = "rejected_"
 """Prefix of the features of a preference pair's rejected answer."""
 CHOSEN_REFERENCE, REJECTED_REFERENCE = "chosen_reference", "rejected_reference"
 """Features of preference pairs: log-probabilities of the two answers under the model that the run starts from."""
+TEACHER_IDS, TEACHER_LOG_PROBS = "teacher_ids", "teacher_log_probs"
+"""Features of distillation from a stored teacher: its most likely tokens at each target, and their log-probabilities at
+the temperature of the run."""
 POSITIVE = "positive_input_tokens"
 """Feature of embeddings: the text that matches the row's own."""
 
@@ -121,10 +124,24 @@ def loss_weight_type(data: DataConfig) -> str:
 
 
 def batch_spec(run: RunConfig) -> BatchSpec:
-    """Return the global batch that `run` trains on: for each sub-batch the features of `sub_batch_spec`."""
+    """Return the global batch that `run` trains on: for each sub-batch the features of `sub_batch_spec`.
+
+    With a stored teacher, `teacher_ids` (int32) and `teacher_log_probs` (float32) are [rows, target length, top_k].
+    """
     shapes = row_shapes(run.data)
     rows = rows_per_sub_batch(run.data, run.training.global_batch_size)
-    return {name: sub_batch_spec(run.data, shape, rows[name]) for name, shape in shapes.items()}
+    found = {name: sub_batch_spec(run.data, shape, rows[name]) for name, shape in shapes.items()}
+    distillation = run.training.distillation
+    if distillation is None or distillation.top_k is None:
+        return found
+    return {
+        name: {**features, **_teacher_spec(run.data, features, distillation.top_k)} for name, features in found.items()
+    }
+
+
+def _teacher_spec(data: DataConfig, features: Mapping[str, ArraySpec], top_k: int) -> Mapping[str, ArraySpec]:
+    shape = (*features[f"{data.target_stack}_target_tokens"].shape, top_k)
+    return {TEACHER_IDS: ArraySpec(shape, "int32"), TEACHER_LOG_PROBS: ArraySpec(shape, "float32")}
 
 
 def evaluation_spec(run: RunConfig) -> BatchSpec:

@@ -101,7 +101,8 @@ class DistillationConfig:
 
     The loss of a target is (1 - weight) * cross-entropy + weight * temperature**2 * KL(teacher | model), where KL is
     the divergence of the two distributions over the vocabulary, each the softmax of logits / temperature. The teacher
-    is computed in each step and identified by the values of its parameters, not by its path.
+    is computed in each step, or once for all rows (`top_k`), and identified by the values of its parameters, not by its
+    path.
     """
 
     teacher: NonEmptyStr
@@ -113,6 +114,11 @@ class DistillationConfig:
     """Share of the divergence in the loss; with 1 the cross-entropy of the targets does not count."""
     temperature: PositiveFloat = 1.0
     """Divisor of the logits of both models in the divergence; above 1, unlikely tokens count more."""
+    top_k: PositiveInt | None = None
+    """Number of the teacher's most likely tokens that are stored for each target, for all rows of the run, before its
+    first step; the steps then need no teacher. All other tokens count as one outcome of the divergence, which is a
+    lower bound of the whole one and equals it if `top_k` is the vocabulary size. None: the teacher is computed in each
+    step."""
 
 
 @config_dataclass

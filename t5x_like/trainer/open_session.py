@@ -15,7 +15,7 @@ from t5x_like.checkpoints.disk_space import require_free_space, state_bytes
 from t5x_like.checkpoints.interface import Checkpoints
 from t5x_like.checkpoints.opening import open_checkpoints
 from t5x_like.config import RunConfig
-from t5x_like.data.stream.data_source import DataSource, open_data_source
+from t5x_like.data.stream.data_source import DataSource, PreparedSource, open_data_source
 from t5x_like.data.tokenizers.loading import keep_tokenizer
 from t5x_like.distributed.coordination import on_process_0
 from t5x_like.errors import ConfigError, ConfigProblem
@@ -48,6 +48,7 @@ from t5x_like.trainer.replay_check import ReplayCheck
 from t5x_like.trainer.row_record import RowRecord
 from t5x_like.trainer.session import TrainSession, restore_state
 from t5x_like.trainer.step_guard import StepGuard
+from t5x_like.trainer.stored_teacher import attach_stored_teacher
 from t5x_like.trainer.teacher import RECORD as TEACHER
 from t5x_like.trainer.teacher import open_teacher
 from t5x_like.utils.console import Console
@@ -117,6 +118,17 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
                 highlight=False,
             )
         clock.enter("init")
+        if run.training.distillation is not None and run.training.distillation.top_k is not None:
+            assert isinstance(source, PreparedSource)
+            sources[TEACHER] = attach_stored_teacher(
+                program,
+                source.stream,
+                first_row=first_row,
+                last_row=first_row + (run.training.num_train_steps - step) * run.training.global_batch_size,
+                recorded=recorded.get(TEACHER),
+                report=lambda line: shown.out(line, highlight=False),
+                alive=lambda: clock.enter("init"),
+            )
         if run.data.preference is not None:
             sources[REFERENCE] = attach_reference(
                 program,

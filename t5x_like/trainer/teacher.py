@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from t5x_like.adapters.base_weights import fingerprint
 from t5x_like.adapters.restore import restore_whole
 from t5x_like.checkpoints.opening import open_checkpoints
@@ -13,7 +15,9 @@ from t5x_like.config import CheckpointConfig
 from t5x_like.data.store.token_store import Store
 from t5x_like.errors import SafetyError
 from t5x_like.interop.warm_start import require_tokenizer_of
+from t5x_like.models.factory import ModelSpec, abstract_model
 from t5x_like.program import Program
+from t5x_like.sharding.shardings import tree_shardings
 from t5x_like.storage.mirror import local_copy
 from t5x_like.utils.type_aliases import PyTree
 
@@ -37,7 +41,7 @@ class Teacher:
 
 
 def open_teacher(program: Program, stores: Sequence[Store], recorded: Mapping[str, Any] | None) -> Teacher | None:
-    """Return the teacher of a run; None if it has none.
+    """Return the teacher that the steps of a run compute; None if there is none, or if it is stored.
 
     Args:
       program: Program of the run.
@@ -48,15 +52,28 @@ def open_teacher(program: Program, stores: Sequence[Store], recorded: Mapping[st
       SafetyError: the teacher is missing, damaged, has another tokenizer, or is not the recorded one.
     """
     config = program.run.training.distillation
-    if config is None:
+    if config is None or config.top_k is not None:
         return None
     assert config.model is not None
+    return read_teacher(program, abstract_model(config.model), stores, recorded)
+
+
+def read_teacher(
+    program: Program, spec: ModelSpec, stores: Sequence[Store], recorded: Mapping[str, Any] | None
+) -> Teacher:
+    """Return the teacher of a run; arguments and errors are those of `open_teacher`, `spec` is its model."""
+    config = program.run.training.distillation
+    assert config is not None and config.model is not None
     directory = local_copy(config.teacher, TEACHER)
     require_tokenizer_of(directory, stores)
     checkpoints = open_checkpoints(directory, CheckpointConfig(), read_only=True)
     step = recorded["step"] if recorded is not None and recorded["step"] in checkpoints.steps() else None
     checkpoints.close()
-    step, params, _ = restore_whole(directory, config.model, step, program.abstract_teacher_params)
+    shardings = tree_shardings(program.mesh, program.rules, spec.logical_axes, spec.params)
+    shapes = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), spec.params, shardings
+    )
+    step, params, _ = restore_whole(directory, config.model, step, shapes)
     record = {"path": config.teacher, "step": step, "fingerprint": fingerprint(params)}
     if recorded is not None and recorded["fingerprint"] != record["fingerprint"]:
         raise SafetyError(

@@ -275,4 +275,4 @@ def split_rows(x: jax.Array, parts: int) -> jax.Array:
     """
     # [rows] -> [rows / parts, parts] -> [parts, rows / parts]: row r goes to part r mod parts.
     split = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-    return constrain(split, (None, "batch", "length")[: split.ndim])
+    return constrain(split, (None, "batch", "length", None)[: split.ndim])

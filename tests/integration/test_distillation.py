@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -82,3 +83,60 @@ def test_a_student_learns_more_than_alone_and_resumes_bit_for_bit(
     teacher[1] = str(root / "other")
     assert learn(root, "stopped", 80, *teacher) == EXIT_REFUSED
     assert "from which the run has learned" in capsys.readouterr().err
+
+
+def test_stored_tokens_of_the_teacher_replace_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tokens are made once for the rows of a run, and a run of the same rows continues without the teacher."""
+    # A teacher that this test may move.
+    shutil.copytree(root / "teacher", root / "moved")
+    options = ["--training.distillation.teacher", str(root / "moved"), "--monitoring.log-every-steps", "1"]
+    vocabulary = run_of(root, 1, 1).model.vocab_size
+    assert learn(root, "live", 10, *options) == EXIT_OK
+    assert learn(root, "all", 10, *options, "--training.distillation.top-k", str(vocabulary)) == EXIT_OK
+    lines = [(root / name / "metrics.jsonl").read_text().splitlines() for name in ("live", "all")]
+    for live, stored in zip(*([json.loads(line) for line in found] for found in lines), strict=True):
+        assert stored["distillation"] == pytest.approx(live["distillation"], rel=1e-3)
+        assert stored["loss"] == pytest.approx(live["loss"], rel=1e-3)
+
+    options += ["--training.distillation.top-k", "8"]
+    capsys.readouterr()
+    assert learn(root, "stopped 8", 20, *options) == EXIT_OK
+    assert "the teacher's 8 most likely tokens at each target of 320 rows" in capsys.readouterr().out
+    folder = next(
+        path for path in (root / "stores").glob("teacher-*") if '"top_k": 8' in (path / "header.json").read_text()
+    )
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert learn(root, "whole 8", 40, *options) == EXIT_OK
+    assert written.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
+    (root / "moved").rename(root / "elsewhere")
+    # The configuration of the run knows the model of the teacher.
+    again = ["train", str(root / "stopped 8" / "config.json"), "--workdir", str(root / "stopped 8")]
+    assert main([*again, "--training.num-train-steps", "40"]) == EXIT_OK
+    states = []
+    for name in ("stopped 8", "whole 8"):
+        program = open_model(root / name).program
+        manager = CheckpointManager(root / name / "checkpoints", CheckpointConfig(), read_only=True)
+        states.append(jax.tree.map(np.asarray, manager.restore(program.abstract_state, 40)[1]))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    # Further rows need the teacher.
+    capsys.readouterr()
+    assert main([*again, "--training.num-train-steps", "60"]) != EXIT_OK
+    assert str(root / "moved") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_students_of_other_seeds_learn_more_than_alone(root: Path, seed: int) -> None:
+    """docs/finetune.md has these losses."""
+    teacher = ["--training.distillation.teacher", str(root / "teacher"), "--training.distillation.weight", "0.9"]
+    losses = {}
+    for name, options in {
+        "alone": [],
+        "live": teacher,
+        "of 8": [*teacher, "--training.distillation.top-k", "8"],
+    }.items():
+        directory = f"seed {seed} {name}"
+        options = [*options, "--training.seed", str(seed), "--data.seed", str(seed)]
+        assert learn(root, directory, 60, *options, "--evaluation.num-batches", "16") == EXIT_OK
+        losses[name] = loss(root / directory)
+    print(f"seed {seed}: {losses}")
+    assert losses["live"] < losses["alone"] and losses["of 8"] < losses["alone"]

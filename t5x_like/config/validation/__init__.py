@@ -96,6 +96,8 @@ def _distillation(run: RunConfig, distillation: DistillationConfig) -> Problems:
     if own.task_head is not None or own.generator is not None or run.data.preference is not None:
         found = "a teacher beside a task head, a generator or preference pairs"
         yield ConfigProblem(where, found, "a loss of the logits of the next or the masked token")
+    if distillation.top_k is not None:
+        yield from _stored_teacher(run, distillation.top_k, f"{where}.top_k")
     if teacher is None:
         yield ConfigProblem(
             f"{where}.model", "none", "the model of the teacher, which `train` reads from its directory"
@@ -107,6 +109,17 @@ def _distillation(run: RunConfig, distillation: DistillationConfig) -> Problems:
             yield ConfigProblem(f"{where}.model.{field}", repr(found), f"{expected!r}, that of the model")
     if teacher.task_head is not None or teacher.generator is not None:
         yield ConfigProblem(f"{where}.model", "a task head or a generator", "a language model")
+
+
+def _stored_teacher(run: RunConfig, top_k: int, where: str) -> Problems:
+    """Yield the problems of a teacher whose distributions are stored by the index of the row."""
+    if top_k > run.model.vocab_size:
+        yield ConfigProblem(where, str(top_k), f"at most {run.model.vocab_size}, the vocabulary size")
+    if run.data.seqio is not None:
+        yield ConfigProblem(where, f"{top_k} with data.seqio, whose rows have no index", "None, or prepared data")
+    if run.training.guard.policy == "rollback":
+        expected = "'skip' or 'abort' with a stored teacher, which ends at the last row of the run"
+        yield ConfigProblem("training.guard.policy", "'rollback'", expected)
 
 
 def _data(data: DataConfig, out_of_bounds: Collection[str]) -> Problems:

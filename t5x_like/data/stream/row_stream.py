@@ -44,6 +44,7 @@ from t5x_like.data.stream.mixture_index import MixtureIndex, RowOrigin
 from t5x_like.data.stream.packing import PackedRows
 from t5x_like.data.stream.phase_planning import CorpusSource, Reader, plan_phases
 from t5x_like.data.stream.preference_rows import preference_reader
+from t5x_like.data.stream.stored_teacher import StoredTeacher
 from t5x_like.data.stream.windows import Windows
 from t5x_like.data.tokenizers.vocabulary import Vocabulary
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
@@ -91,6 +92,8 @@ class TrainingStream:
         # Rows of each sub-batch as a fraction (numerator, denominator) of the rows of a step.
         self._fractions = {name: (counts[name], sum(counts.values())) for name in self.shapes}
         self._phases = plan_phases(self.sources, data, batch_size, split)
+        # Distributions of a teacher, which batches have beside the features of their rows.
+        self.stored_teacher: StoredTeacher | None = None
         self._indices = {
             name: MixtureIndex(
                 self._phases, self._in_shape(name), self._fractions[name], rng.fold_in(self._key(_PERIOD), index)
@@ -151,6 +154,8 @@ class TrainingStream:
             # [steps, N] row indices of all steps, made by one call and divided again.
             index_SxN = np.stack([indices[name] for indices in of_steps])
             features = self.get_rows(index_SxN.ravel(), name)
+            if self.stored_teacher is not None:
+                features |= self.stored_teacher.features(name, index_SxN.ravel())
             for step, batch in enumerate(batches):
                 part = slice(step * index_SxN.shape[1], (step + 1) * index_SxN.shape[1])
                 batch[name] = {feature: values[part] for feature, values in features.items()}

@@ -145,7 +145,8 @@ def _objective(cost: ObjectiveCost) -> Figure:
 def break_even(subject: Subject) -> Section:
     """Return the section on the inference that costs as many FLOPs as the training."""
     run, inference = subject.run, subject.inference
-    has_teacher = run is not None and run.training.distillation is not None
+    distillation = None if run is None else run.training.distillation
+    has_teacher = distillation is not None and distillation.top_k is None
     teacher = ", and that of the teacher once" if has_teacher else ""
     if run is None:
         tokens, note = tokens_for(subject.active), "compute-optimal by Besiroglu et al. 2024"

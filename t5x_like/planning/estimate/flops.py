@@ -29,7 +29,8 @@ def training_flops(run: RunConfig) -> float:
 
 
 def _teacher_flops(run: RunConfig, *, all_pairs: bool = False) -> int:
-    teacher = None if run.training.distillation is None else run.training.distillation.model
+    distillation = run.training.distillation
+    teacher = None if distillation is None or distillation.top_k is not None else distillation.model
     if teacher is None:
         return 0
     return sum(

@@ -214,7 +214,8 @@ class ActivationMemory:
         largest = max(self.sub_batches, key=lambda features: self.bytes_of([self._logits(features, 4)]))
         axes, shape = ("vocab", "embed"), (config.vocab_size, config.lm_head_width)
         # A teacher has logits of the same size, in float32.
-        teacher = 0 if self.run.training.distillation is None else 4
+        distillation = self.run.training.distillation
+        teacher = 0 if distillation is None or distillation.top_k is not None else 4
         parts = {
             "logits": self.bytes_of([self._logits(largest, teacher + (4 if config.logits_softcap is None else 8))]),
             "cotangents of logits": self.bytes_of([self._logits(largest, self.size)]),
