@@ -330,5 +330,5 @@ class ActivationMemory:
     def batch_bytes(self) -> int:
         features = [array for features in self.program.batch_spec.values() for array in features.values()]
         return self.bytes_of(
-            SavedArray("batch", ("batch", "length")[: len(array.shape)], array.shape, 4) for array in features
+            SavedArray("batch", ("batch", "length", None)[: len(array.shape)], array.shape, 4) for array in features
         )
