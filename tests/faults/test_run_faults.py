@@ -290,14 +290,17 @@ def test_full_disk_is_reported_and_the_run_resumes(
     assert_same_end(workdir, uninterrupted("recipe"))
 
 
-@pytest.mark.slow
-def test_state_of_another_structure_is_refused_with_each_path(workspace: Workspace, killed_copy: Path):
+def test_state_of_another_structure_is_refused_with_each_path(
+    workspace: Workspace, uninterrupted: Callable[[str], Path], tmp_path: Path
+):
     """The newest checkpoint is intact and the run's own, but lacks a parameter, has another one, and one of another
-    shape."""
-    step = newest(killed_copy)
-    directory = killed_copy / "checkpoints"
+    shape. Nothing is compiled before the refusal."""
+    workdir = Path(shutil.copytree(uninterrupted("recipe"), tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints" / str(newest(workdir)))  # A finished run is not restored.
+    step = newest(workdir)
+    directory = workdir / "checkpoints"
     meta = json.loads((directory / str(step) / "meta.json").read_text())["meta"]
-    leaves = dict(saved_state(killed_copy, step))
+    leaves = dict(saved_state(workdir, step))
     missing, reshaped = [path for path in sorted(leaves) if path.startswith("params/") and path.endswith("/kernel")][:2]
     del leaves[missing]
     leaves[reshaped] = leaves[reshaped].reshape(-1)
@@ -306,9 +309,10 @@ def test_state_of_another_structure_is_refused_with_each_path(workspace: Workspa
     manager = CheckpointManager(directory, CheckpointConfig())
     manager.save(step, tree_paths.nested({path: jnp.asarray(leaf) for path, leaf in leaves.items()}), meta)
     manager.close()
-    output = finish(workspace.train(killed_copy), code=EXIT_REFUSED)
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    output = finish(workspace.train(workdir, variables=cache), code=EXIT_REFUSED)
     assert all(path in output for path in (missing, reshaped, "params/added")) and "Traceback" not in output
-    assert newest(killed_copy) == step
+    assert newest(workdir) == step and not list(tmp_path.glob("compiled/**/jit_train*"))
 
 
 @pytest.mark.slow
