@@ -9,6 +9,7 @@ from t5x_like.cli.arguments import (
     add_devices_option,
     add_recipe_command,
     configured_run,
+    location_text,
     plugin_arguments,
 )
 from t5x_like.cli.recipe_argument import recipe_run
@@ -22,6 +23,7 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--workdir",
+        type=location_text,
         metavar="DIR",
         help="directory of the sweep, or a URL: gs:// or s3://, with a run directory for each combination (default: "
         "runs/NAME-sweep)",

@@ -26,7 +26,7 @@ from typing import IO, Any
 from t5x_like.distributed.cluster_detection import DEFAULT_PORT
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_TERMINATED, RESTART_CODES, UserError
 from t5x_like.launching.job import Job
-from t5x_like.launching.restart_loop import KILL_SECONDS, RestartLoop, forwarded_signals, process_state
+from t5x_like.launching.restart_loop import KILL_SECONDS, RestartLoop, forwarded_signals, is_ending, process_state
 from t5x_like.utils.sanitize import say
 
 EXIT_GRACE_SECONDS = 10.0
@@ -208,11 +208,10 @@ class _ProcessGroup:
                 elif first is not None:
                     # A process that was stopped (SIGSTOP) does not save.
                     self.kill(only_stopped=True)
-                # Such a process has called exit, and its exit code is not available before its last thread ends.
                 half_ended = {
                     index: half_ended.get(index, time.monotonic())
                     for index in left
-                    if process_state(self._processes[index].pid) == "Z"
+                    if is_ending(self._processes[index].pid)
                 }
                 is_killed = given_up_at < float("inf")
                 if half_ended and not is_killed and time.monotonic() > min(half_ended.values()) + KILL_SECONDS:

@@ -29,7 +29,7 @@ MAX_DELAY_SECONDS = 300.0
 """Longest delay: each run shorter than STABLE_SECONDS doubles the delay before the next one."""
 STABLE_SECONDS = 600.0
 KILL_SECONDS = 60.0
-"""Time after which a process whose first thread alone has ended is killed, and one that was killed is given up: a
+"""Time after which a process that has called exit and is still there is killed, and one that was killed is given up: a
 thread of it waits in the kernel, usually for a disk that does not answer."""
 _POLL_SECONDS = 1.0
 
@@ -129,8 +129,7 @@ class Supervisor:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return child.wait(timeout=_POLL_SECONDS)
-            # Such a process has called exit, and its exit code is not available before its last thread ends.
-            if process_state(child.pid) != "Z":
+            if not is_ending(child.pid):
                 half_ended = None
                 continue
             half_ended = half_ended or time.monotonic()
@@ -140,7 +139,7 @@ class Supervisor:
                 _report(f"process {child.pid} cannot be killed; restart this machine, and run the same command again")
                 return EXIT_RESUMABLE
             if not is_killed and time.monotonic() > half_ended + KILL_SECONDS:
-                _report(f"killing process {child.pid}, not all threads of which have ended")
+                _report(f"killing process {child.pid}, which has ended but for a thread")
                 is_killed = True
                 self._kill(child)
 
@@ -185,6 +184,22 @@ def process_state(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return None
+
+
+def is_ending(pid: int) -> bool:
+    """Return whether a process has called exit or was killed, but has a thread that has not ended.
+
+    Its exit code is not available before the last thread ends.
+    """
+    if process_state(pid) == "Z":
+        return True
+    # The first thread is the one that has not ended. To end a process, Linux sends SIGKILL to each of its threads.
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    pending = next((line.split()[1] for line in status.splitlines() if line.startswith("SigPnd:")), "0")
+    return bool(int(pending, 16) & 1 << (signal.SIGKILL - 1))
 
 
 def _is_running(pid_file: Path) -> bool:

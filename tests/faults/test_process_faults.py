@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from helpers.recorded_rows import recorded_rows
 from helpers.saved_state import saved_state
 
 from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, RESTART_CODES
+from t5x_like.launching import restart_loop
+from t5x_like.launching.restart_loop import Supervisor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -182,6 +185,36 @@ def test_stacks_are_printed_if_the_run_directory_does_not_answer(
     assert f"takes longer than {SAVE_LIMIT} seconds" in output and "session.py" in output and "Traceback" not in output
 
 
+@contextlib.contextmanager
+def frozen(disk: Path) -> Iterator[None]:
+    """Freeze a file system; it answers again however the test ends."""
+    script = 'fsfreeze --freeze "$0" && echo frozen && read -r _; fsfreeze --unfreeze "$0"'
+    with subprocess.Popen(["sh", "-c", script, disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as freezer:
+        assert freezer.stdout is not None and freezer.stdout.readline() == b"frozen\n"
+        yield
+
+
+WRITES_AND_EXITS = """
+import os, sys, threading, time
+threading.Thread(target=lambda: (time.sleep(0.5), os._exit(42))).start()
+open(sys.argv[1], "w").write("x")
+"""
+
+
+def test_restart_loop_gives_up_a_process_that_waits_for_a_frozen_disk(
+    mount_image: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first thread waits in the kernel and another one has called exit: not even SIGKILL ends the process."""
+    monkeypatch.setattr(restart_loop, "KILL_SECONDS", 0.5)
+    monkeypatch.setattr(restart_loop, "_POLL_SECONDS", 0.05)
+    disk = mount_image(32)
+    with frozen(disk):
+        command = [sys.executable, "-c", WRITES_AND_EXITS, str(disk / "x")]
+        code = Supervisor(command, max_restarts=1, restart_codes=(EXIT_RESUMABLE,), seconds=0).run()
+    output = capfd.readouterr().err
+    assert code == EXIT_RESUMABLE and "cannot be killed" in output and "restart 1" not in output
+
+
 @pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
 def test_save_on_a_frozen_file_system_is_reported(
     workspace: Workspace,
@@ -198,10 +231,7 @@ def test_save_on_a_frozen_file_system_is_reported(
     process = (workspace.launch if launched else workspace.train)(workdir, "--timeouts.save", SAVE_LIMIT)
     wait_for(disk / "8", process)
     started = children(process)
-    # Ends the freeze however this test ends.
-    script = 'fsfreeze --freeze "$0" && echo frozen && read -r _; fsfreeze --unfreeze "$0"'
-    with subprocess.Popen(["sh", "-c", script, disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as freezer:
-        assert freezer.stdout is not None and freezer.stdout.readline() == b"frozen\n"
+    with frozen(disk):
         wait_for(workdir / "exit.json", process)
         if launched:
             output = finish(process, EXIT_RESUMABLE)

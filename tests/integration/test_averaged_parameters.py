@@ -1,7 +1,8 @@
-"""Commands evaluate and convert the average of the parameters, which training evaluates, bit for bit."""
+"""The average of the parameters is evaluated, converted and trained from, and training is resumed, bit for bit."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,10 +13,21 @@ from helpers.saved_state import saved_state
 from helpers.small_run import small_run
 
 from t5x_like.cli.main import main
-from t5x_like.config import CausalLM, CheckpointConfig, CompilationCacheConfig, EvaluationConfig, MonitoringConfig
+from t5x_like.config import (
+    CausalLM,
+    CheckpointConfig,
+    CompilationCacheConfig,
+    EvaluationConfig,
+    InitializeFrom,
+    MonitoringConfig,
+    RunConfig,
+)
 from t5x_like.data.store.prepare import prepare
 from t5x_like.errors import EXIT_OK
+from t5x_like.interop.warm_start import initial_state
 from t5x_like.model_loading import open_model
+from t5x_like.program import build_program
+from t5x_like.run_directory import read_config
 from t5x_like.trainer.train import train
 from t5x_like.utils import tree_paths
 
@@ -65,15 +77,19 @@ def test_commands_read_the_average(trained: Path, tmp_path: Path) -> None:
     assert arrays_of(tmp_path / "back") == average
 
 
-def test_mean_of_checkpoints_is_evaluated_and_converted(trained: Path, tmp_path: Path) -> None:
-    mean = tmp_path / "mean"
-    assert main(["average", str(trained), str(mean), "--last", "3"]) == EXIT_OK
+@pytest.fixture(scope="module")
+def mean(trained: Path) -> Path:
+    directory = trained.parent / "mean"
+    assert main(["average", str(trained), str(directory), "--last", "3"]) == EXIT_OK
+    return directory
+
+
+def test_mean_of_checkpoints_is_evaluated_and_converted(trained: Path, mean: Path, tmp_path: Path) -> None:
     states = [saved_state(trained, step) for step in (2, 4, STEPS)]
     parameters = arrays_of(mean)
     for name, content in parameters.items():
-        expected = np.mean([state[f"params/{name}"] for state in states], axis=0, dtype=np.float32)
-        found = np.frombuffer(content, np.float32).reshape(expected.shape)
-        assert np.allclose(found, expected, rtol=1e-6, atol=1e-7), name
+        first, second, third = (state[f"params/{name}"] for state in states)
+        assert content == ((first + second + third) / np.float32(3)).tobytes(), name
 
     scores = []
     for model in (mean, mean):
@@ -84,3 +100,23 @@ def test_mean_of_checkpoints_is_evaluated_and_converted(trained: Path, tmp_path:
     assert main(["convert", "--to", "hf", str(mean), str(tmp_path / "hf")]) == EXIT_OK
     assert main(["convert", "--from", "hf", str(tmp_path / "hf"), str(tmp_path / "back")]) == EXIT_OK
     assert arrays_of(tmp_path / "back") == parameters
+
+
+def test_run_from_the_mean_is_resumed_with_its_own_average(trained: Path, mean: Path, tmp_path: Path) -> None:
+    run = dataclasses.replace(read_config(trained), initialize_from=InitializeFrom(directory=str(mean)))
+
+    def steps(number: int) -> RunConfig:
+        return dataclasses.replace(run, training=dataclasses.replace(run.training, num_train_steps=number))
+
+    begin = initial_state(build_program(steps(4), jax.devices()[:1]), lambda line: None)
+    found = {path: np.asarray(leaf).tobytes() for path, leaf in tree_paths.by_path(begin["params"]).items()}
+    assert found == arrays_of(mean)
+
+    assert train(steps(4), tmp_path / "undisturbed") == EXIT_OK
+    for number in (2, 4):
+        assert train(steps(number), tmp_path / "resumed") == EXIT_OK
+    undisturbed, resumed = (saved_state(tmp_path / name, 4) for name in ("undisturbed", "resumed"))
+    assert any(path.startswith("raw_params/") for path in undisturbed)
+    assert {path: leaf.tobytes() for path, leaf in resumed.items()} == {
+        path: leaf.tobytes() for path, leaf in undisturbed.items()
+    }
