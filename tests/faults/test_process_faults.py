@@ -121,6 +121,24 @@ def test_storage_that_becomes_read_only(
     assert_same_end(workdir, uninterrupted("recipe"))
 
 
+def test_second_process_in_a_run_directory_is_refused(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    """The refusal names the holder. Once this is killed, the next process takes the directory over."""
+    workdir = tmp_path / "run"
+    process = workspace.train(workdir)
+    wait_for(workdir / "checkpoints" / "8", process)
+    process.send_signal(signal.SIGSTOP)
+    before = (workdir / "metrics.jsonl").read_bytes(), newest(workdir)
+    output = finish(workspace.train(workdir), EXIT_REFUSED)
+    assert str(process.pid) in output and socket.gethostname() in output and "Traceback" not in output
+    assert ((workdir / "metrics.jsonl").read_bytes(), newest(workdir)) == before
+    process.kill()
+    process.communicate()
+    finish(workspace.train(workdir))
+    assert_same_end(workdir, uninterrupted("recipe"))
+
+
 def test_file_system_without_inodes(workspace: Workspace, mount_disk: Callable[..., Path]) -> None:
     """There are bytes left, and no inodes: the message says so."""
     disk = mount_disk(64, inodes=60)

@@ -334,6 +334,24 @@ def test_step_that_is_not_finite_leaves_no_trace_in_the_state(workspace: Workspa
     assert all(np.isfinite(leaf).all() for leaf in saved_state(tmp_path / "run", 3).values())
 
 
+@pytest.mark.slow
+def test_spike_of_the_loss_leaves_no_trace_in_the_state(workspace: Workspace, tmp_path: Path):
+    """The loss of step 11 is ten thousand times what it would be: the guard rejects this step, and no other one."""
+    workdir = tmp_path / "run"
+    options = ("--training.num-train-steps", "16", "--checkpoints.save-every-steps", "1")
+    guard = ("--training.guard.spike-threshold", "20", "--training.guard.spike-window", "8")
+    kept = ("--checkpoints.max-to-keep", "10")
+    poisoned = {"module": "helpers.poisoned_train", "variables": {"POISONED_ROW": "80", "POISON": "1e4"}}
+    output = finish(workspace.train(workdir, *options, *guard, *kept, compile_anew=True, **poisoned))
+    assert output.count("step 11 had a spike and was not applied (rows 80 to 87)") == 1 and "Traceback" not in output
+    (rejected,) = records_of(workdir / "rejected_steps.jsonl")
+    assert (rejected["step"], rejected["reason"], rejected["first_row"]) == (11, "a spike", 80)
+    assert [line["step"] for line in logged(workdir) if line["skipped_steps"]] == [12]  # Of steps 10 to 12.
+    before, after, later = (saved_state(workdir, step) for step in (10, 11, 12))
+    assert {path for path in before if before[path].tobytes() != after[path].tobytes()} == {"step"}
+    assert any(path.startswith("params/") and after[path].tobytes() != later[path].tobytes() for path in after)
+
+
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="dropping the permission needs setpriv (util-linux)")
 @pytest.mark.slow
 def test_revoked_permission_ends_the_run_which_resumes_with_it(

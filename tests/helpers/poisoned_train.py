@@ -1,8 +1,8 @@
-"""`t5x-like` with a loss that is NaN for one batch: `python -m helpers.poisoned_train ARGUMENTS`.
+"""`t5x-like` with a loss that is NaN or a spike for one batch: `python -m helpers.poisoned_train ARGUMENTS`.
 
 In the batch that begins with the row POISONED_ROW of the run, the first row that process POISONED_PROCESS (default: 0)
-loads has a mark for which the loss is NaN. The batch is recognised by its rows, so that it is poisoned again when a run
-returns to it.
+loads has a mark for which the loss is multiplied by POISON (default: nan). The batch is recognised by its rows, so that
+it is poisoned again when a run returns to it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def batch_metrics(apply: Any, params: Any, batch: Any, *arguments: Any, **option
     metrics, coefficients = _batch_metrics(apply, params, batch, *arguments, **options)
     marked = jnp.stack([(features[_WEIGHTS] == _MARK).any() for features in batch.values()]).any()
     loss = metrics["loss"]
-    poisoned = WeightedMean(loss.sum * jnp.where(marked, jnp.nan, 1.0), loss.weight)
+    poisoned = WeightedMean(loss.sum * jnp.where(marked, float(os.environ.get("POISON", "nan")), 1.0), loss.weight)
     return {**metrics, "loss": poisoned}, coefficients
 
 
