@@ -126,7 +126,7 @@ def test_stored_tokens_of_the_teacher_replace_it(root: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_students_of_other_seeds_learn_more_than_alone(root: Path, seed: int) -> None:
-    """docs/finetune.md has these losses."""
+    """The teacher helps whatever the seed, live and by its eight most likely tokens."""
     teacher = ["--training.distillation.teacher", str(root / "teacher"), "--training.distillation.weight", "0.9"]
     losses = {}
     for name, options in {
