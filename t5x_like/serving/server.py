@@ -192,7 +192,7 @@ def _run(server: Any, socket: Any, batcher: Batcher) -> int:
     """
     host, port = socket.getsockname()[:2]
     # Whoever reads the address may connect at once: until the server accepts connections, they wait.
-    socket.listen(server.config.backlog)
+    socket.listen()
     say(f"http://{host}:{port}/v1/completions", flush=True)
 
     def decode() -> None:

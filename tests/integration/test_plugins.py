@@ -100,6 +100,7 @@ def test_another_process_imports_the_plugins_of_a_run_only_if_they_are_trusted(f
     assert not (moved / "imported").exists(), "the copy in the run directory is imported, not a file that lies around"
 
 
+@pytest.mark.slow
 def test_an_optimizer_class_of_a_plugin_trains(folder: Path) -> None:
     text = (folder / "recipe.py").read_text()
     optimizer = 'OptaxOptimizer(factory="sign_momentum", kwargs={"decay": 0.8})'

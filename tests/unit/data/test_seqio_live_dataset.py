@@ -26,7 +26,7 @@ def take(batches: LiveBatches, count: int) -> list[dict[str, Any]]:
     return [next(batches)["main"] for _ in range(count)]
 
 
-@pytest.mark.parametrize(("name", "pack"), [("both", True), ("numbers", False)])
+@pytest.mark.parametrize(("name", "pack"), [pytest.param("both", True, marks=pytest.mark.slow), ("numbers", False)])
 def test_restored_pipeline_continues_exactly(name: str, pack: bool) -> None:
     data = live_config(name, pack=pack)
     batches = LiveBatches(data, 4)

@@ -17,7 +17,7 @@ from t5x_like.errors import ConfigError
 @pytest.mark.parametrize(
     ("layout", "positions"),
     [
-        ("encoder_decoder", "learned"),
+        pytest.param("encoder_decoder", "learned", marks=pytest.mark.slow),
         ("prefix_lm", "rope"),
         ("causal_lm", "relative_bias"),
     ],

@@ -242,7 +242,8 @@ def test_disjoint_distributions_give_one_token_per_pass():
     assert np.asarray(result.tokens_RxN).max() < 8
 
 
-@pytest.mark.parametrize("as_draft", ["model", pytest.param("lookup", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("as_draft", ["model", "lookup"])
 def test_greedy_rows_end_at_eos_and_at_their_limit(as_draft):
     """A chain that counts up, with EOS among the proposals, and limits that proposals would exceed."""
     count_up = np.full((STATES, STATES), 1e-6)

@@ -35,6 +35,7 @@ def saved(folder, pieces, architecture, positions="rope"):
     return folder
 
 
+@pytest.mark.slow
 def test_decoder_embeds_by_last_token_or_bidirectionally(tmp_path, pieces):
     folder = saved(tmp_path / "decoder", pieces, "decoder")
     causal, both = open_encoder(folder), open_encoder(folder, bidirectional=True)
