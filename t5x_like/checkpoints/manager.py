@@ -305,6 +305,7 @@ class CheckpointManager(Checkpoints):
         Raises:
           FaultError: one of several processes cannot read its part, and the others may wait for it; a restart resumes
             from the checkpoint before.
+          SafetyError: the same where nothing may be changed.
         """
         problem = None
         for _ in range(2):  # A difference that arose while it was read is gone the second time.
@@ -315,10 +316,12 @@ class CheckpointManager(Checkpoints):
                 if problem is None:
                     raise
                 if jax.process_count() > 1:
-                    fate = "is left unchanged" if self._read_only else "is set aside; a restart uses the one before"
-                    if not self._read_only:
-                        self._set_aside(step)
-                    raise FaultError(f"{self._path(step)}: {problem}; it {fate}", STORAGE_FAILED) from error
+                    if self._read_only:
+                        advice = "name another step, or restore it from a copy"
+                        raise SafetyError(f"{self._path(step)}: {problem}; {advice}") from error
+                    self._set_aside(step)
+                    fate = "it is set aside, and a restart uses the one before"
+                    raise FaultError(f"{self._path(step)}: {problem}; {fate}", STORAGE_FAILED) from error
             else:
                 problem = changes(by_path, saved)
                 if problem is None:
@@ -358,10 +361,17 @@ class CheckpointManager(Checkpoints):
             )
 
     def _set_aside(self, step: int) -> None:
-        damaged = self._path(step, "damaged")
-        _remove(damaged)
-        with contextlib.suppress(FileNotFoundError):  # Another process that has found the damage was faster.
-            self._path(step).rename(damaged)
+        path, damaged = self._path(step), self._path(step, "damaged")
+        # Several processes may have found the damage: what the first one has renamed must not be removed by the next.
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                path.rename(damaged)
+            except FileNotFoundError:
+                raise
+            except OSError:  # There is a damaged one from before.
+                if path.exists():
+                    _remove(damaged)
+                path.rename(damaged)
 
     def _none_left(self, problems: dict[int, list[str]]) -> str:
         if not problems:

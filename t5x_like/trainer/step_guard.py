@@ -67,8 +67,8 @@ class StepGuard:
             self._reject(step, metrics, rows)
         elif self._divergence is not None:
             self._look_for_a_rise(self._divergence, step, compute(metrics["loss"]))
-            if self._divergence.is_rising:
-                return
+        if self._divergence is not None and self._divergence.is_rising:
+            return
         for saved in self._saved:
             followed = range(saved + 1, saved + self._interval + 1)
             if followed[-1] <= step and not any(rejected in followed for rejected in self._rejected):

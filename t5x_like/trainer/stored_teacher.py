@@ -14,8 +14,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_like.config.batch_spec import TEACHER_IDS
+from t5x_like.data.store.store_lock import store_lock
 from t5x_like.data.stream.row_stream import TrainingStream
-from t5x_like.data.stream.stored_teacher import Header, StoredTeacher, open_stored_teacher
+from t5x_like.data.stream.stored_teacher import Header, StoredTeacher, open_stored_teacher, stored_teacher_path
 from t5x_like.distributed.coordination import barrier, compile_on_all, on_process_0
 from t5x_like.errors import SafetyError
 from t5x_like.models.factory import ModelSpec, abstract_model, bind_params
@@ -53,7 +54,7 @@ def attach_stored_teacher(
       The record of the teacher for checkpoints.
 
     Raises:
-      SafetyError: see `teacher.open_teacher`; or the teacher's numbers are not finite.
+      SafetyError: see `teacher.open_teacher`; or the teacher's numbers are not finite, or the hosts share no folder.
     """
     config = program.run.training.distillation
     assert config is not None and config.model is not None and config.top_k is not None
@@ -77,15 +78,23 @@ def attach_stored_teacher(
 
     def claim() -> list[list[Any]]:
         """Return the chunks that are missing, after the header is checked or written."""
-        return [list(chunk) for chunk in open_stored_teacher(stream.data, header).missing(*bounds)]
+        # Another run with these rows may begin at the same time, with another number of rows in a chunk.
+        with store_lock(stored_teacher_path(stream.data, header), report):
+            opened = open_stored_teacher(stream.data, header, create=True)
+        return [list(chunk) for chunk in opened.missing(*bounds)]
 
     chunks = [(str(name), int(number)) for name, number in on_process_0(claim)]
-    stored = open_stored_teacher(stream.data, header)
+    stored = open_stored_teacher(stream.data, header, create=False)
     if chunks:
         teacher = teacher or read_teacher(program, spec, stream.stores, recorded)
         _make(program, spec, teacher.params, stream, stored, chunks, report, alive)
         # Another process reads what process 0 has written.
         barrier()
+        if missing := stored.missing(*bounds):
+            raise SafetyError(
+                f"{stored.path}: found {len(missing):,} chunks less than process 0 has written; set --data.store-dir to "
+                "a folder or bucket that all hosts share"
+            )
     stream.stored_teacher = stored
     return dict(recorded)
 

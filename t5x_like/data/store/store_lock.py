@@ -44,7 +44,8 @@ def _wait_for_lock(file: IO[str], path: Path) -> None:
     assert isinstance(partial, Path)
     newest, since = 0, time.monotonic()
     while not lock(file):
-        found = last_change(partial)
+        # A store is made in its partial folder, and a packing plan is added to the complete one.
+        found = max(last_change(partial), last_change(path))
         if found != newest:
             newest, since = found, time.monotonic()
             progress()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,19 @@ def _spec(path: Location) -> dict[str, Any]:
 def _create(path: Location, dtype: str) -> Any:
     metadata = array_metadata(dtype, 0, shard_tokens=SHARD_TOKENS, chunk_tokens=CHUNK_TOKENS)
     spec = {**_spec(path), "metadata": metadata}
-    return locations.wait(path, tensorstore.open(spec, create=True, context=locations.CONTEXT))
+    with _os_errors():
+        return locations.wait(path, tensorstore.open(spec, create=True, context=locations.CONTEXT))
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise OSError in place of the ValueError by which TensorStore reports every error of the file system."""
+    try:
+        yield
+    except ValueError as error:
+        known = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+        number = next((number for number in known if os.strerror(number) in str(error)), errno.EIO)
+        raise OSError(number, str(error)) from None
 
 
 class ArrayWriter:
@@ -68,7 +82,7 @@ class ArrayWriter:
 
     def _write(self, values: npt.NDArray[Any]) -> None:
         stop = self.size + len(values)
-        try:
+        with _os_errors():
             # The final length is not known before, so the array grows with each write.
             self._array = locations.wait(self._path, self._array.resize(exclusive_max=[stop]))
             for start in range(0, len(values), SHARD_TOKENS):
@@ -76,10 +90,6 @@ class ArrayWriter:
                 target = self._array[self.size + start : self.size + start + len(shard)]
                 locations.wait(self._path, target.write(shard))
                 self.digest.update(np.ascontiguousarray(shard).data)
-        except ValueError as error:  # TensorStore reports every error of the file system as a ValueError.
-            known = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-            number = next((number for number in known if os.strerror(number) in str(error)), errno.EIO)
-            raise OSError(number, str(error)) from None
         self.size = stop
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ _VERSION = 1
 _HEADER = "header.json"
 _CHUNK_BYTES = 2**24
 _CACHED_CHUNKS = 4
+"""Chunks of each sub-batch that are kept in memory."""
 _REMOVE = "remove this folder, and the same command makes it again from the teacher"
 
 
@@ -85,8 +86,8 @@ class StoredTeacher:
 
     def __init__(self, path: Location, header: Header):
         self.path, self.header = path, header
-        # Batches are read in order, by one thread that makes several at a time.
-        self._chunk = functools.lru_cache(maxsize=_CACHED_CHUNKS)(self._read)
+        # Batches are read in order, by few threads that make several at a time.
+        self._chunk = functools.lru_cache(maxsize=_CACHED_CHUNKS * len(header.chunk_rows))(self._read)
 
     def missing(self, first: Mapping[str, int], last: Mapping[str, int]) -> list[tuple[str, int]]:
         """Return (sub-batch, number) of the chunks that are missing for the rows `first` <= index < `last`, in order.
@@ -150,25 +151,48 @@ class StoredTeacher:
         return ids, np.frombuffer(data, "<f4", size, size * id_type.itemsize).reshape(shape)
 
 
-def open_stored_teacher(data: DataConfig, header: Header) -> StoredTeacher:
-    """Return the distributions that an earlier run has begun, or new ones, in the folder of the data's stores.
+def stored_teacher_path(data: DataConfig, header: Header) -> Location:
+    """Return the folder of the distributions, in that of the data's stores."""
+    return locations.location(data.store_dir) / f"teacher-{json_digest(header.identity)[:16]}"
+
+
+def open_stored_teacher(data: DataConfig, header: Header, *, create: bool) -> StoredTeacher:
+    """Return the distributions that this or an earlier run has begun.
+
+    Args:
+      data: Configuration with the folder of the stores.
+      header: Their description; the number of rows of a chunk is that of the run that has begun them.
+      create: Begin new ones if there are none. One process at a time may do so.
 
     Raises:
-      SafetyError: the header of the earlier ones is damaged.
+      SafetyError: there are none, or their header is damaged.
     """
-    path = locations.location(data.store_dir) / f"teacher-{json_digest(header.identity)[:16]}"
+    path = stored_teacher_path(data, header)
     text = locations.read_bytes(path / _HEADER)
     if text is None:
+        if not create:
+            raise SafetyError(
+                f"{path}: not found, expected the folder that process 0 has written; set --data.store-dir to a folder "
+                "or bucket that all hosts share"
+            )
         locations.write_bytes(path / _HEADER, json.dumps(dataclasses.asdict(header), indent=2).encode() + b"\n")
         return StoredTeacher(path, header)
     try:
         found = Header(**parse_json(text))
-        if dict(found.identity) != dict(header.identity) or found.chunk_rows.keys() != header.chunk_rows.keys():
+        # Its chunks can have another number of rows, of a run with another batch size.
+        if dataclasses.replace(found, chunk_rows=header.chunk_rows) != header:
             raise ValueError("other values than those of its name")
+        if found.chunk_rows.keys() != header.chunk_rows.keys() or not all(
+            map(_is_row_count, found.chunk_rows.values())
+        ):
+            raise ValueError("expected a number of rows for each sub-batch")
     except (ValueError, TypeError, AttributeError) as error:
         raise SafetyError(f"{path / _HEADER}: damaged ({error}); {_REMOVE}") from None
-    # Its chunks can have another number of rows, of a run with another batch size.
     return StoredTeacher(path, found)
+
+
+def _is_row_count(value: object) -> bool:
+    return isinstance(value, int) and 0 < value < 2**40
 
 
 def _chunk_name(sub_batch: str, number: int) -> str:

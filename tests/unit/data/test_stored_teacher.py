@@ -1,6 +1,7 @@
 """Stored distributions of a teacher: chunks by row, what is missing, and damage."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -29,11 +30,11 @@ def numbers(chunk):
 
 
 def test_rows_of_any_order_are_read_by_their_index(data):
-    stored = open_stored_teacher(data, header())
+    stored = open_stored_teacher(data, header(), create=True)
     for chunk in range(3):
         stored.write("main", chunk, *numbers(chunk))
     # A run with another batch size reads the same chunks.
-    again = open_stored_teacher(data, header(rows=5))
+    again = open_stored_teacher(data, header(rows=5), create=False)
     index = np.array([11, 0, 5, 4, 11])
     features = again.features("main", index)
     for name, dtype, position in (("teacher_ids", "int32", 0), ("teacher_log_probs", "float32", 1)):
@@ -43,7 +44,7 @@ def test_rows_of_any_order_are_read_by_their_index(data):
 
 
 def test_missing_chunks_are_those_of_the_rows_that_are_read(data):
-    stored = open_stored_teacher(data, header())
+    stored = open_stored_teacher(data, header(), create=True)
     stored.write("main", 1, *numbers(1))
     first, last = {"main": 5, "targets_4": 2}, {"main": 13, "targets_4": 6}
     assert stored.missing(first, last) == [("main", 2), ("main", 3), ("targets_4", 1), ("targets_4", 2)]
@@ -52,7 +53,7 @@ def test_missing_chunks_are_those_of_the_rows_that_are_read(data):
 
 
 def test_damage_is_refused_and_another_teacher_has_its_own_folder(data):
-    stored = open_stored_teacher(data, header())
+    stored = open_stored_teacher(data, header(), create=True)
     stored.write("main", 0, *numbers(0))
     path = stored.path / "main-00000000.chunk"
     content = bytearray(path.read_bytes())
@@ -60,11 +61,27 @@ def test_damage_is_refused_and_another_teacher_has_its_own_folder(data):
     path.write_bytes(content)
     with pytest.raises(SafetyError, match="main-00000000.chunk: damaged"):
         stored.features("main", np.array([1]))
-    other = open_stored_teacher(data, header(teacher="b"))
+    other = open_stored_teacher(data, header(teacher="b"), create=True)
     assert other.path != stored.path and other.missing({"main": 0, "targets_4": 0}, {"main": 1, "targets_4": 0})
     (stored.path / "header.json").write_text((other.path / "header.json").read_text())
     with pytest.raises(SafetyError, match="header.json: damaged"):
-        open_stored_teacher(data, header())
+        open_stored_teacher(data, header(), create=False)
+
+
+@pytest.mark.parametrize(
+    "change", [{"chunk_rows": {"main": 0, "targets_4": 2}}, {"chunk_rows": {"main": 4}}, {"id_type": "O"}, {"top_k": 9}]
+)
+def test_header_of_other_numbers_is_damaged(data, change):
+    stored = open_stored_teacher(data, header(), create=True)
+    path = stored.path / "header.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SafetyError, match="header.json: damaged"):
+        open_stored_teacher(data, header(), create=True)
+
+
+def test_process_that_sees_no_folder_of_process_0_names_the_shared_one(data):
+    with pytest.raises(SafetyError, match="--data.store-dir"):
+        open_stored_teacher(data, header(), create=False)
 
 
 def test_chunks_have_several_small_batches_or_one_large_one():

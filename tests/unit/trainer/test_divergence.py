@@ -73,9 +73,9 @@ def test_guard_reports_a_rise_and_no_further_checkpoint_is_healthy(
     checkpoints: Any = SimpleNamespace(protected=None)
     step_guard = StepGuard(run, tmp_path, checkpoints, saved_steps=[4, 12])
 
-    def check(step: int, loss: float) -> None:
+    def check(step: int, loss: float, skipped: int = 0) -> None:
         one = jnp.ones(())
-        metrics = {"loss": WeightedMean(loss * one, one), "skipped_steps": WeightedMean(0 * one, one)}
+        metrics = {"loss": WeightedMean(loss * one, one), "skipped_steps": WeightedMean(skipped * one, one)}
         step_guard.check(step, metrics, range(8 * step - 8, 8 * step))
 
     for step in range(5, 13):
@@ -92,5 +92,7 @@ def test_guard_reports_a_rise_and_no_further_checkpoint_is_healthy(
             return
         for step in range(20, 30):
             check(step, 3.0)
+        # A rejected step does not end the rise.
+        check(30, 3.0, skipped=1)
     assert [record.getMessage() for record in caplog.records if reported in record.getMessage()]
     assert step_guard.healthy_step == checkpoints.protected == 12
