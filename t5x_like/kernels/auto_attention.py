@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from t5x_like.kernels.attention import AUTO, get_backend
-from t5x_like.kernels.attention_backend import AttentionRequest, BiasKind
+from t5x_like.kernels.attention_backend import AttentionRequest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +22,11 @@ class Candidate:
       backend: Name of a registered backend.
       min_length: Smallest length for which it is chosen.
       max_length: Largest length for which it is chosen; None: any.
-      biases: Kinds of bias for which it is chosen; None: any that it supports.
-      max_head_dim: Largest width of a head for which it is chosen; None: any that it supports.
     """
 
     backend: str
     min_length: int = 0
     max_length: int | None = None
-    biases: tuple[BiasKind, ...] | None = None
-    max_head_dim: int | None = None
 
     def refuses(self, request: AttentionRequest) -> str | None:
         """Return None, or why the candidate is not chosen for a request."""
@@ -39,10 +35,6 @@ class Candidate:
             return f"chosen from a length of {self.min_length}"
         if self.max_length is not None and length > self.max_length:
             return f"chosen up to a length of {self.max_length}"
-        if self.biases is not None and request.bias not in self.biases:
-            return f"not chosen for a {request.bias} bias"
-        if self.max_head_dim is not None and request.head_dim > self.max_head_dim:
-            return f"chosen up to heads of {self.max_head_dim}"
         reason = get_backend(self.backend).supports(request)
         # Reasons end with advice for those who named the backend themselves.
         return None if reason is None else reason.partition(";")[0]
@@ -55,8 +47,9 @@ CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "cpu": _PORTABLE,
     # A row that is shorter than a tile of 128 would be padded to one.
     "tpu": (Candidate("splash", min_length=128), Candidate("flash", min_length=128), *_PORTABLE),
-    # cuDNN reads a relative bias as an array of the size of the scores; heads above 128 need a GPU from Hopper on.
-    "gpu": (Candidate("cudnn", biases=("none",), max_head_dim=128), *_PORTABLE),
+    # "cudnn" has to be named: JAX compiles it only where queries and keys are split over devices alike, and it needs an
+    # NVIDIA GPU from Ampere on, which the name of the platform does not tell.
+    "gpu": _PORTABLE,
 }
 """Candidates by platform of JAX, best first. The last one supports every request."""
 

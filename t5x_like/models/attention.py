@@ -117,7 +117,7 @@ def plan_attention(
       is_merged: The self-attention also reads the encoder's states.
 
     Raises:
-      ConfigError: the kernels of the named backend are for other devices than those of the mesh.
+      ConfigError: the named backend does not support the attention, or is for other devices than those of the mesh.
     """
     sizes = (config.num_heads, config.num_kv_heads)
     is_disentangled = config.positions == "disentangled"
@@ -136,6 +136,8 @@ def plan_attention(
     ).with_mask(mask)
     platform = active_platform()
     backend = choose(attention, platform, request).backend
+    if (reason := get_backend(backend).supports(request)) is not None:
+        raise ConfigError([ConfigProblem("model.attention", backend, f"a backend that supports it: {reason}")])
     expected = get_backend(backend).platform
     if expected is not None and platform not in (None, expected):
         found = f"{backend} on devices of platform {platform!r}"

@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from t5x_like.kernels.auto_attention import choose
 from t5x_like.planning.estimate.memory import leaf_bytes
 from t5x_like.planning.xla.aot_compile import abstract_batch, carried_state
 from t5x_like.program import Program, build_program
-from t5x_like.sharding.attention_choice import attention_uses
 from t5x_like.sharding.constrain import Constrained, record_constraints
 from t5x_like.utils import tree_paths
 
@@ -75,19 +73,11 @@ def _without_cudnn(program: Program) -> Program:
 
     GPUs are planned on machines without it, and the two constrain the same activations.
     """
-    devices = list(program.mesh.devices.flat)
     model = program.run.model
-    platform = devices[0].platform
-    names = {
-        choose(model.attention, platform, use.request).backend
-        for features in program.batch_spec.values()
-        for use in attention_uses(model, features)
-    }
-    if platform != "gpu" or "cudnn" not in names:
+    if model.attention != "cudnn":
         return program
-    return build_program(
-        dataclasses.replace(program.run, model=dataclasses.replace(model, attention="blockwise")), devices
-    )
+    replaced = dataclasses.replace(program.run, model=dataclasses.replace(model, attention="blockwise"))
+    return build_program(replaced, list(program.mesh.devices.flat))
 
 
 def _activation(call: Constrained) -> ShardedArray:

@@ -92,8 +92,8 @@ def attach_stored_teacher(
         barrier()
         if missing := stored.missing(*bounds):
             raise SafetyError(
-                f"{stored.path}: found {len(missing):,} chunks less than process 0 has written; set --data.store-dir to "
-                "a folder or bucket that all hosts share"
+                f"{stored.path}: found {len(missing):,} chunks less than process 0 has written; set --data.store-dir "
+                "to a folder or bucket that all hosts share"
             )
     stream.stored_teacher = stored
     return dict(recorded)
