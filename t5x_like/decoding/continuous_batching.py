@@ -227,10 +227,11 @@ class Batcher:
         progress()
         # Cancelled requests go first, so that their slots can be taken by waiting prompts in the same call.
         self._drop_cancelled()
-        # Several prefills may follow each other before the next step: a new request costs the active ones one prefill
-        # of delay, but never waits for a slot that is free.
-        while self._admit():
-            pass
+        # Several prefills may follow each other before the next step, so that all free slots are taken. A prompt that
+        # is only scored frees its slot at once: the limit keeps the active requests from waiting for the whole queue.
+        left = self.config.slots
+        while left and (admitted := self._admit(left)):
+            left -= admitted
         if self.num_active:
             self._slots, new_KxS = decode_slots(self._settings, self.params, self._slots, self._allowed)
             # One transfer per call and the only synchronization with the device.
@@ -252,10 +253,11 @@ class Batcher:
             # Outside of the lock: the callback may submit or cancel requests.
             request.on_tokens([], "cancelled")
 
-    def _admit(self) -> bool:
-        """Read the prompts of some requests into free slots. Return False if there are no requests or no free slots."""
+    def _admit(self, limit: int) -> int:
+        """Read the prompts of up to `limit` requests into free slots, in one batch. Return the number of requests."""
         config = self.config
-        free = [slot for slot, request in enumerate(self._active) if request is None][: config.prefill_batch_size]
+        free = [slot for slot, request in enumerate(self._active) if request is None]
+        free = free[: min(limit, config.prefill_batch_size)]
         with self._changed:
             active = collections.Counter(request.client for request in self._active if request is not None)
             admitted: list[Request] = []
@@ -263,13 +265,14 @@ class Batcher:
                 admitted.append(self._queue.pop(active))
                 active[admitted[-1].client] += 1
         if not admitted:
-            return False
+            return 0
         # Requests are recorded before anything can fail, so that `run` cancels them after an error.
         for slot, request in zip(free, admitted, strict=False):
             self._active[slot] = request
         taken = [(slot, request) for slot, request in zip(free, admitted, strict=False) if not self._ends_scored(slot)]
+        count = len(admitted)
         if not taken:
-            return True
+            return count
         admitted = [request for _, request in taken]
         # Two programs only: a single prompt, or a full prefill batch.
         is_batch = len(admitted) > 1 or num_row_shards(self.program) > 1
@@ -290,7 +293,7 @@ class Batcher:
 
         # The first tokens are delivered at once; waiting for the next step would delay them by `steps_per_sync` tokens.
         self._deliver(jax.tree.map(by_slot, jax.device_get(first)))
-        return True
+        return count
 
     def _ends_scored(self, slot: int) -> bool:
         """Score the prompt of the request in a slot, if it asks for that. Return True if the request ends with it."""

@@ -27,13 +27,12 @@ from t5x_like.serving import chat_schema, openai_schema, response_forms
 from t5x_like.serving.access import AccessControl, AccessRules
 from t5x_like.serving.openai_schema import BadRequest, PreparedRequest
 from t5x_like.serving.pending_completions import Chunk, PendingCompletion, cancel_unfinished, submit
+from t5x_like.serving.response_forms import CLIENT_CLOSED_REQUEST
 from t5x_like.serving.service import Service
 from t5x_like.serving.tokenizer_routes import tokenizer_routes
 
 Parse = Callable[[bytes], PreparedRequest]
 """Converts the body of a request, or raises BadRequest."""
-CLIENT_CLOSED_REQUEST = 499
-"""Status of a response whose client has disconnected (nginx's convention). No client receives it."""
 
 _NOT_FINITE = "found logits that are not finite, expected finite ones: the model is damaged, or its numbers overflow"
 

@@ -67,7 +67,9 @@ class PendingCompletion:
             # A stop string cuts the tokens whose text begins after the cut; otherwise the last ones may have no text.
             is_whole = finish is not None and not self.detokenizer.stopped
             entries = self.log.take(None if is_whole else len(self.detokenizer.text))
-            self.logprobs = [*(self.logprobs or ()), *entries]
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs += entries
         if text or entries or finish is not None:
             self.chunks.put_nowait(Chunk(text, finish, entries))
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from t5x_like.serving.text_logprobs import TextLogprob, chat_logprobs, completion_logprobs
 
+CLIENT_CLOSED_REQUEST = 499
+"""Status of a response whose client has disconnected (nginx's convention). No client receives it."""
+
 Entries = Sequence[TextLogprob] | None
 """Log-probabilities of a choice; None: the request does not ask for them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ class TextLogprob(NamedTuple):
 def token_texts(tokenizer: TokenizerProtocol) -> Callable[[int], TokenText]:
     """Return the function from an id to its text."""
 
+    # The most likely tokens of many positions are the same few.
+    @functools.lru_cache(maxsize=2**16)
     def text_of(token: int) -> TokenText:
         (data,) = pieces(tokenizer, [token])
         try:

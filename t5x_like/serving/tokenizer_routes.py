@@ -6,14 +6,18 @@ lm-eval's `local-completions` finds the tokens of its requests by them.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from t5x_like.serving.openai_schema import BadRequest, validated
+from t5x_like.serving.response_forms import CLIENT_CLOSED_REQUEST
 from t5x_like.serving.service import Service
 
 
@@ -30,7 +34,7 @@ class DetokenizeRequest(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True, extra="ignore")
 
-    tokens: list[int] = Field(description="a list of ids")
+    tokens: Annotated[list[int], Field(fail_fast=True)] = Field(description="a list of ids")
 
 
 def tokenizer_routes(service: Service, read_body: Callable[[HttpRequest], Awaitable[bytes]]) -> list[Route]:
@@ -51,24 +55,33 @@ def tokenizer_routes(service: Service, read_body: Callable[[HttpRequest], Awaita
     async def show_tokenizer(_: HttpRequest) -> Response:
         return JSONResponse({"tokenizer_class": type(service.tokenizer).__name__, **names})
 
-    async def tokenize(http: HttpRequest) -> Response:
+    async def answer(http: HttpRequest, of_body: Callable[[bytes], dict[str, Any]]) -> Response:
         try:
-            prompt = validated(await read_body(http), TokenizeRequest).prompt
+            # In another thread: a large body would keep the event loop from all other requests.
+            return JSONResponse(await run_in_threadpool(of_body, await read_body(http)))
         except BadRequest as error:
             return JSONResponse(error.body(), error.status)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    def tokenized(body: bytes) -> dict[str, Any]:
+        prompt = validated(body, TokenizeRequest).prompt
         # The name of a special token alone is that token. Inside of a text it is text.
         tokens = [ids[prompt]] if prompt in ids else [int(token) for token in service.tokenizer.encode(prompt)]
         most = service.batcher.config.max_prompt_length
-        return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": tokens})
+        return {"count": len(tokens), "max_model_len": most, "tokens": tokens}
+
+    def detokenized(body: bytes) -> dict[str, Any]:
+        tokens = validated(body, DetokenizeRequest).tokens
+        if any(not 0 <= token < service.vocab_size for token in tokens):
+            raise BadRequest(f"a token id outside 0 to {service.vocab_size - 1}", "tokens")
+        return {"prompt": service.decode(tokens)}
+
+    async def tokenize(http: HttpRequest) -> Response:
+        return await answer(http, tokenized)
 
     async def detokenize(http: HttpRequest) -> Response:
-        try:
-            tokens = validated(await read_body(http), DetokenizeRequest).tokens
-            if any(not 0 <= token < service.vocab_size for token in tokens):
-                raise BadRequest(f"a token id outside 0 to {service.vocab_size - 1}", "tokens")
-        except BadRequest as error:
-            return JSONResponse(error.body(), error.status)
-        return JSONResponse({"prompt": service.decode(tokens)})
+        return await answer(http, detokenized)
 
     return [
         Route("/tokenizer_info", show_tokenizer),

@@ -13,7 +13,7 @@ from helpers.model_examples import VOCABULARY, model, parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_like.decoding import slots
+from t5x_like.decoding import continuous_batching, slots
 from t5x_like.decoding.continuous_batching import Batcher, BatcherConfig
 from t5x_like.decoding.engine import generate_tokens
 from t5x_like.decoding.sampling import Sampling
@@ -146,6 +146,22 @@ def test_requests_from_many_threads_are_answered_once(batcher):
     assert [result["tokens"] for _, result in requests] == expected(batcher, requests)
     with pytest.raises(ValueError, match="shutting down"):
         batcher.submit(requests[0][0])
+
+
+def test_prompts_that_are_only_scored_do_not_delay_a_step_by_more_than_the_slots(monkeypatch):
+    batcher = batcher_of("decoder")
+    monkeypatch.setattr(continuous_batching, "score_stream", lambda *_: [])
+    ((request, result),) = requests_of(2, 1)
+    scored = []
+    only_scored = [
+        Request([2], 0, Sampling(), lambda *_: scored.append(1), on_prompt_logprobs=lambda _: None) for _ in range(9)
+    ]
+    batcher.submit_all([request, *only_scored])
+    batcher.run_once()
+    assert result["calls"] and len(scored) <= batcher.config.slots
+    while batcher.num_waiting or batcher.num_active:
+        batcher.run_once()
+    assert len(scored) == 9 and result["finish"]
 
 
 def test_unfinished_requests_are_cancelled_at_the_end():
