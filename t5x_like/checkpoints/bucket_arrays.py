@@ -160,8 +160,12 @@ def assemble(
     Args:
       is_broadcast: As in `read`: each array is sent from its first replica to the others, by the devices.
     """
-    assembled = from_first_replica if is_broadcast else from_parts
-    return {path: assembled(_sharding(leaf), leaf.shape, leaf.dtype, parts.pop(path)) for path, leaf in leaves.items()}
+    if is_broadcast:
+        return {
+            path: from_first_replica(_sharding(leaf), leaf.shape, leaf.dtype, parts.pop(path))
+            for path, leaf in leaves.items()
+        }
+    return {path: from_parts(_sharding(leaf), leaf.shape, parts.pop(path)) for path, leaf in leaves.items()}
 
 
 def find_damage(url: Url, described: Mapping[str, Metadata]) -> list[str]:

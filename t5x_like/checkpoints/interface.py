@@ -27,7 +27,8 @@ class Checkpoints(ABC):
     Attributes:
       directory: Directory of the checkpoints.
       protected: Step of a checkpoint that is kept although newer ones exist.
-      save_seconds: Time from the begin of the last save to its commit, or that of an earlier process; None if unknown.
+      save_seconds: Seconds from the beginning of the last save to its commit, or those of an earlier process; None if
+        unknown.
     """
 
     directory: Path

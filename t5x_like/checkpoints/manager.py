@@ -204,10 +204,12 @@ class CheckpointManager(Checkpoints):
         if problems or not checksums.has_unhashed_files(path):
             return problems
         saved = self._record(step).get(FINGERPRINTS, {})
+        found = {array: orbax_arrays.stored_fingerprint(path, array) for array in saved}
         return [
-            f"{array}: found other values than were in memory when it was saved"
+            f"{array}: "
+            + ("cannot be read" if found[array] is None else "found other values than were in memory when it was saved")
             for array in saved
-            if orbax_arrays.stored_fingerprint(path, array) != saved[array]
+            if found[array] != saved[array]
         ]
 
     def _finish(self, step: int, committed: Callable[[], None], record: str, size: int) -> None:

@@ -42,3 +42,13 @@ def open_checkpoints(
         # What a resumed run needs beside the checkpoint, its metrics for example, is stored before it.
         before_commit=mirror.upload,
     )
+
+
+def broadcast_warning(checkpoints: Checkpoints, config: CheckpointConfig) -> str | None:
+    """Return a warning if a run asks for restores by one replica that its checkpoints do not have; None otherwise."""
+    if not config.load_and_broadcast or isinstance(checkpoints, BucketCheckpoints):
+        return None
+    return (
+        f"{checkpoints.directory}: checkpoints.load_and_broadcast has no effect on checkpoints on a disk, expected a "
+        "run directory in a bucket: each process reads what its devices need"
+    )

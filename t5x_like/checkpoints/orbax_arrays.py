@@ -71,8 +71,8 @@ def damage(error: BaseException) -> str | None:
     return f"the arrays cannot be read ({found[0].strip()[:200]})" if found else None
 
 
-def stored_fingerprint(directory: Path, path: str) -> str:
-    """Return the fingerprint of an array in `directory`, which is read in parts; "" if it cannot be read."""
+def stored_fingerprint(directory: Path, path: str) -> str | None:
+    """Return the fingerprint of an array in `directory`, which is read in parts; None if it cannot be read."""
     item = PARAMS if path.startswith(f"{PARAMS}/") else TRAINING
     name = path.removeprefix(f"{PARAMS}/").replace("/", ".")
     base = {"driver": "file", "path": f"{directory / item}/"}
@@ -85,7 +85,7 @@ def stored_fingerprint(directory: Path, path: str) -> str:
         )
         return f"{sum(parts) % 2**32:08x}"
     except ValueError:
-        return ""
+        return None
 
 
 def _parts(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:

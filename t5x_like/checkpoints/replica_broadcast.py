@@ -26,16 +26,15 @@ def index_key(index: Index) -> tuple[tuple[int | None, int | None], ...]:
 
 
 def first_replica_indices(sharding: Any, shape: tuple[int, ...]) -> list[Index]:
-    """Return the distinct parts of an array that devices of this process hold in its first replica; none, if there are
-    none."""
+    """Return the distinct parts of an array that devices of this process hold in its first replica; empty if this
+    process has no device of that replica."""
     on_devices = sharding.addressable_devices_indices_map(shape)
     first = _first_replica(sharding)
     return list({index_key(index): index for device, index in on_devices.items() if device in first}.values())
 
 
-def from_parts(sharding: Any, shape: tuple[int, ...], dtype: Any, parts: Mapping[Any, np.ndarray]) -> jax.Array:
+def from_parts(sharding: Any, shape: tuple[int, ...], parts: Mapping[Any, np.ndarray]) -> jax.Array:
     """Return an array of which each process holds, by `index_key`, the parts that its devices need."""
-    del dtype
     return jax.make_array_from_callback(shape, sharding, lambda index: parts[index_key(index or ())])
 
 
@@ -50,7 +49,7 @@ def from_first_replica(sharding: Any, shape: tuple[int, ...], dtype: Any, parts:
     """
     axes = _replica_axes(sharding)
     if not axes:
-        return from_parts(sharding, shape, dtype, parts)
+        return from_parts(sharding, shape, parts)
     number = math.prod(sharding.mesh.shape[axis] for axis in axes)
     spread = NamedSharding(sharding.mesh, PartitionSpec(axes, *sharding.spec))
 

@@ -106,10 +106,11 @@ class DataConfig:
     """Number of these threads; None: 4 if rows are read from an object store, otherwise 1. The rows do not depend on
     it."""
     store_request_concurrency: PositiveInt = 256
-    """Maximum number of simultaneous requests of a process to the object store of the token stores."""
+    """Maximum number of simultaneous requests of a process to the object store of a token store, for each corpus."""
     store_cache_bytes: PositiveInt = 2**29
-    """Maximum memory for parts of a split that is too large to be held in memory as a whole. For random windows of an
-    object store it should hold the indices of the split's files: 1 MB for 10^9 tokens, and as much again for chunks."""
+    """Maximum memory for parts of a split, of each corpus, that is too large to be held in memory as a whole. For
+    random windows of an object store it should hold the indices of the split's files: 1 MB for 10^9 tokens, and as much
+    again for chunks."""
 
     @property
     def row_length(self) -> int:
@@ -134,7 +135,8 @@ class DataConfig:
         return self.corpora or (CorpusShareConfig(name=self.corpus.name, corpus=self.corpus),)
 
     def examples_of(self, share: CorpusShareConfig) -> Literal["windows", "documents", "labelled", "preferences"]:
-        """Return how a corpus is cut into examples; labelled, preferences: each pair is a row."""
+        """Return how a corpus is cut into examples; labelled: each pair is a row; preferences: each pair is a row or,
+        with `pairs_per_row` of the objective, a segment of one."""
         for objective in self.objectives_of(share):
             if objective.example_source in ("labelled", "preferences"):
                 return objective.example_source

@@ -66,7 +66,8 @@ class CheckpointConfig:
     """Checkpoints at multiples of this step are kept forever."""
     load_and_broadcast: bool = False
     """In a bucket: one replica of each array reads a checkpoint and sends it to the others over the network of the
-    devices. False: each replica, such as each slice with data parallelism between slices, reads all of it."""
+    devices. False: each replica, such as each slice with data parallelism between slices, reads all of it. On a disk
+    it has no effect, which is reported."""
     grace_seconds: PositiveFloat = 120.0
     """Time between the signal to stop and the kill of the processes, as the launcher sets it. A save that takes longer
     is reported: a run that is stopped then loses the steps since the save before."""

@@ -67,7 +67,9 @@ class Job:
         """
         command = (python, "-P", "-m", "t5x_like", "train", self.recipe, "--workdir", self.workdir)
         grace: tuple[str, ...] = ()
-        if self.grace_seconds != Job.grace_seconds and not any(text.startswith(_GRACE) for text in self.arguments):
+        # The parser of overrides takes underscores for hyphens.
+        is_given = any(text.replace("_", "-").startswith(_GRACE) for text in self.arguments)
+        if self.grace_seconds != Job.grace_seconds and not is_given:
             grace = (_GRACE, str(self.grace_seconds))
         return (*command, *options, *grace, *self.arguments)
 

@@ -250,8 +250,9 @@ def keys(path: Url, prefix: str = "", without: str = "") -> list[str]:
     Args:
       path: URL of a folder.
       prefix: Beginning of the names. Others are not requested.
-      without: Beginning of names that are left out, and not requested.
+      without: Beginning of names that are left out, and not requested. Only one of the two may be given.
     """
+    assert not (prefix and without), "names with one beginning and without another are not implemented"
     if without:
         names = [*keys_between(path, "", without), *keys_between(path, _after(without), "")]
     else:

@@ -10,8 +10,7 @@ SAVE_SECONDS = "save_seconds"
 
 
 def too_slow(checkpoints: Checkpoints, run: RunConfig) -> str | None:
-    """Return the message that a save, by the last one that was measured, takes longer than the grace time; None if it
-    does not, or if none was measured yet."""
+    """Return a warning if the last measured save took longer than the grace time; None otherwise."""
     seconds, grace = checkpoints.save_seconds, run.checkpoints.grace_seconds
     if seconds is None or seconds <= grace:
         return None

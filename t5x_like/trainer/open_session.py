@@ -13,7 +13,7 @@ from t5x_like import run_directory
 from t5x_like.adapters.base_weights import RECORD, Base, fingerprint, open_base
 from t5x_like.checkpoints.disk_space import require_free_space, state_bytes
 from t5x_like.checkpoints.interface import Checkpoints
-from t5x_like.checkpoints.opening import open_checkpoints
+from t5x_like.checkpoints.opening import broadcast_warning, open_checkpoints
 from t5x_like.config import RunConfig
 from t5x_like.data.stream.data_source import DataSource, PreparedSource, open_data_source
 from t5x_like.data.tokenizers.loading import keep_tokenizer
@@ -86,6 +86,8 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
         kept = functools.partial(kept_steps, workdir, run.checkpoints.keep_best)
         checkpoints = open_checkpoints(workdir, run.checkpoints, record=record, kept=kept)
         stack.push(functools.partial(_close, checkpoints))
+        if (text := broadcast_warning(checkpoints, run.checkpoints)) is not None:
+            shown.out(text, highlight=False)
         latest = on_process_0(checkpoints.latest)
         stack.enter_context(counted_start(workdir, latest, run.monitoring.max_starts_without_progress))
         restored = latest is not None

@@ -202,7 +202,7 @@ def _preferences(where: str, share: CorpusShareConfig, data: DataConfig) -> Prob
         fix = "with messages_as turns, the encoder reads the dialogue before the answers"
         yield ConfigProblem("data.layout", f"{data.layout} with dialogues", "causal_lm or prefix_lm", fix)
     if "documents" in (data.example_mode, share.example_mode):
-        expected = "windows, the default: each preference pair is a row, and rows are not packed"
+        expected = "windows, the default; pairs_per_row of the objective packs preference pairs"
         yield ConfigProblem(f"{where}.example_mode", "documents for preference pairs", expected)
 
 

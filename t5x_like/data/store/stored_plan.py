@@ -101,12 +101,20 @@ class StoredWords:
 
     def __init__(self, path: Location, record: ArrayRecord):
         in_memory = record.num_bytes <= IN_MEMORY_BYTES
-        self._path = path
+        self._path, self._size = path, record.size
         options = ReadOptions(cache_bytes=0 if in_memory else _CACHE_BYTES)
         self._array = token_arrays.open_array(path, record, options)
         self._memory = token_arrays.read(self._array, path) if in_memory else None
 
     def __getitem__(self, index: npt.NDArray[np.int64]) -> Words:
+        """Return the words with these indices.
+
+        Raises:
+          DataError: an index is outside of the array, or the array is damaged.
+        """
+        # Indices are computed from words and totals, which may come from others.
+        if len(index) and not (0 <= index.min() and index.max() < self._size):
+            raise _damaged(self._path, f"{self._size:,} words, and places of rows outside of them")
         if self._memory is not None:
             found: Words = self._memory[index]
             return found

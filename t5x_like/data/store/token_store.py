@@ -89,7 +89,7 @@ class StoreWriter:
           path: Location of the store.
           vocab_size: Number of ids, which decides the type of the tokens.
           sequences_per_document: 1 for texts, each of which ends in EOS; 2 for pairs of inputs and targets; 3 for
-            preference pairs.
+            preference pairs, 2 + n for pairs with n hard negatives.
           splits: Splits of the store.
         """
         self._splits = tuple(splits)
@@ -284,7 +284,7 @@ class Split:
 
     @property
     def is_read_by_requests(self) -> bool:
-        """Whether each read of tokens is a request to an object store, which takes some time."""
+        """True if each read of tokens is a request to an object store."""
         return isinstance(self.path, Url) and not self._in_memory
 
     @functools.cached_property
@@ -411,7 +411,8 @@ class Store:
 
     @property
     def sequences_per_document(self) -> int:
-        """1 for text, 2 for pairs of inputs and targets, 3 for inputs with a chosen and a rejected answer."""
+        """1 for text, 2 for pairs of inputs and targets, 3 for inputs with a chosen and a rejected answer, 2 + n for
+        pairs with n hard negatives."""
         return int(self.info["parts"])
 
     @property

@@ -172,7 +172,7 @@ def put_packed(
         if (offsets[stack] + lengths_n > length).any():
             raise ValueError(f"{stack}: an example ends after the last of {length} token positions")
         # One entry per token: its example, its position in the example, and its index in the flattened [rows, length].
-        position_m = _ranges(lengths_n)
+        position_m = ranges(lengths_n)
         owner_m = np.repeat(np.arange(len(lengths_n)), lengths_n)
         flat_index_m = row_n[owner_m] * length + offsets[stack][owner_m] + position_m
         for name, values in features.items():
@@ -186,7 +186,7 @@ def put_packed(
     out["denoiser_ids"].ravel()[flat_index_m] = objective
 
 
-def _ranges(lengths_n: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def ranges(lengths_n: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the concatenation of arange(length) for each length."""
     return np.arange(lengths_n.sum()) - np.repeat(np.cumsum(lengths_n) - lengths_n, lengths_n)
 

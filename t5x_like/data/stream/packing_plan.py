@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from t5x_like.config.objectives import Objective
 from t5x_like.data.store.stored_plan import ObjectiveTotals, PlanTotals
+from t5x_like.data.stream.feature_converters import ranges
 from t5x_like.errors import DataError
 from t5x_like.utils.type_aliases import IntArray
 
@@ -120,7 +121,7 @@ class PackingPlan:
         bounds = np.stack([found.targets_NxB, found.inputs_NxB])
         in_split = ((bounds >= 0) & (bounds <= self._num_tokens)).all() and (bounds[..., 0] <= bounds[..., 1]).all()
         if not in_split or (found.objective_N >= len(self.totals.objectives)).any():
-            raise _damaged(f"an example outside of the {self._num_tokens:,} tokens of the split")
+            raise damaged_plan(f"an example outside of the {self._num_tokens:,} tokens of the split")
         return found
 
     def examples_of_rows(self, row_N: IntArray) -> tuple[PackedExample, IntArray, IntArray]:
@@ -133,14 +134,14 @@ class PackingPlan:
         first_N, last_N = bounds_Nx2.astype(np.int64).T
         counts_N = last_N - first_N
         if ((counts_N < 1) | (counts_N > _MAX_PER_ROW) | (last_N > self.totals.examples)).any():
-            raise _damaged("a row of no examples, or of too many")
+            raise damaged_plan("a row of no examples, or of too many")
         row_M = np.repeat(np.arange(len(row_N)), counts_N)
-        # 0, 1, ... within each row: the running index less the number of examples of the rows before.
-        rank_M = np.arange(counts_N.sum()) - np.repeat(np.cumsum(counts_N) - counts_N, counts_N)
+        rank_M = ranges(counts_N)
         return self.take(rank_M + first_N[row_M]), row_M, rank_M + 1
 
 
-def _damaged(problem: str) -> DataError:
+def damaged_plan(problem: str) -> DataError:
+    """Return the error for a plan that is not the one of its store."""
     return DataError(
         f"packing plan: found {problem}, expected the plan of this store; delete the folder `packing` beside the "
         "tokens of its split, and run `t5x-like prepare RECIPE`"

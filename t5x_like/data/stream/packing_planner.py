@@ -15,10 +15,10 @@ import numpy as np
 from t5x_like.config.data import DataConfig
 from t5x_like.config.objectives import Objective
 from t5x_like.data.store import stored_plan
-from t5x_like.data.store.stored_plan import PlanTotals, StoredPlanWriter
+from t5x_like.data.store.stored_plan import PlanTotals, StoredPlan, StoredPlanWriter
 from t5x_like.data.store.token_store import Split
 from t5x_like.data.stream import first_fit, rng
-from t5x_like.data.stream.packing_plan import PackedExample, PackingPlan, PlanBuilder, WordColumn
+from t5x_like.data.stream.packing_plan import PackedExample, PackingPlan, PlanBuilder, WordColumn, damaged_plan
 from t5x_like.data.stream.pair_lengths import cut_pairs
 from t5x_like.errors import DataError
 from t5x_like.utils.progress import ProgressDisplay
@@ -100,7 +100,7 @@ class PackingPlanner:
         Raises:
           DataError: the stored plan is damaged, or no document is left.
         """
-        stored = stored_plan.open_plan(self._split.path, self.identity)
+        stored = self._open_stored()
         if stored is not None:
             return self._readable(stored.totals, stored.examples, stored.first_example)
         if self._split.num_documents > SHOWN_DOCUMENTS:
@@ -131,9 +131,18 @@ class PackingPlanner:
     def is_stored(self) -> bool:
         """Return whether the plan is stored; a damaged one is not."""
         try:
-            return stored_plan.open_plan(self._split.path, self.identity) is not None
+            return self._open_stored() is not None
         except DataError:
             return False
+
+    def _open_stored(self) -> StoredPlan | None:
+        stored = stored_plan.open_plan(self._split.path, self.identity)
+        if stored is not None:
+            # The totals may come from others: the shares of the objectives are divided by the rows.
+            rows, objectives = stored.totals.rows, len(stored.totals.objectives)
+            if not rows or objectives != len(self._objectives):
+                raise damaged_plan(f"{rows:,} rows of {objectives} objectives")
+        return stored
 
     def store(self, display: ProgressDisplay) -> PlanTotals:
         """Make and store the plan, and return its counts.

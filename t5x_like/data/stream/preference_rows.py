@@ -19,9 +19,10 @@ from t5x_like.data.stream.feature_converters import (
     convert,
     offsets_in_groups,
     put_packed,
+    ranges,
     stack_lengths,
 )
-from t5x_like.data.stream.first_fit import first_fit, first_fit_in_lanes
+from t5x_like.data.stream.first_fit import LANES, first_fit, first_fit_in_lanes
 from t5x_like.data.stream.packing import WholeExampleRows
 from t5x_like.data.stream.packing_planner import DOCUMENTS_PER_PART
 from t5x_like.errors import DataError
@@ -107,7 +108,7 @@ class PreferenceRows(WholeExampleRows):
     def put_packed(self, out: Features, row_n: IntArray, segment_n: IntArray, pair_n: IntArray) -> None:
         """Write pairs into packed rows of `out`, as segments with the given numbers. `row_n` is sorted."""
         data, ids = self._data, RowIds.of(self._vocabulary)
-        # The denoiser ids are those of the chosen answers.
+        # The denoiser ids stay at the positions of the chosen answers.
         rejected = {name: out.get(f"{REJECTED}{name}", values) for name, values in out.items()}
         rejected["denoiser_ids"] = out["denoiser_ids"].copy()
         for side, examples in zip((out, rejected), self._examples(pair_n), strict=True):
@@ -171,13 +172,13 @@ class PackedPreferenceRows(WholeExampleRows):
         self._pairs_per_row = objective.pairs_per_row
         self._shuffle_key = rng.fold_in(key, _SHUFFLE_ROWS)
         # Sorting random words gives a random order of the pairs.
-        order_N = np.argsort(rng.bits(rng.fold_in(key, _ORDER), 0, pairs.num_rows)[0])
+        order_N = np.argsort(rng.bits(rng.fold_in(key, _ORDER), 0, pairs.num_rows)[0], kind="stable")
         # The number of pairs is limited like the positions: each takes one of `pairs_per_row`.
         positions = np.concatenate([pairs.positions, np.ones((pairs.num_rows, 1), np.int64)], axis=1)
         *encoder, decoder = data.row_positions.values()
         capacity = (*encoder, decoder, decoder, objective.pairs_per_row)
-        fit = first_fit if pairs.num_rows <= DOCUMENTS_PER_PART else first_fit_in_lanes
-        row_N = fit(positions[order_N], capacity)
+        self._has_lanes = pairs.num_rows > DOCUMENTS_PER_PART
+        row_N = (first_fit_in_lanes if self._has_lanes else first_fit)(positions[order_N], capacity)
         # Pairs of one row become neighbours. The stable sort keeps their order within the row.
         by_row = np.argsort(row_N, kind="stable")
         self._pair_N = order_N[by_row]
@@ -187,7 +188,8 @@ class PackedPreferenceRows(WholeExampleRows):
     @property
     def identity(self) -> Any:
         """JSON value that identifies the layout of a row, for fingerprints."""
-        return {"preferences": 1, "pairs_per_row": self._pairs_per_row}
+        lanes = {"documents": DOCUMENTS_PER_PART, "lanes": LANES} if self._has_lanes else {}
+        return {"preferences": 1, "pairs_per_row": self._pairs_per_row, **lanes}
 
     @property
     def pairs_per_row(self) -> float:
@@ -198,7 +200,7 @@ class PackedPreferenceRows(WholeExampleRows):
         """Write rows of the plan into rows of `out`. `row_n` is sorted."""
         first_n, last_n = self._first_R[plan_row_n], self._first_R[plan_row_n + 1]
         counts_n = last_n - first_n
-        rank_m = np.arange(counts_n.sum()) - np.repeat(np.cumsum(counts_n) - counts_n, counts_n)
+        rank_m = ranges(counts_n)
         pair_m = self._pair_N[np.repeat(first_n, counts_n) + rank_m]
         self.pairs.put_packed(out, np.repeat(row_n, counts_n), rank_m + 1, pair_m)
 

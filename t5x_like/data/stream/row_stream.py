@@ -25,7 +25,7 @@ from t5x_like.config.batch_spec import (
 )
 from t5x_like.config.data import CorpusShareConfig, DataConfig
 from t5x_like.config.mixture_schedule import row_tokens
-from t5x_like.config.objectives import Objective
+from t5x_like.config.objectives import Objective, Preference
 from t5x_like.data.objectives.registry import denoise, implementation
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream import rng
@@ -115,9 +115,7 @@ class TrainingStream:
                 (share.name, store.fingerprint) for share, store in zip(self.data.sources, self.stores, strict=True)
             ],
             "split": self.split,
-            "objectives": [
-                [dataclasses.asdict(objective) for objective in source.objectives] for source in self.sources
-            ],
+            "objectives": [[_described(objective) for objective in source.objectives] for source in self.sources],
             "packed": [
                 False if isinstance(source.reader, Windows) else source.reader.identity for source in self.sources
             ],
@@ -362,6 +360,15 @@ class TrainingStream:
             group_offsets = {stack: offset_m[indices] for stack, offset_m in offsets.items()}
             rows = row_n[owner_m[indices]]
             put_packed(out, rows, segment_m[indices], group_offsets, examples, layout, objective_id, self._ids)
+
+
+def _described(objective: Objective) -> dict[str, Any]:
+    """Return the fields of an objective, for fingerprints."""
+    fields = dataclasses.asdict(objective)
+    # Present only if it is set, so that fingerprints of runs from before the option stay valid.
+    if isinstance(objective, Preference) and objective.pairs_per_row == 1:
+        del fields["pairs_per_row"]
+    return fields
 
 
 def _seed(data: DataConfig) -> rng.Keys:

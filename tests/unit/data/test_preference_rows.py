@@ -19,7 +19,7 @@ from t5x_like.data.inspection.console_view import describe_rows, mixture_table, 
 from t5x_like.data.objectives.supervised import pair_examples
 from t5x_like.data.store.prepare import open_stores, prepare
 from t5x_like.data.store.token_store import Store
-from t5x_like.data.stream import heldout, reference_log_probs
+from t5x_like.data.stream import first_fit, heldout, preference_rows, reference_log_probs, row_stream
 from t5x_like.data.stream.feature_converters import convert
 from t5x_like.data.stream.row_stream import TrainingStream
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
@@ -138,6 +138,26 @@ def test_packed_rows_have_each_pair_once_as_segments(tmp_path: Path, layout: Lay
     other = stream.get_rows(np.arange(count, 2 * count))["chosen_reference"]
     assert not np.array_equal(other, packed["chosen_reference"])
     assert sorted(map(tuple, other)) == sorted(map(tuple, packed["chosen_reference"]))
+
+
+def test_fingerprint_has_the_packing_of_pairs_only_where_it_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, store = prepared(tmp_path, PAIRS)
+    packed = dataclasses.replace(data, mixture=(Preference(pairs_per_row=3),))
+    described = []
+    monkeypatch.setattr(row_stream, "json_digest", lambda identity: described.append(identity) or "")
+
+    def identity(of: DataConfig) -> tuple[Any, Any]:
+        _ = TrainingStream([store], of, 4).fingerprint
+        return described[-1]["objectives"][0][0], described[-1]["packed"][0]
+
+    fields, packing = identity(data)
+    assert "pairs_per_row" not in fields and packing == {"preferences": 1}
+    fields, packing = identity(packed)
+    assert fields["pairs_per_row"] == 3 and packing == {"preferences": 1, "pairs_per_row": 3}
+    monkeypatch.setattr(preference_rows, "DOCUMENTS_PER_PART", 8)
+    assert identity(packed)[1] == {"preferences": 1, "pairs_per_row": 3, "documents": 8, "lanes": first_fit.LANES}
 
 
 def test_the_same_prompt_is_in_one_split(tmp_path: Path) -> None:

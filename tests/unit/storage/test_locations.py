@@ -53,6 +53,11 @@ def test_a_new_key_is_written_once(tmp_path: Path) -> None:
     assert locations.read_bytes(key) == b"1" and locations.keys(key.parent) == ["b"]
 
 
+def test_names_are_listed_with_one_beginning_or_without_one() -> None:
+    with pytest.raises(AssertionError, match="not implemented"):
+        locations.keys(Url("memory://a"), prefix="b", without="c")
+
+
 def test_a_key_is_replaced_only_if_nobody_else_has_changed_it(tmp_path: Path) -> None:
     key = location(f"memory://{tmp_path.name}/a")
     assert isinstance(key, Url)

@@ -44,3 +44,5 @@ def test_launchers_tell_another_grace_time() -> None:
     assert command[-2:] == ("--checkpoints.grace-seconds", "30")
     own = Job("a", "smoke", "w", ("--checkpoints.grace-seconds", "20"), grace_seconds=30).train("python")
     assert own.count("--checkpoints.grace-seconds") == 1 and own[-1] == "20"
+    own = Job("a", "smoke", "w", ("--checkpoints.grace_seconds=20",), grace_seconds=30).train("python")
+    assert own[-1] == "--checkpoints.grace_seconds=20" and "--checkpoints.grace-seconds" not in own
