@@ -17,17 +17,20 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 from helpers.config_examples import example
-from helpers.data_examples import pair_store, text_store
+from helpers.data_examples import data_config, numbered_store, pair_store, text_store
 
 from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.checksums import verify_checksums, write_checksums
-from t5x_like.config import CorpusConfig, ModelConfig, StackConfig, TokenizerConfig
+from t5x_like.config import CausalLM, CorpusConfig, ModelConfig, StackConfig, TokenizerConfig
 from t5x_like.config.serialization import to_json
 from t5x_like.config.validation import validate
 from t5x_like.config.validation.model import model_problems
 from t5x_like.data.sources import text_files
 from t5x_like.data.sources.document import ReadStats
+from t5x_like.data.store.stored_plan import find_damage
 from t5x_like.data.store.token_store import Store
+from t5x_like.data.stream.packing_planner import PackingPlanner
+from t5x_like.data.stream.row_stream import corpus_key
 from t5x_like.data.tokenizers import sentencepiece_proto
 from t5x_like.data.tokenizers.loading import load_directory_tokenizer, load_tokenizer
 from t5x_like.data.tokenizers.train_vocabulary import train_sentencepiece
@@ -49,6 +52,7 @@ from t5x_like.reports.run_report import render
 from t5x_like.run_directory import read_config
 from t5x_like.serving import openai_schema
 from t5x_like.utils.jsonl import encode_records, read_records
+from t5x_like.utils.progress import ProgressDisplay
 from t5x_like.utils.resumable_jsonl import read_settings
 
 
@@ -90,6 +94,22 @@ def _text_store(folder: Path) -> None:
 
 def _pair_store(folder: Path) -> None:
     pair_store(folder / "s", [(2, 1), (3, 2)])
+
+
+def _planner(folder: Path) -> PackingPlanner:
+    data = dataclasses.replace(data_config("causal_lm", (CausalLM(),)), example_mode="documents")
+    split = Store.open(folder / "s").split("train")
+    return PackingPlanner(split, 1, data, (CausalLM(),), corpus_key(data, 0))
+
+
+def _packing_plan(folder: Path) -> None:
+    numbered_store(folder / "s", 80, lengths=[2, 3, 5, 30, 40])
+    _planner(folder).store(ProgressDisplay(5, "packing"))
+
+
+def _read_packing_plan(folder: Path) -> object:
+    plan = _planner(folder).open()
+    return plan.examples_of_rows(np.arange(min(plan.totals.rows, 3))), find_damage(folder / "s" / "train")
 
 
 def _sign(folder: Path) -> None:
@@ -345,6 +365,7 @@ KINDS: dict[str, Kind] = {
     "model.json": Kind(_imported, model_dir.read_model),
     "token store": Kind(_text_store, _read_store, _sign),
     "token store of pairs": Kind(_pair_store, _read_store, _sign),
+    "packing plan": Kind(_packing_plan, _read_packing_plan, _sign),
     "SentencePiece model": Kind(_sentencepiece, _read_sentencepiece),
     "tokenizer.json": Kind(_huggingface_tokenizer, _read_huggingface_tokenizer),
     "safetensors": Kind(lambda f: write(f / SINGLE, _tensors(), {"format": "pt"}), _read_safetensors),

@@ -166,7 +166,7 @@ def open_plan(split: Location, identity: dict[str, Any]) -> StoredPlan | None:
       DataError: its files are damaged, or belong to another plan.
     """
     path = _plan_path(split, identity)
-    text = locations.read_bytes(path / _RECORD)
+    text = _read_record(path)
     if text is None:
         return None
     record = _parse(text, path)
@@ -184,8 +184,8 @@ def find_damage(split: Location) -> list[str]:
     problems = []
     for key in locations.children(split / FOLDER):
         path = split / FOLDER / key
-        text = locations.read_bytes(path / _RECORD)
         try:
+            text = _read_record(path)
             arrays = {} if text is None else _parse(text, path).arrays
         except DataError as error:
             problems.append(str(error))
@@ -197,6 +197,13 @@ def find_damage(split: Location) -> list[str]:
 
 def _plan_path(split: Location, identity: dict[str, Any]) -> Location:
     return split / FOLDER / json_digest(identity)[:16]
+
+
+def _read_record(path: Location) -> bytes | None:
+    try:
+        return locations.read_bytes(path / _RECORD)
+    except IsADirectoryError:
+        raise _damaged(path / _RECORD, "a folder") from None
 
 
 def _parse(text: bytes, path: Location) -> _Record:
