@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,14 @@ from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.program import Program
 from t5x_like.utils.type_aliases import PyTree
 
+Result = TypeVar("Result")
 Pair = tuple[Sequence[int], Sequence[int]]
 """(inputs, targets) as token ids."""
 MAX_TOKENS_PER_BATCH = 2**14
 """Largest number of token positions of the longer stack in a batch; a single longer row is a batch by itself."""
 MAX_LOGITS_PER_BATCH = 2**26
-"""Largest number of logits in memory at once: 256 MiB in float32."""
+"""Largest number of logits of a batch in memory at once: 256 MiB in float32. Where each device has a single row of more
+logits, it computes them in chunks of at most so many."""
 
 
 class Score(NamedTuple):
@@ -75,7 +77,7 @@ def score_tokens(
     for shape, indices in _batches(pairs, config, shards):
         count = shards * bucket(-(-len(indices) // shards), minimum=1)
         batch = put_on_mesh(program, _features([pairs[i] for i in indices], count, shape, config, bidirectional))
-        per_token_RxT, greedy_RxT = jax.device_get(_score_batch(program, params, batch))
+        per_token_RxT, greedy_RxT = jax.device_get(_score_batch(program, params, batch, _chunk(program)))
         for row, index in enumerate(indices):
             length = len(pairs[index][1])
             values = tuple(per_token_RxT[row, :length].tolist())
@@ -103,7 +105,8 @@ def score_stream(program: Program, params: PyTree | InferenceParams, tokens: Seq
     _check([pair], config)
     width = _bucketed(_lengths(pair, config), config).decoder
     features = _features([pair], num_row_shards(program), _Shape(0, width, width), config, bidirectional=False)
-    logprobs = jax.device_get(_score_positions(program, params, put_on_mesh(program, features)))
+    batch = put_on_mesh(program, features)
+    logprobs = jax.device_get(_score_positions(program, params, batch, _chunk(program)))
     return on_host(np.array(tokens, np.int32), jax.tree.map(lambda array: array[0, : len(tokens)], logprobs))
 
 
@@ -156,7 +159,7 @@ def score_masked_tokens(
                 "target_tokens": pad_rows([row.targets for row in some], count, predicted),
                 "target_positions": pad_rows([row.positions for row in some], count, predicted),
             }
-            found_RxT, _ = jax.device_get(_score_batch(program, params, put_on_mesh(program, batch)))
+            found_RxT, _ = jax.device_get(_score_batch(program, params, put_on_mesh(program, batch), _chunk(program)))
             for number, index in enumerate(indices[first : first + size]):
                 scores[index] = tuple(found_RxT[number, : len(rows[index].targets)].tolist())
     return scores
@@ -265,37 +268,79 @@ def _features(
     return features
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score_batch(program: Program, params: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _chunk(program: Program) -> int:
+    """Return the number of positions whose logits are computed at once if each device has one row."""
+    return max(1, MAX_LOGITS_PER_BATCH // program.run.model.vocab_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _score_batch(
+    program: Program, params: PyTree, batch: Mapping[str, jax.Array], chunk: int
+) -> tuple[jax.Array, jax.Array]:
     """Score a batch.
 
     Returns:
       Log-likelihoods float32 [R, T], and bool [R, T], True where the target is the most likely token; replicated on all
       devices.
     """
-    with program.mesh_context():
-        logits_RxTxV, targets_RxT = _target_logits(program, params, batch)
+
+    def score(logits_RxTxV: jax.Array, targets_RxT: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_z_RxT = jax.nn.logsumexp(logits_RxTxV, axis=-1)
         at_target_RxT = jnp.take_along_axis(logits_RxTxV, targets_RxT[:, :, None], axis=-1)[:, :, 0]
-        greedy_RxT = argmax_token(logits_RxTxV) == targets_RxT
-        replicated = NamedSharding(program.mesh, PartitionSpec())
-        return jax.lax.with_sharding_constraint((at_target_RxT - log_z_RxT, greedy_RxT), replicated)
+        return at_target_RxT - log_z_RxT, argmax_token(logits_RxTxV) == targets_RxT
+
+    return _of_target_logits(program, params, batch, chunk, score)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _score_positions(program: Program, params: PyTree, batch: Mapping[str, jax.Array]) -> Logprobs:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _score_positions(program: Program, params: PyTree, batch: Mapping[str, jax.Array], chunk: int) -> Logprobs:
     """Return the log-probabilities of a batch's targets [R, T], and of the most likely tokens; replicated."""
+    return _of_target_logits(program, params, batch, chunk, logprobs_of)
+
+
+def _of_target_logits(
+    program: Program,
+    params: PyTree,
+    batch: Mapping[str, jax.Array],
+    chunk: int,
+    function: Callable[[jax.Array, jax.Array], Result],
+) -> Result:
+    """Return a function's results at the positions that predict a target, replicated on all devices.
+
+    Args:
+      program: The program.
+      params: Its parameters.
+      batch: Features of R rows with T targets each.
+      chunk: Number of positions whose logits a device with one row computes at once.
+      function: Maps float32 logits [R, t, V] and targets [R, t] of any t positions to arrays [R, t, ...].
+    """
     with program.mesh_context():
-        logprobs = logprobs_of(*_target_logits(program, params, batch))
-        return jax.lax.with_sharding_constraint(logprobs, NamedSharding(program.mesh, PartitionSpec()))
+        features = dict(batch)
+        targets_RxT, positions_RxT = features.pop("target_tokens"), features.pop("target_positions")
+        model = decoding_model(program, params)
+        states_RxLxd, _ = model.states(features)
+        # The head is the largest product of a small model, and long prompts have few scored positions.
+        states_RxTxd = jnp.take_along_axis(states_RxLxd, positions_RxT[:, :, None], axis=1)
 
+        def of_chunk(arrays: tuple[jax.Array, jax.Array]) -> Result:
+            states, targets = arrays
+            return function(model.head(states, model.token_embedder.embedding[...]).astype(jnp.float32), targets)
 
-def _target_logits(program: Program, params: PyTree, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Return float32 logits [R, T, V] at the positions that predict a target, and the targets [R, T]."""
-    features = dict(batch)
-    targets_RxT, positions_RxT = features.pop("target_tokens"), features.pop("target_positions")
-    model = decoding_model(program, params)
-    states_RxLxd, _ = model.states(features)
-    # The head is the largest product of a small model, and long prompts have few scored positions.
-    states_RxTxd = jnp.take_along_axis(states_RxLxd, positions_RxT[:, :, None], axis=1)
-    return model.head(states_RxTxd, model.token_embedder.embedding[...]).astype(jnp.float32), targets_RxT
+        rows, length = targets_RxT.shape
+        # Several rows on a device are few enough for all of their logits (`_rows_per_batch`).
+        if length <= chunk or rows > num_row_shards(program):
+            results = of_chunk((states_RxTxd, targets_RxT))
+        else:
+            # Equal chunks, of which the last one is padded with as few positions as possible.
+            number = -(-length // chunk)
+            size = -(-length // number)
+
+            def split(array: jax.Array) -> jax.Array:
+                padding = [(0, 0), (0, number * size - length), *[(0, 0)] * (array.ndim - 2)]
+                return jnp.moveaxis(jnp.pad(array, padding).reshape(rows, number, size, *array.shape[2:]), 1, 0)
+
+            def joined(array: jax.Array) -> jax.Array:
+                return jnp.moveaxis(array, 0, 1).reshape(rows, number * size, *array.shape[3:])[:, :length]
+
+            results = jax.tree.map(joined, jax.lax.map(of_chunk, (split(states_RxTxd), split(targets_RxT))))
+        return jax.lax.with_sharding_constraint(results, NamedSharding(program.mesh, PartitionSpec()))

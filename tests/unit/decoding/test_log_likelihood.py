@@ -11,7 +11,7 @@ from helpers import decoding_examples as tiny
 from t5x_like.config import ShardingConfig
 from t5x_like.decoding import log_likelihood
 from t5x_like.decoding.engine import generate_tokens
-from t5x_like.decoding.log_likelihood import score_tokens
+from t5x_like.decoding.log_likelihood import score_stream, score_tokens
 from t5x_like.errors import ConfigError, DataError
 from t5x_like.program import build_program
 
@@ -108,6 +108,27 @@ def test_scores_of_a_causal_stream_are_additive(monkeypatch):
     monkeypatch.undo()
     for one, other in zip(alone, score_tokens(program, params, PAIRS), strict=True):
         np.testing.assert_allclose(one.per_token, other.per_token, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_of_a_long_stream_are_computed_in_chunks(monkeypatch):
+    program, params = tiny.untrained("causal_lm", "rope")
+    stream = np.random.default_rng(0).integers(2, 60, 19).tolist()
+    whole = score_stream(program, params, stream)
+    # 32 positions in chunks of at most 5, of which the last one is padded.
+    monkeypatch.setattr(log_likelihood, "MAX_LOGITS_PER_BATCH", 5 * tiny.VOCABULARY + 1)
+    shapes, logprobs_of = [], log_likelihood.logprobs_of
+
+    def noted(logits, tokens):
+        shapes.append(logits.shape)
+        return logprobs_of(logits, tokens)
+
+    monkeypatch.setattr(log_likelihood, "logprobs_of", noted)
+    chunks = score_stream(program, params, stream)
+    assert {shape[1] for shape in shapes} == {5}
+    assert [entry.token for entry in chunks] == stream
+    for found, expected in zip(chunks, whole, strict=True):
+        assert found.logprob == pytest.approx(expected.logprob, abs=1e-5)
+        assert [token for token, _ in found.top] == [token for token, _ in expected.top]
 
 
 @pytest.mark.slow
