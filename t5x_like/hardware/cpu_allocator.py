@@ -111,12 +111,31 @@ def _memory() -> tuple[int, int]:
     return total, available
 
 
-def _control_group_limit() -> float:
-    """Return the limit of memory of the process's control group in bytes; infinity if there is none."""
+def _control_group_limit(process: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the smallest limit of memory of the process's control group and its parents, in bytes; infinity if none.
+
+    Args:
+      process: File with the group of the process in each hierarchy, as in the manual page cgroups(7).
+      mount: Folder of the hierarchy of version 2, and of one folder for each controller of version 1.
+    """
+    # In a container the root may be the only group that can be seen, whatever the path says.
+    files = [mount / "memory.max", mount / "memory" / "memory.limit_in_bytes"]
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        group = Path(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            if number == "0":
+                files.append(mount / folder / "memory.max")
+            elif "memory" in controllers.split(","):
+                files.append(mount / "memory" / folder / "memory.limit_in_bytes")
     limits = [float("inf")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for file in files:
         try:
-            limits.append(float(Path(path).read_text()))
+            limits.append(float(file.read_text()))
         except (OSError, ValueError):
             # The file of the other version of control groups is missing, and "max" is no number.
             continue

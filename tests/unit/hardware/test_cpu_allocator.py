@@ -6,8 +6,11 @@ import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from t5x_like.hardware import cpu_allocator
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 
@@ -67,3 +70,28 @@ print(cpu_allocator.status())
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert "other threads" in output.stdout
+
+
+@pytest.mark.parametrize(
+    ("membership", "limits", "expected"),
+    [
+        ("0::/", {"memory.max": 700}, 700),
+        ("0::/slice/job/step", {"slice/memory.max": "max", "slice/job/memory.max": 500, "memory.max": "max"}, 500),
+        ("0::/a/b", {"a/memory.max": 300, "a/b/memory.max": 400}, 300),
+        ("5:cpu,cpuacct:/x\n4:memory:/slurm/job:1\n0::/", {"memory/slurm/job:1/memory.limit_in_bytes": 200}, 200),
+        # A container sees its own group as the root, although the path is that of the host.
+        ("4:memory:/docker/1f", {"memory/memory.limit_in_bytes": 100}, 100),
+        ("0::/a", {"a/memory.max": "max"}, float("inf")),
+        (None, {}, float("inf")),
+    ],
+)
+def test_limit_is_the_smallest_of_the_control_group_and_its_parents(
+    tmp_path: Path, membership: str | None, limits: dict[str, object], expected: float
+) -> None:
+    process, mount = tmp_path / "cgroup", tmp_path / "mount"
+    if membership is not None:
+        process.write_text(f"{membership}\n")
+    for name, limit in limits.items():
+        (mount / name).parent.mkdir(parents=True, exist_ok=True)
+        (mount / name).write_text(f"{limit}\n")
+    assert cpu_allocator._control_group_limit(process, mount) == expected
