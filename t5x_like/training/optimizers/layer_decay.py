@@ -14,8 +14,10 @@ from t5x_like.training.optimizers.schedule_free import AveragingOptimizer, gradi
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
 
-_EMBEDDINGS = re.compile(r"(.*/)?((token_|position_|token_type_|encoder_token_|)embedder|\w*embedding\w*)/.*")
-"""Paths of the tables that the lowest layer reads, and of their norm and projection."""
+_EMBEDDINGS = re.compile(
+    r"(.*/)?((token_|position_|token_type_|encoder_token_|)embedder|\w*embedding\w*)/.*|unscaled_embedding"
+)
+"""Paths of the tables and rows that the lowest layer reads, and of their norm and projection."""
 
 
 def with_layer_decay(optimizer: Any, logical_axes: PyTree, decay: float) -> AveragingOptimizer:

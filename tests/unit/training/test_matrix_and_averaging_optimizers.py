@@ -203,10 +203,12 @@ def test_embeddings_are_below_the_lowest_layer() -> None:
     axes = {
         "encoder": {"layers": {"norm": {"scale": ("layers", "norm")}}, "final_norm": {"scale": ("norm",)}},
         "token_embedder": {"embedding": ("vocab", "embed")},
+        "unscaled_embedding": ("embed",),
     }
     params = {
         "encoder": {"layers": {"norm": {"scale": jnp.ones((3, 4))}}, "final_norm": {"scale": jnp.ones(4)}},
         "token_embedder": {"embedding": jnp.ones((5, 4))},
+        "unscaled_embedding": jnp.ones(4),
     }
     training = TrainingConfig(num_train_steps=1, global_batch_size=1, optimizer=AdamWConfig())
 
@@ -217,6 +219,7 @@ def test_embeddings_are_below_the_lowest_layer() -> None:
     found, plain = updates(dataclasses.replace(training, layer_decay=0.5)), updates(training)
     ratios = jax.tree.map(lambda one, other: np.unique(np.round(one / other, 4)).tolist(), found, plain)
     assert ratios["token_embedder"] == {"embedding": [0.0625]}
+    assert ratios["unscaled_embedding"] == [0.0625]
     assert ratios["encoder"] == {"layers": {"norm": {"scale": [0.125, 0.25, 0.5]}}, "final_norm": {"scale": [1.0]}}
     schedule_free = dataclasses.replace(training, optimizer=ScheduleFreeConfig(), layer_decay=0.5)
     with pytest.raises(ConfigError, match="averages iterates"):
