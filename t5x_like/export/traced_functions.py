@@ -15,7 +15,7 @@ from t5x_like.decoding.bucketing import check_positions
 from t5x_like.decoding.decode_loop import read_prompts
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.export.quantization import unpacked
-from t5x_like.kernels.attention import AUTO, backend_names, get_backend
+from t5x_like.kernels.attention import backend_names, get_backend
 from t5x_like.models.factory import abstract_model, bind_params
 from t5x_like.models.model import Model
 
@@ -61,8 +61,7 @@ def exported_functions(
       ConfigError: the lengths do not fit the model's table of positions, or its attention backend is not portable.
     """
     check_positions(config, lengths.prompt, lengths.new)
-    # Without a mesh "auto" chooses among the portable backends.
-    if config.attention != AUTO and not get_backend(config.attention).is_portable:
+    if not get_backend(config.attention).is_portable:
         portable = [name for name in backend_names() if get_backend(name).is_portable]
         expected = f"a backend that runs on every platform: {', '.join(portable)}"
         raise ConfigError([ConfigProblem("model.attention", config.attention, expected)])

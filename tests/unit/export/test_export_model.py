@@ -1,5 +1,6 @@
 """Exported models: run by their loader in a process without this package, with int8's error within its bound."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,11 +21,13 @@ from t5x_like.export.traced_functions import Lengths, exported_functions
 from t5x_like.models.factory import kernels
 from t5x_like.utils.tree_paths import by_path
 
-ALL = EXAMPLES | {
+MODELS = EXAMPLES | {
     "t5": model("encoder_decoder"),
     "learned": model("prefix_lm", "learned"),
     "encoder": model("encoder", "rope"),
 }
+# A backend for all platforms, as `export_model` sets it.
+ALL = {name: dataclasses.replace(config, attention="reference") for name, config in MODELS.items()}
 PROMPT, NEW = 9, 6
 FORBIDDEN = [0, 5, 6]
 
@@ -121,6 +124,12 @@ def test_program_has_three_platforms_and_a_symbolic_batch_size():
         assert function.platforms == ("cpu", "cuda", "tpu"), name
         batched = [aval for aval in function.out_avals if any(not isinstance(size, int) for size in aval.shape)]
         assert len(batched) == len(function.out_avals)
+
+
+def test_attention_that_depends_on_the_platform_is_refused():
+    config = dataclasses.replace(ALL["t5"], attention="splash")
+    with pytest.raises(ConfigError, match="found splash, expected a backend that runs on every platform: reference"):
+        exported_functions(config, {}, Lengths(PROMPT, NEW))
 
 
 def test_lengths_beyond_learned_positions_are_refused():
