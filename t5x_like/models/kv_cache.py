@@ -121,20 +121,6 @@ class KVCache(NamedTuple):
         # window by the widest step.
         return self._replace(lengths=jnp.minimum(self.lengths, lengths_B))
 
-    def reorder(self, rows_B: Array, *, same_encoder: bool = True) -> KVCache:
-        """Return the cache whose row i is the present row `rows_B[i]`, as beam search needs it.
-
-        Args:
-          rows_B: int32 [B].
-          same_encoder: Rows move only among rows with the same encoder input, so that its keys and values stay.
-        """
-        moved = jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=0), (self.lengths, self.layers))
-        cache = self._replace(lengths=moved[0], layers=moved[1])
-        if same_encoder or self.cross is None:
-            return cache
-        cross, ids = jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=0), (self.cross, self.encoder_segment_ids))
-        return cache._replace(cross=cross, encoder_segment_ids=ids)
-
     def for_beams(self, count: int) -> KVCache:
         """Return the cache of a beam search in which each row has become `count` equal ones."""
 
@@ -167,7 +153,9 @@ class KVCache(NamedTuple):
 
     def insert_rows(self, row: Array | int, other: KVCache) -> KVCache:
         """Return the cache with the rows of `other` written from row `row` on; both differ in the number of rows
-        only."""
+        only, and are not those of a beam search."""
+        # The table of a beam search has a row per prompt.
+        assert self.beams is None and other.beams is None
         # All leaves have the row as dimension 0, so one rule copies keys, scales, lengths and segment ids.
         return jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, axis=0), self, other)
 

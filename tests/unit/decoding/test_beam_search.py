@@ -244,7 +244,9 @@ def test_beams_read_their_past_where_it_was_written(name, dtype):
             kept, copied = caches
             tokens, parents = turn
             kept_logits, kept = model.decode(tokens[:, None], kept.follow_beams(parents))
-            copied_logits, copied = model.decode(tokens[:, None], copied.reorder((first + parents).reshape(-1)))
+            rows = (first + parents).reshape(-1)
+            lengths, layers = jax.tree.map(lambda leaf: leaf[rows], (copied.lengths, copied.layers))
+            copied_logits, copied = model.decode(tokens[:, None], copied._replace(lengths=lengths, layers=layers))
             return (kept, copied), (jnp.max(jnp.abs(kept_logits - copied_logits)), jnp.std(copied_logits))
 
         return jax.lax.scan(step, (cache.for_beams(count), copied), (tokens_TxN, parents_TxRxB))[1]
