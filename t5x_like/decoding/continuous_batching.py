@@ -134,8 +134,9 @@ class Batcher:
             is_scored = request.on_prompt_logprobs is not None
             if is_scored and not self.scores_prompts:
                 raise ValueError("a prompt to be scored, expected none: this model does not predict its prompts")
-            if not (not is_scored) <= request.max_new_tokens <= config.max_new_tokens:
-                raise ValueError(f"{request.max_new_tokens} new tokens, expected 1 to {config.max_new_tokens}")
+            least = 0 if is_scored else 1
+            if not least <= request.max_new_tokens <= config.max_new_tokens:
+                raise ValueError(f"{request.max_new_tokens} new tokens, expected {least} to {config.max_new_tokens}")
         with self._changed:
             if self._closed:
                 raise ValueError("the server is shutting down")
