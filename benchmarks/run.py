@@ -8,8 +8,9 @@
 Each row runs this project and its peers (eager transformers and, for training steps, torch.compile) on the same shapes,
 one process each, in turns. The table has medians with the smallest and largest value. `--output` writes the results as
 JSON with the CPU, its load and the versions. `--compare` shows how the ratios to transformers differ from earlier
-results, and exits with 1 if one of CPU seconds or memory is worse by more than `--tolerance`: ratios of neighboring
-turns depend less on the load of the machine than seconds do, but they do depend on the maker of the CPU.
+results, and exits with 1 if one of CPU seconds or memory is worse by more than `--tolerance`, if this project failed in
+a row, or if a row of `--rows` that they have is missing: ratios of neighboring turns depend less on the load of the
+machine than seconds do, but they do depend on the maker of the CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +84,28 @@ def table(rows: Mapping[str, Any], machine: Mapping[str, Any]) -> Table:
     return shown
 
 
-def differences(found: Mapping[str, Any], baseline: Mapping[str, Any], tolerance: float) -> tuple[list[str], bool]:
-    """Return lines that compare the ratios to transformers with those of a baseline, and whether one is worse by more
-    than the tolerance."""
+def differences(
+    found: Mapping[str, Any], baseline: Mapping[str, Any], tolerance: float, rows: Sequence[str] = tuple(ROWS)
+) -> tuple[list[str], bool]:
+    """Return lines that compare the ratios to transformers with those of a baseline, and whether this project is worse.
+
+    It is worse if a ratio exceeds that of the baseline by more than the tolerance, if it failed, or if one of `rows`
+    that the baseline has was not measured.
+    """
     lines, is_worse = [], False
     for name in ("maker", "family", "model"):
         here, there = (results["machine"]["cpu"].get(name) for results in (found, baseline))
         if here != there:
             lines.append(f"another CPU than the baseline's: {name} {here}, not {there}")
+    for row in rows:
+        if row in baseline["rows"] and row not in found["rows"]:
+            is_worse = True
+            lines.append(f"{row}: not measured, but in the baseline, worse")
     for row, results in found["rows"].items():
+        if error := results["libraries"][OURS].get("error"):
+            is_worse = True
+            lines.append(f"{row}: {OURS} failed, worse: {error}")
+            continue
         now = results["ratios"].get(PEER)
         then = baseline["rows"].get(row, {}).get("ratios", {}).get(PEER)
         if now is None or then is None:
@@ -134,7 +148,7 @@ def main() -> int:
     console.print(table(found["rows"], found["machine"]))
     if options.compare is None:
         return 0
-    lines, is_worse = differences(found, json.loads(options.compare.read_text()), options.tolerance)
+    lines, is_worse = differences(found, json.loads(options.compare.read_text()), options.tolerance, options.rows)
     for line in lines:
         console.print(line, highlight=False, markup=False)
     return int(is_worse)
