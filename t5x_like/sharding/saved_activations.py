@@ -336,7 +336,10 @@ def _outside_layers(config: ModelConfig, stack: StackConfig, inputs: StackInput)
     if config.lm_head_transform and stack is (config.generator or next(reversed(config.stacks.values()))):
         around += 3
     yield _saved(inputs, "states around the layers", ("embed", stack.d_model), size).times(around)
-    width = inputs.length + (inputs.source_length if stack.cross_attention == "merged" else 0)
+    width, backend = next(_attentions(config, stack, inputs))
+    if not backend.materializes_scores:
+        # Backends that work block by block make masks and biases of one block at a time.
+        return
     if stack.positions == "relative_bias" and not stack.relative_bias_per_layer:
         # The bias depends on distances only, so it has no dimension for rows.
         shape = (1, stack.num_heads, inputs.length, inputs.length)

@@ -74,6 +74,15 @@ def test_saved_scores_of_self_and_cross_attention_match_the_residuals_of_jax() -
     require_residuals_of_jax(run)
 
 
+def test_masks_and_biases_count_only_for_backends_that_make_them() -> None:
+    for backend, expected in (("reference", {"masks", "relative bias"}), ("blockwise", set()), ("flash", set())):
+        run = small_run("t5_1_1", attention=backend)
+        (features,) = build_program(run, jax.devices()[:1]).batch_spec.values()
+        saved = saved_activations(run.model, features)
+        for arrays in saved.values():
+            assert {array.name for array in arrays} & {"masks", "relative bias"} == expected, backend
+
+
 def require_residuals_of_jax(run: RunConfig) -> None:
     (features,) = build_program(run, jax.devices()[:1]).batch_spec.values()
     formula = sum(array.nbytes for arrays in saved_activations(run.model, features).values() for array in arrays)
