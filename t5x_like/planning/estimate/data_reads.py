@@ -15,6 +15,7 @@ from t5x_like.config import RunConfig
 from t5x_like.config.mixture_schedule import row_tokens
 from t5x_like.data.store.token_arrays import CHUNK_TOKENS
 from t5x_like.planning.estimate.tokens import denoiser_tokens
+from t5x_like.utils.trusted_urls import STORE_SCHEMES, scheme_of
 
 LATENCY_SECONDS = 0.05
 """Assumed time of an answer of an object store; `benchmarks/object_store_reads.py` injects the same."""
@@ -81,7 +82,7 @@ def data_reads(run: RunConfig, hosts: int, seconds_per_step: float | None) -> Da
         raw += each.raw_tokens
     if not windows or not raw:
         return None
-    is_remote = data.store_dir.startswith(("gs://", "s3://"))
+    is_remote = scheme_of(data.store_dir) in STORE_SCHEMES
     return DataReads(
         windows_per_step=windows / hosts,
         requests_per_window=requests / windows,

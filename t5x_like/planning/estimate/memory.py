@@ -6,11 +6,9 @@ step, and the highest of them is the estimate:
 
   head         the logits in float32, their cotangents and the gathered head, with all saved activations and no
                gradients; of a loss in chunks those of one chunk, and the gradient of the head
-  layers       the backward pass of a layer: all gradients, the activations saved for it and the layers before
-  it, and
+  layers       the backward pass of a layer: all gradients, the activations saved for it and the layers before it, and
                its working memory: recomputed activations, attention scores or the cotangents of the MLP, and the
-                 layer's
-               parameters gathered over fsdp; with a tied table also the logits, whose gradient is computed last
+               layer's parameters gathered over fsdp; with a tied table also the logits, whose gradient is computed last
   embeddings   all gradients, and those of the token table and of an untied head, in float32 and whole over fsdp before
                they are reduced: one of the table for each stack that reads it, and the zeros that they are added to
   update       gradients and the updates computed from them
