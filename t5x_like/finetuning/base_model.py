@@ -53,7 +53,9 @@ class BaseModel:
     def with_head(self, head: TaskHeadConfig) -> tuple[ModelConfig, Layout, InitializeFrom]:
         """Return the model with a fresh head, its layout, and its initial values. Of an encoder-decoder, the encoder
         gets the head."""
-        fresh = ("head/.*",)
+        # Embeddings are the pooled states: their head has no parameters without a transform.
+        has_parameters = head.kind != "embedding" or head.transform
+        fresh = ("head/.*",) if has_parameters else ()
         match self.model.architecture:
             case "encoder" | "decoder":
                 model = dataclasses.replace(self.model, task_head=head)

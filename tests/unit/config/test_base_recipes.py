@@ -91,6 +91,8 @@ def test_text_to_text_needs_a_decoder(folder: Path) -> None:
 def test_the_former_task_of_the_model_is_left_out(folder: Path) -> None:
     run = configured("finetune:embed", "--from", "encoder", "--data.corpus.files", "train.tsv")
     assert run.model.task_head is not None and run.model.task_head.kind == "embedding"
+    # Such a head has no parameters that could keep their initial values.
+    assert run.initialize_from is not None and run.initialize_from.reinit == ()
     assert not any(isinstance(objective, MaskedLM) for objective in run.data.mixture)
 
 
