@@ -73,7 +73,7 @@ def test_parameter_gathers_are_counted_in_every_layer() -> None:
 
 
 def test_two_slices_sum_gradients_over_the_network() -> None:
-    run = recipe("smoke:decoder", "--training.global-batch-size", "16")
+    run = recipe("smoke:decoder", "--training.global-batch-size", "16", "--model.attention", "reference")
     compiled = compile_train_step(run, parse_topology("v5e:2x2", num_slices=2))
     assert_compiles_cleanly(compiled)
     assert compiled.mesh["data"] == 2

@@ -33,4 +33,4 @@ def test_large_recipe_compiles_for_its_topology_with_the_estimated_peak(name: st
         axis for axis, degree in compiled.mesh.items() if degree > 1
     }
     estimated = estimate(build_program(run, fake_devices(topology))).peak_bytes
-    assert estimated == pytest.approx(compiled.peak_bytes, rel=0.15)
+    assert estimated == pytest.approx(compiled.peak_bytes, rel=0.2)

@@ -237,7 +237,8 @@ class ActivationMemory:
         rows, length, vocabulary = sharding.shard_shape(logits.shape)
         chosen = self.run.training.loss_chunk_tokens
         chunk = loss_chunk_tokens(chosen, rows * length, self.config.lm_head_width, vocabulary)
-        return min(1.0, chunk / (rows * length)) if chunk else None
+        # With a single chunk the gradient of the head takes the place of the logits.
+        return chunk / (rows * length) if 0 < chunk < rows * length else None
 
     def tied_logits(self) -> dict[str, int]:
         """Return the bytes of the logits that a tied table keeps alive.
