@@ -122,16 +122,3 @@ def test_stored_tokens_of_the_teacher_replace_it(root: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main([*again, "--training.num-train-steps", "60"]) != EXIT_OK
     assert str(root / "moved") in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_students_of_other_seeds_learn_more_than_alone(root: Path, seed: int) -> None:
-    """The teacher helps whatever the seed."""
-    teacher = ["--training.distillation.teacher", str(root / "teacher"), "--training.distillation.weight", "0.9"]
-    losses = {}
-    for name, options in {"alone": [], "distilled": teacher}.items():
-        directory = f"seed {seed} {name}"
-        options = [*options, "--training.seed", str(seed), "--data.seed", str(seed)]
-        assert learn(root, directory, 60, *options, "--evaluation.num-batches", "16") == EXIT_OK
-        losses[name] = loss(root / directory)
-    assert losses["distilled"] < losses["alone"]
