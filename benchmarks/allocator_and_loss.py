@@ -2,7 +2,7 @@
 
     python benchmarks/allocator_and_loss.py [t5] [llama] [bert]
 
-The cases are those of `train_step_vs_transformers.py`. Each variant runs in its own process, in turns
+It has the same cases as `train_step_vs_transformers.py`. Each variant runs in its own process, in turns
 (`interleaved.py`); the ratios are to the step with glibc's usual settings and whole logits.
 """
 

@@ -1,6 +1,6 @@
 """Measurement of several libraries in turns: each in a process of its own, which waits while another one works.
 
-CPU seconds are those of all threads of the process; other work on the machine disturbs them less than the wall clock.
+CPU seconds are summed over all threads. Other work on the machine disturbs them less than the wall clock.
 OpenMP threads sleep while they wait, so that the CPU time of PyTorch is work.
 """
 

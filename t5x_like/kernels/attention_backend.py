@@ -165,6 +165,32 @@ class DenseMaskBackend(AttentionBackend):
         return materialize(mask, relative_bias, q_length, kv_length)
 
 
+def usual_refusal(request: AttentionRequest, instead: str) -> str | None:
+    """Return what a fused kernel that neither makes biases, nor drops probabilities, nor runs as a ring cannot do.
+
+    Args:
+      request: Properties of the attention.
+      instead: Backend that the message recommends.
+
+    Returns:
+      The end of an error message, as `AttentionBackend.supports` returns it, or None.
+    """
+    if request.bias == "content":
+        return 'it does not support disentangled positions; set attention="reference"'
+    if request.dropout_rate:
+        return (
+            f"it cannot drop single probabilities (dropout_rate {request.dropout_rate:g}); set "
+            "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
+            f'attention="{instead}"'
+        )
+    if request.is_split:
+        return (
+            f'it cannot attend over a sequence that is split over devices; set model.attention="{instead}", or '
+            'sharding.context_attention="all_gather" to keep the backend'
+        )
+    return None
+
+
 def drops_values(num_heads: int, num_kv_heads: int, dropout_broadcast_length: bool) -> bool:
     """Return whether dropout of probabilities can be done on the values, which every backend then supports.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
+from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest, usual_refusal
 from t5x_like.kernels.attention_masks import (
     BlockwiseMask,
     Mask,
@@ -36,19 +36,6 @@ class CudnnAttention(AttentionBackend):
             return "cuDNN's kernels are for half precision and the model computes in float32; set dtype=bfloat16"
         if request.softcap is not None:
             return 'it has no soft cap of the scores; set attention="blockwise"'
-        if request.bias == "content":
-            return 'it does not support disentangled positions; set attention="reference"'
-        if request.dropout_rate:
-            return (
-                f"it cannot drop single probabilities (dropout_rate {request.dropout_rate:g}); set "
-                "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
-                'attention="blockwise"'
-            )
-        if request.is_split:
-            return (
-                "it cannot attend over a sequence that is split over devices; "
-                'set model.attention="blockwise", or sharding.context_attention="all_gather" to keep the backend'
-            )
         if request.head_dim % 8 or request.head_dim > 256:
             return f'its heads are of a multiple of 8 up to 256, not {request.head_dim}; set attention="blockwise"'
         if request.q_length % 2 or request.kv_length % 2:
@@ -56,7 +43,7 @@ class CudnnAttention(AttentionBackend):
                 f"it reads masks of even lengths only, not of {request.q_length} queries and {request.kv_length} keys; "
                 'choose even lengths or attention="blockwise"'
             )
-        return None
+        return usual_refusal(request, "blockwise")
 
     def prepare_mask(
         self,

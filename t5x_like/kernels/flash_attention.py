@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
+from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest, usual_refusal
 from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, Mask, MaskSpec, SequenceSharding
 from t5x_like.kernels.device_kernels import Axes, attend_on_each_device
 from t5x_like.kernels.flash_block import KernelMask, KernelSetting, block_size
@@ -43,24 +43,11 @@ class FlashAttention(AttentionBackend):
         self.block, self.interpret = block, interpret
 
     def supports(self, request: AttentionRequest) -> str | None:
-        if request.bias == "content":
-            return 'it does not support disentangled positions; set attention="reference"'
-        if request.dropout_rate:
-            return (
-                f"it cannot drop single probabilities (dropout_rate {request.dropout_rate:g}); set "
-                "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
-                'attention="blockwise"'
-            )
         if request.is_merged:
             return 'it cannot attend to several sequences of keys (merged attention); set attention="blockwise"'
         if request.has_positions:
             return 'it masks by index and found explicit positions; set attention="blockwise"'
-        if request.is_split:
-            return (
-                "it cannot attend over a sequence that is split over devices; "
-                'set model.attention="blockwise", or sharding.context_attention="all_gather" to keep the backend'
-            )
-        return None
+        return usual_refusal(request, "blockwise")
 
     def prepare_mask(
         self,

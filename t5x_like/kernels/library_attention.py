@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from jax import Array
 
-from t5x_like.kernels.attention_backend import AttentionOptions, AttentionRequest, DenseMaskBackend
+from t5x_like.kernels.attention_backend import AttentionOptions, AttentionRequest, DenseMaskBackend, usual_refusal
 from t5x_like.kernels.attention_masks import DenseMask, Mask
 from t5x_like.kernels.reference_attention import join_sequences
 
@@ -21,20 +21,7 @@ class XlaAttention(DenseMaskBackend):
     def supports(self, request: AttentionRequest) -> str | None:
         if request.softcap is not None:
             return 'it has no soft cap of the scores; set attention="reference"'
-        if request.bias == "content":
-            return 'it does not support disentangled positions; set attention="reference"'
-        if request.dropout_rate:
-            return (
-                f"it cannot drop single probabilities (dropout_rate {request.dropout_rate:g}); set "
-                "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
-                'attention="reference"'
-            )
-        if request.is_split:
-            return (
-                "it cannot attend over a sequence that is split over devices; "
-                'set model.attention="reference", or sharding.context_attention="all_gather" to keep the backend'
-            )
-        return None
+        return usual_refusal(request, "reference")
 
     def attend(
         self, q_BxQxHxh: Array, keys: Sequence[Array], values: Sequence[Array], mask: Mask, options: AttentionOptions

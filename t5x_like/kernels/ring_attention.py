@@ -3,7 +3,7 @@ Ring Attention with Blockwise Transformers).
 
 Each device has a block of the queries and a block of the keys. There are as many rounds as devices. In each round a
 device attends to the block of keys that it holds and sends the block to its neighbor. Under a causal mask the blocks
-are those of the zigzag order (`kernels.ring_layout`), in which every device has the same work. The softmax is computed
+follow the zigzag order (`kernels.ring_layout`), in which every device has the same work. The softmax is computed
 online (`kernels.online_softmax`). A device never holds more scores than those of one block of queries with one block of
 keys, and no more keys than its current block and the next one. The backward pass circulates the keys once more and
 computes the scores again; gradients of keys and values travel with their block and are back on its device after the

@@ -16,7 +16,7 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 
-from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
+from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest, usual_refusal
 from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding
 from t5x_like.kernels.device_kernels import Axes, attend_on_each_device
 from t5x_like.kernels.flash_block import block_size
@@ -44,16 +44,8 @@ class SplashAttention(AttentionBackend):
         self.block, self.interpret = block, interpret
 
     def supports(self, request: AttentionRequest) -> str | None:
-        if request.bias == "content":
-            return 'it does not support disentangled positions; set attention="reference"'
         if request.bias == "relative":
             return 'it has no relative bias; set attention="flash"'
-        if request.dropout_rate:
-            return (
-                f"it cannot drop single probabilities (dropout_rate {request.dropout_rate:g}); set "
-                "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
-                'attention="blockwise"'
-            )
         if request.is_merged:
             return 'it cannot attend to several sequences of keys (merged attention); set attention="blockwise"'
         if request.has_positions:
@@ -62,12 +54,7 @@ class SplashAttention(AttentionBackend):
             return 'its mask is static, and a prefix differs between rows; set attention="flash"'
         if request.dynamic_window:
             return 'its mask is static, and layers of several windows run in one scan; set attention="flash"'
-        if request.is_split:
-            return (
-                "it cannot attend over a sequence that is split over devices; "
-                'set model.attention="blockwise", or sharding.context_attention="all_gather" to keep the backend'
-            )
-        return None
+        return usual_refusal(request, "blockwise")
 
     def prepare_mask(
         self,

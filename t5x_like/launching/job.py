@@ -19,7 +19,7 @@ SHARED_MOUNT = "/mnt/runs"
 
 
 _GRACE = "--checkpoints.grace-seconds"
-"""Override by which a run compares its saves with the grace time, whose default is that of `Job`."""
+"""Option of `train` that gives a run the grace time of its launcher, with which it compares its saves."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ def open_teacher(program: Program, stores: Sequence[Store], recorded: Mapping[st
 def read_teacher(
     program: Program, spec: ModelSpec, stores: Sequence[Store], recorded: Mapping[str, Any] | None
 ) -> Teacher:
-    """Return the teacher of a run; arguments and errors are those of `open_teacher`, `spec` is its model."""
+    """Return the teacher of a run, whose model is `spec`; see `open_teacher` for the other arguments and errors."""
     config = program.run.training.distillation
     assert config is not None and config.model is not None
     directory = local_copy(config.teacher, TEACHER)

@@ -47,7 +47,7 @@ def sub_batch_metrics(
     """Return sums over the tokens of a sub-batch, each with the sum of the loss weights.
 
     Args:
-      output: Output with logits float32 [rows, length, vocabulary]; their targets are those of the batch unless it has
+      output: Output with logits float32 [rows, length, vocabulary]; their targets come from the batch unless it has
         its own.
       batch: Sub-batch with targets, loss weights and, optionally, `denoiser_ids`: [rows], or [rows, length] where a
         row is packed from examples of several denoisers.

@@ -81,7 +81,7 @@ def test_stopped_run_resumes_on_another_mesh(
     workspace: Workspace, uninterrupted: Callable[[str], Path], tmp_path: Path
 ):
     """The state is that of the checkpoint, which the restore compares by fingerprints; the rows and, but for the order
-    of sums, the losses are those of the run on one device."""
+    of sums, the losses equal those on one device."""
     workdir, expected = tmp_path / "run", uninterrupted("recipe")
     shutil.copytree(expected, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(newest(workdir)))

@@ -83,7 +83,7 @@ class PackedRows(WholeExampleRows):
           objectives: Objectives of the corpus.
           key: Key of the order of the documents, of the draws of their objectives and of the order of the rows.
           num_held_out: Number of examples that are read from the beginning of the plan, which is made only that far;
-            None: the rows are those of training, whose plan `prepare` has stored.
+            None: the rows are for training, and `prepare` has stored their plan.
         """
         planner = PackingPlanner(split, sequences_per_document, data, objectives, key)
         self._split = split

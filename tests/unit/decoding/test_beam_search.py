@@ -227,7 +227,7 @@ MODELS = {
     ],
 )
 def test_beams_read_their_past_where_it_was_written(name, dtype):
-    """Beams are exchanged at random: the logits are those of caches whose rows are copied at each step."""
+    """Beams are exchanged at random: the logits equal those with caches whose rows are copied at each step."""
     config, count, steps = MODELS[name], 3, 9
     spec, random = abstract_model(config), np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.normal(0.0, 0.4, leaf.shape).astype(np.float32), spec.params)

@@ -40,7 +40,7 @@ def test_every_request_gets_a_backend_that_supports_it(request_: AttentionReques
     assert backend.platform in (None, platform)
     if platform is None:
         assert backend.is_portable
-    # The reasons are those of the candidates before it, in the order of the table.
+    # The reasons belong to the candidates before it, in the order of the table.
     before = [candidate.backend for candidate in CANDIDATES.get(platform or "cpu", CANDIDATES["cpu"])]
     assert [name for name, _ in choice.passed_over] == before[: len(choice.passed_over)]
     assert all(reason for _, reason in choice.passed_over)

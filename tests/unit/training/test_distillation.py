@@ -66,7 +66,7 @@ def test_all_tokens_give_the_divergence_of_a_live_teacher():
 
 
 def test_certain_teachers_and_students_have_finite_gradients():
-    """Where the k tokens have all of the probability, the remainder is below the rounding of float32."""
+    """If the k tokens have all of the probability, the remainder is below the rounding of float32."""
     for teacher, student in ((logits(0, 300.0), logits(1)), (logits(0), 100.0 * logits(0)), (logits(0), logits(0))):
         found, gradient = of_top_k(*stored(teacher, 7), student)
         assert np.isfinite(found) and np.isfinite(gradient).all()
