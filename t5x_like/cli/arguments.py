@@ -60,8 +60,8 @@ def add_command(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", **keywords
     )
     add_plugin_options(parser)
-    # `train` has a limit for each stage, and a sweep waits for its runs.
-    if name not in ("train", "sweep"):
+    # `train` has a limit for each stage, and sweeps and studies wait for their runs.
+    if name not in ("train", "sweep", "study"):
         parser.add_argument(
             "--stall-timeout",
             type=positive_number,

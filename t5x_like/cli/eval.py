@@ -25,7 +25,18 @@ from t5x_like.utils.json_reader import parse_json
 
 _MAX_CONFIGURATION_BYTES = 2**20
 _NOT_OF_PAIRS = (
-    *("all", "skip_evaluated", "num_batches", "data", "split", "no_held_out", "task", "module", "num_examples"),
+    *(
+        "all",
+        "skip_evaluated",
+        "num_batches",
+        "data",
+        "split",
+        "continuation",
+        "no_held_out",
+        "task",
+        "module",
+        "num_examples",
+    ),
     *("inputs_length", "targets_length", "follow", "timeout", "predictions", "metrics", "inputs_field"),
     *("target_field", "prediction_field"),
 )
@@ -69,6 +80,15 @@ def register(commands: Any) -> None:
     parser.add_argument("--no-held-out", action="store_true", help="evaluate Tasks only")
     parser.add_argument(
         "--no-intervals", action="store_true", help="skip the bootstrap, which is faster; `compare` has no rows then"
+    )
+
+    parser.add_argument(
+        "--continuation",
+        type=positive,
+        nargs=2,
+        metavar=("GIVEN", "SCORED"),
+        help="score so many tokens after so many given ones, in windows that are the same for every architecture and "
+        "row length, so that `compare` can tell the models apart (default: evaluation.continuation of the run)",
     )
 
     tasks = parser.add_argument_group("seqio Tasks", "in addition to those of a run's own evaluation.tasks")
@@ -278,6 +298,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         intervals=not options.no_intervals,
         only_new=options.skip_evaluated,
         all_steps=options.all,
+        continuation=None if options.continuation is None else (options.continuation[0], options.continuation[1]),
     )
     if options.follow:
         from t5x_like.evaluation.evaluate_runs import follow_run

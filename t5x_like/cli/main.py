@@ -35,6 +35,7 @@ from t5x_like.cli import (
     predict,
     prepare,
     serve,
+    study,
     sweep,
     train,
 )
@@ -62,6 +63,7 @@ COMMANDS = (
     eval,
     compare,
     sweep,
+    study,
     lm_eval,
     generate,
     embed,

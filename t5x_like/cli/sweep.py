@@ -10,7 +10,9 @@ from t5x_like.cli.arguments import (
     add_recipe_command,
     configured_run,
     location_text,
+    not_negative,
     plugin_arguments,
+    positive,
 )
 from t5x_like.cli.recipe_argument import recipe_run
 from t5x_like.errors import EXIT_OK
@@ -33,33 +35,48 @@ def register(commands: Any) -> None:
         metavar="NAME",
         help="score by which the runs are ordered, such as loss/S or squad/em (default: bits_per_byte or its bound)",
     )
+    parser.add_argument(
+        "--seeds",
+        type=not_negative,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="train each combination with each of these seeds, of the data and of the parameters",
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="runs that train at the same time (default: 1)"
+    )
     parser.add_argument("--plan", action="store_true", help="print the runs and exit")
     add_devices_option(parser)
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:
+    from t5x_like.storage.locations import location
+    from t5x_like.studies.budgets import study_runs
+    from t5x_like.studies.study import require_valid
+    from t5x_like.studies.sweep import best_first, sweep_report, sweep_study
     from t5x_like.studies.sweep_arms import sweep_arms
+    from t5x_like.utils.console import Console
 
     run = recipe_run(options.recipe)
-    arms = sweep_arms(run, overrides, lambda words: configured_run(options, list(words)))
-    from t5x_like.storage.locations import location
-
+    arms = sweep_arms(run, options.recipe, overrides, lambda words: configured_run(options, list(words)))
+    study = sweep_study(arms, options.seeds, options.metric)
+    require_valid(study)
+    runs = study_runs(study)
     workdir = location(options.workdir or f"runs/{run.name}-sweep", "--workdir")
     if options.plan:
-        from t5x_like.planning.estimate.flops import training_flops
-        from t5x_like.utils import formatting
+        from t5x_like.studies.plan import print_plan
 
-        for arm in arms:
-            steps = arm.run.training.num_train_steps
-            say(f"{workdir / arm.name}: {steps:,} steps, {formatting.flops(training_flops(arm.run) * steps)}")
+        print_plan(runs, workdir, "cpu", Console())
         return EXIT_OK
-    from t5x_like.studies.sweep import report, sweep_result, train_arms
-    from t5x_like.utils.console import Console
+    from t5x_like.studies.run_study import train_and_collect, write_page
 
     further = plugin_arguments(options)
     if options.devices is not None:
         further += ["--devices", str(options.devices)]
-    code, finished = train_arms(options.recipe, arms, workdir, further)
-    if len(finished) > 1:
-        say(report(sweep_result(finished, workdir, options.metric), workdir, Console()))
+    code, results = train_and_collect(study, runs, workdir, jobs=options.jobs, further=further)
+    if results is not None and len(results.arms) > 1:
+        sweep_report(results, Console())
+        command = f"t5x-like sweep {options.recipe} {' '.join(overrides)}"
+        say(write_page(f"{run.name}: a sweep", best_first(study, results), runs, results, workdir, command))
     return code

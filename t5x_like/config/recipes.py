@@ -11,6 +11,7 @@ import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from t5x_like import plugins
 from t5x_like.config.run import RunConfig
@@ -19,6 +20,7 @@ from t5x_like.errors import ConfigError, ConfigProblem, UserError
 from t5x_like.utils import name_registry, trusted_urls
 from t5x_like.utils.json_reader import parse_json
 
+Result = TypeVar("Result")
 DEFAULT_FUNCTION = "recipe"
 BASE = "@"
 """Separator of a recipe and the directory of the model that it starts from: `finetune:classify@runs/base`."""
@@ -126,11 +128,38 @@ def _missing_file(path: Path) -> ConfigProblem:
 
 
 def _call(path: Path, function: str, base: str) -> RunConfig:
-    """Execute the file, with its folder on the import path as for a script, and call the function with its base."""
+    """Execute the file and call the function with its base."""
+
+    def call(make: Callable[..., RunConfig]) -> RunConfig:
+        _check_base(f"{path}:{function}", make, base)
+        return make(Path(base)) if base else make()
+
+    run = call_function(path, function, call, file="recipe", result="a RunConfig")
+    if not isinstance(run, RunConfig):
+        raise ConfigError(
+            [ConfigProblem(f"{path}:{function}", f"a value of type {type(run).__name__}", "a RunConfig as its result")]
+        )
+    return run
+
+
+def call_function(
+    path: Path, function: str, call: Callable[[Callable[..., Any]], Result], *, file: str, result: str
+) -> Result:
+    """Execute a file of the user, with its folder on the import path as for a script, and call a function in it.
+
+    Args:
+      call: Calls the function.
+      file: Kind of the file, for messages.
+      result: Result of the function, for messages.
+
+    Raises:
+      ConfigError: there is no such function.
+      UserError: the file or the function raised an exception.
+    """
     spec = importlib.util.spec_from_file_location(_module_name(path), path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # As for every imported module: a dataclass in the recipe looks up its own module here.
+    # As for every imported module: a dataclass in the file looks up its own module here.
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.resolve()))
     try:
@@ -141,21 +170,15 @@ def _call(path: Path, function: str, base: str) -> RunConfig:
             near = difflib.get_close_matches(function, there, n=1)
             fix = f"perhaps {path}:{near[0]}" if near else f"functions there: {', '.join(there) or 'none'}"
             raise ConfigError(
-                [ConfigProblem(str(path), f"no function {function!r}", "a function that returns a RunConfig", fix)]
+                [ConfigProblem(str(path), f"no function {function!r}", f"a function that returns {result}", fix)]
             )
-        _check_base(f"{path}:{function}", make, base)
-        run = make(Path(base)) if base else make()
+        return call(make)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"the recipe {path} raised {_place(error, path)}") from error
+        raise UserError(f"the {file} {path} raised {_place(error, path)}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
-    if not isinstance(run, RunConfig):
-        raise ConfigError(
-            [ConfigProblem(f"{path}:{function}", f"a value of type {type(run).__name__}", "a RunConfig as its result")]
-        )
-    return run
 
 
 def _check_base(where: str, make: Callable[..., RunConfig], base: str) -> None:

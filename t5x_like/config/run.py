@@ -81,6 +81,11 @@ class EvaluationConfig:
     """Evaluate on held-out text at multiples of this step; None: only after the last step."""
     num_batches: PositiveInt = 8
     """Number of held-out batches per objective, and for the bits per byte of the prefix-LM loss."""
+    continuation: tuple[PositiveInt, PositiveInt] | None = None
+    """Numbers of raw tokens of the held-out text that are given and that are scored after them, in windows that are the
+    same for runs of every architecture and row length; None: no such score. `compare` and studies pair the windows."""
+    continuation_windows: PositiveInt = 256
+    """Largest number of these windows, a sample of the whole split."""
     tasks: tuple[EvaluationTask, ...] = ()
     """seqio Tasks and Mixtures whose metric functions also score the model. They import TensorFlow."""
     early_stopping: EarlyStopping | None = None

@@ -23,6 +23,8 @@ from t5x_like.evaluation.bootstrap import interval
 from t5x_like.evaluation.per_example_loss import HELD_OUT, held_out_draws
 from t5x_like.evaluation.results_store import (
     BITS_BOUND,
+    BITS_OF_CONTINUATION,
+    CONTINUATION,
     DETAILS,
     DIFFUSION_BOUND,
     SAMPLES,
@@ -52,6 +54,7 @@ class EvaluatedCheckpoint:
       held_out: Identity of the held-out text of each corpus; see `heldout_loss.evaluate_held_out`.
       samples: Decoded samples, if the checkpoint is the newest evaluated one.
       answers: Rows of each Task.
+      bounds: Names of the metrics that are upper bounds of what they are for other models.
     """
 
     name: str
@@ -64,6 +67,7 @@ class EvaluatedCheckpoint:
     held_out: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, str]]
     answers: Mapping[str, Sequence[Mapping[str, Any]]]
+    bounds: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,8 @@ class MetricCell:
       difference: Value minus the first checkpoint's.
       difference_interval: Bootstrap interval of the difference.
       paired: The interval of the difference is that of the paired bootstrap.
-      verdict: "better" or "worse"; "" where the interval of the difference contains 0 or there is none.
+      verdict: "better" or "worse"; "" where the interval of the difference contains 0, where the two were not scored on
+        the same examples, and where a bound leaves it open.
       other_text: The two were scored on different held-out text, so that a difference would have no meaning.
     """
 
@@ -139,6 +144,7 @@ def read_checkpoint(reference: CheckpointRef) -> EvaluatedCheckpoint:
         held_out=evaluations[step].get("held_out", []),
         samples=[sample for sample in samples if isinstance(sample, dict)] if newest else [],
         answers=answers,
+        bounds=frozenset([BITS_OF_CONTINUATION] if evaluations[step].get(CONTINUATION, {}).get("is_bound") else []),
     )
 
 
@@ -177,8 +183,12 @@ def _cell(name: str, first: EvaluatedCheckpoint, checkpoint: EvaluatedCheckpoint
     differences = draws[:count] - (first_draws[:count] if paired else first_draws[:count][::-1])
     difference_interval = interval(differences)
     verdict = ""
-    if difference_interval is not None and (difference_interval[0] > 0 or difference_interval[1] < 0):
+    if paired and difference_interval is not None and (difference_interval[0] > 0 or difference_interval[1] < 0):
         verdict = "better" if (difference_interval[1] < 0) == lower_is_better(name) else "worse"
+    bounds = [name in one.bounds for one in (first, checkpoint)]
+    # An upper bound below an exact value is a verdict; one above it leaves open where the exact value is.
+    if (verdict == "better" and bounds == [True, False]) or (verdict == "worse" and bounds == [False, True]):
+        verdict = ""
     return MetricCell(value, value_interval, value - base, difference_interval, paired, verdict)
 
 
@@ -282,9 +292,10 @@ def _text(value: Any) -> str:
 
 
 def _digests(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Any]:
-    of_text = {"bits_per_byte": "prefix_lm", BITS_BOUND: DIFFUSION_BOUND}.get(metric.rpartition("/")[2])
+    names = {"bits_per_byte": "prefix_lm", BITS_BOUND: DIFFUSION_BOUND, BITS_OF_CONTINUATION: CONTINUATION}
+    of_text = names.get(metric.rpartition("/")[2])
     matches: Callable[[str], bool] = (
-        (lambda name: f"loss/{name}" == metric)
+        (lambda name: metric in (f"loss/{name}", f"accuracy/{name}"))
         if of_text is None
         else (lambda name: name.rpartition("/")[2] == of_text)
     )

@@ -8,7 +8,14 @@ from typing import Any
 
 from rich.table import Table
 
-from t5x_like.evaluation.results_store import BITS_BOUND, DIFFUSION_BOUND, Result, scalars
+from t5x_like.evaluation.results_store import (
+    BITS_BOUND,
+    BITS_OF_CONTINUATION,
+    CONTINUATION,
+    DIFFUSION_BOUND,
+    Result,
+    scalars,
+)
 
 _SHOWN = ("loss", "perplexity", "accuracy", "tokens")
 
@@ -45,6 +52,8 @@ def _held_out(result: Result) -> list[Table]:
     shown = [objectives, model_metrics] if model_metrics.row_count else [objectives]
     bound = result.get(DIFFUSION_BOUND)
     scores = bound or result["prefix_lm"]
+    if CONTINUATION in result:
+        shown.append(_continuation(result))
     if scores is None:
         return shown
     bits = Table(title=f"bits per byte of the same {scores['bytes']:,} bytes")
@@ -64,6 +73,17 @@ def _held_out(result: Result) -> list[Table]:
     for key, name in names.items():
         bits.add_row(name, f"{result['baselines'][key]:.3f}")
     return [*shown, bits]
+
+
+def _continuation(result: Result) -> Table:
+    scores = result[CONTINUATION]
+    table = Table(title=f"bits per byte of {scores['scored']:,} tokens after {scores['given']:,} given ones")
+    for name in ("model", "bits", "windows", "digest of the windows"):
+        table.add_column(name, justify="right" if name in ("bits", "windows") else "left")
+    bits = _with_interval(scores["bits_per_byte"], result, BITS_OF_CONTINUATION, digits=3)
+    of_model = "this model: upper bound" if scores["is_bound"] else "this model"
+    table.add_row(of_model, bits, f"{scores['windows']:,}", scores["digest"])
+    return table
 
 
 def _tasks(result: Result) -> Table:

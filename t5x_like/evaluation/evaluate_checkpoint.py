@@ -37,6 +37,8 @@ class EvalSpec:
       tasks: seqio Tasks to evaluate.
       intervals: Keep the loss of each row and the draws of each metric, for intervals and comparison. This about
         doubles the work.
+      continuation: Numbers of given and scored tokens of windows that models of every architecture share; None: those
+        of the run's configuration.
     """
 
     held_out: bool = True
@@ -44,6 +46,7 @@ class EvalSpec:
     num_batches: int | None = None
     tasks: tuple[EvaluationTask, ...] = ()
     intervals: bool = False
+    continuation: tuple[int, int] | None = None
 
     @property
     def task_sets(self) -> tuple[str, ...]:
@@ -81,9 +84,19 @@ def score(
     result: Result = {"step": step}
     batches = spec.num_batches or program.run.evaluation.num_batches
     if spec.held_out:
-        result = evaluate_held_out(program, params, stores, step=step, num_batches=batches, split=spec.split)
+        result = evaluate_held_out(
+            program,
+            params,
+            stores,
+            step=step,
+            num_batches=batches,
+            split=spec.split,
+            continuation=spec.continuation,
+        )
         if spec.intervals and stores:
-            rows = held_out_rows(program, params, stores, num_batches=batches, split=spec.split)
+            rows = held_out_rows(
+                program, params, stores, num_batches=batches, split=spec.split, continuation=spec.continuation
+            )
             result["intervals"] = held_out_intervals(rows)
             if folder is not None and jax.process_index() == 0:
                 folder.mkdir(parents=True, exist_ok=True)

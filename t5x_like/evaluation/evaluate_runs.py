@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 from t5x_like import run_directory
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef, missing_step
 from t5x_like.config import RunConfig
+from t5x_like.config.continuation import continuation_problems
 from t5x_like.data.store.token_store import Store
 from t5x_like.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, ConfigProblem, DataError
 from t5x_like.evaluation import checkpoint_watcher, console_tables, results_store
@@ -169,7 +171,12 @@ def _make_spec(options: EvalOptions, loaded: LoadedModel) -> EvalSpec:
     if not has_text and not tasks:
         fix = "name the data by --data RECIPE, or a seqio Task by --task"
         raise ConfigError([ConfigProblem(str(loaded.path), "nothing to evaluate", "held-out text or a Task", fix)])
-    return EvalSpec(has_text, options.split, options.num_batches, tasks, options.intervals)
+    if options.continuation is not None and has_text:
+        evaluation = dataclasses.replace(loaded.run.evaluation, continuation=options.continuation)
+        problems = [*continuation_problems(dataclasses.replace(loaded.run, evaluation=evaluation))]
+        if problems:
+            raise ConfigError(problems)
+    return EvalSpec(has_text, options.split, options.num_batches, tasks, options.intervals, options.continuation)
 
 
 def _select_steps(

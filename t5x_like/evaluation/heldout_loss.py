@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from t5x_like.config import RunConfig
+from t5x_like.config.continuation import has_bound
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream import heldout
+from t5x_like.data.stream.continuation import continuation_batches
 from t5x_like.distributed.coordination import compile_on_all
 from t5x_like.evaluation import compression_baselines
-from t5x_like.evaluation.per_example_loss import PREFIX_LM, row_losses, window_bounds
-from t5x_like.evaluation.results_store import DIFFUSION_BOUND
-from t5x_like.evaluation.task_head_metrics import head_scores
+from t5x_like.evaluation.per_example_loss import PREFIX_LM, row_losses, window_losses
+from t5x_like.evaluation.results_store import CONTINUATION, DIFFUSION_BOUND
+from t5x_like.evaluation.task_head_metrics import head_rows, head_scores
 from t5x_like.monitoring.metrics import WeightedMean, add, compute
 from t5x_like.program import Program
 from t5x_like.sharding.batch_placement import on_host
@@ -23,7 +27,14 @@ from t5x_like.utils.type_aliases import Features, IntArray, PyTree
 
 
 def evaluate_held_out(
-    program: Program, params: PyTree, stores: Sequence[Store], *, step: int, num_batches: int, split: str = "validation"
+    program: Program,
+    params: PyTree,
+    stores: Sequence[Store],
+    *,
+    step: int,
+    num_batches: int,
+    split: str = "validation",
+    continuation: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Score parameters on a split of the stores that is not trained on.
 
@@ -35,6 +46,8 @@ def evaluate_held_out(
       step: Step that the result records.
       num_batches: Number of held-out batches per objective and for the prefix LM; fewer if there is too little text.
       split: Split to score.
+      continuation: Given and scored tokens of the windows of the score "continuation"; None:
+        `evaluation.continuation` of the run.
 
     Returns:
       step: The step.
@@ -51,6 +64,10 @@ def evaluate_held_out(
       diffusion_bound: For these, the same by the bound of masked diffusion (`heldout.bound_batches`), an upper bound of
         the negative log-likelihood: loss_per_token, bits_per_byte, bytes. Present only if there is one. The bound is
         that of the generator in a model that has one.
+      continuation: For the windows of `evaluation.continuation`, with which models of all architectures can be
+        compared: loss_per_token, bits_per_byte and bytes of the scored tokens; given, scored, and the number of
+        windows; digest of all of them, equal for models that were scored on the same windows; is_bound, whether the
+        scores are the bound of masked diffusion. Present only if it is configured.
       baselines: Bits per byte of the same bytes by codes without knowledge of language. The unigram code uses the same
         tokens and the token frequencies of the training split. None without scores of text.
     """
@@ -92,12 +109,40 @@ def evaluate_held_out(
         result["baselines"] = _baselines(stores, np.concatenate([batch.tokens for batch in scored]), text)
     windows = [window for store in stores for window in heldout.bound_batches(store, data, rows, num_batches, split)]
     if text := b"".join(text for window in windows for text in window.texts):
-        bounds = window_bounds(program, params, windows)
+        bounds = window_losses(program, params, windows)
         loss = WeightedMean(sum(row["loss"] for row in bounds), sum(row["tokens"] for row in bounds))
         result[DIFFUSION_BOUND] = _text_scores(loss, len(text))
         tokens = np.concatenate([window.tokens_NxT.ravel() for window in windows])
         result["baselines"] = _baselines(stores, tokens, text)
+    continuation = continuation or program.run.evaluation.continuation
+    continued = [row for store in stores for row in _continuation_rows(program, params, store, split, continuation)]
+    if continuation is not None and continued:
+        result[CONTINUATION] = _continuation_scores(program.run, continued, *continuation)
     return result
+
+
+def _continuation_rows(
+    program: Program, params: PyTree, store: Store, split: str, continuation: tuple[int, int] | None
+) -> list[dict[str, Any]]:
+    """Return the losses of the windows of a continuation; none if it is None, or for a corpus of pairs."""
+    if continuation is None or store.sequences_per_document > 1:
+        return []
+    rows, windows = program.run.training.global_batch_size, program.run.evaluation.continuation_windows
+    batches = continuation_batches(store, program.run.data, rows, *continuation, windows, split)
+    return window_losses(program, params, batches)
+
+
+def _continuation_scores(run: RunConfig, rows: Sequence[Mapping[str, Any]], given: int, scored: int) -> dict[str, Any]:
+    loss = WeightedMean(sum(row["loss"] for row in rows), sum(row["tokens"] for row in rows))
+    digest = hashlib.sha256(" ".join(str(row["digest"]) for row in rows).encode()).hexdigest()[:16]
+    return {
+        **_text_scores(loss, sum(row["bytes"] for row in rows)),
+        "given": given,
+        "scored": scored,
+        "windows": len(rows),
+        "digest": digest,
+        "is_bound": has_bound(run.data),
+    }
 
 
 def _text_scores(loss: WeightedMean, num_bytes: int) -> dict[str, float]:
@@ -149,15 +194,23 @@ def bits_per_byte(loss: WeightedMean, num_bytes: int) -> float:
 
 
 def held_out_rows(
-    program: Program, params: PyTree, stores: Sequence[Store], *, num_batches: int, split: str = "validation"
+    program: Program,
+    params: PyTree,
+    stores: Sequence[Store],
+    *,
+    num_batches: int,
+    split: str = "validation",
+    continuation: tuple[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the rows that the losses of `evaluate_held_out` are computed from.
 
     Each row has its objective, its index, and the entries of `row_losses`. The windows whose first half is given have
-    the objective "prefix_lm", or "diffusion_bound" where they are scored by that bound. Task heads and preference
-    pairs, which score no single tokens, and Tasks that are read live have no rows.
+    the objective "prefix_lm", or "diffusion_bound" where they are scored by that bound; those of
+    `evaluation.continuation` have "continuation". Texts with the labels of a head have those of `head_rows`. Other
+    task heads and preference pairs, which score no single tokens, and Tasks that are read live have no rows.
     """
     data, rows = program.run.data, program.run.training.global_batch_size
+    continuation = continuation or program.run.evaluation.continuation
     result: list[dict[str, Any]] = []
     for share, store in zip(data.sources, stores, strict=True):
         batches = {
@@ -172,9 +225,16 @@ def held_out_rows(
         for name, objective_batches in batches.items():
             losses = row_losses(program, params, objective_batches, store.tokenizer)
             result += [{"objective": name, "row": number, **row} for number, row in enumerate(losses)]
-        bounds = window_bounds(program, params, heldout.bound_batches(store, data, rows, num_batches, split))
-        name = f"{share.name}/{DIFFUSION_BOUND}" if len(stores) > 1 else DIFFUSION_BOUND
-        result += [{"objective": name, "row": number, **row} for number, row in enumerate(bounds)]
+        if data.labelled is not None:
+            labelled = heldout.objective_batches(store, data, share, rows, data.labelled, num_batches, split)
+            found = head_rows(program, params, labelled, store)
+            name = f"{share.name}/{data.labelled.name}" if len(stores) > 1 else data.labelled.name
+            result += [{"objective": name, "row": number, **row} for number, row in enumerate(found)]
+        bounds = window_losses(program, params, heldout.bound_batches(store, data, rows, num_batches, split))
+        continued = _continuation_rows(program, params, store, split, continuation)
+        for name, losses in {DIFFUSION_BOUND: bounds, CONTINUATION: continued}.items():
+            full_name = f"{share.name}/{name}" if len(stores) > 1 else name
+            result += [{"objective": full_name, "row": number, **row} for number, row in enumerate(losses)]
     return result
 
 

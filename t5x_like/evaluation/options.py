@@ -20,6 +20,8 @@ class EvalOptions:
       intervals: Compute bootstrap intervals.
       only_new: Evaluate only steps that evaluations.jsonl does not contain.
       all_steps: Evaluate all steps.
+      continuation: Numbers of given and scored tokens of windows that models of every architecture share; None: those
+        of each run's configuration.
     """
 
     num_batches: int | None = None
@@ -30,3 +32,4 @@ class EvalOptions:
     intervals: bool = True
     only_new: bool = False
     all_steps: bool = False
+    continuation: tuple[int, int] | None = None

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_like.data.stream.heldout import BoundBatches
+from t5x_like.data.stream.heldout import WindowBatches
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.distributed.coordination import compile_on_all
 from t5x_like.evaluation import bootstrap
-from t5x_like.evaluation.results_store import BITS_BOUND, DIFFUSION_BOUND
+from t5x_like.evaluation.results_store import BITS_BOUND, BITS_OF_CONTINUATION, CONTINUATION, DIFFUSION_BOUND
 from t5x_like.kernels.cross_entropy import cross_entropy
 from t5x_like.program import Program
 from t5x_like.training.losses import targets_and_weights
@@ -57,12 +57,12 @@ def row_losses(
     return rows
 
 
-def window_bounds(program: Program, params: PyTree, windows: Iterable[BoundBatches]) -> list[dict[str, Any]]:
-    """Return upper bounds of the negative log-likelihood of held-out windows, in order.
+def window_losses(program: Program, params: PyTree, windows: Iterable[WindowBatches]) -> list[dict[str, Any]]:
+    """Return the negative log-likelihoods of the scored tokens of held-out windows, in order.
 
     Returns:
-      For each window: `loss` (an unbiased estimate of the bound, in nats), `tokens`, and `bytes` and `digest` of the
-      text of the scored half.
+      For each window: `loss` (in nats; where several batches score it, an unbiased estimate of an upper bound),
+      `window` (its number in the split), `tokens`, the `bytes` of the scored text, and `digest` of the whole window.
     """
     rows: list[dict[str, Any]] = []
     for window in windows:
@@ -75,8 +75,11 @@ def window_bounds(program: Program, params: PyTree, windows: Iterable[BoundBatch
             losses_R = losses_R + sums_R if losses_R.size else sums_R.astype(np.float64)
         tokens = float(window.tokens_NxT.shape[1])
         # Rows that only complete a batch come last and have no text.
-        for loss, text in zip(losses_R, window.texts, strict=False):
-            rows.append({"loss": float(loss), "tokens": tokens, "bytes": len(text), "digest": _digest(text)})
+        for loss, number, text, digest in zip(
+            losses_R, window.window_N.tolist(), window.texts, window.digests, strict=False
+        ):
+            sizes = {"tokens": tokens, "bytes": len(text)}
+            rows.append({"window": number, "loss": float(loss), **sizes, "digest": digest})
     return rows
 
 
@@ -103,8 +106,9 @@ def held_out_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def held_out_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, FloatArray]:
-    """Return the loss of each objective ("loss/NAME") and the bits per byte ("bits_per_byte", or "bits_per_byte_bound")
-    on each bootstrap draw of the rows: [draws].
+    """Return the loss of each objective ("loss/NAME"; of labels also "accuracy/NAME") and the bits per byte
+    ("bits_per_byte", or "bits_per_byte_bound", and "continuation_bits_per_byte") on each bootstrap draw of the rows:
+    [draws].
 
     Args:
       rows: Output of `row_losses`, with the name of the `objective` of each row.
@@ -119,6 +123,11 @@ def held_out_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, FloatArray]:
             draws[name.replace(PREFIX_LM, "bits_per_byte")] = bootstrap.ratio_draws(sums, sizes) / math.log(2)
         elif name.rpartition("/")[2] == DIFFUSION_BOUND:
             draws[name.replace(DIFFUSION_BOUND, BITS_BOUND)] = bootstrap.ratio_draws(sums, sizes) / math.log(2)
+        elif name.rpartition("/")[2] == CONTINUATION:
+            draws[name.replace(CONTINUATION, BITS_OF_CONTINUATION)] = bootstrap.ratio_draws(sums, sizes) / math.log(2)
         else:
             draws[f"loss/{name}"] = bootstrap.ratio_draws(sums, tokens)
+            if all("correct" in row for row in some):
+                correct = np.array([float(row["correct"]) for row in some])
+                draws[f"accuracy/{name}"] = bootstrap.ratio_draws(correct, tokens)
     return draws

@@ -37,6 +37,10 @@ DIFFUSION_BOUND = "diffusion_bound"
 """Name of the scores of text by the bound of masked diffusion, and of the rows of which they are the mean."""
 BITS_BOUND = "bits_per_byte_bound"
 """Name of the bits per byte of that bound. It is not that of exact bits per byte, so that no verdict compares them."""
+CONTINUATION = "continuation"
+"""Name of the scores of the windows of `evaluation.continuation`, and of the rows of which they are the mean."""
+BITS_OF_CONTINUATION = "continuation_bits_per_byte"
+"""Name of their bits per byte, which are an upper bound for models that predict tokens in place."""
 _LOG = logging.getLogger(__name__)
 
 LOCK_SECONDS = 600.0
@@ -148,6 +152,8 @@ def numbers(result: Mapping[str, Any]) -> dict[str, float]:
         values["bits_per_byte"] = result["prefix_lm"]["bits_per_byte"]
     if result.get(DIFFUSION_BOUND):
         values[BITS_BOUND] = result[DIFFUSION_BOUND]["bits_per_byte"]
+    if result.get(CONTINUATION):
+        values[BITS_OF_CONTINUATION] = result[CONTINUATION]["bits_per_byte"]
     for name, scores in result.get("tasks", {}).items():
         values |= {f"{name}/{metric}": value for metric, value in scores.items() if metric != "examples"}
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}

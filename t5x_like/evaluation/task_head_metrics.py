@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, assert_never, cast
 
@@ -60,6 +61,45 @@ def head_scores(program: Program, params: PyTree, batches: Iterable[Mapping[str,
             return regression_scores(np.concatenate(true).astype(np.float64), predicted.astype(np.float64))
         case unknown:
             assert_never(unknown)
+
+
+def head_rows(
+    program: Program, params: PyTree, batches: Iterable[Mapping[str, Features]], store: Store
+) -> list[dict[str, Any]]:
+    """Return the results of a head that predicts classes for each text, in order; none for other heads.
+
+    Returns:
+      For each text: `loss` (summed over its labels, in nats), `tokens` (their number), `correct` (how many are
+      predicted), and `digest` of the text and its labels, which is the same for models of other architectures unless
+      their rows cut the text.
+    """
+    head = program.run.model.task_head
+    if head is None or head.kind not in ("classification", "token_classification"):
+        return []
+    stack, vocabulary, rows = program.run.data.target_stack, store.vocabulary, []
+    special = (vocabulary.pad_id, vocabulary.start_id, vocabulary.eos_id)
+    for batch in batches:
+        features = batch["main"]
+        scores = _scored(program, params, features).astype(np.float64)
+        log_probs = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
+        for row in range(len(scores)):
+            scored = features["label_weights"][row] > 0
+            if not scored.any():
+                continue
+            labels = np.atleast_1d(features["labels"][row][scored])
+            found = log_probs[row][scored].reshape(len(labels), -1)
+            tokens = features[f"{stack}_input_tokens"][row]
+            text = f"{tokens[~np.isin(tokens, special)].tolist()} {labels.tolist()}"
+            rows.append(
+                {
+                    "loss": float(-found[np.arange(len(labels)), labels].sum()),
+                    "tokens": float(len(labels)),
+                    "bytes": 0,
+                    "correct": int((found.argmax(axis=-1) == labels).sum()),
+                    "digest": hashlib.sha256(text.encode()).hexdigest()[:16],
+                }
+            )
+    return rows
 
 
 def _predictions(head: TaskHeadConfig, scores: npt.NDArray[Any], *, rows: int) -> npt.NDArray[Any]:

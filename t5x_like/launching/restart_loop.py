@@ -108,13 +108,13 @@ class Supervisor:
 
     def run(self) -> int:
         """Run the command and return the exit code of its last run; 128 + N for signal N."""
-        with forwarded_signals(self._stop):
+        with forwarded_signals(self.stop):
             code = self._loop.run(self._once)
         _report(f"exit code {code}")
         return code
 
     def _once(self) -> int:
-        # In its own session, Ctrl-C reaches the command only through `_stop`, and not a second time from the terminal.
+        # In its own session, Ctrl-C reaches the command only through `stop`, and not a second time from the terminal.
         self._child = subprocess.Popen(self._command, start_new_session=True)
         if self._loop.is_stopped:
             self._child.terminate()
@@ -148,7 +148,7 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
 
-    def _stop(self, number: int) -> None:
+    def stop(self, number: int) -> None:
         self._loop.stop()
         if self._child is not None:
             self._child.send_signal(number)

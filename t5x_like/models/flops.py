@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from t5x_like.config.batch_spec import REJECTED, ArraySpec
 from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
@@ -33,26 +33,33 @@ def _mlp_kernels(stack: StackConfig) -> int:
     return (3 if stack.mlp_gated else 2) * stack.d_model * stack.d_ff
 
 
-def forward_flops(config: ModelConfig, features: Mapping[str, ArraySpec]) -> int:
+def forward_flops(
+    config: ModelConfig, features: Mapping[str, ArraySpec], *, prefixes: Sequence[tuple[int, float]] = ()
+) -> int:
     """Return the FLOPs of one forward pass over a sub-batch of these shapes: the sum of `forward_flops_by_part`."""
-    return sum(forward_flops_by_part(config, features).values())
+    return sum(forward_flops_by_part(config, features, prefixes=prefixes).values())
 
 
 def forward_flops_by_part(
-    config: ModelConfig, features: Mapping[str, ArraySpec], *, all_pairs: bool = False
+    config: ModelConfig,
+    features: Mapping[str, ArraySpec],
+    *,
+    all_pairs: bool = False,
+    prefixes: Sequence[tuple[int, float]] = (),
 ) -> dict[str, int]:
     """Return the FLOPs of matrix products (2 per multiply-add) in one forward pass over a sub-batch of these shapes.
 
     Every token position counts, including padding, in all stacks and in the head; training costs three times as much.
     Causal attention counts the visible pairs, N (N + 1) / 2 per row, and local layers the pairs within their window.
-    The pairs that a bidirectional prefix adds depend on the data and are left out. In a mixture of experts, the experts
-    that a token is routed to and the shared ones count. The formulas follow the encoder-decoder of
-    Raffel et al. 2020, with the keys and values of cross-attention counted on the source.
+    In a mixture of experts, the experts that a token is routed to and the shared ones count. The formulas follow the
+    encoder-decoder of Raffel et al. 2020, with the keys and values of cross-attention counted on the source.
 
     Args:
       config: Model.
       features: Shapes of a sub-batch.
       all_pairs: Count all pairs of a query and a key, visible or not, as a backend with materialized scores does.
+      prefixes: Lengths of the parts of a decoder's row that attend in both directions, with the mean number of each
+        length in a row: the pairs that they add are counted.
 
     Returns:
       FLOPs by part. For each stack (encoder, decoder, generator) that exists: "<stack> projections" of attention,
@@ -67,7 +74,11 @@ def forward_flops_by_part(
     parts: dict[str, int] = {}
     for name, stack in config.stacks.items():
         rows, length = source if name == "encoder" else target
-        parts |= _layers_flops(name, stack, config, rows, length, causal=name == "decoder", all_pairs=all_pairs)
+        causal = name == "decoder"
+        parts |= _layers_flops(name, stack, config, rows, length, causal=causal, all_pairs=all_pairs)
+        if causal and prefixes and not all_pairs:
+            pairs = sum(_prefix_pairs(stack, kind, prefixes) for kind in stack.layer_kinds)
+            parts[f"{name} scores"] += round(4 * stack.num_heads * stack.head_dim * rows * pairs)
     if config.decoder is not None and config.encoder is not None:
         parts |= _cross_flops(config.decoder, config.encoder.d_model, target[0], source[1], target[1])
     output = next(reversed(config.stacks.values()))
@@ -126,6 +137,15 @@ def _layers_flops(
     }
     embedding = 2 * tokens * _projection(stack, config)
     return {**parts, f"{name} embedding": embedding} if embedding else parts
+
+
+def _prefix_pairs(stack: StackConfig, kind: LayerKind, prefixes: Sequence[tuple[int, float]]) -> float:
+    """Return the mean number of pairs in a row of which the key is to the right of the query, in the same prefix."""
+    return sum(
+        share * (_pairs(stack, kind, length, causal=False) - _pairs(stack, kind, length, causal=True))
+        for length, share in prefixes
+        if length > 1
+    )
 
 
 def _pairs(stack: StackConfig, kind: LayerKind, length: int, *, causal: bool) -> int:

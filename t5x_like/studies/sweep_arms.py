@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -11,30 +12,19 @@ from collections.abc import Callable, Sequence
 from t5x_like.config import RunConfig
 from t5x_like.config.overrides import apply_overrides
 from t5x_like.errors import ConfigError, ConfigProblem
+from t5x_like.studies.study import Arm
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One run of a sweep.
-
-    Attributes:
-      name: Name of the run and of its directory: the swept fields with their values.
-      overrides: Overrides of the recipe, with the run's name.
-      run: The configuration.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    run: RunConfig
-
-
-def sweep_arms(run: RunConfig, arguments: Sequence[str], configure: Callable[[Sequence[str]], RunConfig]) -> list[Arm]:
+def sweep_arms(
+    run: RunConfig, recipe: str, arguments: Sequence[str], configure: Callable[[Sequence[str]], RunConfig]
+) -> tuple[Arm, ...]:
     """Return the arms: the product of the values of all options that have several.
 
     An option whose words are together one value, as the files of a corpus, belongs to every arm.
 
     Args:
       run: The recipe's run.
+      recipe: RECIPE as the user named it.
       arguments: Overrides as of `train`, with several values for the fields that are swept.
       configure: Returns the validated run of the recipe with overrides.
 
@@ -59,9 +49,10 @@ def sweep_arms(run: RunConfig, arguments: Sequence[str], configure: Callable[[Se
     for chosen in itertools.product(*(values for _, values in axes)):
         name = "-".join(f"{field}_{_plain(value)}" for field, value in zip(names, chosen, strict=True))
         swept = [word for (option, _), value in zip(axes, chosen, strict=True) for word in (option, value)]
-        overrides = [*fixed, *swept, "--name", name]
-        arms.append(Arm(name, tuple(overrides), configure(overrides)))
-    return arms
+        overrides = [*fixed, *swept]
+        named = dataclasses.replace(configure(overrides), name=name)
+        arms.append(Arm(name, named, (recipe, *overrides)))
+    return tuple(arms)
 
 
 def _options(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -94,5 +85,9 @@ def _field_names(options: Sequence[str]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Return a value in the letters that the name of a run may have."""
-    return re.sub(r"[^\w.-]+", "_", text)
+    """Return a value in the letters that the name of a run may have, and different values as different texts.
+
+    A value with other letters ends in its digest: without it, `a/b` and `a b` would have the directory of one run.
+    """
+    plain = re.sub(r"[^\w.-]+", "_", text)
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"

@@ -28,7 +28,7 @@ NOT_EXECUTED = {
     "docs/planning.md: Planning": "a form with placeholders",
     "docs/planning.md: From plan to run": "a form with placeholders",
     "docs/evaluation.md: lm-evaluation-harness": "needs the extra harness: tests/integration/test_harness.py",
-    "docs/evaluation.md: Sweeps": "trains six runs: tests/integration/test_sweep.py",
+    "docs/studies.md: Sweeps": "trains nine runs: tests/integration/test_sweep.py",
     "docs/prepare.md: Apache Beam": "needs the extra beam and a cluster: tests/integration/test_prepare_beam.py",
     "docs/migrate-t5x.md: Checkpoints": "needs a T5X checkpoint: tests/unit/interop/test_t5x.py",
     "docs/quoted-numbers.md: Numbers people quote": "prints the page itself: tests/unit/planning/test_account.py",

@@ -174,6 +174,12 @@ REPLACEMENTS = {
     "docs/sharding.md": {"train smoke ": "train smoke:decoder ", "auto True": "auto True --workdir runs/auto"},
     "docs/seqio.md": {"num_train_steps=20": "num_train_steps=2"},
     "docs/evaluation.md": {"smoke:500": "smoke:2", "1500": "4"},
+    "docs/studies.md": {
+        'Budget("steps", 60)': 'Budget("steps", 4)',
+        "every_steps=20": "every_steps=2",
+        "seeds=(0, 1, 2)": "seeds=(0,)",
+        "--seeds 0 1 2 3": "--seeds 0 1",
+    },
     "docs/encoders.md": {
         "num_train_steps=150": "num_train_steps=4",
         "warmup_steps=20": "warmup_steps=2",

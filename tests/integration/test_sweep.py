@@ -13,7 +13,7 @@ from t5x_like.config import CausalLM, CompilationCacheConfig
 from t5x_like.config.serialization import to_json
 from t5x_like.data.store.prepare import prepare
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
-from t5x_like.studies import sweep
+from t5x_like.studies import runs
 
 pytestmark = pytest.mark.slow
 RATE = "--training.schedule.learning-rate"
@@ -28,7 +28,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         found.append(list(arguments))
         return main(arguments)
 
-    monkeypatch.setattr(sweep, "_run", run)
+    monkeypatch.setattr(runs, "run_command", run)
     return found
 
 
@@ -54,19 +54,20 @@ def test_a_sweep_orders_its_arms_and_adds_only_new_ones(
     words = ["sweep", recipe, "--workdir", str(workdir), RATE, "1e-6", "0.01"]
     assert main([*words, "--plan"]) == EXIT_OK
     assert commands == [] and not workdir.exists()
-    assert capsys.readouterr().out.count("30 steps") == 2
+    assert "2 runs of 2 arms" in capsys.readouterr().out
     assert main(words) == EXIT_OK
     out = capsys.readouterr().out
     assert "best: learning-rate_0.01, bits_per_byte" in out
     # A model that has not moved is far behind: no seed or text decides it.
     assert "not significantly worse" not in out and "worse" in out
     assert [command[0] for command in commands] == ["train", "train", "eval"]
-    page = (workdir / "comparison.html").read_text()
+    page = (workdir / "study.html").read_text()
     assert "learning-rate_0.01" in page and "learning-rate_1e-6" in page
     commands.clear()
     assert main([*words, "--metric", "loss/S"]) == EXIT_USAGE
     assert "loss/S, which not all arms have, expected one of loss/text" in capsys.readouterr().err
-    assert [command[0] for command in commands] == ["train", "train"]
+    # What is finished is recognized by its files.
+    assert commands == []
     saved = (workdir / "learning-rate_0.01/checkpoints").stat().st_mtime_ns
     commands.clear()
     assert main([*words, "0.003"]) == EXIT_OK
@@ -79,7 +80,7 @@ def test_a_sweep_ends_with_the_exit_code_of_an_arm(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = iter([EXIT_OK, EXIT_RESUMABLE])
-    monkeypatch.setattr(sweep, "_run", lambda arguments: next(codes))
+    monkeypatch.setattr(runs, "run_command", lambda arguments: next(codes))
     words = ["sweep", recipe, "--workdir", str(tmp_path / "sweep"), RATE, "0.1", "0.2", "0.3"]
     assert main(words) == EXIT_RESUMABLE
     with pytest.raises(StopIteration):

@@ -106,7 +106,12 @@ def test_a_bounded_call_is_not_found(call: str) -> None:
 
 def test_a_command_that_waits_for_runs_has_no_limit_of_its_own() -> None:
     """A run may train for days without a word to the process that started it."""
-    for words in (["train", "smoke"], ["sweep", "smoke"], ["launch", "local", "smoke", "-n", "2"]):
+    for words in (
+        ["train", "smoke"],
+        ["sweep", "smoke"],
+        ["study", "exposure"],
+        ["launch", "local", "smoke", "-n", "2"],
+    ):
         assert "stall_timeout" not in parse(words)[0]
     assert "stall_timeout" in parse(["prepare", "smoke"])[0]
 

@@ -99,6 +99,19 @@ class ObjectiveConfig(abc.ABC):
     def expected_loss_tokens(self, raw_length: int) -> float:
         """Return the mean number of scored tokens of a window of `raw_length` raw tokens, with sentinels and EOS."""
 
+    def prefix_lengths(self, raw_length: int) -> tuple[tuple[int, float], ...]:
+        """Return the numbers of positions of a window that attend in both directions in layout prefix_lm, and how
+        likely each of them is.
+
+        These are the inputs and the position that reads the last of them, or the whole window if it is predicted in
+        place. Where the number of inputs is random, this is the longest one, unless the objective knows better.
+        """
+        if not self.has_inputs:
+            return ()
+        if self.predicts_in_place:
+            return ((raw_length, 1.0),)
+        return ((self.longest_example(raw_length).inputs + 1, 1.0),)
+
     def problems(self, where: str) -> Iterator[ConfigProblem]:
         """Yield the problems that concern several fields; bounds of single fields are part of their types.
 

@@ -81,6 +81,12 @@ class PrefixLM(ObjectiveConfig):
     def sentinels_needed(self, raw_length: int) -> int:
         return 0
 
+    def prefix_lengths(self, raw_length: int) -> tuple[tuple[int, float], ...]:
+        fewest, most = self.target_range(raw_length)
+        # The mode token, the text before the cut, EOS, and the position that reads it.
+        longest = self.mode_tokens + raw_length + 2
+        return tuple((longest - targets, 1 / (most - fewest + 1)) for targets in range(fewest, most + 1))
+
     def expected_loss_tokens(self, raw_length: int) -> float:
         # The mean of a uniform integer, and EOS.
         return sum(self.target_range(raw_length)) / 2 + 1

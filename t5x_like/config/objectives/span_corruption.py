@@ -68,6 +68,12 @@ class SpanCorruption(ObjectiveConfig):
         inputs, targets = self.mode_tokens + raw_length - noise + spans + 1, noise + spans + 1
         return ExampleLengths(inputs, targets, inputs + targets)
 
+    def prefix_lengths(self, raw_length: int) -> tuple[tuple[int, float], ...]:
+        noise, spans = self.noise_counts(raw_length)
+        cut = 0.0 if self.t5_exact else expected_cuts(noise, spans, raw_length)
+        uncut = self.mode_tokens + raw_length - noise + spans + 2
+        return ((uncut, 1 - cut), (uncut + 1, cut))
+
     def sentinels_needed(self, raw_length: int) -> int:
         return self.max_spans(raw_length) if raw_length else 0
 

@@ -7,6 +7,7 @@ from typing import assert_never
 
 from t5x_like.config.batch_spec import row_shapes
 from t5x_like.config.bounds import Problems, at_least, bound_problems, without_repetition
+from t5x_like.config.continuation import continuation_problems
 from t5x_like.config.data import DataConfig
 from t5x_like.config.layouts import architecture_of, has_bidirectional_prefix, row_positions
 from t5x_like.config.model import ModelConfig
@@ -85,6 +86,8 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
     yield from sharding_problems(run.sharding)
     yield from inconsistent_checkpoints(run.checkpoints)
     yield from inconsistent_evaluation(run.evaluation)
+    if not any(path.startswith(("data.", "evaluation.")) for path in out_of_bounds):
+        yield from continuation_problems(run)
     yield from inconsistent_scores(run)
     yield from inconsistent_monitoring(run.monitoring)
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from t5x_like.config.bounds import Problems
+from t5x_like.config.continuation import has_bound
 from t5x_like.config.corpus import (
     RECORD_SUFFIXES,
     TABLE_SUFFIXES,
@@ -287,8 +288,9 @@ def _score_names(run: RunConfig) -> Iterator[str]:
         for objective in run.data.objectives_of(share):
             yield f"*/{share.name}/{objective.name}" if len(run.data.sources) > 1 else f"*/{objective.name}"
     if run.data.sources and run.data.labelled is None and run.data.preference is None:
-        in_place = all(objective.predicts_in_place for objective in run.data.objectives)
-        yield "bits_per_byte_bound" if in_place else "bits_per_byte"
+        yield "bits_per_byte_bound" if has_bound(run.data) else "bits_per_byte"
+        if run.evaluation.continuation is not None:
+            yield "continuation_bits_per_byte"
 
 
 def inconsistent_evaluation(evaluation: EvaluationConfig) -> Problems:

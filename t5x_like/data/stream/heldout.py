@@ -6,6 +6,7 @@ Windows do not overlap. Their order and their noise come from fixed keys, not fr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config.batch_spec import MAIN, RowShape, loss_weight_type, sub_batch_spec
+from t5x_like.config.continuation import continuing_objective, has_bound
 from t5x_like.config.data import CorpusShareConfig, DataConfig
-from t5x_like.config.objectives import CausalLM, MaskedDiffusion, Objective, PrefixLM
-from t5x_like.data.objectives.examples import Examples
+from t5x_like.config.objectives import MaskedDiffusion, Objective
+from t5x_like.data.objectives.examples import Examples, Tokens
 from t5x_like.data.objectives.masked_diffusion import mask_positions, masked_counts, random_masks
 from t5x_like.data.objectives.registry import denoise, implementation
 from t5x_like.data.store.token_store import Split, Store
@@ -52,19 +54,33 @@ class ScoredBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class BoundBatches:
-    """Batches that together score the second half of N windows by the bound of masked diffusion.
+class WindowBatches:
+    """Batches that together score the ends of N windows.
 
     Attributes:
-      batches: `BOUND_GRID` batches, with the same window in the same row. The loss of a row, summed over the batches,
-        estimates a bound of the negative log-likelihood of the second half of the window, given the first.
-      tokens_NxT: The second halves.
+      batches: Batches with the same window in the same row. The loss of a row, summed over the batches, is the negative
+        log-likelihood of the scored tokens, given the tokens before them (one batch), or estimates its bound by masked
+        diffusion (`BOUND_GRID` batches).
+      window_N: Number of each window in the split: its first token is at this multiple of the length of a window.
+      tokens_NxT: The scored tokens.
       texts: Exact bytes of each of them. An EOS between two documents is scored and has no bytes.
+      digests: Digest of each window, of the tokens that are given and of those that are scored.
     """
 
     batches: tuple[Batch, ...]
-    tokens_NxT: npt.NDArray[np.int32]
+    window_N: npt.NDArray[np.int64]
+    tokens_NxT: Tokens
     texts: tuple[bytes, ...]
+    digests: tuple[str, ...]
+
+    @staticmethod
+    def of(
+        batches: tuple[Batch, ...], store: Store, tokens_NxL: Tokens, window_N: npt.NDArray[np.int64], given: int
+    ) -> WindowBatches:
+        """Return the batches of windows whose first `given` tokens are given and whose others are scored."""
+        scored_NxT = tokens_NxL[:, given:]
+        texts = tuple(store.tokenizer.to_bytes(row) for row in scored_NxT.tolist())
+        return WindowBatches(batches, window_N, scored_NxT, texts, tuple(_digest(row, given) for row in tokens_NxL))
 
 
 def objective_batches(
@@ -101,12 +117,12 @@ def objective_batches(
     length = objective.raw_window_length(data.layout, data.inputs_length, data.targets_length)
     traits = store.traits_for((objective,))
     first = 0
-    for tokens_NxL, window_N in _windows(store.split(split), length, batch_size, num_batches):
+    for tokens_NxL, window_N in cut_windows(store.split(split), length, batch_size, num_batches):
         # By the rank of the window, so that the scored windows together are stratified.
         words_N = rng.stratified(rng.fold_in(_STRATUM, 0), np.arange(first, first + len(window_N)))
         first += len(window_N)
         examples = denoise(tokens_NxL, rng.fold_in(_NOISE, window_N), single, store.vocabulary, traits, words_N)
-        yield _batch(_features(examples, data, RowIds.of(store.vocabulary)), batch_size, number)
+        yield padded_batch(held_out_features(examples, data, RowIds.of(store.vocabulary)), batch_size, number)
 
 
 def _document_batches(
@@ -174,26 +190,16 @@ def prefix_lm_batches(
         return
     objective, index = _continuation(data)
     length = objective.raw_window_length(data.layout, data.inputs_length, data.targets_length)
-    for tokens_NxL, _ in _windows(store.split(split), length, batch_size, num_batches):
+    for tokens_NxL, _ in cut_windows(store.split(split), length, batch_size, num_batches):
         examples, num_given = implementation(objective).continuation(tokens_NxL, store.vocabulary)
-        features = _features(examples, data, RowIds.of(store.vocabulary))
+        features = held_out_features(examples, data, RowIds.of(store.vocabulary))
         scored = tokens_NxL[:, num_given:].astype(np.int32).ravel()
-        yield ScoredBatch(_batch(features, batch_size, index), scored, store.tokenizer.to_bytes(scored.tolist()))
-
-
-def has_bound(data: DataConfig) -> bool:
-    """Return whether held-out text is scored by the bound of masked diffusion, and not token after token.
-
-    That is an encoder's text, and that of a bidirectional stream whose objectives all predict tokens in place.
-    """
-    if data.seqio is not None or not data.objectives:
-        return False
-    return all(objective.predicts_in_place for objective in data.objectives)
+        yield ScoredBatch(padded_batch(features, batch_size, index), scored, store.tokenizer.to_bytes(scored.tolist()))
 
 
 def bound_batches(
     store: Store, data: DataConfig, batch_size: int, num_batches: int, split: str = "validation"
-) -> Iterator[BoundBatches]:
+) -> Iterator[WindowBatches]:
     """Yield batches of held-out windows whose first half is given and whose second half is scored by the bound.
 
     Windows and rows are as long as in training. Of the n tokens of the second half, k are masked and scored with the
@@ -205,30 +211,49 @@ def bound_batches(
     """
     if not has_bound(data) or store.sequences_per_document > 1:
         return
-    ids = RowIds.of(store.vocabulary)
     length = MaskedDiffusion().raw_window_length(data.layout, data.inputs_length, data.targets_length)
     first = 0
-    for tokens_NxL, window_N in _windows(store.split(split), length, batch_size, num_batches):
-        rows, width = tokens_NxL.shape
-        scored = width - width // 2
-        words_N = rng.stratified(rng.fold_in(_STRATUM, 1), np.arange(first, first + rows))
-        first += rows
-        batches, tokens = [], tokens_NxL.astype(np.int32)
-        for part in range(BOUND_GRID):
-            # (part + fraction) / BOUND_GRID of the range, in integers: the quotient of 64-bit words is exact.
-            count_N = masked_counts(words_N // np.uint64(BOUND_GRID) + np.uint64(part * (2**64 // BOUND_GRID)), scored)
-            keys_N = rng.fold_in(rng.fold_in(_NOISE, window_N), part)
-            masked_NxL = np.zeros((rows, width), np.bool_)
-            masked_NxL[:, width - scored :] = random_masks(keys_N, count_N, scored)
-            total_N = np.full(rows, scored / BOUND_GRID)
-            examples = mask_positions(tokens, masked_NxL, store.vocabulary, total_N)
-            features = convert(examples, data.layout, data.inputs_length, data.targets_length, ids)
-            if data.mask_document_borders:
-                features = with_document_borders(features, examples, data.layout, ids)
-            batches.append(_batch(features, batch_size, 0))
-        scored_NxT = tokens[:, width - scored :]
-        texts = tuple(store.tokenizer.to_bytes(row) for row in scored_NxT.tolist())
-        yield BoundBatches(tuple(batches), scored_NxT, texts)
+    for tokens_NxL, window_N in cut_windows(store.split(split), length, batch_size, num_batches):
+        scored = tokens_NxL.shape[1] - tokens_NxL.shape[1] // 2
+        batches = masked_batches(store, data, batch_size, tokens_NxL, window_N, scored=scored, first=first)
+        first += len(window_N)
+        yield WindowBatches.of(batches, store, tokens_NxL.astype(np.int32), window_N, tokens_NxL.shape[1] - scored)
+
+
+def masked_batches(
+    store: Store,
+    data: DataConfig,
+    batch_size: int,
+    tokens_NxL: Tokens,
+    window_N: npt.NDArray[np.int64],
+    *,
+    scored: int,
+    first: int,
+) -> tuple[Batch, ...]:
+    """Return `BOUND_GRID` batches of windows, whose last `scored` tokens are scored; see `bound_batches`.
+
+    Args:
+      window_N: Indices of the windows, which decide their masks.
+      scored: Number of tokens at the end of each window that can be masked.
+      first: Number of windows in the batches before these, over which the numbers of masked tokens are stratified.
+    """
+    rows, width = tokens_NxL.shape
+    words_N = rng.stratified(rng.fold_in(_STRATUM, 1), np.arange(first, first + rows))
+    ids, tokens = RowIds.of(store.vocabulary), tokens_NxL.astype(np.int32)
+    batches = []
+    for part in range(BOUND_GRID):
+        # (part + fraction) / BOUND_GRID of the range, in integers: the quotient of 64-bit words is exact.
+        count_N = masked_counts(words_N // np.uint64(BOUND_GRID) + np.uint64(part * (2**64 // BOUND_GRID)), scored)
+        keys_N = rng.fold_in(rng.fold_in(_NOISE, window_N), part)
+        masked_NxL = np.zeros((rows, width), np.bool_)
+        masked_NxL[:, width - scored :] = random_masks(keys_N, count_N, scored)
+        examples = mask_positions(tokens, masked_NxL, store.vocabulary, np.full(rows, scored / BOUND_GRID))
+        # The weights stay fractions, whatever their type in training.
+        features = convert(examples, data.layout, data.inputs_length, data.targets_length, ids)
+        if data.mask_document_borders:
+            features = with_document_borders(features, examples, data.layout, ids)
+        batches.append(padded_batch(features, batch_size, 0))
+    return tuple(batches)
 
 
 def _continuation(data: DataConfig) -> tuple[Objective, int]:
@@ -237,13 +262,10 @@ def _continuation(data: DataConfig) -> tuple[Objective, int]:
     if candidates:
         # The first format with the lowest rank: a prefix LM before a causal LM.
         return min(candidates, key=lambda candidate: implementation(candidate[0]).prompt_preference)
-    for index, objective in enumerate(data.objectives):
-        if not objective.has_inputs:
-            return CausalLM(), index
-    return PrefixLM(name="prefix_lm", min_target_fraction=0.5, max_target_fraction=0.5), 0
+    return continuing_objective(data)
 
 
-def _windows(
+def cut_windows(
     split: Split, length: int, batch_size: int, num_batches: int
 ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]]:
     """Yield (tokens [N, length], window indices [N]), with N at most `batch_size`.
@@ -251,8 +273,9 @@ def _windows(
     A split that is shorter than a window is one window with an even number of tokens. A split of fewer than two tokens
     has no window.
     """
-    # An even length, so that a continuation has as many given as scored tokens.
-    length = min(length, split.num_tokens // 2 * 2)
+    if split.num_tokens < length:
+        # An even length, so that a continuation has as many given as scored tokens.
+        length = split.num_tokens // 2 * 2
     if length < 2:
         return
     windows = split.num_tokens // length
@@ -265,7 +288,8 @@ def _windows(
         yield split.gather(window_N * length, length), window_N
 
 
-def _features(examples: Examples, data: DataConfig, ids: RowIds) -> Features:
+def held_out_features(examples: Examples, data: DataConfig, ids: RowIds) -> Features:
+    """Return the features of examples, one per row, with the types of training."""
     features = convert(examples, data.layout, data.inputs_length, data.targets_length, ids)
     # All batches have the types of training, so that the evaluation step is compiled once.
     weights = f"{data.target_stack}_loss_weights"
@@ -273,7 +297,11 @@ def _features(examples: Examples, data: DataConfig, ids: RowIds) -> Features:
     return with_document_borders(features, examples, data.layout, ids) if data.mask_document_borders else features
 
 
-def _batch(features: Features, batch_size: int, objective: int) -> Batch:
+def _digest(tokens_L: Tokens, given: int) -> str:
+    return hashlib.sha256(f"{given} ".encode() + tokens_L.astype("<i4").tobytes()).hexdigest()[:16]
+
+
+def padded_batch(features: Features, batch_size: int, objective: int) -> Batch:
     """Complete the batch with rows of padding."""
     rows = len(next(iter(features.values())))
     padded = {

@@ -16,7 +16,7 @@ from t5x_like.kernels.auto_attention import choose
 from t5x_like.models.factory import kernels
 from t5x_like.models.flops import forward_flops_by_part
 from t5x_like.planning.estimate.kv_cache_bytes import attended_tokens
-from t5x_like.planning.estimate.tokens import tokens_per_step
+from t5x_like.planning.estimate.tokens import prefix_lengths, tokens_per_step
 
 BACKWARD = 2
 """Products of the backward pass per product of the forward pass: one for the inputs and one for the parameters."""
@@ -33,17 +33,22 @@ def _teacher_flops(run: RunConfig, *, all_pairs: bool = False) -> int:
     teacher = None if distillation is None or distillation.top_k is not None else distillation.model
     if teacher is None:
         return 0
+    prefixes = prefix_lengths(run)
     return sum(
-        sum(forward_flops_by_part(teacher, features, all_pairs=all_pairs).values())
+        sum(forward_flops_by_part(teacher, features, all_pairs=all_pairs, prefixes=prefixes).values())
         for features in batch_spec(run).values()
     )
 
 
 def forward_flops(run: RunConfig) -> dict[str, int]:
-    """Return the model FLOPs of the forward pass of a step over all sub-batches, by part: `models.flops`."""
+    """Return the model FLOPs of the forward pass of a step over all sub-batches, by part: `models.flops`.
+
+    In a prefix LM they include the pairs of tokens that its prefixes add to causal attention, on average.
+    """
     total: Counter[str] = Counter()
+    prefixes = prefix_lengths(run)
     for features in batch_spec(run).values():
-        total.update(forward_flops_by_part(run.model, features))
+        total.update(forward_flops_by_part(run.model, features, prefixes=prefixes))
     return dict(total)
 
 

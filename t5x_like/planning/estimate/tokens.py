@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from t5x_like.config import RunConfig, batch_spec
 from t5x_like.config.batch_spec import MAIN, row_shapes, rows_per_sub_batch, sub_batch_of, sub_batch_spec
 from t5x_like.config.data import CorpusShareConfig, DataConfig
+from t5x_like.config.layouts import has_bidirectional_prefix
 from t5x_like.config.mixture_schedule import Phase, phases, row_loss_tokens, row_tokens, rows_per_block
 from t5x_like.config.model import ModelConfig
 from t5x_like.config.objectives import Objective
@@ -74,10 +75,14 @@ def denoiser_tokens(run: RunConfig) -> list[DenoiserTokens]:
     return [by_name[objective.name] for objective in data.objectives if objective.name in by_name]
 
 
-def _rows(data: DataConfig, phase: Phase, rows_of: dict[str, int]) -> Iterator[tuple[str, Objective, float]]:
-    """Yield (sub-batch, objective, mean rows per step) for each corpus and objective."""
+def _rows(
+    data: DataConfig, phase: Phase, rows_of: dict[str, int], corpora: Collection[str] | None = None
+) -> Iterator[tuple[str, Objective, float]]:
+    """Yield (sub-batch, objective, mean rows per step) for each objective of each corpus, or of the named corpora."""
     total = sum(phase.corpora.values())
     for share in data.sources:
+        if corpora is not None and share.name not in corpora:
+            continue
         corpus_fraction = phase.corpora[share.name] / total
         objectives = data.objectives_of(share)
         counts = _counts(data, share, objectives, phase)
@@ -95,6 +100,32 @@ def _counts(
     if data.examples_of(share) == "windows":
         return tuple(float(count) for count in rows_per_block(objectives, data, phase.objectives))
     return tuple(phase.objectives[objective.name] for objective in objectives)
+
+
+def prefix_lengths(run: RunConfig) -> list[tuple[int, float]]:
+    """Return the lengths of the bidirectional prefixes in the rows of a prefix LM, each with its mean number in a row.
+
+    Empty for other layouts, for live seqio data, and for rows of documents, whose inputs depend on the text. Labelled
+    texts are bidirectional as a whole, and count as long as their rows.
+    """
+    data = run.data
+    if not has_bidirectional_prefix(data.layout) or data.seqio is not None:
+        return []
+    if data.labelled is not None:
+        return [(data.row_length, 1.0)]
+    batch = run.training.global_batch_size
+    found = []
+    windows = {share.name for share in data.sources if data.examples_of(share) == "windows"}
+    for _, objective, rows in _rows(data, phases(data)[0], rows_per_sub_batch(data, batch), windows):
+        found += _prefixes(objective, data, rows / batch)
+    return found
+
+
+def _prefixes(objective: Objective, data: DataConfig, share: float) -> list[tuple[int, float]]:
+    """Return the prefixes of a window of an objective, in a share of the rows."""
+    window = objective.raw_window_length(data.layout, data.inputs_length, data.targets_length)
+    each = share * objective.windows_per_row
+    return [(length, each * likely) for length, likely in objective.prefix_lengths(window)] if window else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +159,7 @@ def objective_costs(model: ModelConfig, data: DataConfig) -> list[ObjectiveCost]
         if not raw:
             continue
         shape = shapes[sub_batch_of(objective, data) if len(shapes) > 1 else MAIN]
-        forward = forward_flops(model, sub_batch_spec(data, shape, rows=1))
+        prefixes = _prefixes(objective, data, 1.0) if has_bidirectional_prefix(data.layout) else []
+        forward = forward_flops(model, sub_batch_spec(data, shape, rows=1), prefixes=prefixes)
         costs.append(ObjectiveCost(objective.name, raw, row_loss_tokens(objective, data), 3.0 * forward))
     return costs

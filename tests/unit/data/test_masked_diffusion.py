@@ -14,6 +14,7 @@ from helpers.objective_examples import VOCABULARY, agree, keys, noisy, numbered
 
 from t5x_like.config import CausalLM, MaskedDiffusion, MaskedLM
 from t5x_like.config.batch_spec import RowShape, sub_batch_spec
+from t5x_like.config.continuation import has_bound
 from t5x_like.data.inspection.noise_distributions import ObservedNoise
 from t5x_like.data.objectives.registry import denoise, implementation
 from t5x_like.data.stream import heldout, rng
@@ -150,9 +151,9 @@ def test_weights_of_an_objective_that_does_not_announce_them_are_refused(monkeyp
 def test_a_single_stream_of_masked_diffusion_is_scored_by_the_bound(tmp_path: Path) -> None:
     store = text_store(tmp_path / "store", ["the cat sat on the mat. " * 80], ["a dog ran to the cat. " * 40])
     data = data_config("prefix_lm", (DIFFUSION,))
-    assert heldout.has_bound(data) and not list(heldout.prefix_lm_batches(store, data, 4, 2))
+    assert has_bound(data) and not list(heldout.prefix_lm_batches(store, data, 4, 2))
     mixed = data_config("prefix_lm", (DIFFUSION, CausalLM()))
-    assert not heldout.has_bound(mixed) and list(heldout.prefix_lm_batches(store, mixed, 4, 2))
+    assert not has_bound(mixed) and list(heldout.prefix_lm_batches(store, mixed, 4, 2))
     for window in heldout.bound_batches(store, data, 4, 2):
         rows = len(window.texts)
         total = np.zeros(rows)

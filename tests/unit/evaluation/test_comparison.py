@@ -43,7 +43,32 @@ def test_scores_of_different_texts_are_not_subtracted(other: dict[str, Any], dig
     rows = {row.name: row.cells[1] for row in compare([first, second])}
     cell = rows["bits_per_byte"]
     assert (cell.difference, cell.other_text) == ((-1.0, False) if same else (None, True))
-    assert rows["bits_per_byte"].verdict == ("better" if same else "")
+    # Without the same examples there is no verdict.
+    assert rows["bits_per_byte"].verdict == ("better" if digests == ["x", "y"] else "")
     assert rows["squad/em"].difference == -1.0
     unknown = dataclasses.replace(second, held_out=[])
     assert {row.name: row.cells[1] for row in compare([first, unknown])}["loss/R"].difference is None
+
+
+@pytest.mark.parametrize(
+    ("first_is_bound", "other_is_bound", "other_value", "verdict"),
+    [
+        (False, False, 1.0, "better"),
+        (False, False, 3.0, "worse"),
+        # A bound below an exact value is a verdict; one above it leaves open where the exact value is.
+        (False, True, 1.0, "better"),
+        (False, True, 3.0, ""),
+        (True, False, 1.0, ""),
+        (True, False, 3.0, "worse"),
+    ],
+)
+def test_an_upper_bound_has_a_verdict_only_where_the_exact_value_must_have_it(
+    first_is_bound: bool, other_is_bound: bool, other_value: float, verdict: str
+) -> None:
+    def one(value: float, is_bound: bool) -> EvaluatedCheckpoint:
+        bounds = frozenset(["bits_per_byte"] if is_bound else [])
+        return dataclasses.replace(evaluated(IDENTITY, ["x"], value), bounds=bounds)
+
+    found = compare([one(2.0, first_is_bound), one(other_value, other_is_bound)])
+    (cell,) = [row.cells[1] for row in found if row.name == "bits_per_byte"]
+    assert cell.verdict == verdict and cell.paired

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from helpers.data_examples import text_store
 from helpers.planning_runs import small_run
 
-from t5x_like.config import MuonConfig, RunConfig
+from t5x_like.config import (
+    CausalLM,
+    MaskedDiffusion,
+    MaskedLM,
+    MuonConfig,
+    Objective,
+    PrefixLM,
+    RunConfig,
+    SpanCorruption,
+    TokenizerConfig,
+    ul2,
+)
+from t5x_like.data.stream.row_stream import TrainingStream
 from t5x_like.models import factory
 from t5x_like.planning.estimate.flops import (
     cross_attention_premium,
@@ -70,6 +85,44 @@ def test_executed_flops_equal_model_flops_without_recomputation_and_masking() ->
     assert executed_flops(run) == training_flops(run) == 3 * sum(forward_flops(run).values())
     recomputed = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="full"))
     assert training_flops(recomputed) == training_flops(run) < executed_flops(recomputed)
+
+
+MIXTURES: dict[str, tuple[Objective, ...]] = {
+    "prefix LM": (PrefixLM(name="s", min_target_fraction=0.1, max_target_fraction=0.9),),
+    "pairs of windows": (PrefixLM(name="s", complementary_pairs=True),),
+    "spans": (SpanCorruption(name="r"), SpanCorruption(name="x", t5_exact=True, noise_density=0.5)),
+    "UL2": ul2(),
+    "masked next token": (CausalLM(rate=1.0), MaskedLM(rate=1.0)),
+    "masked diffusion": (MaskedDiffusion(),),
+    "causal LM": (CausalLM(),),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_pairs_of_bidirectional_prefixes_are_those_of_the_rows(name: str, tmp_path: Path) -> None:
+    """Of real rows every visible pair is counted, and the FLOPs agree with them within 1 %."""
+    run = small_run("llama_3", rows=64)
+    tokenizer = TokenizerConfig(kind="bytes", num_sentinels=64)
+    fields = {"layout": "prefix_lm", "mixture": MIXTURES[name], "tokenizer": tokenizer}
+    data = dataclasses.replace(run.data, **fields)
+    run = dataclasses.replace(run, data=data)
+    store = text_store(tmp_path / "store", ["a text that is long enough. " * 900], ["held out " * 9])
+    stream = TrainingStream((store,), data, 64)
+    pairs, rows, length = 0, 0, data.row_length
+    for step in range(32):
+        for features in stream.batch(step).values():
+            prefix = features["decoder_causal_attention"].astype(np.int64)
+            segments = features.get("decoder_segment_ids", np.ones_like(prefix))
+            sizes = [(prefix * (segments == segment)).sum(axis=1) for segment in range(1, segments.max() + 1)]
+            pairs += sum(int((size * (size - 1) // 2).sum()) for size in sizes)
+            rows += len(prefix)
+    decoder = run.model.decoder
+    assert decoder is not None
+    per_pair = 4 * decoder.num_heads * decoder.head_dim * decoder.num_layers * 64
+    counted = per_pair * (length * (length + 1) / 2 + pairs / rows)
+    assert forward_flops(run)["decoder scores"] == pytest.approx(counted, rel=0.01)
+    if name == "masked diffusion":
+        assert executed_flops(run) > training_flops(run) > 3 * per_pair * length**2 * 0.99
 
 
 def test_only_an_encoder_decoder_has_cross_attention_overhead() -> None:

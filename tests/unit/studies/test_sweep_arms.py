@@ -10,7 +10,8 @@ from helpers.config_examples import example
 from t5x_like.config import RunConfig
 from t5x_like.config.overrides import apply_overrides
 from t5x_like.errors import ConfigError
-from t5x_like.studies.sweep_arms import Arm, sweep_arms
+from t5x_like.studies.study import Arm
+from t5x_like.studies.sweep_arms import sweep_arms
 
 RATE = "--training.schedule.learning-rate"
 
@@ -21,7 +22,7 @@ def arms(*words: str) -> list[Arm]:
     def configure(overrides: Sequence[str]) -> RunConfig:
         return apply_overrides(run, overrides)
 
-    return sweep_arms(run, words, configure)
+    return list(sweep_arms(run, "smoke", words, configure))
 
 
 def test_arms_are_the_product_of_the_values() -> None:
@@ -33,7 +34,8 @@ def test_arms_are_the_product_of_the_values() -> None:
     assert [arm.name for arm in found[:2]] == ["learning-rate_0.003-seed_0", "learning-rate_0.003-seed_1"]
     assert [arm.run.name for arm in found] == [arm.name for arm in found]
     # The overrides alone give the same configuration, as `train` reads them.
-    assert all(apply_overrides(example(), arm.overrides) == arm.run for arm in found)
+    assert all(apply_overrides(example(), [*arm.recipe[1:], "--name", arm.name]) == arm.run for arm in found)
+    assert {arm.recipe[0] for arm in found} == {"smoke"}
 
 
 def test_words_that_are_one_value_belong_to_every_arm() -> None:
@@ -45,6 +47,14 @@ def test_words_that_are_one_value_belong_to_every_arm() -> None:
 def test_fields_of_the_same_name_are_named_by_their_paths() -> None:
     first, *_ = arms("--data.seed", "0", "1", "--training.seed", "2", "3")
     assert first.name == "data.seed_0-training.seed_2"
+
+
+def test_values_that_differ_in_other_letters_have_different_names() -> None:
+    """The names of directories have few letters; a value without others keeps its name."""
+    found = arms("--data.store-dir", "a/b", "a b", "a_b")
+    assert found[2].name == "store-dir_a_b"
+    assert len({arm.name for arm in found}) == 3 and all(arm.name.startswith("store-dir_a_b") for arm in found)
+    assert arms("--data.store-dir", "a/b", "c")[0].name == found[0].name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""Decoder of bytes that the shipped studies of objectives train: its rows execute the same FLOPs in every layout.
+
+With bytes the head is a small part of them. A vocabulary of pieces would make a study at equal FLOPs one of heads.
+"""
+
+from __future__ import annotations
+
+from t5x_like.config import (
+    AdamWConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    MonitoringConfig,
+    Objective,
+    RunConfig,
+    ScheduleConfig,
+    StackConfig,
+    TokenizerConfig,
+    TrainingConfig,
+)
+from t5x_like.config.layouts import Layout
+from t5x_like.studies.study import Tier
+
+CONTINUATION = (128, 128)
+"""Given and scored bytes."""
+ROW = 260
+"""Positions of a row: the continuation with mode token and EOS, and a little more."""
+
+
+def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunConfig:
+    """Return a run of 0.9M parameters for two cores, or of 25M for an accelerator."""
+    width, layers, batch = (128, 4, 16) if tier == "cpu" else (512, 8, 128)
+    stack = StackConfig(
+        num_layers=layers,
+        d_model=width,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=width // 4,
+        d_ff=3 * width,
+        mlp_gated=True,
+        positions="rope",
+    )
+    return RunConfig(
+        name="exposure",
+        model=ModelConfig(encoder=None, decoder=stack, vocab_size=384),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind="bytes", num_sentinels=96),
+            layout=layout,
+            mixture=mixture,
+            inputs_length=ROW // 2,
+            targets_length=ROW // 2,
+        ),
+        training=TrainingConfig(
+            num_train_steps=1,
+            global_batch_size=batch,
+            optimizer=AdamWConfig(),
+            schedule=ScheduleConfig(kind="cosine", learning_rate=3e-3, warmup_steps=50, final_fraction=0.1),
+        ),
+        checkpoints=CheckpointConfig(save_every_steps=200),
+        evaluation=EvaluationConfig(every_steps=100, num_batches=4, continuation=CONTINUATION),
+        monitoring=MonitoringConfig(writers=(), num_decoded_samples=0),
+    )

@@ -1,0 +1,191 @@
+"""Runs of a study or a sweep: each is a process of `t5x-like train` on a run directory of its own.
+
+The same command again goes on where an earlier one ended: finished runs are recognized by their files, and a further
+arm, value or seed adds its runs only.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from t5x_like import plugins, run_directory
+from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
+from t5x_like.config.serialization import diff_configs, to_dict, to_json
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, RESTART_CODES, ConfigError, ConfigProblem
+from t5x_like.evaluation import comparison
+from t5x_like.evaluation.comparison import EvaluatedCheckpoint
+from t5x_like.launching.restart_loop import RESTART_DELAY_SECONDS, Supervisor, forwarded_signals
+from t5x_like.storage.locations import Location
+from t5x_like.storage.mirror import fetch, path_to_read
+from t5x_like.studies.study import StudyRun
+from t5x_like.utils import trusted_urls
+from t5x_like.utils.json_reader import read_json
+from t5x_like.utils.sanitize import say
+
+MAX_RESTARTS = 3
+"""Restarts of a run after exit codes with which the same command resumes."""
+_POLL_SECONDS = 1.0
+
+
+def run_path(workdir: Location, run: StudyRun) -> Path:
+    """Return the local directory of a run: of one in an object store, a copy that is brought up to date.
+
+    Raises:
+      UserError: there is no run at the URL, or the object store cannot be accessed.
+    """
+    directory = path_to_read(str(workdir / run.name), "--workdir")
+    fetch(directory)
+    return directory
+
+
+def require_unchanged(runs: Sequence[StudyRun], workdir: Path) -> None:
+    """Raise ConfigError, before anything is trained, if a run exists with another configuration.
+
+    What does not affect the training, such as the number of held-out batches, may differ.
+    """
+    problems = []
+    for run in runs:
+        directory = workdir / run.name
+        # As `train` has it: the configuration of a run that has saved nothing is replaced.
+        if not (directory / run_directory.CONFIG).is_file() or not any(
+            (directory / run_directory.CHECKPOINTS).glob("*")
+        ):
+            continue
+        old = run_directory.read_config(directory)
+        for field, (before, now) in diff_configs(old, run.run).items():
+            if not run_directory.may_change(field, old, run.run):
+                expected = f"{before!r}, as in its directory"
+                fix = "give the arm another name, or remove its directory"
+                problems.append(ConfigProblem(f"{run.name}: {field}", repr(now), expected, fix))
+    if problems:
+        raise ConfigError(problems)
+
+
+def train_runs(
+    runs: Sequence[StudyRun], workdir: Location, *, jobs: int = 1, further: Sequence[str] = ()
+) -> tuple[int, list[StudyRun]]:
+    """Train the runs that are not finished, and evaluate those whose rows are missing.
+
+    Args:
+      runs: The runs.
+      workdir: Directory or URL with a run directory for each of them.
+      jobs: Number of runs that train at the same time.
+      further: Further options of both `train` and `eval`.
+
+    Returns:
+      The exit code of the first command that fails, or 0; and the runs with results. A run that ends with EXIT_REFUSED,
+      as one whose loss is no longer finite, is left out, and the others are trained. None are left after another error.
+    """
+    waiting = [run for run in runs if not is_finished(workdir, run)]
+    with tempfile.TemporaryDirectory() as folder:
+        commands = [_train_words(run, workdir, Path(folder), further) for run in waiting]
+        codes = _run_all(commands, [run.name for run in waiting], jobs)
+    ended = dict(zip((run.name for run in waiting), codes, strict=False))
+    for name, code in ended.items():
+        if code == EXIT_REFUSED:
+            say(f"run {name} is left out of the comparison: exit code {code}")
+        elif code != EXIT_OK:
+            return code, []
+    finished = [run for run in runs if ended.get(run.name, EXIT_OK) == EXIT_OK]
+    # Training evaluates the last step, but does not save the rows that intervals are computed from.
+    missing = [str(workdir / run.name) for run in finished if evaluated(workdir, run) is None]
+    code = run_command(["eval", *missing, *further]) if missing else EXIT_OK
+    if code != EXIT_OK:
+        return code, []
+    return (EXIT_OK if len(finished) == len(runs) else EXIT_REFUSED), finished
+
+
+def is_finished(workdir: Location, run: StudyRun) -> bool:
+    """Return whether a run has trained all its steps, or stopped early, and its last step is evaluated with rows."""
+    found = evaluated(workdir, run)
+    if found is None:
+        return False
+    if found.step >= run.run.training.num_train_steps:
+        return True
+    try:
+        code = read_json(found.path / run_directory.EXIT).get("code")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return bool(code == EXIT_OK)
+
+
+def evaluated(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | None:
+    """Return the newest evaluated step of a run; None if there is none, or if it has no rows for intervals."""
+    if isinstance(workdir, Path) and not (workdir / run.name).is_dir():
+        return None
+    try:
+        found = comparison.read_checkpoint(CheckpointRef(run_path(workdir, run)))
+    except ConfigError:
+        return None
+    return found if found.draws else None
+
+
+def _train_words(run: StudyRun, workdir: Location, folder: Path, further: Sequence[str]) -> list[str]:
+    """Return the command that trains a run. The configuration of an arm without recipe is written into `folder`."""
+    directory = ["--workdir", str(workdir / run.name)]
+    if run.recipe:
+        recipe, *overrides = run.recipe
+        return ["train", recipe, *directory, *further, "--", *overrides]
+    path = folder / f"{run.name}.json"
+    path.write_text(to_json(run.run), encoding="utf-8")
+    # The study is the user's own code, so the modules and URLs that it names are trusted.
+    document: dict[str, Any] = to_dict(run.run)
+    named = sorted(plugins.named_modules(document) | trusted_urls.urls_in(document))
+    return ["train", str(path), *directory, *further, *(word for name in named for word in ("--trust", name))]
+
+
+def _run_all(commands: Sequence[Sequence[str]], names: Sequence[str], jobs: int) -> list[int]:
+    """Return the exit codes of the commands, in order, up to the first that ends with an error that is no refusal."""
+    codes: dict[int, int] = {}
+    waiting = list(range(len(commands)))
+
+    def failed() -> bool:
+        return any(code not in (EXIT_OK, EXIT_REFUSED) for code in codes.values())
+
+    def work() -> None:
+        while waiting and not failed():
+            number = waiting.pop(0)
+            say(f"run {number + 1} of {len(commands)}: {names[number]}")
+            codes[number] = run_command(commands[number])
+
+    if jobs == 1:
+        work()
+    else:
+        _in_threads([work] * min(jobs, len(commands)))
+    return [codes[number] for number in sorted(codes)]
+
+
+_RUNNING: set[Supervisor] = set()
+"""Commands of this process that run now, to which signals are forwarded."""
+
+
+def _in_threads(functions: Sequence[Callable[[], None]]) -> None:
+    def forward(number: int) -> None:
+        for supervisor in list(_RUNNING):
+            supervisor.stop(number)
+
+    threads = [threading.Thread(target=function, daemon=True) for function in functions]
+    with forwarded_signals(forward):
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            for thread in threads:
+                thread.join(timeout=_POLL_SECONDS)
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run a command of `t5x-like` in a process of its own, with restarts, and return its exit code."""
+    command = [sys.executable, "-m", "t5x_like", *arguments]
+    supervisor = Supervisor(
+        command, max_restarts=MAX_RESTARTS, restart_codes=RESTART_CODES, seconds=RESTART_DELAY_SECONDS
+    )
+    _RUNNING.add(supervisor)
+    try:
+        return supervisor.run()
+    finally:
+        _RUNNING.discard(supervisor)

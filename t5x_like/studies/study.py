@@ -1,0 +1,184 @@
+"""A study: arms that differ in what the question asks about, one budget, one score, and predictions made before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from t5x_like.config import RunConfig
+from t5x_like.config.validation import validate
+from t5x_like.errors import ConfigError, ConfigProblem
+from t5x_like.evaluation.results_store import BITS_OF_CONTINUATION
+
+Tier = Literal["cpu", "gpu"]
+"""Size of a study: for two cores within its budget, or for one accelerator."""
+BudgetUnit = Literal["executed_flops", "model_flops", "loss_tokens", "raw_tokens", "steps"]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One of the things that are compared.
+
+    Attributes:
+      name: Its name, which the directories of its runs begin with.
+      run: Configuration, whose seeds, and with a budget the number of steps, are set for each run.
+      recipe: RECIPE with overrides, from which `train` makes the same configuration: for a sweep, whose recipe may
+        register plug-ins. Empty: the configuration itself is handed to `train`.
+    """
+
+    name: str
+    run: RunConfig
+    recipe: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Amount that each run of every arm may use.
+
+    Attributes:
+      unit: executed_flops: FLOPs of matrix products that the devices execute, hidden pairs of attention included.
+        model_flops: those that the model needs. loss_tokens: scored targets. raw_tokens: tokens of text. steps: steps.
+      amount: Amount of one run.
+    """
+
+    unit: BudgetUnit
+    amount: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Statement about a result that was made before it.
+
+    Attributes:
+      claim: The statement in words.
+      source: Where it comes from: a publication, a calculation, or a guess.
+      arm: The arm that it is about.
+      than: The score of this arm is subtracted from that of `arm`; None: the claim is about the score itself.
+      low, high: The claim holds if the difference, or the score, is in this range; at least one of them is finite.
+      score: Name of the score; None: that of the study.
+    """
+
+    claim: str
+    source: str
+    arm: str
+    than: str | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    score: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A question that several runs answer.
+
+    Attributes:
+      question: The question, in one sentence.
+      arms: What is compared; differences are taken from the first arm.
+      seeds: Seeds of `data.seed` and `training.seed`, with a run of each arm for each of them. Empty: those of the
+        configurations, one run of each arm.
+      budget: Amount of each run; None: `training.num_train_steps` of each arm.
+      measure: Name of the score by which the arms are compared, as in TensorBoard; None: the usual one of the runs.
+      predictions: What was expected.
+      cannot_show: What such runs cannot tell, one sentence each.
+      also: Names of further scores that the page has.
+      description: A few sentences on the task and the arms.
+      write_files: Writes the files that the arms read into a folder; it is called with that of the study before the
+        stores are prepared.
+    """
+
+    question: str
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...] = ()
+    budget: Budget | None = None
+    measure: str | None = BITS_OF_CONTINUATION
+    predictions: tuple[Prediction, ...] = ()
+    cannot_show: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    description: str = ""
+    write_files: Callable[[Path], None] | None = None
+
+    def arm(self, name: str) -> Arm:
+        """Return the arm of this name, which the study has."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyRun:
+    """A run of a study: an ordinary run directory.
+
+    Attributes:
+      arm: Name of its arm.
+      seed: Its seed; None: those of the arm's configuration.
+      run: Its configuration, whose name is that of its directory.
+      recipe: RECIPE with overrides for `train`; empty: the configuration itself.
+    """
+
+    arm: str
+    seed: int | None
+    run: RunConfig
+    recipe: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the run and of its directory."""
+        return self.run.name
+
+
+def require_valid(study: Study) -> None:
+    """Raise ConfigError with all problems of a study, those of its arms included."""
+    if problems := [*_problems(study)]:
+        raise ConfigError(problems)
+
+
+def _problems(study: Study) -> Iterator[ConfigProblem]:
+    names = [arm.name for arm in study.arms]
+    if not names:
+        yield ConfigProblem("study.arms", "no arm", "at least one")
+    for name in names:
+        if not _NAME.fullmatch(name):
+            yield ConfigProblem("study.arms", repr(name), "letters, digits, '-', '_' and '.', for a directory's name")
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield ConfigProblem("study.arms", f"{name!r} more than once", "arms of different names")
+    if len(set(study.seeds)) < len(study.seeds) or any(not 0 <= seed < 2**31 for seed in study.seeds):
+        yield ConfigProblem("study.seeds", repr(study.seeds), "different numbers from 0 to 2^31 - 1")
+    if study.budget is not None:
+        if study.budget.unit not in get_args(BudgetUnit):
+            yield ConfigProblem(
+                "study.budget.unit", repr(study.budget.unit), f"one of {', '.join(get_args(BudgetUnit))}"
+            )
+        if not 0 < study.budget.amount < math.inf:
+            yield ConfigProblem("study.budget.amount", repr(study.budget.amount), "a number above 0")
+    for number, prediction in enumerate(study.predictions):
+        where = f"study.predictions.{number}"
+        for field, named in (("arm", prediction.arm), ("than", prediction.than)):
+            if named is not None and named not in names:
+                yield ConfigProblem(f"{where}.{field}", repr(named), f"one of {', '.join(names)}")
+        if not prediction.low <= prediction.high or math.isinf(prediction.low) and math.isinf(prediction.high):
+            yield ConfigProblem(where, f"low {prediction.low}, high {prediction.high}", "a range with a finite end")
+        if not prediction.source.strip():
+            yield ConfigProblem(f"{where}.source", "nothing", "where the prediction comes from")
+    if study.measure == BITS_OF_CONTINUATION:
+        yield from _continuation_problems(study.arms)
+    for arm in study.arms:
+        for problem in validate(arm.run):
+            yield dataclasses.replace(problem, where=f"arm {arm.name}: {problem.where}")
+        if arm.run.plugins and not arm.recipe:
+            expected = "none: an arm of a study is handed to `train` as a configuration without code"
+            yield ConfigProblem(f"arm {arm.name}: plugins", ", ".join(arm.run.plugins), expected)
+
+
+def _continuation_problems(arms: Sequence[Arm]) -> Iterator[ConfigProblem]:
+    """Yield a problem for each arm that is not scored on the windows of the first one."""
+    for arm in arms:
+        found, first = (each.run.evaluation for each in (arm, arms[0]))
+        where = f"arm {arm.name}: evaluation.continuation"
+        if found.continuation is None:
+            yield ConfigProblem(where, "None", "numbers of given and scored tokens, which are the measure of the study")
+        elif (found.continuation, found.continuation_windows) != (first.continuation, first.continuation_windows):
+            yield ConfigProblem(where, f"{found.continuation}", f"{first.continuation} as in arm {arms[0].name}")

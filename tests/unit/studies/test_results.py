@@ -1,0 +1,137 @@
+"""Differences of arms and verdicts on synthetic results: no effect where there is none, and one where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from t5x_like.evaluation import bootstrap
+from t5x_like.evaluation.comparison import EvaluatedCheckpoint
+from t5x_like.studies.results import Results, differs, ordered_arms, verdict
+from t5x_like.studies.study import Prediction
+
+BITS = "continuation_bits_per_byte"
+WINDOWS, DRAWS = 200, 300
+SEED_DEVIATION, WINDOW_DEVIATION = 0.01, 0.3
+_INDICES = np.stack([*bootstrap.draws(WINDOWS, DRAWS)])
+
+
+def checkpoint(windows_N: np.ndarray, *, digest: str = "same", is_bound: bool = False) -> EvaluatedCheckpoint:
+    return EvaluatedCheckpoint(
+        name="run",
+        path=Path("run"),
+        step=1,
+        config={},
+        values={BITS: float(windows_N.mean())},
+        draws={BITS: windows_N[_INDICES].mean(axis=1)},
+        examples={BITS: digest},
+        held_out=[],
+        samples=(),
+        answers={},
+        bounds=frozenset([BITS] if is_bound else []),
+    )
+
+
+def results(effects: Mapping[str, float], seeds: int, repetition: int = 0) -> Results:
+    """Return runs whose windows are of the same difficulty for all, and whose seeds deviate from their arm."""
+    rng = np.random.default_rng(repetition)
+    text = 2.0 + rng.normal(0, WINDOW_DEVIATION, WINDOWS)
+    runs = {}
+    for arm, effect in effects.items():
+        for seed in range(seeds):
+            deviation = rng.normal(0, SEED_DEVIATION)
+            runs[arm, seed] = checkpoint(text + effect + deviation + rng.normal(0, 0.02, WINDOWS))
+    return Results(runs, BITS)
+
+
+BETTER = Prediction("b is better than a", "a guess", "b", "a", high=0.0)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_an_arm_against_itself_is_not_told(seeds: int) -> None:
+    """At most 2 of 20 repetitions are told, where 95 % intervals have one on average; here of five times as many."""
+    found = [
+        verdict(BETTER, results({"a": 0.0, "b": 0.0}, seeds, repetition).difference("b", "a"))
+        for repetition in range(100)
+    ]
+    assert found.count("not told") >= 90
+    assert seeds > 3 or found[:20].count("not told") >= 18
+
+
+def test_swapped_labels_have_no_effect() -> None:
+    """With the labels of the arms swapped for every other seed, an effect that is told before is told no longer."""
+    told = results({"a": 0.0, "b": -0.06}, 4)
+    assert verdict(BETTER, told.difference("b", "a")) == "held"
+    other = {"a": "b", "b": "a"}
+    swapped = {(other[arm] if seed and seed % 2 else arm, seed): run for (arm, seed), run in told.runs.items()}
+    estimate = Results(swapped, BITS).difference("b", "a")
+    assert verdict(BETTER, estimate) == "not told" and not differs(estimate)
+
+
+def test_predictions_are_held_failed_or_not_told() -> None:
+    found = results({"a": 0.0, "b": -0.1, "c": 0.1}, 3)
+    by_much = {arm: Prediction("", "a guess", arm, "a", high=-0.02) for arm in "bc"}
+    assert [verdict(by_much[arm], found.difference(arm, "a")) for arm in "bc"] == ["held", "failed"]
+    at_the_effect = Prediction("", "a guess", "b", "a", low=-0.1, high=0.0)
+    assert verdict(at_the_effect, found.difference("b", "a")) == "not told"
+    itself = Prediction("", "a calculation", "a", low=1.5, high=2.5)
+    assert verdict(itself, found.score("a")) == "held"
+    assert ordered_arms(found) == ["b", "a", "c"]
+    assert verdict(itself, found.score("a", "a score that no run has")) is None
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_give_no_verdict(seeds: int) -> None:
+    found = results({"a": 0.0, "b": -1.0}, seeds).difference("b", "a")
+    assert found is not None and found.interval is not None and verdict(BETTER, found) is None
+
+
+def test_paired_windows_find_an_effect_far_below_their_spread() -> None:
+    """Each arm's own interval is more than ten times as wide as that of the difference."""
+    found = results({"a": 0.0, "b": -0.02}, 1)
+    score, difference = found.score("a"), found.difference("b", "a")
+    assert score is not None and difference is not None and score.interval is not None
+    assert difference.interval is not None and differs(difference)
+    assert score.interval[1] - score.interval[0] > 10 * (difference.interval[1] - difference.interval[0])
+
+
+def test_runs_on_other_windows_have_no_interval() -> None:
+    found = results({"a": 0.0, "b": -1.0}, 3)
+    runs = dict(found.runs)
+    runs["b", 2] = checkpoint(np.full(WINDOWS, 1.0), digest="other")
+    estimate = Results(runs, BITS).difference("b", "a")
+    assert estimate is not None and estimate.interval is None and verdict(BETTER, estimate) is None
+
+
+def test_only_seeds_of_both_arms_are_compared() -> None:
+    found = results({"a": 0.0, "b": -0.1}, 4)
+    runs = {key: run for key, run in found.runs.items() if key != ("b", 1)}
+    estimate = Results(runs, BITS).difference("b", "a")
+    assert estimate is not None and len(estimate.by_seed) == 3
+
+
+@pytest.mark.parametrize(
+    ("bound", "effect", "prediction", "expected"),
+    [
+        # The exact value of b is at most its bound: below a for certain, or anywhere.
+        ("b", -0.2, Prediction("", "a guess", "b", "a", high=0.0), "held"),
+        ("b", 0.2, Prediction("", "a guess", "b", "a", high=0.0), "not told"),
+        ("b", 0.2, Prediction("", "a guess", "b", "a", low=0.0), "not told"),
+        ("b", -0.2, Prediction("", "a guess", "b", "a", low=0.0), "failed"),
+        ("a", 0.2, Prediction("", "a guess", "b", "a", low=0.0), "held"),
+        ("a", -0.2, Prediction("", "a guess", "b", "a", low=0.0), "not told"),
+    ],
+)
+def test_a_bound_is_judged_on_the_side_that_it_limits(
+    bound: str, effect: float, prediction: Prediction, expected: str
+) -> None:
+    rng = np.random.default_rng(0)
+    runs = {
+        (arm, seed): checkpoint(2.0 + value + rng.normal(0, 0.01, WINDOWS), is_bound=arm == bound)
+        for arm, value in (("a", 0.0), ("b", effect))
+        for seed in range(3)
+    }
+    assert verdict(prediction, Results(runs, BITS).difference("b", "a")) == expected

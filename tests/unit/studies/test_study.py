@@ -1,0 +1,150 @@
+"""Studies: what is valid, what a budget pays for, the runs, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.config_examples import example
+
+from t5x_like import run_directory
+from t5x_like.config import EvaluationConfig
+from t5x_like.config.overrides import apply_overrides
+from t5x_like.config.serialization import to_json
+from t5x_like.errors import ConfigError, UserError
+from t5x_like.planning.estimate.flops import executed_flops, training_flops
+from t5x_like.studies.budgets import TOLERANCE, cost_of_step, study_runs
+from t5x_like.studies.runs import require_unchanged
+from t5x_like.studies.study import Arm, Budget, BudgetUnit, Prediction, Study, require_valid
+from t5x_like.studies.study_file import find_study, load_study, shipped_studies
+
+SCORED = EvaluationConfig(continuation=(8, 8))
+RUN = dataclasses.replace(example(), evaluation=SCORED)
+TWICE = dataclasses.replace(
+    RUN, training=dataclasses.replace(RUN.training, global_batch_size=2 * RUN.training.global_batch_size)
+)
+STUDY = Study(question="Are large batches better?", arms=(Arm("small", RUN), Arm("large", TWICE)), seeds=(0, 1))
+
+
+@pytest.mark.parametrize("unit", ["executed_flops", "model_flops", "loss_tokens", "raw_tokens"])
+def test_arms_of_a_budget_cost_the_same(unit: BudgetUnit) -> None:
+    budget = Budget(unit, 400 * cost_of_step(RUN, unit))
+    runs = study_runs(dataclasses.replace(STUDY, budget=budget))
+    assert [run.run.training.num_train_steps for run in runs] == [400, 200, 400, 200]
+    for run in runs:
+        spent = run.run.training.num_train_steps * cost_of_step(run.run, unit)
+        assert abs(spent / budget.amount - 1) <= TOLERANCE
+
+
+def test_costs_are_those_of_the_plan() -> None:
+    assert cost_of_step(RUN, "executed_flops") == executed_flops(RUN)
+    assert cost_of_step(RUN, "model_flops") == training_flops(RUN)
+    assert cost_of_step(RUN, "steps") == 1
+
+
+def test_a_budget_that_no_number_of_steps_meets_is_refused() -> None:
+    """10.5 steps: 10 and 11 are both off by more than 1 %."""
+    budget = Budget("raw_tokens", 10.5 * cost_of_step(RUN, "raw_tokens"))
+    with pytest.raises(ConfigError, match=r"arm small.*expected a number of steps that costs the budget within 1%"):
+        study_runs(dataclasses.replace(STUDY, budget=budget))
+
+
+def test_runs_are_the_product_of_arms_and_seeds() -> None:
+    runs = study_runs(STUDY)
+    assert [run.name for run in runs] == ["small.seed-0", "large.seed-0", "small.seed-1", "large.seed-1"]
+    assert all(run.run.data.seed == run.run.training.seed == run.seed for run in runs)
+    assert [run.name for run in study_runs(STUDY, [7], ["large"])] == ["large.seed-7"]
+    assert [run.name for run in study_runs(dataclasses.replace(STUDY, seeds=()))] == ["small", "large"]
+    with pytest.raises(ConfigError, match="found huge, expected arms of the study: small, large"):
+        study_runs(STUDY, only=["huge"])
+
+
+def test_the_words_of_a_recipe_give_the_configuration_of_a_run() -> None:
+    study = dataclasses.replace(STUDY, arms=(Arm("a", RUN, ("smoke",)),), budget=Budget("steps", 30))
+    for run in study_runs(study):
+        assert run.recipe[0] == "smoke" and apply_overrides(RUN, run.recipe[1:]) == run.run
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": ()}, "no arm"),
+        ({"arms": (Arm("a b", RUN),)}, "'a b', expected letters"),
+        ({"arms": (Arm("a", RUN), Arm("a", TWICE))}, "'a' more than once"),
+        ({"seeds": (1, 1)}, "expected different numbers"),
+        ({"budget": Budget("steps", 0)}, "expected a number above 0"),
+        ({"predictions": (Prediction("", "a guess", "huge", low=0),)}, "'huge', expected one of small, large"),
+        ({"predictions": (Prediction("", "a guess", "small"),)}, "expected a range with a finite end"),
+        ({"predictions": (Prediction("", "a guess", "small", low=1, high=0),)}, "expected a range with a finite end"),
+        ({"predictions": (Prediction("", " ", "small", low=0),)}, "where the prediction comes from"),
+        ({"arms": (Arm("a", example()),)}, "evaluation.continuation: found None"),
+        (
+            {
+                "arms": (
+                    Arm("a", RUN),
+                    Arm("b", dataclasses.replace(RUN, evaluation=EvaluationConfig(continuation=(8, 9)))),
+                )
+            },
+            r"\(8, 9\), expected \(8, 8\) as in arm a",
+        ),
+        (
+            {"arms": (Arm("a", dataclasses.replace(RUN, plugins=("mine.py",))),)},
+            "an arm of a study is handed to `train` as a configuration without code",
+        ),
+    ],
+)
+def test_problems_of_a_study_are_listed(fields: dict[str, Any], message: str) -> None:
+    require_valid(STUDY)
+    with pytest.raises(ConfigError, match=message):
+        require_valid(dataclasses.replace(STUDY, **fields))
+
+
+def test_a_changed_arm_is_refused_with_the_difference(tmp_path: Path) -> None:
+    runs = study_runs(STUDY)
+    require_unchanged(runs, tmp_path)
+    directory = tmp_path / "small.seed-1"
+    (directory / run_directory.CHECKPOINTS / "10").mkdir(parents=True)
+    (directory / run_directory.CONFIG).write_text(to_json(runs[2].run))
+    require_unchanged(runs, tmp_path)
+    changed = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, z_loss=0.5))
+    other = study_runs(dataclasses.replace(STUDY, arms=(Arm("small", changed), *STUDY.arms[1:])))
+    with pytest.raises(ConfigError, match=r"small\.seed-1: training\.z_loss: found 0\.5, expected 0\.0001"):
+        require_unchanged(other, tmp_path)
+    # What is evaluated does not change what was trained.
+    scored = dataclasses.replace(RUN, evaluation=dataclasses.replace(SCORED, num_batches=3))
+    require_unchanged(study_runs(dataclasses.replace(STUDY, arms=(Arm("small", scored),))), tmp_path)
+
+
+def test_files_of_studies_are_found_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def study(tier, folder):\n    return tier, folder\n")
+    assert find_study(str(file)) == file
+    with pytest.raises(ConfigError, match="a value of type tuple, expected a Study"):
+        load_study(file, "cpu", tmp_path)
+    file.write_text("def study(tier, folder):\n    raise KeyError(tier)\n")
+    with pytest.raises(UserError, match="the study .* raised KeyError at .*mine.py:2"):
+        load_study(file, "cpu", tmp_path)
+    file.write_text("def stduy(tier, folder):\n    pass\n")
+    with pytest.raises(ConfigError, match="no function 'study'.*perhaps .*:stduy"):
+        load_study(file, "cpu", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="perhaps exposure"):
+        find_study("exposur")
+
+
+@pytest.mark.parametrize("tier", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", shipped_studies())
+def test_shipped_studies_are_valid_and_keep_their_budgets(name: str, tier: Any, tmp_path: Path) -> None:
+    study = load_study(shipped_studies()[name], tier, tmp_path)
+    runs = study_runs(study)
+    assert len(study.seeds) >= 3 and study.cannot_show and study.predictions
+    assert all(
+        prediction.claim and math.isfinite(min(abs(prediction.low), abs(prediction.high)))
+        for prediction in study.predictions
+    )
+    if study.budget is not None:
+        costs = [run.run.training.num_train_steps * cost_of_step(run.run, study.budget.unit) for run in runs]
+        assert max(costs) / min(costs) <= 1 + 2 * TOLERANCE
