@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
 
         print_plan(runs, workdir, options.tier, Console())
         return EXIT_OK
-    from t5x_like.studies.run_study import prepare_data, report, results_of, train_and_collect, write_page
+    from t5x_like.studies.run_study import prepare_data, report, results_of, train, write_page
 
     code = EXIT_OK
     if not options.report:
@@ -63,8 +63,8 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         further = plugin_arguments(options)
         if options.devices is not None:
             further += ["--devices", str(options.devices)]
-        code, found = train_and_collect(study, runs, workdir, jobs=options.jobs, further=further)
-        if found is None:
+        code, finished = train(runs, workdir, jobs=options.jobs, further=further)
+        if not finished:
             return code
     # With --only, the arms that were trained before are on the page as well.
     everyone = study_runs(study, options.seeds)

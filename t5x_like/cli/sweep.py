@@ -69,13 +69,14 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
 
         print_plan(runs, workdir, "cpu", Console())
         return EXIT_OK
-    from t5x_like.studies.run_study import train_and_collect, write_page
+    from t5x_like.studies.run_study import results_of, train, write_page
 
     further = plugin_arguments(options)
     if options.devices is not None:
         further += ["--devices", str(options.devices)]
-    code, results = train_and_collect(study, runs, workdir, jobs=options.jobs, further=further)
-    if results is not None and len(results.arms) > 1:
+    code, finished = train(runs, workdir, jobs=options.jobs, further=further)
+    if len({run.arm for run in finished}) > 1:
+        results = results_of(study, finished, workdir)
         sweep_report(results, Console())
         command = f"t5x-like sweep {options.recipe} {' '.join(overrides)}"
         say(write_page(f"{run.name}: a sweep", best_first(study, results), runs, results, workdir, command))

@@ -13,7 +13,7 @@ from t5x_like.storage import locations
 from t5x_like.storage.locations import Location
 from t5x_like.studies.page import render
 from t5x_like.studies.results import Results, collect, verdict
-from t5x_like.studies.runs import evaluated, require_unchanged, train_runs
+from t5x_like.studies.runs import finished_result, require_unchanged, train_runs
 from t5x_like.studies.study import Study, StudyRun
 from t5x_like.studies.sweep import around
 from t5x_like.utils import formatting
@@ -36,25 +36,28 @@ def prepare_data(study: Study, runs: Sequence[StudyRun], folder: Path) -> None:
             prepare(run.run.data, report=say)
 
 
-def train_and_collect(
-    study: Study, runs: Sequence[StudyRun], workdir: Location, *, jobs: int, further: Sequence[str]
-) -> tuple[int, Results | None]:
-    """Train what is left, and return the exit code and the results of all runs, also of those that ran earlier."""
+def train(
+    runs: Sequence[StudyRun], workdir: Location, *, jobs: int, further: Sequence[str]
+) -> tuple[int, list[StudyRun]]:
+    """Train and evaluate what is left: see `train_runs`.
+
+    Raises:
+      ConfigError: a run exists with another configuration.
+    """
     if isinstance(workdir, Path):
         require_unchanged(runs, workdir)
-    code, finished = train_runs(runs, workdir, jobs=jobs, further=further)
-    return code, results_of(study, finished, workdir) if finished else None
+    return train_runs(runs, workdir, jobs=jobs, further=further)
 
 
 def results_of(study: Study, runs: Sequence[StudyRun], workdir: Location) -> Results:
-    """Return the results of the runs that are evaluated.
+    """Return the results of those runs that are finished and evaluated.
 
     Raises:
       ConfigError: none is, or they do not all have the score.
     """
-    found = [(run, checkpoint) for run in runs if (checkpoint := evaluated(workdir, run)) is not None]
+    found = [(run, checkpoint) for run in runs if (checkpoint := finished_result(workdir, run)) is not None]
     if not found:
-        raise ConfigError([ConfigProblem(str(workdir), "no run with results", "runs that have been evaluated")])
+        raise ConfigError([ConfigProblem(str(workdir), "no run with results", "runs that are finished and evaluated")])
     return collect(study, found)
 
 

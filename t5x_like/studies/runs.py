@@ -81,7 +81,7 @@ def train_runs(
       The exit code of the first command that fails, or 0; and the runs with results. A run that ends with EXIT_REFUSED,
       as one whose loss is no longer finite, is left out, and the others are trained. None are left after another error.
     """
-    waiting = [run for run in runs if not is_finished(workdir, run)]
+    waiting = [run for run in runs if finished_result(workdir, run) is None]
     with tempfile.TemporaryDirectory() as folder:
         commands = [_train_words(run, workdir, Path(folder), further) for run in waiting]
         codes = _run_all(commands, [run.name for run in waiting], jobs)
@@ -100,18 +100,19 @@ def train_runs(
     return (EXIT_OK if len(finished) == len(runs) else EXIT_REFUSED), finished
 
 
-def is_finished(workdir: Location, run: StudyRun) -> bool:
-    """Return whether a run has trained all its steps, or stopped early, and its last step is evaluated with rows."""
+def finished_result(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | None:
+    """Return the result of a run that has trained all its steps, or stopped early, and is evaluated with rows.
+
+    None: it has not.
+    """
     found = evaluated(workdir, run)
-    if found is None:
-        return False
-    if found.step >= run.run.training.num_train_steps:
-        return True
+    if found is None or found.step >= run.run.training.num_train_steps:
+        return found
     try:
         code = read_json(found.path / run_directory.EXIT).get("code")
     except (OSError, ValueError, AttributeError):
-        return False
-    return bool(code == EXIT_OK)
+        return None
+    return found if code == EXIT_OK else None
 
 
 def evaluated(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | None:

@@ -96,7 +96,7 @@ def test_a_study_that_is_killed_goes_on(
     assert page.count('class="raw"') == 0 and page.count("<figure") == 1
 
     commands.clear()
-    assert main([*words, "--seeds", "0", "1", "--jobs", "2"]) == EXIT_OK
+    assert main([*words, "--seeds", "0", "1"]) == EXIT_OK
     trained = [Path(command[command.index("--workdir") + 1]).name for command in commands if command[0] == "train"]
     assert sorted(trained) == ["causal.seed-1", "encoder.seed-1"]
     assert [command[0] for command in commands][-1] == "eval"
