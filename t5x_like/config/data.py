@@ -58,6 +58,8 @@ class RatePhaseConfig:
     """Rates of objectives, by their names in the mixture."""
     corpora: tuple[tuple[str, NonNegativeFloat], ...] = ()
     """Rates of corpora, by `CorpusShareConfig.name`."""
+    temperature: PositiveFloat | None = None
+    """Temperature of `data.corpus_mixing` from this step on, for the strategy proportional. None: it stays."""
 
 
 @config_dataclass

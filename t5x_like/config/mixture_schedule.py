@@ -64,11 +64,13 @@ class Phase:
 
     Attributes:
       objectives, corpora: Rates of all objectives and of all corpora, by name.
+      temperature: Temperature of the shares of corpora by size.
     """
 
     start_step: int
     objectives: Mapping[str, float]
     corpora: Mapping[str, float]
+    temperature: float = 1.0
 
 
 def phases(data: DataConfig) -> tuple[Phase, ...]:
@@ -78,11 +80,13 @@ def phases(data: DataConfig) -> tuple[Phase, ...]:
     """
     objectives = {objective.name: objective.rate for objective in data.objectives}
     corpora = {share.name: share.rate for share in data.sources}
-    result = [Phase(0, objectives, corpora)]
+    temperature = data.corpus_mixing.temperature
+    result = [Phase(0, objectives, corpora, temperature)]
     for change in data.rate_schedule:
         objectives = {**objectives, **dict(change.objectives)}
         corpora = {**corpora, **dict(change.corpora)}
-        result.append(Phase(change.start_step, objectives, corpora))
+        temperature = temperature if change.temperature is None else change.temperature
+        result.append(Phase(change.start_step, objectives, corpora, temperature))
     return tuple(result)
 
 
@@ -116,25 +120,26 @@ def rows_per_block(objectives: Sequence[Objective], data: DataConfig, rates: Map
     return integer_proportions([rates[objective.name] / per_row(objective) for objective in objectives])
 
 
-def corpus_rates(mixing: CorpusMixingConfig, rates: Mapping[str, float], tokens: Mapping[str, int]) -> list[float]:
-    """Return the relative shares of the rows, in the order of `rates`.
+def corpus_rates(mixing: CorpusMixingConfig, phase: Phase, tokens: Mapping[str, int]) -> list[float]:
+    """Return the relative shares of the rows, in the order of the phase's corpora.
 
     Args:
       mixing: Strategy and its parameters.
-      rates: Rates in force, by corpus. A strategy that uses sizes multiplies its shares by them.
+      phase: Rates in force, by corpus, and the temperature. A strategy that uses sizes multiplies its shares by the
+        rates.
       tokens: Number of tokens, by corpus.
     """
     match mixing.strategy:
         case "rates":
-            return list(rates.values())
+            return list(phase.corpora.values())
         case "proportional":
-            by_size = proportional(tokens, mixing.temperature, mixing.maximum_tokens)
+            by_size = proportional(tokens, phase.temperature, mixing.maximum_tokens)
         case "unimax":
             assert mixing.budget_tokens is not None
             by_size = unimax(tokens, mixing.budget_tokens, mixing.max_epochs)
         case _:
             assert_never(mixing.strategy)
-    return [rate * by_size[name] for name, rate in rates.items()]
+    return [rate * by_size[name] for name, rate in phase.corpora.items()]
 
 
 def proportional(tokens: Mapping[str, int], temperature: float, maximum: int | None) -> dict[str, float]:

@@ -143,6 +143,15 @@ class ObjectiveConfig(abc.ABC):
         """Number of windows of raw tokens, hence of examples, in one row before any packing of documents."""
         return 1
 
+    @property
+    def changes_with_steps(self) -> bool:
+        """True if the noise of a row depends on the step that reads it: `at_step` is defined."""
+        return False
+
+    def at_step(self, step: int) -> Self:
+        """Return the objective whose noise the rows of a training step have."""
+        return self
+
     def single_window(self) -> Self:
         """Return the same objective with one window per row, as held-out evaluation uses it."""
         return self

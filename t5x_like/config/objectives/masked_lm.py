@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import pydantic
 
@@ -32,6 +33,10 @@ class MaskedLM(ObjectiveConfig):
     mode: None = None
     mask_rate: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.15
     """Fraction of the window's tokens that is chosen for prediction."""
+    mask_rate_schedule: tuple[tuple[pydantic.NonNegativeInt, Annotated[float, pydantic.Field(gt=0, le=1)]], ...] = ()
+    """Mask rate of training rows by step, as (step, rate) points: linear between two points, constant after the last
+    one, and `mask_rate` before the first. Two points at one step are a jump. Held-out rows always have `mask_rate`, and
+    so have plans."""
     replace_with_mask: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.8
     """Probability that a chosen token becomes the mask token."""
     replace_with_random: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.1
@@ -50,7 +55,9 @@ class MaskedLM(ObjectiveConfig):
 
     @property
     def description(self) -> str:
-        return f"masked LM, {100 * self.mask_rate:.0f} %"
+        rates = [self.mask_rate, *(rate for _, rate in self.mask_rate_schedule)]
+        several = f"–{100 * max(rates):.0f}" if max(rates) > min(rates) else ""
+        return f"masked LM, {100 * min(rates):.0f}{several} %"
 
     @property
     def min_raw_length(self) -> int:
@@ -59,6 +66,25 @@ class MaskedLM(ObjectiveConfig):
     @property
     def needs_token_traits(self) -> bool:
         return self.masking_unit != "token"
+
+    @property
+    def changes_with_steps(self) -> bool:
+        return bool(self.mask_rate_schedule)
+
+    def at_step(self, step: int) -> Self:
+        return dataclasses.replace(self, mask_rate=self._rate_at(step), mask_rate_schedule=())
+
+    def _rate_at(self, step: int) -> float:
+        points = self.mask_rate_schedule
+        # Of several points at one step, the last one holds from it on.
+        number = sum(first <= step for first, _ in points)
+        if not number:
+            return self.mask_rate
+        first, rate = points[number - 1]
+        if number == len(points):
+            return rate
+        last, next_rate = points[number]
+        return rate + (next_rate - rate) * (step - first) / (last - first)
 
     def masked_count(self, raw_length: int) -> int:
         """Return the number of chosen tokens: BERT's max(1, round(length * mask_rate)). For whole words, a bound."""
@@ -75,6 +101,9 @@ class MaskedLM(ObjectiveConfig):
         return self.masked_count(raw_length)
 
     def problems(self, where: str) -> Iterator[ConfigProblem]:
+        steps = [step for step, _ in self.mask_rate_schedule]
+        if steps != sorted(steps):
+            yield ConfigProblem(f"{where}.mask_rate_schedule", f"the steps {steps}", "steps in ascending order")
         left = 1 - min(max(self.replace_with_mask, 0), 1)
         if 0 <= self.replace_with_random <= 1 and self.replace_with_random > left + 1e-9:
             yield ConfigProblem(

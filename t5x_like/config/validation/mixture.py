@@ -233,6 +233,9 @@ def schedule_problems(data: DataConfig) -> Problems:
                 f"{where}.start_step", str(steps[index]), f"a step after {before}, the previous change of rates"
             )
         before = max(before, steps[index])
+        if change.temperature is not None and data.corpus_mixing.strategy != "proportional":
+            found = f"a temperature for the strategy {data.corpus_mixing.strategy}"
+            yield ConfigProblem(f"{where}.temperature", found, "data.corpus_mixing.strategy proportional")
         for field, known in (("objectives", objectives), ("corpora", corpora)):
             for name, _ in getattr(change, field):
                 if name not in known:

@@ -13,7 +13,7 @@ from t5x_like.data.inspection.noise_distributions import ObservedNoise
 from t5x_like.data.objectives import random_ops
 from t5x_like.data.objectives.base import ObjectiveImplementation
 from t5x_like.data.objectives.examples import Examples, Mask, Tokens
-from t5x_like.data.objectives.prompts import PromptFormat
+from t5x_like.data.objectives.prompts import PromptFormat, masked_text_format
 from t5x_like.data.stream import rng
 from t5x_like.data.stream.unpack import UnpackedExample
 from t5x_like.data.tokenizers.vocabulary import TokenTraits, Vocabulary
@@ -33,8 +33,7 @@ class MaskedLMDenoiser(ObjectiveImplementation[MaskedLM]):
         return targets.tolist()
 
     def prompt_format(self, layout: Layout) -> PromptFormat:
-        """Return the format; no prompt has it, since masked LM generates no text (`decoding.prompt_format`)."""
-        return self._default_prompt_format(layout, sentinels=True)
+        return masked_text_format()
 
     def observe(
         self, example: UnpackedExample, raw_length: int, vocabulary: Vocabulary, *, first: bool
@@ -52,9 +51,16 @@ class MaskedLMDenoiser(ObjectiveImplementation[MaskedLM]):
         A random piece can equal the token itself, and then counts as kept. With masking unit `span`, the tokens of a
         run are treated alike and are not independent draws, so that the fit has no p-value.
         """
-        most = [self.config.masked_count(one.raw_length) for one in observed]
+        rates = [self.config.mask_rate, *(rate for _, rate in self.config.mask_rate_schedule)]
+        least, most = (
+            [dataclasses.replace(self.config, mask_rate=rate).masked_count(one.raw_length) for one in observed]
+            for rate in (min(rates), max(rates))
+        )
         exact = self.config.masking_unit != "word"
-        forbidden = sum(one.masked > m or (exact and one.masked < m) for one, m in zip(observed, most, strict=True))
+        forbidden = sum(
+            one.masked > high or (exact and one.masked < low)
+            for one, low, high in zip(observed, least, most, strict=True)
+        )
         measured = np.sum([one.outcome for one in observed], axis=0).astype(np.float64)
         other = self.config.replace_with_random * (1 - 1 / max(vocabulary.base_size - vocabulary.first_text_id, 1))
         probabilities = np.array([self.config.replace_with_mask, other, 1 - self.config.replace_with_mask - other])

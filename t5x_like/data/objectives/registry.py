@@ -6,6 +6,7 @@ key only, never on the rows beside it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from t5x_like.data.objectives.base import ObjectiveImplementation
 from t5x_like.data.objectives.examples import Examples, Tokens
 from t5x_like.data.stream import rng
 from t5x_like.data.tokenizers.vocabulary import TokenTraits, Vocabulary
+from t5x_like.utils.type_aliases import IntArray
 
 
 def implementation(objective: Objective) -> ObjectiveImplementation[Any]:
@@ -76,6 +78,20 @@ def denoise(
             f"set fractional_loss_weights = True in {type(objective).__name__}"
         )
     return examples
+
+
+def by_step(objective: Objective, index_n: IntArray, step_N: IntArray) -> Iterator[tuple[Objective, IntArray]]:
+    """Yield groups of the rows `index_n` with the objective whose noise they have, by the step that reads them.
+
+    There is one group unless the objective `changes_with_steps`, and none without rows.
+    """
+    if not objective.changes_with_steps:
+        if index_n.size:
+            yield objective, index_n
+        return
+    step_n = step_N[index_n]
+    for step in np.unique(step_n).tolist():
+        yield objective.at_step(step), index_n[step_n == step]
 
 
 def restore(

@@ -121,7 +121,7 @@ class PreparedSource:
             raise SafetyError(
                 f"the checkpoint was trained on data with the fingerprint {meta['fingerprint']}, the run's data has "
                 f"{self.fingerprint}. The corpus, the tokenizer or the version of the data differs, or the batch size "
-                "differs while data.rate_schedule is set. Restore the prepared store, or start a new run in another "
-                "--workdir."
+                "differs while data.rate_schedule or a mask_rate_schedule is set. Restore the prepared store, or start "
+                "a new run in another --workdir."
             )
         return Prefetcher(self.stream, first_row, self._host_shard)

@@ -17,7 +17,7 @@ from t5x_like.config.data import DataConfig
 from t5x_like.config.objectives import Objective
 from t5x_like.data.objectives.dialogues import dialogue_examples
 from t5x_like.data.objectives.examples import Examples
-from t5x_like.data.objectives.registry import denoise
+from t5x_like.data.objectives.registry import by_step, denoise
 from t5x_like.data.objectives.supervised import pair_examples
 from t5x_like.data.store.stored_plan import ObjectiveTotals
 from t5x_like.data.store.token_store import Split
@@ -131,10 +131,17 @@ class PackedRows(WholeExampleRows):
         objective: int,
         vocabulary: Vocabulary,
         traits: TokenTraits | None,
+        step_M: IntArray | None = None,
     ) -> Iterator[tuple[IntArray, Examples]]:
         """Yield (indices, Examples) of the packed examples under one objective, grouped by length.
 
         `denoise` takes rows of one length, so examples of the same length are denoised together.
+
+        Args:
+          packed, keys_N: The examples and their keys.
+          objective: Index of the objective.
+          vocabulary, traits: See `denoise`.
+          step_M: Training step that reads each example; None: they are held out.
         """
         spec = self._objectives[objective]
         selected = np.flatnonzero(packed.objective_N == objective)
@@ -151,9 +158,13 @@ class PackedRows(WholeExampleRows):
                 lengths = np.array([len(text) for text in texts])
                 for length in np.unique(lengths).tolist():
                     of_length = np.flatnonzero(lengths == length)
-                    indices = selected[of_length]
-                    tokens = np.stack([texts[index] for index in of_length])
-                    yield indices, denoise(tokens, keys_N[indices], spec, vocabulary, traits)
+                    groups = [(spec, of_length)]
+                    if step_M is not None:
+                        groups = list(by_step(spec, of_length, step_M[selected]))
+                    for scheduled, of_group in groups:
+                        indices = selected[of_group]
+                        tokens = np.stack([texts[index] for index in of_group])
+                        yield indices, denoise(tokens, keys_N[indices], scheduled, vocabulary, traits)
             case "labelled" | "preferences":
                 raise AssertionError("labelled examples and preference pairs have readers of their own")
             case source:

@@ -37,6 +37,11 @@ _VERSION = 1
 ORDER, _OBJECTIVE, SHUFFLE, _PART = range(1, 5)
 
 
+def _fields(objective: Objective) -> dict[str, Any]:
+    """Return the fields of an objective that a plan can depend on: mask rates are not among them."""
+    return {name: value for name, value in dataclasses.asdict(objective).items() if name != "mask_rate_schedule"}
+
+
 class PackingPlanner:
     """Makes the packing plan of one corpus, or opens the one that `prepare` has stored.
 
@@ -79,7 +84,7 @@ class PackingPlanner:
             "rows": [self._data.layout, self._data.inputs_length, self._data.targets_length],
             "objectives": [
                 # Of a plug-in, the code can change while its fields stay the same.
-                [dataclasses.asdict(objective), window, list(objective.longest_example(window))]
+                [_fields(objective), window, list(objective.longest_example(window))]
                 for objective, window in lengths
             ],
             "key": int(self._key[0]),

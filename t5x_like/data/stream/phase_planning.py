@@ -81,7 +81,7 @@ def plan_phases(sources: Sequence[CorpusSource], data: DataConfig, batch_size: i
                 epoch_spans[corpus] = _begin_span(source, source.reader, counts, used_blocks[corpus], split)
                 used_blocks[corpus] = 0
             previous[corpus] = counts
-        rates = corpus_rates(data.corpus_mixing, change.corpora, dict(zip(change.corpora, sizes, strict=True)))
+        rates = corpus_rates(data.corpus_mixing, change, dict(zip(change.corpora, sizes, strict=True)))
         # A block has several rows, so its rate is that of the corpus divided by their number.
         block_rates = [rate / sum(counts) for rate, counts in zip(rates, counts_by_corpus, strict=True)]
         first_row = change.start_step * batch_size

@@ -25,8 +25,8 @@ from t5x_like.config.batch_spec import (
 )
 from t5x_like.config.data import CorpusShareConfig, DataConfig
 from t5x_like.config.mixture_schedule import row_tokens
-from t5x_like.config.objectives import Objective, Preference
-from t5x_like.data.objectives.registry import denoise, implementation
+from t5x_like.config.objectives import MaskedLM, Objective, Preference
+from t5x_like.data.objectives.registry import by_step, denoise, implementation
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream import rng
 from t5x_like.data.stream.feature_converters import (
@@ -115,7 +115,9 @@ class TrainingStream:
                 (share.name, store.fingerprint) for share, store in zip(self.data.sources, self.stores, strict=True)
             ],
             "split": self.split,
-            "objectives": [[_described(objective) for objective in source.objectives] for source in self.sources],
+            "objectives": [
+                [_described(objective, self.batch_size) for objective in source.objectives] for source in self.sources
+            ],
             "packed": [
                 False if isinstance(source.reader, Windows) else source.reader.identity for source in self.sources
             ],
@@ -197,17 +199,24 @@ class TrainingStream:
         number = list(self.shapes).index(sub_batch)
         keys_N = rng.fold_in(rng.fold_in(self._key(_ROW), number), index_N)
         words_N = rng.stratified(rng.fold_in(self._key(_STRATUM), number), index_N) if self._stratified else None
-        self._put_windows(out, shape, origin, keys_N, words_N)
+        step_N = self._steps_of(index_N, sub_batch)
+        self._put_windows(out, shape, origin, keys_N, words_N, step_N)
         for index, source in enumerate(self.sources):
             row_n = np.flatnonzero(origin.corpus_N == index)
             # Whole examples have no windows; their rank leads to a row of the plan or to a pair.
             if isinstance(source.reader, PackedRows) and row_n.size:
-                self._put_packed(out, source, source.reader, row_n, origin.rank_N[row_n], keys_N[row_n])
+                rank_n, keys_n, step_n = origin.rank_N[row_n], keys_N[row_n], step_N[row_n]
+                self._put_packed(out, source, source.reader, row_n, rank_n, keys_n, step_n)
             elif not isinstance(source.reader, Windows | PackedRows) and row_n.size:
                 source.reader.put(out, row_n, source.reader.shuffled_rows(origin.rank_N[row_n]))
                 if not shape.packed:
                     out["denoiser_ids"][row_n] = source.objective_ids[0]
         return out
+
+    def _steps_of(self, index_N: IntArray, sub_batch: str) -> IntArray:
+        """Return [N]: the step that reads each row of a sub-batch, at this batch size."""
+        numerator, denominator = self._fractions[sub_batch]
+        return index_N * denominator // (self.batch_size * numerator)
 
     def corpus_of(self, index_N: IntArray, sub_batch: str = MAIN) -> IntArray:
         """Return [N]: for rows of a sub-batch by their indices, the index of the corpus in `sources`."""
@@ -285,7 +294,13 @@ class TrainingStream:
         ]
 
     def _put_windows(
-        self, out: Features, shape: RowShape, origin: RowOrigin, keys_N: rng.Keys, words_N: rng.Keys | None
+        self,
+        out: Features,
+        shape: RowShape,
+        origin: RowOrigin,
+        keys_N: rng.Keys,
+        words_N: rng.Keys | None,
+        step_N: IntArray,
     ) -> None:
         """Read and denoise the rows that are windows. All windows of an objective are denoised by one call."""
         # -1: the row is not a window.
@@ -302,10 +317,12 @@ class TrainingStream:
                         start_N[row_n] = source.reader.starts(span, objective_n, origin.rank_N[row_n])
         # Objectives and not corpora: windows of several corpora under one objective have one length and are denoised by
         # one call.
-        for number, objective in enumerate(self.data.objectives):
-            row_n = np.flatnonzero(objective_id_N == number)
-            if not row_n.size:
-                continue
+        of_objectives = (
+            (number, *group)
+            for number, one in enumerate(self.data.objectives)
+            for group in by_step(one, np.flatnonzero(objective_id_N == number), step_N)
+        )
+        for number, objective, row_n in of_objectives:
             tokens = self._gather(self._row_tokens[number], origin.corpus_N[row_n], start_N[row_n])
             words_n = None if words_N is None else words_N[row_n]
             examples = denoise(tokens, keys_N[row_n], objective, self.vocabulary, self._traits, words_n)
@@ -339,6 +356,7 @@ class TrainingStream:
         row_n: IntArray,
         rank_n: IntArray,
         keys_n: rng.Keys,
+        step_n: IntArray,
     ) -> None:
         """Read and denoise the examples of packed rows, and write them into rows `row_n` of `out`."""
         packed, owner_m, segment_m = reader.examples_of_rows(reader.shuffled_rows(rank_n))
@@ -348,7 +366,9 @@ class TrainingStream:
         groups = [
             (objective_id, indices, examples)
             for index, objective_id in enumerate(source.objective_ids)
-            for indices, examples in reader.examples(packed, keys_m, index, self.vocabulary, self._traits)
+            for indices, examples in reader.examples(
+                packed, keys_m, index, self.vocabulary, self._traits, step_n[owner_m]
+            )
         ]
         # Denoising decides the lengths, so positions in the rows are known only when all groups have been denoised.
         lengths: dict[str, IntArray] = {}
@@ -362,9 +382,14 @@ class TrainingStream:
             put_packed(out, rows, segment_m[indices], group_offsets, examples, layout, objective_id, self._ids)
 
 
-def _described(objective: Objective) -> dict[str, Any]:
+def _described(objective: Objective, batch_size: int) -> dict[str, Any]:
     """Return the fields of an objective, for fingerprints."""
     fields = dataclasses.asdict(objective)
+    if objective.changes_with_steps:
+        # The rows of a step follow from it.
+        fields["batch_size"] = batch_size
+    elif isinstance(objective, MaskedLM):
+        del fields["mask_rate_schedule"]
     # Present only if it is set, so that fingerprints of runs from before the option stay valid.
     if isinstance(objective, Preference) and objective.pairs_per_row == 1:
         del fields["pairs_per_row"]

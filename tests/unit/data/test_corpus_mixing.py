@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.config_examples import example
 from hypothesis import given
@@ -22,7 +23,7 @@ from t5x_like.config import (
     SpanCorruption,
     Supervised,
 )
-from t5x_like.config.mixture_schedule import blocks_per_period, corpus_rates, phases, proportional, unimax
+from t5x_like.config.mixture_schedule import Phase, blocks_per_period, corpus_rates, phases, proportional, unimax
 from t5x_like.config.validation import validate
 
 corpus_sizes = st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 10**12), min_size=1)
@@ -59,11 +60,29 @@ def test_unimax_is_even_up_to_its_epoch_limit(tokens: dict[str, int], budget: in
 
 
 def test_rates_multiply_shares_by_size() -> None:
-    rates, tokens = {"a": 2.0, "b": 1.0}, {"a": 10, "b": 30}
-    assert corpus_rates(CorpusMixingConfig(), rates, tokens) == [2.0, 1.0]
-    assert corpus_rates(CorpusMixingConfig(strategy="proportional"), rates, tokens) == pytest.approx([0.5, 0.75])
+    phase, tokens = Phase(0, {}, {"a": 2.0, "b": 1.0}), {"a": 10, "b": 30}
+    assert corpus_rates(CorpusMixingConfig(), phase, tokens) == [2.0, 1.0]
+    assert corpus_rates(CorpusMixingConfig(strategy="proportional"), phase, tokens) == pytest.approx([0.5, 0.75])
     even = CorpusMixingConfig(strategy="unimax", budget_tokens=8, max_epochs=1.0)
-    assert corpus_rates(even, rates, tokens) == pytest.approx([1.0, 0.5])
+    assert corpus_rates(even, phase, tokens) == pytest.approx([1.0, 0.5])
+
+
+def test_temperature_changes_by_phase() -> None:
+    """Annealed sampling of languages: the shares become more even from phase to phase (mmBERT)."""
+    mixing = CorpusMixingConfig(strategy="proportional", temperature=1.0)
+    data = dataclasses.replace(
+        example().data,
+        corpus_mixing=mixing,
+        rate_schedule=(
+            RatePhaseConfig(start_step=5, temperature=2.0),
+            RatePhaseConfig(start_step=7, objectives=()),
+            RatePhaseConfig(start_step=9, temperature=1e9),
+        ),
+    )
+    assert [phase.temperature for phase in phases(data)] == [1.0, 2.0, 2.0, 1e9]
+    even = [dataclasses.replace(phase, corpora={"a": 1.0, "b": 1.0}) for phase in phases(data)]
+    ratios = [np.divide(*corpus_rates(mixing, phase, {"a": 900, "b": 100})) for phase in even]
+    assert ratios == pytest.approx([9.0, 3.0, 3.0, 1.0])
 
 
 def test_period_is_long_enough_for_the_smallest_corpus() -> None:
@@ -155,6 +174,10 @@ TAUGHT = (CorpusShareConfig(name="a", corpus=PAIRS, example_mode="documents", mi
             ["data.rate_schedule.0.corpora"],
         ),
         # A rate of 0 needs a schedule that raises it.
+        (
+            {"rate_schedule": (RatePhaseConfig(start_step=3, temperature=2.0),)},
+            ["data.rate_schedule.0.temperature"],
+        ),
         ({"corpora": LATER, "rate_schedule": (RatePhaseConfig(start_step=3, corpora=(("b", 1.0),)),)}, []),
         ({"corpora": LATER}, ["data.corpora.1.rate"]),
         (

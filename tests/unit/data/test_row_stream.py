@@ -421,3 +421,41 @@ heavy = {{"jax", "tensorflow", "seqio", "sentencepiece", "pyarrow"}} & set(sys.m
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+SCHEDULE = ((2, 0.5), (4, 0.3), (6, 0.2), (6, 0.1))
+
+
+def test_mask_rates_are_linear_between_their_points() -> None:
+    objective = MaskedLM(mask_rate=0.4, mask_rate_schedule=SCHEDULE)
+    rates = [objective.at_step(step).mask_rate for step in range(9)]
+    assert rates == pytest.approx([0.4, 0.4, 0.5, 0.4, 0.3, 0.25, 0.1, 0.1, 0.1])
+    assert [problem.where for problem in MaskedLM(mask_rate_schedule=SCHEDULE[::-1]).problems("x")] == [
+        "x.mask_rate_schedule"
+    ]
+
+
+@pytest.mark.parametrize("example_mode", ["windows", "documents"])
+def test_a_row_has_the_mask_rate_of_the_step_that_reads_it(tmp_path: Path, example_mode: str) -> None:
+    """Each row equals that of a run with this constant rate, however the rows are requested."""
+    texts = [f"Text {number} of a few words. " * (number % 4 + 1) for number in range(90)]
+    store = text_store(tmp_path / "text", texts)
+
+    def stream_of(objective: Objective, batch_size: int = 4) -> TrainingStream:
+        data = dataclasses.replace(data_config("encoder", mixture=(objective,)), example_mode=example_mode)
+        return TrainingStream([store], data, batch_size)
+
+    scheduled = MaskedLM(mask_rate=0.4, mask_rate_schedule=SCHEDULE)
+    stream = stream_of(scheduled)
+    for step in (0, 2, 5, 7):
+        constant = stream_of(MaskedLM(mask_rate=scheduled.at_step(step).mask_rate)).batch(step)["main"]
+        alone = [stream.get_row(index) for index in range(4 * step, 4 * step + 4)]
+        for name, values in stream.batch(step)["main"].items():
+            np.testing.assert_array_equal(values, constant[name])
+            np.testing.assert_array_equal(values, np.concatenate([row[name] for row in alone]))
+    together = stream.get_rows(np.arange(32))
+    for name, values in stream.batch(6)["main"].items():
+        np.testing.assert_array_equal(values, together[name][24:28])
+    # The rows of a step follow from the batch size, and those of an objective without a schedule do not.
+    assert stream.fingerprint != stream_of(scheduled, 8).fingerprint
+    assert stream_of(MaskedLM()).fingerprint == stream_of(MaskedLM(), 8).fingerprint
