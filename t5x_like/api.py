@@ -24,9 +24,10 @@ from t5x_like.config.validation import validate
 from t5x_like.data.tokenizers.tokenizer import TokenizerProtocol
 from t5x_like.decoding.generation_config import GenerationConfig
 from t5x_like.decoding.log_likelihood import Score, score_tokens
+from t5x_like.decoding.masked_prompts import settings_and_formats
 from t5x_like.decoding.pipeline import TextGenerator
 from t5x_like.decoding.prompt_reader import PromptRequest
-from t5x_like.decoding.prompted_model import PromptedModel, formats_of
+from t5x_like.decoding.prompted_model import PromptedModel
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.embedding.embed_files import embed
 from t5x_like.embedding.text_encoder import TextEncoder, open_encoder
@@ -197,7 +198,8 @@ class PretrainedModel:
         sampling = Sampling(**{name: value for name, value in settings.items() if name in _SAMPLING_FIELDS})
         others = {name: value for name, value in settings.items() if name not in _SAMPLING_FIELDS}
         config = GenerationConfig(sampling=sampling, **others)
-        generator = TextGenerator(PromptedModel(self.loaded), self.params, formats_of(self.loaded, config.mode), config)
+        config, formats = settings_and_formats(self.loaded, config)
+        generator = TextGenerator(PromptedModel(self.loaded), self.params, formats, config)
         answers = generator([PromptRequest(prompt, {}) for prompt in prompts], 0)
         return [answer.text for samples in answers for answer in samples]
 

@@ -17,6 +17,7 @@ from t5x_like.cli.arguments import (
     process_flags,
     simulate_devices,
 )
+from t5x_like.cli.unmasking_arguments import add_unmasking_options, unmasking_settings
 
 
 def register(commands: Any) -> None:
@@ -41,6 +42,13 @@ def register(commands: Any) -> None:
     _add_prompt_options(parser)
     _add_sampling_options(parser)
     _add_search_options(parser)
+    add_unmasking_options(parser)
+    parser.add_argument(
+        "--gap-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens that fill each <mask> of a prompt, for a model that fills masked positions (default: 1)",
+    )
     parser.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="answers decoded at once (default: 32)"
     )
@@ -189,6 +197,7 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
             prompt_lookup=options.prompt_lookup,
             num_draft_tokens=options.num_draft_tokens,
             batch_size=options.batch_size,
+            diffusion=unmasking_settings(options, options.gap_tokens),
         )
         return generate_completions(
             options.model.path,

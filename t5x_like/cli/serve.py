@@ -14,6 +14,7 @@ from t5x_like.cli.arguments import (
     positive,
     simulate_devices,
 )
+from t5x_like.cli.unmasking_arguments import add_unmasking_options, unmasking_settings
 
 
 def register(commands: Any) -> None:
@@ -81,6 +82,7 @@ def register(commands: Any) -> None:
     parser.add_argument(
         "--cache-dtype", choices=("bfloat16", "int8"), help="type of the cached keys and values (default: the model's)"
     )
+    add_unmasking_options(parser)
     parser.set_defaults(overrides=False)
 
 
@@ -105,4 +107,5 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         mode=options.mode,
         step=options.model.step,
         cache_dtype=options.cache_dtype,
+        diffusion=unmasking_settings(options),
     )

@@ -8,11 +8,8 @@ requests.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
-import threading
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,47 +18,36 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_like.decoding.bucketing import bucket, check_positions, num_row_shards
-from t5x_like.decoding.fair_queue import FairQueue
 from t5x_like.decoding.inference_params import inference_params
 from t5x_like.decoding.log_likelihood import score_stream
+from t5x_like.decoding.request_scheduler import RequestScheduler, SlotLimits
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.slot_requests import FinishReason, Request, request_arrays
 from t5x_like.decoding.slots import NewTokens, SlotSettings, decode_slots, empty_slots, free_slots, prefill_slots
 from t5x_like.decoding.token_logprobs import on_host
 from t5x_like.decoding.token_selection import NOT_FINITE
 from t5x_like.program import Program
-from t5x_like.utils.stall_limit import progress, stall_seconds
+from t5x_like.utils.stall_limit import progress
 from t5x_like.utils.type_aliases import PyTree
-
-_IDLE_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class BatcherConfig:
+class BatcherConfig(SlotLimits):
     """Sizes that are fixed when the programs are compiled.
 
     Attributes:
-      slots: Number of requests that are decoded at once.
-      max_prompt_length: Largest number of tokens of a prompt.
-      max_new_tokens: Largest number of new tokens of a request.
       steps_per_sync: Number of tokens that every slot decodes before the host looks for new requests.
       prefill_batch_size: Number of prompts that are read at once.
     """
 
-    slots: int = 8
-    max_prompt_length: int = 512
-    max_new_tokens: int = 256
     steps_per_sync: int = 4
     prefill_batch_size: int = 4
 
 
-class Batcher:
-    """Continuous batcher. `submit`, `cancel` and `close` may be called from any thread; `run` and `run_once` from one.
+class Batcher(RequestScheduler):
+    """Continuous batcher of models that decode from left to right."""
 
-    Attributes:
-      failure: Exception that ended `run`; None after `close`.
-      scores_prompts: The model predicts the tokens of its prompts: it is a causal decoder.
-    """
+    config: BatcherConfig
 
     def __init__(
         self,
@@ -88,11 +74,13 @@ class Batcher:
         prompt_positions = config.max_prompt_length + (model_config.encoder is None)
         check_positions(model_config, prompt_positions, config.max_new_tokens)
         shards = num_row_shards(program)
-        self.config = dataclasses.replace(
-            config,
-            slots=-(-config.slots // shards) * shards,
-            # Both numbers are dimensions that the mesh splits, so they are rounded up to multiples of its shards.
-            prefill_batch_size=-(-min(config.prefill_batch_size, config.slots) // shards) * shards,
+        super().__init__(
+            dataclasses.replace(
+                config,
+                slots=-(-config.slots // shards) * shards,
+                # Both numbers are dimensions that the mesh splits, so they are rounded up to multiples of its shards.
+                prefill_batch_size=-(-min(config.prefill_batch_size, config.slots) // shards) * shards,
+            )
         )
         self.program, self.params = program, inference_params(program, params)
         self.scores_prompts = model_config.encoder is None and not bidirectional
@@ -105,99 +93,11 @@ class Batcher:
             cache_dtype=cache_dtype,
         )
         self._allowed = jnp.asarray(allowed_V)
-        self._queue: FairQueue[Request] = FairQueue()
-        self._active: list[Request | None] = [None] * self.config.slots
-        # The condition guards queue, `_closed` and `cancelled`. `_active` and the slots belong to the thread that runs
-        # the batcher and need no lock.
-        self._changed = threading.Condition()
-        self._closed = False
-        self.failure: BaseException | None = None
         placeholder = Request([1], 1, Sampling(), lambda tokens, finish: None)
         arrays = request_arrays(program, [placeholder], self.config.slots, self.config.max_prompt_length)
         self._slots = empty_slots(self._settings, arrays)
 
-    def submit(self, request: Request) -> None:
-        """Queue one request; see `submit_all`."""
-        self.submit_all([request])
-
-    def submit_all(self, requests: Sequence[Request]) -> None:
-        """Append requests to the queue, all of them or none.
-
-        Raises:
-          ValueError: a prompt is empty or too long, too many tokens are requested, a prompt is to be scored by a model
-            that does not predict it, or the batcher is closed.
-        """
-        config = self.config
-        for request in requests:
-            if not 0 < len(request.prompt) <= config.max_prompt_length:
-                raise ValueError(f"a prompt of {len(request.prompt)} tokens, expected 1 to {config.max_prompt_length}")
-            is_scored = request.on_prompt_logprobs is not None
-            if is_scored and not self.scores_prompts:
-                raise ValueError("a prompt to be scored, expected none: this model does not predict its prompts")
-            least = 0 if is_scored else 1
-            if not least <= request.max_new_tokens <= config.max_new_tokens:
-                raise ValueError(f"{request.max_new_tokens} new tokens, expected {least} to {config.max_new_tokens}")
-        with self._changed:
-            if self._closed:
-                raise ValueError("the server is shutting down")
-            # All of them under one lock: the prompts of one call are queued together or refused together.
-            self._queue.extend(requests)
-            self._changed.notify()
-
-    def cancel(self, request: Request) -> None:
-        """Cancel a request: its slot is free from the next step on. `on_tokens` is called with "cancelled"."""
-        with self._changed:
-            request.cancelled = True
-            self._changed.notify()
-
-    def close(self) -> None:
-        """End `run` after the current step."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of requests in the queue."""
-        return len(self._queue)
-
-    def num_waiting_of(self, client: str) -> int:
-        """Return the number of requests of a client in the queue."""
-        with self._changed:
-            return self._queue.count(client)
-
-    @property
-    def num_active(self) -> int:
-        """Number of slots in use."""
-        return sum(request is not None for request in self._active)
-
-    def run(self) -> None:
-        """Decode until `close` is called. Unfinished requests are then cancelled, also if a step fails."""
-        try:
-            while True:
-                with self._changed:
-                    # A server without requests waits for the next one, which is no stall.
-                    while not (self._closed or self._queue or self.num_active):
-                        self._changed.wait(timeout=min(_IDLE_SECONDS, stall_seconds() / 4))
-                        progress()
-                    if self._closed:
-                        break
-                self.run_once()
-        except BaseException as error:
-            self.failure = error
-            raise
-        finally:
-            with self._changed:
-                self._closed = True
-                # Under the lock, so that no request can be queued after it: it would never get an answer.
-                unfinished = [request for request in (*self._active, *self._queue) if request is not None]
-                self._queue.clear()
-            self._active = [None] * self.config.slots
-            for request in unfinished:
-                request.on_tokens([], "cancelled")
-
     def warm_up(self) -> None:
-        """Compile all programs that requests can need, so that no request waits for a compilation."""
         config = self.config
 
         def ignore(*_: Any) -> None:
@@ -224,7 +124,6 @@ class Batcher:
                 score_stream(self.program, self.params, [0] * min(2**exponent, config.max_prompt_length))
 
     def run_once(self) -> None:
-        """Free the slots of cancelled requests, read waiting prompts into free slots, and run a step."""
         progress()
         # Cancelled requests go first, so that their slots can be taken by waiting prompts in the same call.
         self._drop_cancelled()
@@ -238,33 +137,15 @@ class Batcher:
             # One transfer per call and the only synchronization with the device.
             self._deliver(jax.device_get(new_KxS))
 
-    def _drop_cancelled(self) -> None:
-        with self._changed:
-            dropped = [request for request in self._queue if request.cancelled]
-            for waiting in dropped:
-                self._queue.remove(waiting)
-        freed = np.zeros(self.config.slots, bool)
-        for slot, request in enumerate(self._active):
-            if request is not None and request.cancelled:
-                dropped.append(request)
-                self._active[slot], freed[slot] = None, True
-        if freed.any():
-            self._slots = free_slots(self._slots, freed)
-        for request in dropped:
-            # Outside of the lock: the callback may submit or cancel requests.
-            request.on_tokens([], "cancelled")
+    def _free(self, freed: npt.NDArray[np.bool_]) -> None:
+        self._slots = free_slots(self._slots, freed)
 
     def _admit(self, limit: int) -> int:
         """Read the prompts of up to `limit` requests into free slots, in one batch. Return the number of requests."""
         config = self.config
         free = [slot for slot, request in enumerate(self._active) if request is None]
         free = free[: min(limit, config.prefill_batch_size)]
-        with self._changed:
-            active = collections.Counter(request.client for request in self._active if request is not None)
-            admitted: list[Request] = []
-            for _ in range(min(len(free), len(self._queue))):
-                admitted.append(self._queue.pop(active))
-                active[admitted[-1].client] += 1
+        admitted = self._next_waiting(len(free))
         if not admitted:
             return 0
         # Requests are recorded before anything can fail, so that `run` cancels them after an error.

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
-from t5x_like.config import ModelConfig
 from t5x_like.decoding import token_selection
 from t5x_like.decoding.beam_search import BeamSearch, search_batch
 from t5x_like.decoding.bucketing import bucket, check_positions, num_row_shards, pad_rows, put_on_mesh
@@ -21,7 +20,7 @@ from t5x_like.decoding.decode_loop import decode_rows, read_prompts
 from t5x_like.decoding.inference_params import InferenceParams, decoding_model, inference_params
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.speculative import Speculation, speculate_batch
-from t5x_like.decoding.stop_strings import FOUND, StopStrings
+from t5x_like.decoding.stop_strings import StopStrings, truncate
 from t5x_like.decoding.token_selection import NOT_FINITE, SelectionParams
 from t5x_like.errors import DataError
 from t5x_like.program import Program
@@ -88,7 +87,7 @@ def generate_tokens(
         )
         for index, row in zip(indices, np.asarray(new_RxN).tolist(), strict=False):
             _require_finite(index, row)
-            results[index] = _truncate(row[: arguments.limits[index]], program.run.model, stops)
+            results[index] = truncate(row[: arguments.limits[index]], program.run.model.eos_ids, stops)
     return results
 
 
@@ -162,7 +161,8 @@ def beam_tokens(
                 raise _not_finite(index, "of a beam")
             results[index] = [
                 Hypothesis(
-                    _truncate(tokens[row, beam, : lengths[row, beam]].tolist(), program.run.model, None), float(score)
+                    truncate(tokens[row, beam, : lengths[row, beam]].tolist(), program.run.model.eos_ids, None),
+                    float(score),
                 )
                 for beam, score in enumerate(scores[row])
                 if score > -np.inf
@@ -241,7 +241,7 @@ def speculative_tokens(
         )
         for index, row in zip(indices, new_RxN.tolist(), strict=False):
             _require_finite(index, row)
-            results[index] = _truncate(row[: arguments.limits[index]], program.run.model, stops)
+            results[index] = truncate(row[: arguments.limits[index]], program.run.model.eos_ids, stops)
     return results, total
 
 
@@ -337,18 +337,6 @@ def _make_batch(program: Program, prompts: Sequence[Sequence[int]], limits: Sequ
     lengths_R[: len(streams)] = [len(stream) for stream in streams]
     limits_R[: len(streams)] = limits
     return put_on_mesh(program, {"tokens": pad_rows(streams, count, width), "lengths": lengths_R, "limits": limits_R})
-
-
-def _truncate(row: list[int], config: ModelConfig, stops: StopStrings | None) -> list[int]:
-    """Return the tokens before EOS, or up to and including the token that completes a stop string."""
-    state = 0
-    for position, token in enumerate(row):
-        if token in config.eos_ids:
-            return row[:position]
-        state = state if stops is None else int(stops.next_SxV[state, token])
-        if state == FOUND:
-            return row[: position + 1]
-    return row
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("buffer_length", "bidirectional", "cache_dtype"))

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from t5x_like.decoding.generation_config import GenerationConfig
+from t5x_like.decoding.masked_prompts import settings_and_formats
 from t5x_like.decoding.pipeline import Completion, TextGenerator, explain_memory
 from t5x_like.decoding.prompt_reader import (
     InputDigest,
@@ -23,7 +24,7 @@ from t5x_like.decoding.prompt_reader import (
     open_prompts,
     request_from_argument,
 )
-from t5x_like.decoding.prompted_model import Formats, PromptedModel, formats_of, open_prompted
+from t5x_like.decoding.prompted_model import Formats, PromptedModel, open_prompted
 from t5x_like.distributed.preemption import SignalStop, stop_on_signals
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, ConfigError, ConfigProblem, SafetyError
 from t5x_like.storage.transfers import is_transferred
@@ -79,7 +80,7 @@ def generate_completions(
         )
     # Processes divide the prompts among them, not the arrays: each decodes on its own devices.
     model = open_prompted(directory, devices="local")
-    formats = formats_of(model.loaded, settings.mode)
+    settings, formats = settings_and_formats(model.loaded, settings)
     if prompt is not None:
         if output is not None:
             raise ConfigError([ConfigProblem("--output", str(output), "none with --prompt", "give --input FILE")])
@@ -261,7 +262,8 @@ def _restore(
 def _warn_if_longer_than_trained(model: PromptedModel, formats: Formats, longest: int) -> None:
     trained_length = model.longest_prompt(formats.plain)
     if trained_length is not None and longest > trained_length:
-        say(f"note: a prompt has {longest} tokens, more than the {trained_length} of training", file=sys.stderr)
+        subject = "a prompt with its masked positions" if formats.plain.is_masked_text else "a prompt"
+        say(f"note: {subject} has {longest} tokens, more than the {trained_length} of training", file=sys.stderr)
 
 
 def _print_speculation(generator: TextGenerator) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 from t5x_like.decoding.beam_search import BeamSearch
 from t5x_like.decoding.prompt_reader import MAX_NEW_TOKENS, is_text
 from t5x_like.decoding.sampling import Sampling
+from t5x_like.decoding.unmasking_schedule import DiffusionSampling
 from t5x_like.errors import ConfigError, ConfigProblem
 
 
@@ -33,6 +34,7 @@ class GenerationConfig:
       prompt_lookup: Speculative decoding with prompt lookup.
       num_draft_tokens: Number of tokens per proposal of the draft.
       batch_size: Number of completions that are decoded at once.
+      diffusion: Masked positions are filled in this way, in place of decoding from left to right.
     """
 
     mode: str | None = None
@@ -52,10 +54,14 @@ class GenerationConfig:
     prompt_lookup: bool = False
     num_draft_tokens: int = 4
     batch_size: int = 32
+    diffusion: DiffusionSampling | None = None
 
     def __post_init__(self) -> None:
         problems = []
-        if self.beam is None and self.sampling.greedy and self.num_samples > 1:
+        if self.diffusion is not None:
+            problems += self._unmasking_problems()
+        is_random = self.diffusion is not None and self.diffusion.order == "random"
+        if self.beam is None and self.sampling.greedy and self.num_samples > 1 and not is_random:
             fix = "greedy completions of a prompt are all equal: set a temperature or a beam size"
             problems.append(ConfigProblem("num_samples", str(self.num_samples), "1 at temperature 0", fix))
         if self.beam is not None and self.num_samples > self.beam.size:
@@ -82,6 +88,24 @@ class GenerationConfig:
             problems.append(ConfigProblem("allowed_characters", repr(self.allowed_characters), "none with choices"))
         if problems:
             raise ConfigError(problems)
+
+    def _unmasking_problems(self) -> list[ConfigProblem]:
+        """Return one problem that names all settings without a meaning where masked positions are filled."""
+        settings = {
+            "mode": self.mode is not None,
+            "beam_size": self.beam is not None,
+            "draft_model": self.draft_model is not None,
+            "prompt_lookup": self.prompt_lookup,
+            "choice": self.choices is not None,
+            "repetition_penalty": self.sampling.repetition_penalty != 1.0,
+            "return_scores": self.return_scores,
+            "cache_dtype": self.cache_dtype is not None,
+        }
+        given = [name for name, is_set in settings.items() if is_set]
+        if not given:
+            return []
+        found = "a model that fills masked positions in any order, which has neither a next token nor a cache"
+        return [ConfigProblem(", ".join(given), found, "a model that decodes from left to right", "leave them out")]
 
     @property
     def speculates(self) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_like.config import ModelConfig
@@ -21,6 +22,7 @@ from t5x_like.program import Program
 from t5x_like.utils.type_aliases import PyTree
 
 Result = TypeVar("Result")
+ArrayT = TypeVar("ArrayT", npt.NDArray[Any], jax.Array)
 Pair = tuple[Sequence[int], Sequence[int]]
 """(inputs, targets) as token ids."""
 MAX_TOKENS_PER_BATCH = 2**14
@@ -79,11 +81,15 @@ def score_tokens(
         batch = put_on_mesh(program, _features([pairs[i] for i in indices], count, shape, config, bidirectional))
         per_token_RxT, greedy_RxT = jax.device_get(_score_batch(program, params, batch, _chunk(program)))
         for row, index in enumerate(indices):
-            length = len(pairs[index][1])
-            values = tuple(per_token_RxT[row, :length].tolist())
-            scores[index] = Score(float(np.sum(values, dtype=np.float64)), values, bool(greedy_RxT[row, :length].all()))
+            scores[index] = _score(per_token_RxT[row], greedy_RxT[row], len(pairs[index][1]))
         advance(len(indices))
     return scores
+
+
+def _score(per_token_T: npt.NDArray[Any], greedy_T: npt.NDArray[Any], length: int) -> Score:
+    """Return the score of a row whose first `length` targets are no padding."""
+    values = tuple(per_token_T[:length].tolist())
+    return Score(float(np.sum(values, dtype=np.float64)), values, bool(greedy_T[:length].all()))
 
 
 def score_stream(program: Program, params: PyTree | InferenceParams, tokens: Sequence[int]) -> list[TokenLogprob]:
@@ -111,10 +117,10 @@ def score_stream(program: Program, params: PyTree | InferenceParams, tokens: Seq
 
 
 class MaskedRow(NamedTuple):
-    """Row of an encoder, some of whose tokens are predicted in place.
+    """Row some of whose tokens are predicted, given all others.
 
     Attributes:
-      tokens: Ids that the encoder reads, with mask tokens.
+      tokens: Ids of the text, with mask tokens.
       positions: Positions that are predicted, at least one.
       targets: The token at each of them.
     """
@@ -124,27 +130,24 @@ class MaskedRow(NamedTuple):
     targets: Sequence[int]
 
 
-def score_masked_tokens(
-    program: Program, params: PyTree | InferenceParams, rows: Sequence[MaskedRow]
-) -> list[tuple[float, ...]]:
-    """Return log p(target | row) in nats for each predicted position of each row of an encoder.
+def score_masked_tokens(program: Program, params: PyTree | InferenceParams, rows: Sequence[MaskedRow]) -> list[Score]:
+    """Return the score of each row, whose tokens are predicted independently: log p(target | row).
 
     Rows of similar length are computed together, as in `score_tokens`.
 
     Raises:
-      ConfigError: a row has more tokens than the model has learned positions, or the model is not an encoder.
+      ConfigError: a row has more tokens than the model has learned positions, or the model predicts no masked tokens.
     """
     config = program.run.model
-    if config.architecture != "encoder" or config.task_head is not None:
-        raise ConfigError([ConfigProblem("model", "no encoder with a head over the vocabulary", "one")])
-    require_positions(config, "the longest row", {"encoder": max((len(row.tokens) for row in rows), default=0)})
-    assert config.encoder is not None
-    limit = config.encoder.max_positions if config.encoder.positions == "learned" else None
+    require_masked_model(config)
+    ((name, stack),) = config.stacks.items()
+    require_positions(config, "the longest row", {name: max((len(row.tokens) for row in rows), default=0)})
+    limit = stack.max_positions if stack.positions == "learned" else None
     by_shape: dict[tuple[int, int], list[int]] = {}
     for index, row in enumerate(rows):
         width = bucket(len(row.tokens)) if limit is None else min(bucket(len(row.tokens)), limit)
         by_shape.setdefault((width, min(bucket(len(row.positions), minimum=1), width)), []).append(index)
-    scores: list[tuple[float, ...]] = [()] * len(rows)
+    scores: list[Score] = [Score(0.0, (), True)] * len(rows)
     shards = num_row_shards(program)
     for width, predicted in sorted(by_shape, reverse=True):
         size = _rows_per_batch(width, predicted, config.vocab_size, shards)
@@ -152,17 +155,54 @@ def score_masked_tokens(
         for first in range(0, len(indices), size):
             some = [rows[index] for index in indices[first : first + size]]
             count = shards * bucket(-(-len(some) // shards), minimum=1)
+            lengths_R = np.zeros(count, np.int32)
+            lengths_R[: len(some)] = [len(row.tokens) for row in some]
             batch = {
-                "encoder_input_tokens": pad_rows([row.tokens for row in some], count, width),
-                # Segment ids mark the valid positions, so that no token id counts as padding.
-                "encoder_segment_ids": pad_rows([[1] * len(row.tokens) for row in some], count, width),
+                **in_place_features(pad_rows([row.tokens for row in some], count, width), lengths_R, config),
                 "target_tokens": pad_rows([row.targets for row in some], count, predicted),
                 "target_positions": pad_rows([row.positions for row in some], count, predicted),
             }
-            found_RxT, _ = jax.device_get(_score_batch(program, params, put_on_mesh(program, batch), _chunk(program)))
+            placed = put_on_mesh(program, batch)
+            per_token_RxT, greedy_RxT = jax.device_get(_score_batch(program, params, placed, _chunk(program)))
             for number, index in enumerate(indices[first : first + size]):
-                scores[index] = tuple(found_RxT[number, : len(rows[index].targets)].tolist())
+                scores[index] = _score(per_token_RxT[number], greedy_RxT[number], len(rows[index].targets))
     return scores
+
+
+def require_masked_model(config: ModelConfig) -> None:
+    """Raise ConfigError if the model has no one stack with a head that predicts masked tokens."""
+    if config.task_head is not None:
+        found = "a task head"
+    elif config.generator is not None:
+        found = "a generator and a discriminator"
+    elif len(config.stacks) != 1:
+        found = "an encoder and a decoder"
+    else:
+        return
+    expected = "an encoder with a head over the vocabulary, or a decoder with a bidirectional prefix"
+    raise ConfigError([ConfigProblem("model", found, expected)])
+
+
+def in_place_features(tokens_RxL: ArrayT, lengths_R: ArrayT, config: ModelConfig) -> dict[str, ArrayT]:
+    """Return the features of rows whose position p predicts token p, given all tokens, as in training: those of an
+    encoder, or of a bidirectional stream that begins with the start token and ends before the last token.
+
+    Args:
+      tokens_RxL: int32, padded on the right; NumPy arrays or those of jax.
+      lengths_R: Number of tokens of each row.
+      config: A model with one stack.
+    """
+    numpy: Any = np if isinstance(tokens_RxL, np.ndarray) else jnp
+    # Segment ids mark the valid positions, so that no token id counts as padding.
+    valid_RxL = (numpy.arange(tokens_RxL.shape[1]) < lengths_R[:, None]).astype(np.int32)
+    if config.decoder is None:
+        return {"encoder_input_tokens": tokens_RxL, "encoder_segment_ids": valid_RxL}
+    start_Rx1 = numpy.full_like(tokens_RxL[:, :1], config.decoder_start_token_id)
+    return {
+        "decoder_input_tokens": numpy.concatenate([start_Rx1, tokens_RxL[:, :-1]], axis=1),
+        "decoder_segment_ids": valid_RxL,
+        "decoder_causal_attention": valid_RxL,
+    }
 
 
 def _rows_per_batch(width: int, scored: int, vocab_size: int, shards: int) -> int:

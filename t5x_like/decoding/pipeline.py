@@ -15,15 +15,18 @@ from t5x_like.data.objectives.prompts import PromptFormat
 from t5x_like.data.tokenizers.tokenizer import pieces, text_of
 from t5x_like.decoding import infill_prompts
 from t5x_like.decoding.constrained import Constraints
+from t5x_like.decoding.diffusion_sampling import unmask_tokens
 from t5x_like.decoding.engine import SpeculationStats, beam_tokens, generate_tokens, speculative_tokens
 from t5x_like.decoding.generation_config import GenerationConfig
 from t5x_like.decoding.inference_params import inference_params
 from t5x_like.decoding.infill_prompts import GappedText
 from t5x_like.decoding.log_likelihood import score_tokens
+from t5x_like.decoding.masked_prompts import masked_text
 from t5x_like.decoding.prompt_reader import PromptRequest
 from t5x_like.decoding.prompted_model import Formats, PromptedModel, ends_in_eos, open_prompted
 from t5x_like.decoding.speculative import Speculation
 from t5x_like.decoding.stop_strings import StopStrings, compile_stop_strings, cut_at_stop
+from t5x_like.decoding.unmasking_schedule import DiffusionSampling
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.utils.type_aliases import PyTree
 
@@ -64,6 +67,7 @@ class _Row:
       seed: Seed of the draws.
       limit: Largest number of new tokens.
       start: Initial state of the constraint.
+      has_gaps: The prompt is a text with gaps.
     """
 
     ids: tuple[int, ...]
@@ -72,6 +76,7 @@ class _Row:
     seed: int
     limit: int
     start: int
+    has_gaps: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +140,15 @@ class TextGenerator:
         return Speculation(settings.num_draft_tokens, (draft.program, draft.load()[1]))
 
     def check(self, request: PromptRequest) -> int:
-        """Return the number of tokens of the request's longest prompt.
+        """Return the number of tokens of the request's longest prompt, with the positions that are to be filled.
 
         Raises:
           DataError: the prompt cannot be used; the message says why.
         """
-        return max(len(query.ids) for query in self._queries(request)[2])
+        text, _, queries = self._queries(request)
+        is_continued = self.settings.diffusion is not None and text is None
+        added = (request.max_new_tokens or self.settings.max_new_tokens) if is_continued else 0
+        return max(len(query.ids) for query in queries) + added
 
     def __call__(self, requests: Sequence[PromptRequest], first: int) -> list[list[Completion]]:
         """Return the completions of each request: `num_samples`, or as many as a beam search finds.
@@ -154,7 +162,7 @@ class TextGenerator:
         # One beam search gives all samples of a prompt; independent draws need a row each.
         samples = 1 if self.settings.beam is not None else self.settings.num_samples
         rows: list[_Row] = []
-        for position, (request, (_, form, queries)) in enumerate(zip(requests, prepared, strict=True)):
+        for position, (request, (text, form, queries)) in enumerate(zip(requests, prepared, strict=True)):
             choices = self.settings.choices if request.choices is None else request.choices
             for sample in range(samples):
                 # The row number of the draws: with a seed of its own, a prompt's draws do not depend on its position.
@@ -167,7 +175,7 @@ class TextGenerator:
                     )
                     seed = (request.seed if request.seed is not None else self.settings.seed) + index * _QUERY_SEED
                     limit = request.max_new_tokens or self.settings.max_new_tokens
-                    rows.append(_Row(query.ids, form, number % 2**31, seed, limit, start))
+                    rows.append(_Row(query.ids, form, number % 2**31, seed, limit, start, text is not None))
         decoded = iter(self._decode(rows, constraints))
         completions = []
         for request, (text, form, queries) in zip(requests, prepared, strict=True):
@@ -187,6 +195,8 @@ class TextGenerator:
           DataError: the prompt cannot be used.
         """
         tokenizer, formats = self.model.tokenizer, self.formats
+        if self.settings.diffusion is not None and request.choices is not None:
+            raise DataError(f"{request.where}: found choices, expected none for a model that fills masked positions")
         text = None if self.settings.raw_text else infill_prompts.split_at_gaps(request.prompt)
         try:
             if text is not None:
@@ -208,7 +218,7 @@ class TextGenerator:
             ids = formats.plain.ids(encode(request.prompt), tokenizer.vocabulary)
         except DataError as error:
             raise DataError(f"{request.where}: {error}" if request.where else str(error)) from None
-        if not ids and self.model.program.run.model.encoder is not None:
+        if not ids and self.model.program.run.model.encoder is not None and not formats.plain.is_masked_text:
             # An encoder cannot read an empty row.
             ids = [self.model.program.run.model.eos_ids[0]]
         return None, formats.plain, [infill_prompts.Query(tuple(ids))]
@@ -225,10 +235,40 @@ class TextGenerator:
                 results[index] = of_row
         return results
 
+    def _unmask(
+        self, rows: Sequence[_Row], form: PromptFormat, diffusion: DiffusionSampling
+    ) -> list[list[_DecodedRow]]:
+        """Return the one result of each row: the tokens of its gaps, or those of `limit` positions after the prompt."""
+        results: list[list[_DecodedRow]] = [[] for _ in rows]
+        for has_gaps in (False, True):
+            indices = [index for index, row in enumerate(rows) if row.has_gaps == has_gaps]
+            tokens = unmask_tokens(
+                self.model.program,
+                self.params,
+                [
+                    masked_text(self.model.loaded, rows[index].ids, 0 if has_gaps else rows[index].limit)
+                    for index in indices
+                ],
+                # A gap has a given number of tokens, none of which can end the text.
+                allowed_V=self._allowed(form) & ~self.model.is_eos_V if has_gaps else self._allowed(form),
+                diffusion=diffusion,
+                sampling=self.settings.sampling,
+                seed=[rows[index].seed for index in indices],
+                rows=[rows[index].number for index in indices],
+                batch_size=self.settings.batch_size,
+                ends_at_eos=not has_gaps,
+                stops=self._stops,
+            )
+            for index, new in zip(indices, tokens, strict=True):
+                results[index] = [self._cut(new, None)]
+        return results
+
     def _decode_form(
         self, rows: Sequence[_Row], form: PromptFormat, constraints: Constraints
     ) -> list[list[_DecodedRow]]:
         settings = self.settings
+        if settings.diffusion is not None:
+            return self._unmask(rows, form, settings.diffusion)
         constrained = any(row.start for row in rows)
         common: dict[str, Any] = {
             "allowed_V": self._allowed(form),

@@ -21,8 +21,8 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
     corruption, then the others).
 
     Raises:
-      ConfigError: the run has an encoder only, or objectives that all predict tokens in place, which generate no text;
-        or its mixture does not have the mode.
+      ConfigError: the run has an encoder only, or objectives that all predict tokens in place, which generate no text
+        from left to right; or its mixture does not have the mode.
     """
     if data.labelled is not None:
         found = f"a run that trained a task head of kind {data.labelled.kind}"
@@ -35,11 +35,8 @@ def prompt_format(data: DataConfig, mode: str | None) -> PromptFormat:
     objectives = [objective for objective in data.objectives if not objective.predicts_in_place]
     if data.layout == "encoder" or not objectives:
         found = f"layout '{data.layout}', objectives {', '.join(objective.name for objective in data.objectives)}"
-        if data.layout == "encoder":
-            expected, fix = "a run with a decoder", "an encoder fills masks but generates no text"
-        else:
-            expected = "an objective that generates text, such as causal_lm or prefix_lm"
-            fix = "objectives that predict tokens in place fill masks only"
+        expected = "an objective that predicts the next token, such as causal_lm or prefix_lm"
+        fix = "objectives that predict tokens in place fill masked positions: `generate` and `serve` do so"
         raise ConfigError([ConfigProblem("data", found, expected, fix)])
     by_mode: dict[str, Objective] = {}
     for objective in objectives:
@@ -63,7 +60,7 @@ def infill_format(data: DataConfig, mode: str | None) -> PromptFormat | None:
     None: no objective fills gaps, or none with this mode.
     """
     token = None if mode is None else prompt_format(data, mode).mode
-    formats = (objective_format(objective, data) for objective in data.objectives)
+    formats = (objective_format(one, data) for one in data.objectives if not one.predicts_in_place)
     return next((one for one in formats if one.infill is not None and (mode is None or one.mode == token)), None)
 
 

@@ -64,13 +64,23 @@ class PromptedModel:
         """Return bool [V]: the ids that answers may hold."""
         model = self.loaded.model
         vocabulary = self.tokenizer.vocabulary
+        if form.is_masked_text:
+            allowed_V = form.allowed(vocabulary, model.vocab_size)
+            allowed_V[vocabulary.mask_id] = False
+            # Rows of documents, and imported models' texts, end without a token that is to be predicted.
+            has_eos = self.data is not None and self.data.example_mode == "windows"
+            return allowed_V if has_eos else allowed_V & ~self.is_eos_V
         if self.data is not None:
             return form.allowed(vocabulary, model.vocab_size)
         allowed_V = np.arange(model.vocab_size) < vocabulary.base_size + vocabulary.num_sentinels
         allowed_V[[token for token in (model.pad_token_id, model.decoder_start_token_id) if token is not None]] = False
         # Last, because EOS can be the padding id as well.
-        allowed_V[[token for token in model.eos_ids if token < model.vocab_size]] = True
-        return allowed_V
+        return allowed_V | self.is_eos_V
+
+    @property
+    def is_eos_V(self) -> npt.NDArray[np.bool_]:
+        """Bool [V]: the ids that end a text."""
+        return np.isin(np.arange(self.loaded.model.vocab_size), self.loaded.model.eos_ids)
 
     def longest_prompt(self, form: PromptFormat) -> int | None:
         """Return the tokens of the longest prompt in training; None for a model that is not a run."""
@@ -89,10 +99,11 @@ def open_prompted(
 
 
 def formats_of(loaded: LoadedModel, mode: str | None) -> Formats:
-    """Return the formats of prompts under `mode`, which are known before a device is touched.
+    """Return the formats of prompts that are continued from left to right under `mode`, which are known before a device
+    is touched.
 
     Raises:
-      ConfigError: the model generates no text, or has no such mode.
+      ConfigError: the model generates no text from left to right, or has no such mode.
     """
     data = loaded.trained_on
     if data is not None:
@@ -104,7 +115,7 @@ def formats_of(loaded: LoadedModel, mode: str | None) -> Formats:
     if mode is not None:
         raise ConfigError([ConfigProblem("mode", mode, "none: the model was imported, and its modes are not known")])
     if model.decoder is None:
-        fix = "an encoder fills masks but generates no text"
+        fix = "an encoder fills masked positions: `generate` and `serve` do so"
         raise ConfigError([ConfigProblem(str(loaded.path), "an encoder alone", "a model with a decoder", fix)])
     if model.encoder is None:
         return Formats(PromptFormat(None, ends_in_eos=False, bidirectional=False, sentinels=False), None)

@@ -39,7 +39,8 @@ class Request:
       on_logprobs: Called with the log-probabilities of new tokens before `on_tokens` is called with the tokens; None:
         they are not computed.
       on_prompt_logprobs: Called once with those of the prompt, before any token; None: the prompt is not scored.
-      cancelled: Set by `Batcher.cancel`.
+      suffix: Token ids after the new tokens, which a model that fills masked positions reads.
+      cancelled: Set by `RequestScheduler.cancel`.
     """
 
     prompt: Sequence[int]
@@ -51,6 +52,7 @@ class Request:
     client: str = ""
     on_logprobs: OnLogprobs | None = None
     on_prompt_logprobs: OnLogprobs | None = None
+    suffix: Sequence[int] = ()
     cancelled: bool = False
 
 

@@ -51,6 +51,24 @@ def cut_at_stop(text: AnyStr, stops: Sequence[AnyStr]) -> tuple[AnyStr, bool]:
     return text[: end + minus_length], True
 
 
+def find_end(tokens: Sequence[int], eos_ids: Sequence[int], stops: StopStrings | None) -> int | None:
+    """Return the number of tokens before EOS, or up to and including the one that completes a stop string; None if
+    neither occurs."""
+    state = 0
+    for position, token in enumerate(tokens):
+        if token in eos_ids:
+            return position
+        state = state if stops is None else int(stops.next_SxV[state, token])
+        if state == FOUND:
+            return position + 1
+    return None
+
+
+def truncate(tokens: list[int], eos_ids: Sequence[int], stops: StopStrings | None) -> list[int]:
+    """Return the tokens before EOS, or up to and including the token that completes a stop string."""
+    return tokens[: find_end(tokens, eos_ids, stops)]
+
+
 def compile_stop_strings(strings: Sequence[str], pieces: Sequence[bytes], table_size: int) -> StopStrings:
     """Compile stop strings for a vocabulary.
 

@@ -50,7 +50,7 @@ def decode_samples(program: Program, params: PyTree, stores: Sequence[Store], *,
     for share, store, objective in kinds:
         rows = program.run.training.global_batch_size
         for batch in heldout.objective_batches(store, data, share, rows, objective, num_batches=1):
-            decode = _infill if data.layout == "encoder" else functools.partial(_generate, objective)
+            decode = _infill if objective.predicts_in_place else functools.partial(_generate, objective)
             decoded = decode(program, params, batch["main"], each, store)
             samples += [{"denoiser": objective.name, **sample} for sample in decoded]
     return samples
@@ -107,9 +107,9 @@ def _infill(program: Program, params: PyTree, features: Features, count: int, st
     text_V = np.arange(program.run.model.vocab_size) < store.vocabulary.base_size
     placed = program.shard_global_batch({"main": features})["main"]
     prediction_NxL = np.asarray(_argmax_tokens(program, params, placed, text_V))
-    samples = []
+    stack, samples = program.run.data.target_stack, []
     for row in range(count):
-        tokens, chosen = features["encoder_target_tokens"][row], features["encoder_loss_weights"][row] > 0
+        tokens, chosen = features[f"{stack}_target_tokens"][row], features[f"{stack}_loss_weights"][row] > 0
         if not chosen.any():
             break
         present = tokens != store.vocabulary.pad_id

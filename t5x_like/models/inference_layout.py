@@ -25,11 +25,13 @@ from t5x_like.utils.type_aliases import PyTree
 
 
 def prepare_for_decoding(model: Model, *, fuse: bool) -> None:
-    """Change the layout of a model with a decoder in place. `fuse`: fuse products on the same input."""
-    model.decoder.unstack()
-    for block in model.decoder.blocks():
-        if fuse:
-            block.fuse()
+    """Change the layout of a model in place; an encoder keeps its layers stacked. `fuse`: fuse products on the same
+    input."""
+    if model.config.decoder is not None:
+        model.decoder.unstack()
+        for block in model.decoder.blocks():
+            if fuse:
+                block.fuse()
     for _, node in nnx.iter_graph(model):
         # Norm scales and biases stay float32: they are small, and norms compute in float32.
         if isinstance(node, Dense | FusedDense | ExpertWeights):

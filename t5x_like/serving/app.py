@@ -54,6 +54,7 @@ def make_app(service: Service, access: AccessRules = AccessRules()) -> Starlette
         max_new_tokens=service.batcher.config.max_new_tokens,
         draw_seed=lambda: secrets.randbits(32),
         scores_prompts=service.batcher.scores_prompts,
+        fills_gaps=service.batcher.fills_gaps,
     )
     model_body = {"id": service.model, "object": "model", "created": int(time.time()), "owned_by": "user"}
 

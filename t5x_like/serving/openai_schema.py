@@ -125,7 +125,7 @@ class CompletionRequest(SamplingRequest):
     prompt: _Prompts = Field(description="a text, ids, or a list of either")
     echo: bool = Field(False, description="true or false")
     logprobs: TopLogprobs | None = Field(None, description=EXPECTED_TOP_LOGPROBS)
-    suffix: Annotated[Any, require_default("")] = None
+    suffix: str | None = Field(None, description="a text")
     best_of: Annotated[Any, require_default(1)] = None
 
 
@@ -142,6 +142,7 @@ class PreparedRequest:
       num_logprobs: Number of most likely tokens whose log-probabilities are reported at each position, beside that of
         the token; None: no log-probabilities.
       echo: The text begins with the prompt, and so do the log-probabilities.
+      suffix: Token ids after the completion.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -155,6 +156,7 @@ class PreparedRequest:
     form: ResponseForm
     num_logprobs: int | None = None
     echo: bool = False
+    suffix: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +169,7 @@ class Limits:
       max_prompt_length, max_new_tokens: In tokens.
       draw_seed: Returns a seed for a request that has none.
       scores_prompts: The model predicts the tokens of its prompts.
+      fills_gaps: The model fills masked positions: it reads a suffix, and gives no log-probabilities of next tokens.
     """
 
     model: str
@@ -175,6 +178,7 @@ class Limits:
     max_new_tokens: int
     draw_seed: Callable[[], int]
     scores_prompts: bool = True
+    fills_gaps: bool = False
 
 
 def parse(body: bytes, limits: Limits, encode: Callable[[str], Sequence[int]]) -> PreparedRequest:
@@ -191,6 +195,13 @@ def parse(body: bytes, limits: Limits, encode: Callable[[str], Sequence[int]]) -
     request = validated(body, CompletionRequest)
     require_model(request.model, limits.model)
     prompts = tuple(tuple(ids) for ids in _prompt_ids(request.prompt, encode, limits.vocab_size))
+    suffix: tuple[int, ...] = ()
+    if request.suffix:
+        if not limits.fills_gaps:
+            raise BadRequest("suffix is not supported: leave it out", "suffix")
+        suffix = tuple(_prompt_ids(request.suffix, encode, limits.vocab_size)[0])
+    if limits.fills_gaps:
+        _require_unmasking(request)
     most = min(DEFAULT_MAX_TOKENS, limits.max_new_tokens) if request.max_tokens is None else request.max_tokens
     if request.echo and request.logprobs is not None and not limits.scores_prompts:
         message = (
@@ -207,7 +218,20 @@ def parse(body: bytes, limits: Limits, encode: Callable[[str], Sequence[int]]) -
         "prompt",
         num_logprobs=request.logprobs,
         echo=request.echo,
+        suffix=suffix,
     )
+
+
+def _require_unmasking(request: CompletionRequest) -> None:
+    """Raise BadRequest if the request has options without a meaning where masked positions are filled."""
+    given = {"logprobs": request.logprobs is not None, "repetition_penalty": request.repetition_penalty != 1.0}
+    names = [name for name, is_set in given.items() if is_set]
+    if names:
+        message = (
+            f"{', '.join(names)}: this model fills masked positions in any order and has no next token; leave out "
+            f"{names[0] if len(names) == 1 else 'them'}"
+        )
+        raise BadRequest(message, names[0])
 
 
 def require_model(name: str | None, served: str) -> None:
@@ -226,20 +250,22 @@ def prepared(
     *,
     num_logprobs: int | None = None,
     echo: bool = False,
+    suffix: tuple[int, ...] = (),
 ) -> PreparedRequest:
     """Return a request whose prompts and number of tokens are within the limits.
 
     Args:
       param: Field that holds the prompts, for messages.
-      num_logprobs, echo: See `PreparedRequest`. With an echo, no new token may be asked for.
+      num_logprobs, echo, suffix: See `PreparedRequest`. With an echo, no new token may be asked for.
 
     Raises:
       BadRequest: they are not, or the sampling settings are not valid.
     """
     for ids in prompts:
-        if not 0 < len(ids) <= limits.max_prompt_length:
+        length = len(ids) + len(suffix)
+        if not 0 < length <= limits.max_prompt_length:
             message = (
-                f"a prompt of {len(ids)} tokens, with the tokens added around the text; "
+                f"a prompt of {length} tokens, with the tokens added around the text; "
                 f"expected 1 to {limits.max_prompt_length}"
             )
             raise BadRequest(message, param)
@@ -263,6 +289,7 @@ def prepared(
         form=form,
         num_logprobs=num_logprobs,
         echo=echo,
+        suffix=suffix,
     )
 
 

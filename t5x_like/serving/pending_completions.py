@@ -137,6 +137,7 @@ def _pending(service: Service, request: PreparedRequest, index: int, client: str
         client=client,
         on_logprobs=None if log is None else deliver_logprobs,
         on_prompt_logprobs=deliver_logprobs if scores_prompt else None,
+        suffix=request.suffix,
     )
     return completion
 

@@ -12,7 +12,12 @@ from typing import Any
 from t5x_like.data.chat.encoding import encode_rendered, load_template
 from t5x_like.data.objectives.prompts import PromptFormat
 from t5x_like.decoding.continuous_batching import Batcher, BatcherConfig
-from t5x_like.decoding.prompted_model import PromptedModel, ends_in_eos, formats_of, open_prompted
+from t5x_like.decoding.generation_config import GenerationConfig
+from t5x_like.decoding.masked_prompts import mask_id, settings_and_formats, special_tokens
+from t5x_like.decoding.prompted_model import PromptedModel, ends_in_eos, open_prompted
+from t5x_like.decoding.request_scheduler import RequestScheduler, SlotLimits
+from t5x_like.decoding.unmasking_schedule import DiffusionSampling
+from t5x_like.decoding.unmasking_scheduler import UnmaskingScheduler
 from t5x_like.errors import EXIT_OK, EXIT_UNEXPECTED, ConfigError, ConfigProblem, SafetyError
 from t5x_like.serving.chat_schema import EncodeChat
 from t5x_like.utils.sanitize import say
@@ -40,6 +45,7 @@ def serve_model(
     mode: str | None = None,
     step: int | None = None,
     cache_dtype: str | None = None,
+    diffusion: DiffusionSampling | None = None,
 ) -> int:
     """Serve completions until SIGINT or SIGTERM, which cancel unfinished requests.
 
@@ -59,6 +65,7 @@ def serve_model(
       mode: Mode token, see `prompt_format`.
       step: Step of the checkpoint; None for the newest.
       cache_dtype: See `generate_tokens`.
+      diffusion: See `GenerationConfig`.
 
     Returns:
       The exit code.
@@ -101,20 +108,32 @@ def serve_model(
         warning = f"whoever reaches {host}:{port} can use the model; --api-key or {API_KEY_VARIABLE} asks for a key"
         say(f"warning: {warning}", file=sys.stderr)
     opened = open_prompted(directory, devices="local")
-    formats = formats_of(opened.loaded, mode)
+    settings = GenerationConfig(mode=mode, cache_dtype=cache_dtype, diffusion=diffusion)
+    settings, formats = settings_and_formats(opened.loaded, settings)
     step, params = opened.load(step)
     tokenizer, form = opened.tokenizer, ends_in_eos(opened.tokenizer, formats.plain)
     model = opened.program.run.model
-    batcher = Batcher(
-        opened.program,
-        params,
-        allowed_V=opened.allowed(form),
-        bidirectional=form.bidirectional,
-        config=BatcherConfig(
-            slots, prompt_length or opened.longest_prompt(form) or DEFAULT_PROMPT_LENGTH, max_new_tokens
-        ),
-        cache_dtype=cache_dtype,
-    )
+    limits_of_slots = (slots, prompt_length or opened.longest_prompt(form) or DEFAULT_PROMPT_LENGTH, max_new_tokens)
+    batcher: RequestScheduler
+    if settings.diffusion is None:
+        batcher = Batcher(
+            opened.program,
+            params,
+            allowed_V=opened.allowed(form),
+            bidirectional=form.bidirectional,
+            config=BatcherConfig(*limits_of_slots),
+            cache_dtype=cache_dtype,
+        )
+    else:
+        batcher = UnmaskingScheduler(
+            opened.program,
+            params,
+            allowed_V=opened.allowed(form),
+            mask_id=mask_id(opened.loaded),
+            diffusion=settings.diffusion,
+            special_tokens=special_tokens(opened.loaded),
+            config=SlotLimits(*limits_of_slots),
+        )
 
     def encode(text: str) -> list[int]:
         return form.ids(
@@ -127,8 +146,8 @@ def serve_model(
         encode=encode,
         tokenizer=tokenizer,
         vocab_size=model.vocab_size,
-        start_id=None if model.encoder is not None else model.decoder_start_token_id,
-        encode_chat=_chat_encoder(opened, form),
+        start_id=None if model.encoder is not None or form.is_masked_text else model.decoder_start_token_id,
+        encode_chat=None if form.is_masked_text else _chat_encoder(opened, form),
         max_waiting=max_waiting,
         max_waiting_per_client=max_waiting_per_client or -(-max_waiting // 2),
         timeout=timeout,
@@ -185,7 +204,7 @@ def _bind(config: Any) -> Any:
         raise ConfigError([ConfigProblem("--port", found, "an unused address of this machine")]) from None
 
 
-def _run(server: Any, socket: Any, batcher: Batcher) -> int:
+def _run(server: Any, socket: Any, batcher: RequestScheduler) -> int:
     """Serve HTTP in this thread and decode in another one. When one of them ends, the other one is ended.
 
     Raises the error that ended the decoding.

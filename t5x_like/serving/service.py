@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from t5x_like.data.tokenizers.tokenizer import TokenizerProtocol
-from t5x_like.decoding.continuous_batching import Batcher
+from t5x_like.decoding.request_scheduler import RequestScheduler
 from t5x_like.serving.chat_schema import EncodeChat
 from t5x_like.serving.text_logprobs import TokenText, token_texts
 
@@ -32,7 +32,7 @@ class Service:
     """
 
     model: str
-    batcher: Batcher
+    batcher: RequestScheduler
     encode: Callable[[str], Sequence[int]]
     tokenizer: TokenizerProtocol
     vocab_size: int

@@ -143,6 +143,7 @@ BEFORE = {
         EXPORTED_BASE,
         "t5x-like train smoke:decoder --workdir runs/decoder --training.num-train-steps 2",
     ],
+    "docs/decoding.md": ["t5x-like train smoke:encoder --workdir runs/encoder --training.num-train-steps 2"],
     "docs/evaluation.md": [
         SHORT_BASE,
         EXPORTED_BASE,

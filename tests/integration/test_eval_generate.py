@@ -16,7 +16,6 @@ from t5x_like.config import (
     CheckpointConfig,
     CorpusConfig,
     EvaluationConfig,
-    MaskedLM,
     MonitoringConfig,
     PrefixLM,
     ScheduleConfig,
@@ -274,12 +273,3 @@ def test_changed_store_is_refused(trained, tmp_path, capsys):
     write_atomically(copied / "config.json", to_json(other))
     assert main(["generate", str(copied), "--prompt", "a"]) == EXIT_REFUSED
     assert "on which the checkpoint was trained" in capsys.readouterr().err
-
-
-def test_encoder_cannot_generate(trained, tmp_path, capsys):
-    run = run_directory.read_config(trained)
-    data = dataclasses.replace(run.data, layout="encoder", mixture=(MaskedLM(),), targets_length=0)
-    encoder = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=None), data=data)
-    write_atomically(tmp_path / "config.json", to_json(encoder))
-    assert main(["generate", str(tmp_path), "--prompt", "a"]) == EXIT_USAGE
-    assert "an encoder fills masks but generates no text" in capsys.readouterr().err

@@ -1,10 +1,11 @@
-"""An encoder trained by masked diffusion: its bound on held-out text, and minimal pairs, by the command line."""
+"""An encoder trained by masked diffusion, by the command line: its bound, minimal pairs, generation, and the server."""
 
 from __future__ import annotations
 
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.small_run import small_run
@@ -12,6 +13,7 @@ from helpers.small_run import small_run
 from t5x_like.cli.main import main
 from t5x_like.config import CorpusConfig, MaskedDiffusion, ScheduleConfig
 from t5x_like.data.store.prepare import prepare
+from t5x_like.decoding.unmasking_schedule import DiffusionSampling
 from t5x_like.errors import EXIT_OK, EXIT_USAGE
 from t5x_like.trainer.train import train
 
@@ -63,6 +65,23 @@ def test_the_bound_of_held_out_text_is_learned(trained: Path, capsys: pytest.Cap
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
 
 
+def test_the_loss_by_position_has_the_mean_of_the_evaluation(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "positions.json"
+    assert main(["eval", str(trained)]) == EXIT_OK
+    assert main(["eval", str(trained), "--loss-by-position", "--output", str(output)]) == EXIT_OK
+    assert "16 to 23" in capsys.readouterr().out
+    bins = json.loads(output.read_text())["objectives"]["masked_diffusion"]
+    mean = sum(one["loss"] * one["tokens"] for one in bins) / sum(one["tokens"] for one in bins)
+    expected = json.loads((trained / "evaluation.json").read_text())["objectives"]["masked_diffusion"]["loss"]
+    assert mean == pytest.approx(expected, rel=1e-4)
+    # The rows of this model are too short for a context with four statements.
+    assert main(["eval", str(trained), "--retrieval", "200"]) == EXIT_USAGE
+    assert "expected at most 18, which" in capsys.readouterr().err
+    assert main(["eval", str(trained), "--retrieval", "200", "--pairs", str(output)]) == EXIT_USAGE
+
+
 def test_pairs_are_told_apart(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = []
     for first in range(24):
@@ -80,3 +99,79 @@ def test_pairs_are_told_apart(trained: Path, tmp_path: Path, capsys: pytest.Capt
     file.write_text('{"good": "a"}\n')
     assert main(["eval", str(trained), "--pairs", str(file)]) == EXIT_USAGE
     assert "pairs.jsonl:1: found no field 'bad'" in capsys.readouterr().err
+
+
+def test_text_is_continued_and_gaps_are_filled(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = ["generate", str(trained)]
+    assert main([*generate, "--prompt", "efghij", "--max-new-tokens", "8"]) == EXIT_OK
+    assert capsys.readouterr().out == "klmnopqr\n"
+    prompts = tmp_path / "prompts.jsonl"
+    gapped = ["cd<mask><mask>gh<mask>jkl", "<mask>tuvw", "rstu<mask>"]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in gapped))
+    output = tmp_path / "filled.jsonl"
+    command = [*generate, "--input", str(prompts), "--output", str(output), "--return-filled"]
+    assert main(command) == EXIT_OK
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["output"] for line in lines] == ["cdefghijkl", "stuvw", "rstuv"]
+    assert [line["spans"] for line in lines] == [["e", "f", "i"], ["s"], ["v"]]
+    # The settings of unmasking are among those that the lines depend on.
+    assert main([*command, "--unmask-order", "random"]) != EXIT_OK
+    assert "settings.diffusion" in capsys.readouterr().err
+    random_order = ["--unmask-order", "random", "--block-length", "4", "--num-steps", "8", "--temperature", "0.3"]
+    again = []
+    for _ in range(2):
+        assert main([*generate, "--prompt", "ef<mask>jk", "--gap-tokens", "3", *random_order]) == EXIT_OK
+        again.append(capsys.readouterr().out)
+    assert again[0] == again[1] and again[0] == "ghi\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--beam-size", "4"], "beam_size: found a model that fills masked positions"),
+        (["--repetition-penalty", "1.2", "--return-scores"], "repetition_penalty, return_scores: found a model"),
+        (["--block-length", "2", "--prompt-lookup"], "prompt_lookup: found a model"),
+    ],
+)
+def test_options_of_decoding_from_left_to_right_are_refused(
+    options: list[str], expected: str, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(trained), "--prompt", "a", *options]) == EXIT_USAGE
+    assert expected in capsys.readouterr().err
+
+
+def test_the_server_completes_and_inserts_text(trained: Path) -> None:
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("uvicorn")
+    from helpers.served_model import served
+
+    from t5x_like.decoding.diffusion_sampling import _unmask
+
+    with served(
+        trained, slots=3, prompt_length=20, max_new_tokens=12, diffusion=DiffusionSampling(block_length=4)
+    ) as url:
+        programs = _unmask._cache_size()
+
+        def post(**fields: Any) -> Any:
+            return httpx.post(f"{url}/v1/completions", json={"temperature": 0, **fields}, timeout=120)
+
+        answers = post(prompt=["efghij", "uv", "bcd", "klmno"], max_tokens=8).json()["choices"]
+        assert [answer["text"] for answer in answers] == ["klmnopqr", "wxyzabcd", "efghijkl", "pqrstuvw"]
+        assert {answer["finish_reason"] for answer in answers} == {"length"}
+        assert post(prompt="cd", suffix="ijk", max_tokens=4).json()["choices"][0]["text"] == "efgh"
+        cut = post(prompt="cd", max_tokens=8, stop="hi").json()["choices"][0]
+        assert cut["text"] == "efg" and cut["finish_reason"] == "stop"
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json={"prompt": "ef", "max_tokens": 8, "temperature": 0, "stream": True}
+        ) as stream:
+            events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+        pieces = [choice["text"] for event in events for choice in event["choices"]]
+        assert "".join(pieces) == "ghijklmn" and len([piece for piece in pieces if piece]) == 2
+        refused = post(prompt="a", logprobs=1, repetition_penalty=1.3)
+        assert refused.status_code == 400
+        assert "logprobs, repetition_penalty: this model fills masked positions" in refused.json()["error"]["message"]
+        dialogue = {"messages": [{"role": "user", "content": "a"}]}
+        assert httpx.post(f"{url}/v1/chat/completions", json=dialogue).status_code == 404
+        assert _unmask._cache_size() == programs, "a program was compiled for a request"

@@ -15,7 +15,7 @@ from t5x_like.data.inspection.noise_distributions import ObservedNoise
 from t5x_like.data.objectives import random_ops
 from t5x_like.data.objectives.base import ObjectiveImplementation
 from t5x_like.data.objectives.examples import Examples, Mask, Tokens
-from t5x_like.data.objectives.prompts import PromptFormat
+from t5x_like.data.objectives.prompts import PromptFormat, masked_text_format
 from t5x_like.data.stream import rng
 from t5x_like.data.stream.unpack import UnpackedExample
 from t5x_like.data.tokenizers.vocabulary import TokenTraits, Vocabulary
@@ -50,8 +50,7 @@ class MaskedDiffusionDenoiser(ObjectiveImplementation[MaskedDiffusion]):
         return targets.tolist()
 
     def prompt_format(self, layout: Layout) -> PromptFormat:
-        """Return the format; no prompt has it, since no command generates text by unmasking."""
-        return self._default_prompt_format(layout, sentinels=True)
+        return masked_text_format()
 
     def observe(
         self, example: UnpackedExample, raw_length: int, vocabulary: Vocabulary, *, first: bool

@@ -147,6 +147,30 @@ class WholeText(InfillFormat):
         return spans_after_sentinels(answers, numbers, vocabulary)
 
 
+@dataclasses.dataclass(frozen=True, eq=True)
+class MaskTokens(InfillFormat):
+    """A number of mask tokens in each gap, each of which becomes one token (masked LM, masked diffusion).
+
+    Attributes:
+      per_gap: Number of mask tokens of a gap.
+    """
+
+    per_gap: int = 1
+
+    def queries(
+        self, parts: Sequence[Sequence[int]], numbers: Sequence[int], vocabulary: Vocabulary
+    ) -> list[InfillQuery]:
+        ids = list(parts[0])
+        for part in parts[1:]:
+            ids += [*[vocabulary.mask_id] * self.per_gap, *part]
+        return [InfillQuery(tuple(ids))]
+
+    def spans(
+        self, answers: Sequence[Sequence[int]], numbers: Sequence[int], vocabulary: Vocabulary
+    ) -> list[list[int]]:
+        return [list(answers[0][index * self.per_gap : (index + 1) * self.per_gap]) for index in range(len(numbers))]
+
+
 def sentinels(numbers: Sequence[int], vocabulary: Vocabulary) -> list[int]:
     """Return the sentinel ids of gaps.
 
@@ -205,6 +229,11 @@ class PromptFormat:
     sentinels: bool
     infill: InfillFormat | None = None
 
+    @property
+    def is_masked_text(self) -> bool:
+        """True if the answer is filled in at masked positions of the text, and not written after it."""
+        return isinstance(self.infill, MaskTokens)
+
     def ids(self, text: Sequence[int], vocabulary: Vocabulary) -> list[int]:
         """Return the token ids of the prompt, without the BOS token at the start of a decoder's stream."""
         mode = [] if self.mode is None else [vocabulary.mode_id(self.mode)]
@@ -219,3 +248,11 @@ class PromptFormat:
         if vocabulary.pad_id != vocabulary.eos_id:
             allowed_V[vocabulary.pad_id] = False
         return allowed_V
+
+
+def masked_text_format(per_gap: int = 1) -> PromptFormat:
+    """Return the format of texts whose masked tokens are predicted in place, with `per_gap` mask tokens in a gap.
+
+    Such a text is a part of the training text, without tokens around it.
+    """
+    return PromptFormat(None, ends_in_eos=False, bidirectional=True, sentinels=False, infill=MaskTokens(per_gap))

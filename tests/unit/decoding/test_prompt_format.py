@@ -66,8 +66,8 @@ def test_the_default_mode_is_s():
 @pytest.mark.parametrize(
     ("config", "mode", "message"),
     [
-        (data("encoder", MaskedLM()), None, "an encoder fills masks but generates no text"),
-        (data("prefix_lm", MaskedLM()), None, "expected an objective that generates text"),
+        (data("encoder", MaskedLM()), None, "objectives that predict tokens in place fill masked positions"),
+        (data("prefix_lm", MaskedLM()), None, "expected an objective that predicts the next token"),
         (
             dataclasses.replace(data("encoder_decoder"), seqio=SeqioConfig(mixture_or_task="mine")),
             None,

@@ -1,5 +1,6 @@
 """Validation of request bodies: every error message can be sent as JSON in UTF-8."""
 
+import dataclasses
 import json
 
 import pytest
@@ -37,3 +38,27 @@ def test_error_message_can_be_sent(fields, message):
     with pytest.raises(BadRequest, match=message) as refused:
         read(json.dumps(fields).encode())
     assert len(json.dumps(refused.value.body(), ensure_ascii=False).encode()) < 2000
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logprobs": 0, "repetition_penalty": 1.1}, "logprobs, repetition_penalty: this model fills masked positions"),
+        ({"logprobs": 3}, "logprobs: this model fills masked positions in any order"),
+        ({"suffix": "x" * 40}, "a prompt of 41 tokens"),
+    ],
+)
+def test_what_a_model_that_fills_masked_positions_cannot_do_is_refused(fields, message):
+    limits = dataclasses.replace(LIMITS, fills_gaps=True)
+    body = json.dumps({"prompt": "a", **fields}).encode()
+    with pytest.raises(BadRequest, match=message):
+        parse(body, limits, TOKENIZER.encode)
+
+
+def test_a_suffix_is_read_by_a_model_that_fills_masked_positions_only():
+    body = b'{"prompt": "a", "suffix": "bc"}'
+    limits = dataclasses.replace(LIMITS, fills_gaps=True)
+    assert parse(body, limits, TOKENIZER.encode).suffix == tuple(TOKENIZER.encode("bc"))
+    with pytest.raises(BadRequest, match="suffix is not supported: leave it out"):
+        read(body)
+    assert read(b'{"prompt": "a", "suffix": ""}').suffix == ()
