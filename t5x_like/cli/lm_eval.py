@@ -37,6 +37,12 @@ def register(commands: Any) -> None:
         choices=("R", "S", "X"),
         help="mode token in front of each prompt (default: S if the model was trained with it)",
     )
+    parser.add_argument(
+        "--scoring",
+        choices=("pseudo_likelihood", "diffusion_bound"),
+        help="score of a text by a model that predicts masked tokens only (default: diffusion_bound if it was trained "
+        "by masked diffusion, else pseudo_likelihood)",
+    )
     parser.add_argument("--output", type=output_path, metavar="PATH", help="write the results to this file as JSON")
     parser.set_defaults(overrides=False)
 
@@ -53,5 +59,6 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         num_fewshot=options.num_fewshot,
         limit=options.limit,
         mode=options.mode,
+        scoring=options.scoring,
         output=options.output,
     )

@@ -19,11 +19,13 @@ from lm_eval.api.registry import register_model
 
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.decoding.engine import generate_tokens
-from t5x_like.decoding.log_likelihood import score_tokens
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.stop_strings import cut_at_stop
+from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.evaluation.answer_cache import AnswerCache
-from t5x_like.evaluation.lm_requests import Pair, allowed_tokens, request_format
+from t5x_like.evaluation.lm_requests import Pair, allowed_tokens
+from t5x_like.evaluation.masked_scores import Scoring, default_scoring, require_scoring
+from t5x_like.evaluation.request_scores import format_of_requests, request_scores
 from t5x_like.model_loading import open_model
 from t5x_like.utils.digests import json_digest
 
@@ -41,6 +43,8 @@ class T5xLikeLM(LM):
       step: Step of the checkpoint; by default the newest.
       mode: Mode token R, S or X; by default S if it was trained.
       max_length: Number of tokens of context; by default that of training.
+      scoring: Score of texts by a model that predicts masked tokens only: pseudo_likelihood or diffusion_bound; by
+        default that of `masked_scores.default_scoring`.
       cache: File of saved results, or "no"; by default a file in the run's folder `lm_eval`, named by checkpoint and
         settings.
       batch_size, max_batch_size, device: Accepted since lm-eval passes them, and ignored: batches have as many tokens
@@ -54,6 +58,7 @@ class T5xLikeLM(LM):
         mode: str | None = None,
         max_length: int | None = None,
         cache: str | None = None,
+        scoring: Scoring | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
@@ -61,7 +66,9 @@ class T5xLikeLM(LM):
         super().__init__()
         del batch_size, max_batch_size, device
         self._loaded = open_model(path, step)
-        self._format = request_format(self._loaded, mode=mode, max_length=max_length)
+        self.scoring = scoring or default_scoring(self._loaded)
+        require_scoring(self._loaded, self.scoring, "scoring")
+        self._format = format_of_requests(self._loaded, self.scoring, mode=mode, max_length=max_length)
         self._step, self._params = self._loaded.params()
         self._allowed_V = allowed_tokens(self._loaded, self._format)
         identity = {
@@ -70,6 +77,8 @@ class T5xLikeLM(LM):
             "form": dataclasses.asdict(self._format.form),
             "lengths": [self._format.inputs_length, self._format.targets_length],
         }
+        if self.scoring != "log_likelihood":
+            identity["scoring"] = self.scoring
         self._answers = AnswerCache(self._cache_path(cache, identity), identity)
 
     @property
@@ -82,11 +91,13 @@ class T5xLikeLM(LM):
         return self._format.tokenizer.fingerprint
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return the checkpoint and prompt format, which lm-eval saves with its results."""
-        return {"checkpoint": str(self._loaded.path), "step": self._step, **dataclasses.asdict(self._format.form)}
+        """Return the checkpoint, the kind of the scores and the prompt format, which lm-eval saves with its results."""
+        form = dataclasses.asdict(self._format.form)
+        return {"checkpoint": str(self._loaded.path), "step": self._step, "scoring": self.scoring, **form}
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, is greedy) of each continuation after its context; see `RequestFormat.pair`."""
+        """Return (log-likelihood or its substitute `scoring`, is greedy) of each continuation after its context; see
+        `RequestFormat.pair`."""
         del disable_tqdm
         pairs = [self._format.pair(*request.args) for request in requests]
         results = self._answers.complete(
@@ -136,10 +147,13 @@ class T5xLikeLM(LM):
         return texts
 
     def _scores(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
-        scores = score_tokens(self._loaded.program, self._params, pairs, bidirectional=self._format.form.bidirectional)
-        return [self._format.log_likelihood(score) for score in scores]
+        return request_scores(self._loaded, self._params, self._format, pairs, self.scoring)
 
     def _continue(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        if self.scoring != "log_likelihood":
+            found = f"{self._loaded.path}, a model that predicts masked tokens only"
+            expected = "a model that predicts the next token: this task generates text"
+            raise ConfigError([ConfigProblem("--tasks", found, expected, "use tasks that compare likelihoods")])
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         limit = next((int(settings[name]) for name in _LENGTH_NAMES if name in settings), self._format.targets_length)

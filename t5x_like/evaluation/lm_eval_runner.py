@@ -14,6 +14,7 @@ from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.data.store.prepare import open_stores
 from t5x_like.errors import EXIT_OK, ConfigError, ConfigProblem, DataError, SafetyError
 from t5x_like.evaluation.heldout_multiple_choice import write_docs_choice
+from t5x_like.evaluation.masked_scores import Scoring
 from t5x_like.evaluation.results_store import write_output
 from t5x_like.utils.console import Console
 
@@ -27,6 +28,7 @@ def run_lm_eval(
     num_fewshot: int | None = None,
     limit: int | None = None,
     mode: str | None = None,
+    scoring: Scoring | None = None,
     output: Path | None = None,
 ) -> int:
     """Evaluate lm-eval tasks and print their results.
@@ -40,6 +42,7 @@ def run_lm_eval(
       num_fewshot: Number of examples in the prompt; None: that of the task.
       limit: Largest number of examples of each task.
       mode: Mode token of the prompts; see `lm_requests`.
+      scoring: Score of texts; None: `masked_scores.default_scoring`.
       output: File for the results, as JSON.
 
     Returns:
@@ -61,7 +64,7 @@ def run_lm_eval(
         raise SafetyError(
             f"lm-evaluation-harness is not installed ({error}): `pip install t5x-like[harness]`"
         ) from None
-    model = T5xLikeLM(reference, mode=mode)
+    model = T5xLikeLM(reference, mode=mode, scoring=scoring)
     named, folders = list(tasks), [] if include_path is None else [include_path]
     if heldout_multiple_choice:
         folder = model.path / FOLDER
@@ -82,17 +85,19 @@ def run_lm_eval(
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(f"a task's data cannot be read: {error}") from error
     console = Console()
-    console.print(_table(results["results"], results["n-samples"]))
+    console.print(_table(results["results"], results["n-samples"], model.scoring))
     if heldout_multiple_choice:
         console.print(_compare_with_chance(results["results"]["docs_choice"]), highlight=False)
     if output is not None:
         document = {key: results[key] for key in ("results", "n-samples", "versions", "config") if key in results}
+        document["scoring"] = model.scoring
         write_output(output, json.loads(json.dumps(document, default=str)))
     return EXIT_OK
 
 
-def _table(results: dict[str, dict[str, Any]], samples: dict[str, dict[str, int]]) -> Table:
-    table = Table(title="lm-evaluation-harness")
+def _table(results: dict[str, dict[str, Any]], samples: dict[str, dict[str, int]], scoring: Scoring) -> Table:
+    score = scoring.replace("_", "-" if scoring != "diffusion_bound" else " ")
+    table = Table(title=f"lm-evaluation-harness, texts scored by {score}")
     for name in ("task", "examples", "metric", "value", "standard error"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for task, metrics in results.items():

@@ -12,9 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from t5x_like.data.objectives.prompts import PromptFormat
+from t5x_like.data.objectives.prompts import PromptFormat, masked_text_format
 from t5x_like.data.tokenizers.tokenizer import TokenizerProtocol
 from t5x_like.decoding.log_likelihood import Score
+from t5x_like.decoding.masked_prompts import special_tokens
 from t5x_like.decoding.prompt_format import prompt_format
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.model_loading import LoadedModel
@@ -123,6 +124,11 @@ class RequestFormat:
         return self.form.ids(tokens, self.tokenizer.vocabulary)
 
     @property
+    def longest_context(self) -> int:
+        """Largest number of tokens of a context that is not truncated, with the targets where both share a stream."""
+        return self.inputs_length - self._num_added
+
+    @property
     def _num_added(self) -> int:
         """Number of tokens that are added to a context: mode, sentinel and EOS."""
         return len(self._ids([])) + self.form.sentinels
@@ -142,7 +148,7 @@ def request_format(loaded: LoadedModel, *, mode: str | None = None, max_length: 
     """
     model, data = loaded.run.model, loaded.run.data
     if model.decoder is None:
-        fix = "an encoder has no likelihood of text; use `eval` for its masked tokens or its task head"
+        fix = "an encoder has no likelihood of text; `lm-eval` and `eval` score it by its masked tokens"
         raise ConfigError([ConfigProblem(str(loaded.path), "an encoder", "a model with a decoder", fix)])
     form = (
         prompt_format(data, mode)
@@ -153,6 +159,19 @@ def request_format(loaded: LoadedModel, *, mode: str | None = None, max_length: 
         raise ConfigError([ConfigProblem("mode", mode, "none: the modes of a model that is not a run are unknown")])
     longest = data.inputs_length if form.ends_in_eos else data.row_length
     return RequestFormat(loaded.tokenizer, form, max_length or longest, data.targets_length or longest)
+
+
+def masked_request_format(loaded: LoadedModel, *, max_length: int | None = None) -> RequestFormat:
+    """Return the request format of a model that predicts masked tokens: context and continuation are one text.
+
+    Args:
+      loaded: The model.
+      max_length: Replaces the length of a row in training (for a model that is not a run: 512, or its number of learned
+        positions).
+    """
+    data, special = loaded.run.data, sum(map(len, special_tokens(loaded)))
+    longest = (max_length or data.row_length) - special
+    return RequestFormat(loaded.tokenizer, masked_text_format(), longest, longest)
 
 
 def allowed_tokens(loaded: LoadedModel, request_format: RequestFormat) -> Any:

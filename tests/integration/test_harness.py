@@ -18,11 +18,20 @@ from helpers.small_run import small_run  # noqa: E402
 
 from t5x_like.checkpoints.manager import CheckpointManager  # noqa: E402
 from t5x_like.cli.main import main  # noqa: E402
-from t5x_like.config import CausalLM, CheckpointConfig, CorpusConfig, PrefixLM, SpanCorruption  # noqa: E402
+from t5x_like.config import (  # noqa: E402
+    CausalLM,
+    CheckpointConfig,
+    CorpusConfig,
+    MaskedDiffusion,
+    MaskedLM,
+    PrefixLM,
+    SpanCorruption,
+)
 from t5x_like.config.serialization import to_json  # noqa: E402
 from t5x_like.data.store.prepare import open_stores, prepare  # noqa: E402
 from t5x_like.data.stream.row_stream import TrainingStream  # noqa: E402
 from t5x_like.evaluation import lm_eval_adapter  # noqa: E402
+from t5x_like.evaluation.masked_scores import ScoredText, score_texts  # noqa: E402
 from t5x_like.models.factory import bind_params  # noqa: E402
 from t5x_like.program import build_program  # noqa: E402
 
@@ -42,21 +51,25 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["encoder_decoder", "prefix_lm", "causal_lm"])
 def run_dir(request, texts, tmp_path_factory):
-    """Write a run directory with random parameters."""
-    root = tmp_path_factory.mktemp(request.param)
     spans = SpanCorruption(name="R", mean_noise_span_length=3.0, noise_density=0.15, mode="R")
     mixture = (CausalLM(),) if request.param == "causal_lm" else (spans, PrefixLM(name="S", mode="S"))
+    return random_run(texts, request.param, mixture, tmp_path_factory.mktemp(request.param))
+
+
+def random_run(texts, layout, mixture, root):
+    """Write a run directory with random parameters."""
     run = small_run(
         texts,
-        request.param,
+        layout,
         mixture,
         corpus=CorpusConfig(files=(str(texts / "*.txt"),), validation_fraction=0.4),
-        lengths=(48, 24),
+        lengths=(48, 0 if layout == "encoder" else 24),
         stack={"d_ff": 48, "positions": "relative_bias"},
         training={"num_train_steps": 1},
     )
-    decoder = dataclasses.replace(run.model.decoder, relative_bias_bidirectional=request.param == "prefix_lm")
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
+    if run.model.decoder is not None:
+        decoder = dataclasses.replace(run.model.decoder, relative_bias_bidirectional=layout == "prefix_lm")
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, decoder=decoder))
     prepare(run.data, report=lambda line: None)
     program = build_program(run, jax.devices())
     state = program.init()
@@ -158,7 +171,7 @@ def test_all_request_types_equal_a_direct_computation(run_dir, tmp_path, monkeyp
     assert "e" not in continuation[0] and len(continuation[0].encode("utf-8", "replace")) <= 6 * 3
 
     # A second evaluation reads all results from the cache and does not run the model.
-    monkeypatch.setattr(lm_eval_adapter, "score_tokens", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(lm_eval_adapter, "request_scores", lambda *_, **__: pytest.fail("asked again"))
     monkeypatch.setattr(lm_eval_adapter, "generate_tokens", lambda *_, **__: pytest.fail("asked again"))
     assert main(arguments) == 0
     assert json.loads(output.read_text())["results"] == results
@@ -180,6 +193,46 @@ def test_score_and_greediness_of_single_requests(run_dir):
     if len(tokens) == 5 and model._format.tokenizer.decode(tokens) == continuation:
         ((_, greedy),) = model.loglikelihood([Instance("loglikelihood", {}, ("red green", continuation), 0)])
         assert greedy
+
+
+@pytest.mark.parametrize(
+    ("mixture", "scoring"), [((MaskedDiffusion(),), "diffusion_bound"), ((MaskedLM(),), "pseudo_likelihood")]
+)
+def test_an_encoder_scores_tasks_of_likelihoods(texts, tmp_path, monkeypatch, capsys, mixture, scoring):
+    """The accuracy is that of the scores of `masked_scores`, which its own tests compare with a plain loop."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run = random_run(texts, "encoder", mixture, tmp_path / "run")
+    rows = local_tasks(tmp_path, "masked")
+    output = tmp_path / "results.json"
+    command = ["lm-eval", str(run), "--include-path", str(tmp_path), "--output", str(output), "--tasks"]
+    assert main([*command, "masked_choice,masked_rolling"]) == 0
+    assert f"texts scored by {scoring.replace('_', '-' if scoring == 'pseudo_likelihood' else ' ')}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    written = json.loads(output.read_text())
+    assert written["scoring"] == scoring
+
+    model = lm_eval_adapter.T5xLikeLM(str(run), cache="no")
+    assert model.get_model_info()["scoring"] == scoring
+    vocabulary = model._format.tokenizer.vocabulary
+
+    def score(inputs, targets):
+        scored = ScoredText([*inputs, *targets], len(inputs), len(targets))
+        (found,) = score_texts(model._loaded.program, model._params, [scored], vocabulary.mask_id, scoring)
+        return found.sum
+
+    right = 0
+    for row in rows:
+        scores = [score(*model._format.pair(row["question"], choice)) for choice in row["choices"]]
+        right += int(np.argmax(scores)) == row["label"]
+    assert written["results"]["masked_choice"]["acc,none"] == pytest.approx(right / len(rows))
+    total = sum(score(*window) for row in rows for window in model._format.rolling(row["text"]))
+    size = sum(len(row["text"].encode()) for row in rows)
+    found = written["results"]["masked_rolling"]["bits_per_byte,none"]
+    assert found == pytest.approx(-total / size / math.log(2), rel=1e-4)
+    assert main([*command, "masked_generate"]) == 2
+    assert "this task generates text" in capsys.readouterr().err
 
 
 def test_command_line_of_lm_eval_finds_the_model(run_dir, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import json
 import math
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -17,13 +17,15 @@ from t5x_like.config import CausalLM, MaskedDiffusion, Objective, PrefixLM
 from t5x_like.config.objectives import Layout
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
 from t5x_like.errors import EXIT_USAGE, ConfigError, DataError
-from t5x_like.evaluation import minimal_pairs
+from t5x_like.evaluation import masked_scores
+from t5x_like.evaluation.masked_scores import Scoring
 from t5x_like.evaluation.minimal_pairs import read_pairs, score_pairs
 from t5x_like.program import build_program
 
 TOKENIZER = ByteTokenizer(16)
-MIXTURES: dict[Layout, tuple[Objective, ...]] = {
+MIXTURES: dict[str, tuple[Objective, ...]] = {
     "encoder": (MaskedDiffusion(),),
+    "prefix_lm in place": (MaskedDiffusion(),),
     "causal_lm": (CausalLM(),),
     "prefix_lm": (PrefixLM(name="S", mode="S"),),
     "encoder_decoder": (PrefixLM(name="S", mode="S"),),
@@ -31,10 +33,11 @@ MIXTURES: dict[Layout, tuple[Objective, ...]] = {
 PAIRS = [("the cats sleep", "the cats sleeps"), ("a dog ran", "a dog run")]
 
 
-def loaded_model(layout: Layout, scale: float) -> Any:
+def loaded_model(kind: str, scale: float) -> Any:
     """Return what `score_pairs` reads of a model, with random parameters whose logits are multiplied by `scale`."""
-    lengths = (32, 0) if layout == "encoder" else (32, 32)
-    run = small_run(Path("unused"), layout, MIXTURES[layout], lengths=lengths)
+    lengths = (32, 0) if kind == "encoder" else (32, 32)
+    layout = cast(Layout, kind.removesuffix(" in place"))
+    run = small_run(Path("unused"), layout, MIXTURES[kind], lengths=lengths)
     program = build_program(run, jax.devices()[:1])
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.normal(0.0, 0.3, leaf.shape).astype(np.float32), program.spec.params)
@@ -57,19 +60,23 @@ def write_pairs(folder: Path, pairs: list[tuple[str, str]]) -> Path:
     return file
 
 
-def features_of(layout: Layout, text: str) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+def features_of(kind: str, text: str) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Return rows that score a text, the position of each of its tokens' predictions as (row, column), and the ids."""
     ids, eos = TOKENIZER.encode(text), TOKENIZER.eos_id
     mode = TOKENIZER.vocabulary.mode_id("S")
     each = np.arange(len(ids))
-    if layout == "encoder":
-        rows = np.tile([*ids, eos], (len(ids), 1))
-        rows[each, each] = TOKENIZER.vocabulary.mask_id
+    rows = np.tile([*ids, eos], (len(ids), 1))
+    rows[each, each] = TOKENIZER.vocabulary.mask_id
+    if kind == "encoder":
         return {"encoder_input_tokens": rows}, np.stack([each, each]), np.array(ids)
-    if layout == "encoder_decoder":
+    if kind == "prefix_lm in place":
+        shifted = np.concatenate([np.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
+        features = {"decoder_input_tokens": shifted, "decoder_causal_attention": np.ones_like(rows)}
+        return features, np.stack([each, each]), np.array(ids)
+    if kind == "encoder_decoder":
         rows = {"encoder_input_tokens": np.array([[mode, eos]]), "decoder_input_tokens": np.array([[0, *ids[:-1]]])}
         return rows, np.stack([0 * each, each]), np.array(ids)
-    given = [mode, eos] if layout == "prefix_lm" else []
+    given = [mode, eos] if kind == "prefix_lm" else []
     stream = np.array([[0, *given, *ids[:-1]]])
     rows = {"decoder_input_tokens": stream}
     if given:
@@ -77,21 +84,23 @@ def features_of(layout: Layout, text: str) -> tuple[dict[str, np.ndarray], np.nd
     return rows, np.stack([0 * each, each + len(given)]), np.array(ids)
 
 
-@pytest.mark.parametrize("layout", MIXTURES)
-def test_scores_are_the_log_probabilities_of_the_model(layout: Layout, tmp_path: Path) -> None:
-    loaded = loaded_model(layout, scale=1.0)
-    found = score_pairs(loaded, write_pairs(tmp_path, PAIRS))
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_scores_are_the_log_probabilities_of_the_model(kind: str, tmp_path: Path) -> None:
+    loaded = loaded_model(kind, scale=1.0)
+    is_masked = any(objective.predicts_in_place for objective in MIXTURES[kind])
+    scoring: Scoring = "pseudo_likelihood" if is_masked else "log_likelihood"
+    found = score_pairs(loaded, write_pairs(tmp_path, PAIRS), scoring=scoring)
     logits_of = jax.jit(lambda batch: loaded.program.model(loaded.params(None)[1])(batch))
     for pair, scores in zip(PAIRS, found["scores"], strict=True):
         for text, score in zip(pair, scores, strict=True):
-            rows, (row, column), ids = features_of(layout, text)
+            rows, (row, column), ids = features_of(kind, text)
             logits = np.asarray(logits_of(rows), np.float64)[row, column]
             expected = logits[np.arange(len(ids)), ids] - np.log(np.exp(logits).sum(axis=-1))
             assert score == pytest.approx(expected.sum(), rel=1e-4, abs=1e-3)
     assert found["num_pairs"] == 2 and found["step"] == 5
-    assert found["scoring"] == ("pseudo_likelihood" if layout == "encoder" else "log_likelihood")
+    assert found["scoring"] == scoring
     assert found["accuracy"] == np.mean([good > bad for good, bad in found["scores"]])
-    swapped = score_pairs(loaded, write_pairs(tmp_path, [(bad, good) for good, bad in PAIRS]))
+    swapped = score_pairs(loaded, write_pairs(tmp_path, [(bad, good) for good, bad in PAIRS]), scoring=scoring)
     assert swapped["accuracy"] == 1 - found["accuracy"]
     assert swapped["mean_difference"] == pytest.approx(-found["mean_difference"], rel=1e-4, abs=1e-3)
 
@@ -162,5 +171,5 @@ def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
 def test_scores_do_not_depend_on_the_number_of_rows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, file = loaded_model("encoder", scale=1.0), write_pairs(tmp_path, PAIRS)
     expected = score_pairs(loaded, file)["scores"]
-    monkeypatch.setattr(minimal_pairs, "_ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(masked_scores, "_ROWS_AT_ONCE", 8)
     assert np.array(score_pairs(loaded, file)["scores"]) == pytest.approx(np.array(expected), rel=1e-4)
