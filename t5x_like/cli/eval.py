@@ -120,7 +120,21 @@ def register(commands: Any) -> None:
     pairs.add_argument(
         "--pairs-score",
         choices=("log_likelihood", "pseudo_likelihood", "diffusion_bound"),
-        help="score of a text (default: log_likelihood; of an encoder pseudo_likelihood)",
+        help="score of a text (default: log_likelihood; by a model that predicts masked tokens only diffusion_bound if "
+        "it was trained by masked diffusion, else pseudo_likelihood)",
+    )
+
+    probes = parser.add_argument_group("use of the context")
+    probes.add_argument(
+        "--loss-by-position",
+        action="store_true",
+        help="print the held-out loss by position in the row instead of the usual scores",
+    )
+    probes.add_argument(
+        "--retrieval",
+        type=_lengths,
+        metavar="N,N",
+        help="report how often the model finds a statement in contexts of N characters, by the depth of the statement",
     )
 
     files = parser.add_argument_group("rows of files: --data FILE, or predictions without a model")
@@ -145,6 +159,8 @@ def register(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
+    if options.retrieval is not None or options.loss_by_position:
+        return _probe_context(options)
     if options.predictions is not None and options.pairs is None:
         return _score_predictions(options)
     if not options.models:
@@ -260,6 +276,53 @@ def _score_pairs(options: argparse.Namespace) -> int:
                 draws = {"draws": 0} if options.no_intervals else {}
                 found.append(score_pairs(loaded, options.pairs, step=step, scoring=options.pairs_score, **draws))
         Console().print(pairs_table(found))
+        if options.output is not None:
+            write_output(options.output, found[0] if len(found) == 1 else found)
+    return EXIT_OK
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected numbers of characters, as in 200,800")
+    return lengths
+
+
+def _probe_context(options: argparse.Namespace) -> int:
+    allowed = ("num_batches", "split") if options.loss_by_position else ()
+    for name in (*_NOT_OF_PAIRS, "pairs", "pairs_score", *(("retrieval",) if options.loss_by_position else ())):
+        if name not in allowed and getattr(options, name) != options.parser.get_default(name):
+            probe = "--loss-by-position" if options.loss_by_position else "--retrieval"
+            options.parser.error(f"{probe} takes no --{name.replace('_', '-')}")
+    if not options.models:
+        options.parser.error("name a model")
+    simulate_devices(options.devices)
+    from t5x_like.distributed.startup import initialize
+
+    with initialize(process_flags(options)):
+        from t5x_like.evaluation.bootstrap import DRAWS
+        from t5x_like.evaluation.console_tables import positions_table, retrieval_table
+        from t5x_like.evaluation.position_losses import position_scores
+        from t5x_like.evaluation.results_store import write_output
+        from t5x_like.evaluation.retrieval import score_retrieval
+        from t5x_like.model_loading import open_model
+        from t5x_like.utils.console import Console
+
+        found = []
+        for reference in options.models:
+            loaded = open_model(reference.path)
+            for step in reference.steps or (None,):
+                if options.loss_by_position:
+                    sizes = {"num_batches": options.num_batches, "split": options.split}
+                    found.append(position_scores(loaded, step=step, **sizes))
+                    Console().print(positions_table(found[-1]))
+                else:
+                    draws = 0 if options.no_intervals else DRAWS
+                    found.append(score_retrieval(loaded, options.retrieval, step=step, draws=draws))
+                    Console().print(retrieval_table(found[-1]))
         if options.output is not None:
             write_output(options.output, found[0] if len(found) == 1 else found)
     return EXIT_OK

@@ -137,6 +137,43 @@ def pairs_table(scores: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def positions_table(scores: Mapping[str, Any]) -> Table:
+    """Return a table of the result of `position_losses.position_scores`."""
+    table = Table(title=f"{scores['model']}, step {scores['step']:,}: loss by position (nats per token)")
+    bins = sorted({(one["first"], one["last"]) for found in scores["objectives"].values() for one in found})
+    table.add_column("positions")
+    for name in scores["objectives"]:
+        table.add_column(name, justify="right")
+    for first, last in bins:
+        cells = []
+        for found in scores["objectives"].values():
+            loss = next((one["loss"] for one in found if (one["first"], one["last"]) == (first, last)), None)
+            cells.append(_number(loss))
+        table.add_row(f"{first:,}" if first == last else f"{first:,} to {last:,}", *cells)
+    return table
+
+
+def retrieval_table(scores: Mapping[str, Any]) -> Table:
+    """Return a table of the result of `retrieval.score_retrieval`: a row for each length, a column for each depth."""
+    kind = scores["scoring"].replace("_", " ")
+    table = Table(
+        title=f"{scores['model']}, step {scores['step']:,}: retrieval by {kind}",
+        caption=f"{scores['num_examples']} examples per cell, chance {_percent(scores['chance'])}",
+    )
+    depths = sorted({cell["depth"] for cell in scores["cells"]})
+    table.add_column("characters", justify="right")
+    for depth in depths:
+        table.add_column(f"depth {depth:g}", justify="right")
+    for length in dict.fromkeys(cell["length"] for cell in scores["cells"]):
+        by_depth = {cell["depth"]: cell for cell in scores["cells"] if cell["length"] == length}
+        shown = []
+        for depth in depths:
+            share, interval = _percent(by_depth[depth]["accuracy"]), by_depth[depth]["interval"]
+            shown.append(share if interval is None else f"{share} [{_percent(interval[0])}, {_percent(interval[1])}]")
+        table.add_row(f"{length:,}", *shown)
+    return table
+
+
 def confusion_table(confusion: Mapping[str, Any]) -> Table:
     """Return a table of `calibration.confusion`."""
     table = Table(title="true labels (rows) by predicted labels (columns)")

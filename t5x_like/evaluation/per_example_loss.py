@@ -91,13 +91,18 @@ def _digest(text: bytes) -> str:
 def _row_losses(program: Program, params: PyTree, features: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Return (summed loss [R], summed weight [R]), replicated over the devices."""
     with program.mesh_context():
-        output = program.model(params).output(features)
-        targets, weights = output.targets or targets_and_weights(features)
-        # The plain loss, whatever training adds to it, so that models of different runs can be compared.
-        loss_RxL, _ = cross_entropy(output.logits, targets, z_loss=0.0, label_smoothing=0.0)
-        weights_RxL = weights.astype(jnp.float32)
+        loss_RxL, weights_RxL = token_losses(program, params, features)
         sums = jnp.sum(loss_RxL * weights_RxL, axis=-1), jnp.sum(weights_RxL, axis=-1)
         return jax.lax.with_sharding_constraint(sums, NamedSharding(program.mesh, PartitionSpec()))
+
+
+def token_losses(program: Program, params: PyTree, features: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return (loss in nats [R, L], loss weights float32 [R, L]) of each target; call it in the program's mesh."""
+    output = program.model(params).output(features)
+    targets, weights = output.targets or targets_and_weights(features)
+    # The plain loss, whatever training adds to it, so that models of different runs can be compared.
+    loss_RxL, _ = cross_entropy(output.logits, targets, z_loss=0.0, label_smoothing=0.0)
+    return loss_RxL, weights.astype(jnp.float32)
 
 
 def held_out_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -96,6 +96,9 @@ def test_mean_of_checkpoints_is_evaluated_and_converted(trained: Path, mean: Pat
     for model in (mean, mean):
         assert main(["eval", str(model), "--output", str(tmp_path / "scores.json")]) == EXIT_OK
         scores.append(json.loads((tmp_path / "scores.json").read_text())["objectives"])
+    assert main(["eval", str(mean)]) == EXIT_OK and main(["eval", str(trained)]) == EXIT_OK
+    assert main(["compare", str(trained), str(mean), "--output", str(tmp_path / "page.html")]) == EXIT_OK
+    assert "paired: the same examples" in (tmp_path / "page.html").read_text()
     assert scores[0] == scores[1] != json.loads((trained / "evaluation.json").read_text())["objectives"]
 
     assert main(["convert", "--to", "hf", str(mean), str(tmp_path / "hf")]) == EXIT_OK
