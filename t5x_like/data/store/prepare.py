@@ -41,7 +41,8 @@ from t5x_like.data.store.token_store import (
 )
 from t5x_like.data.store.vocabulary_sample import sample_texts
 from t5x_like.data.stream.packing_planner import PackingPlanner
-from t5x_like.data.stream.row_stream import check_objectives, corpus_key
+from t5x_like.data.stream.row_stream import corpus_key
+from t5x_like.data.stream.vocabulary_checks import check_objectives
 from t5x_like.data.tokenizers.loading import configured_tokenizer, stored_config, tokenizer_from_model
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.data.tokenizers.train_vocabulary import train_vocabulary

@@ -45,9 +45,8 @@ from t5x_like.data.stream.packing import PackedRows
 from t5x_like.data.stream.phase_planning import CorpusSource, Reader, plan_phases
 from t5x_like.data.stream.preference_rows import preference_reader
 from t5x_like.data.stream.stored_teacher import StoredTeacher
+from t5x_like.data.stream.vocabulary_checks import check_objectives, common_vocabulary
 from t5x_like.data.stream.windows import Windows
-from t5x_like.data.tokenizers.vocabulary import Vocabulary
-from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.utils.digests import json_digest
 from t5x_like.utils.type_aliases import IntArray
 
@@ -77,7 +76,7 @@ class TrainingStream:
         self.data = data
         self.batch_size = batch_size
         self.split = split
-        self.vocabulary = _common_vocabulary(stores)
+        self.vocabulary = common_vocabulary(stores)
         self._ids = RowIds.of(self.vocabulary)
         self._traits = self.store.traits_for(data.objectives)
         check_objectives(data, self.vocabulary)
@@ -403,40 +402,3 @@ def _seed(data: DataConfig) -> rng.Keys:
 def corpus_key(data: DataConfig, index: int) -> rng.Keys:
     """Return the key of a corpus of the mixture, from which its order and the draws of objectives are derived."""
     return rng.fold_in(rng.fold_in(_seed(data), _CORPUS), index)
-
-
-def _common_vocabulary(stores: Sequence[Store]) -> Any:
-    """Return the vocabulary of all stores.
-
-    Raises:
-      DataError: the stores have different tokenizers, so that an id would stand for different texts.
-    """
-    first = stores[0]
-    for store in stores[1:]:
-        fingerprint, expected = store.info["tokenizer_fingerprint"], first.info["tokenizer_fingerprint"]
-        if (fingerprint, store.vocabulary) != (expected, first.vocabulary):
-            raise DataError(
-                f"{store.path}: found a store made by the tokenizer {fingerprint} with {store.vocabulary.vocab_size:,} "
-                f"ids, expected {expected} with {first.vocabulary.vocab_size:,} as in {first.path}; prepare both with "
-                "one tokenizer"
-            )
-    return first.vocabulary
-
-
-def check_objectives(data: DataConfig, vocabulary: Vocabulary) -> None:
-    """Raise ConfigError if a window is empty, or if its spans can outnumber the sentinels of the vocabulary."""
-    problems = []
-    # An objective that needs one sentinel needs a mask token, which the tokenizer may have.
-    marks = max(vocabulary.num_sentinels, 0 if vocabulary.own_mask_id is None else 1)
-    for objective in data.objectives:
-        window = objective.raw_window_length(data.layout, data.inputs_length, data.targets_length)
-        needed = objective.sentinels_needed(window)
-        where = f"data.mixture ({objective.name})"
-        if window < 1:
-            problems.append(
-                ConfigProblem(where, "rows too short for two tokens", "longer inputs_length and targets_length")
-            )
-        if needed > marks:
-            problems.append(ConfigProblem(where, f"up to {needed} spans", f"at most {marks}, one per sentinel"))
-    if problems:
-        raise ConfigError(problems)
