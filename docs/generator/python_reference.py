@@ -29,6 +29,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "Settings of generation": {
         "decoding/generation_config": ("GenerationConfig",),
         "decoding/sampling": ("Sampling",),
+        "decoding/unmasking_schedule": ("DiffusionSampling",),
         "decoding/log_likelihood": ("Score",),
     },
     "Recipes": {
