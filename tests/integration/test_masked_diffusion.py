@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from helpers.small_run import small_run
 
+from t5x_like.api import load
 from t5x_like.cli.main import main
 from t5x_like.config import CorpusConfig, MaskedDiffusion, ScheduleConfig
 from t5x_like.data.store.prepare import prepare
@@ -40,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stack={"num_layers": 2},
         model={"embedding_stddev": 0.2},
         training={
-            "num_train_steps": 120,
+            "num_train_steps": 160,
             "global_batch_size": 16,
             "schedule": ScheduleConfig(kind="cosine", learning_rate=1e-2, warmup_steps=20),
         },
@@ -79,7 +80,9 @@ def test_the_loss_by_position_has_the_mean_of_the_evaluation(
     # The rows of this model are too short for a context with four statements.
     assert main(["eval", str(trained), "--retrieval", "200"]) == EXIT_USAGE
     assert "expected at most 18, which" in capsys.readouterr().err
-    assert main(["eval", str(trained), "--retrieval", "200", "--pairs", str(output)]) == EXIT_USAGE
+    with pytest.raises(SystemExit):
+        main(["eval", str(trained), "--retrieval", "200", "--pairs", str(output)])
+    assert "--retrieval takes no --pairs" in capsys.readouterr().err
 
 
 def test_pairs_are_told_apart(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,21 +111,21 @@ def test_text_is_continued_and_gaps_are_filled(
     assert main([*generate, "--prompt", "efghij", "--max-new-tokens", "8"]) == EXIT_OK
     assert capsys.readouterr().out == "klmnopqr\n"
     prompts = tmp_path / "prompts.jsonl"
-    gapped = ["cd<mask><mask>gh<mask>jkl", "<mask>tuvw", "rstu<mask>"]
+    gapped = ["abcd<mask><mask>ghijk<mask>mnopqrst", "<mask>fghijklmnopqrstu", "efghijklmnopqrst<mask>"]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in gapped))
     output = tmp_path / "filled.jsonl"
     command = [*generate, "--input", str(prompts), "--output", str(output), "--return-filled"]
     assert main(command) == EXIT_OK
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [line["output"] for line in lines] == ["cdefghijkl", "stuvw", "rstuv"]
-    assert [line["spans"] for line in lines] == [["e", "f", "i"], ["s"], ["v"]]
+    assert [line["output"] for line in lines] == ["abcdefghijklmnopqrst", "efghijklmnopqrstu", "efghijklmnopqrstu"]
+    assert [line["spans"] for line in lines] == [["e", "f", "l"], ["e"], ["u"]]
     # The settings of unmasking are among those that the lines depend on.
     assert main([*command, "--unmask-order", "random"]) != EXIT_OK
     assert "settings.diffusion" in capsys.readouterr().err
     random_order = ["--unmask-order", "random", "--block-length", "4", "--num-steps", "8", "--temperature", "0.3"]
     again = []
     for _ in range(2):
-        assert main([*generate, "--prompt", "ef<mask>jk", "--gap-tokens", "3", *random_order]) == EXIT_OK
+        assert main([*generate, "--prompt", "bcdef<mask>jklmnop", "--gap-tokens", "3", *random_order]) == EXIT_OK
         again.append(capsys.readouterr().out)
     assert again[0] == again[1] and again[0] == "ghi\n"
 
@@ -149,26 +152,29 @@ def test_the_server_completes_and_inserts_text(trained: Path) -> None:
 
     from t5x_like.decoding.diffusion_sampling import _unmask
 
-    with served(
-        trained, slots=3, prompt_length=20, max_new_tokens=12, diffusion=DiffusionSampling(block_length=4)
-    ) as url:
+    diffusion = DiffusionSampling(block_length=4)
+    prompts = ["efghij", "hijklmnopq", "bcdefgh", "klmnop"]
+    expected = load(trained).generate(prompts, max_new_tokens=8, diffusion=diffusion)
+    with served(trained, slots=3, prompt_length=20, max_new_tokens=12, diffusion=diffusion) as url:
         programs = _unmask._cache_size()
 
         def post(**fields: Any) -> Any:
             return httpx.post(f"{url}/v1/completions", json={"temperature": 0, **fields}, timeout=120)
 
-        answers = post(prompt=["efghij", "uv", "bcd", "klmno"], max_tokens=8).json()["choices"]
-        assert [answer["text"] for answer in answers] == ["klmnopqr", "wxyzabcd", "efghijkl", "pqrstuvw"]
+        answers = post(prompt=prompts, max_tokens=8).json()["choices"]
+        assert [answer["text"] for answer in answers] == expected
         assert {answer["finish_reason"] for answer in answers} == {"length"}
-        assert post(prompt="cd", suffix="ijk", max_tokens=4).json()["choices"][0]["text"] == "efgh"
-        cut = post(prompt="cd", max_tokens=8, stop="hi").json()["choices"][0]
-        assert cut["text"] == "efg" and cut["finish_reason"] == "stop"
+        assert post(prompt="cdefghi", suffix="lmnopqrst", max_tokens=2).json()["choices"][0]["text"] == "jk"
+        cut = post(prompt=prompts[0], max_tokens=8, stop=expected[0][3:5]).json()["choices"][0]
+        assert cut["text"] == expected[0][:3] and cut["finish_reason"] == "stop"
         with httpx.stream(
-            "POST", f"{url}/v1/completions", json={"prompt": "ef", "max_tokens": 8, "temperature": 0, "stream": True}
+            "POST",
+            f"{url}/v1/completions",
+            json={"prompt": "efghij", "max_tokens": 8, "temperature": 0, "stream": True},
         ) as stream:
             events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
         pieces = [choice["text"] for event in events for choice in event["choices"]]
-        assert "".join(pieces) == "ghijklmn" and len([piece for piece in pieces if piece]) == 2
+        assert "".join(pieces) == expected[0] and len([piece for piece in pieces if piece]) == 2
         refused = post(prompt="a", logprobs=1, repetition_penalty=1.3)
         assert refused.status_code == 400
         assert "logprobs, repetition_penalty: this model fills masked positions" in refused.json()["error"]["message"]

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import pydantic
 
+from t5x_like.config.bounds import NonNegativeInt, UnitFloatAboveZero
 from t5x_like.config.dataclass import config_dataclass
 from t5x_like.config.objectives.base import ExampleLengths, ObjectiveConfig
 from t5x_like.errors import ConfigProblem
@@ -33,7 +34,7 @@ class MaskedLM(ObjectiveConfig):
     mode: None = None
     mask_rate: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.15
     """Fraction of the window's tokens that is chosen for prediction."""
-    mask_rate_schedule: tuple[tuple[pydantic.NonNegativeInt, Annotated[float, pydantic.Field(gt=0, le=1)]], ...] = ()
+    mask_rate_schedule: tuple[tuple[NonNegativeInt, UnitFloatAboveZero], ...] = ()
     """Mask rate of training rows by step, as (step, rate) points: linear between two points, constant after the last
     one, and `mask_rate` before the first. Two points at one step are a jump. Held-out rows always have `mask_rate`, and
     so have plans."""
