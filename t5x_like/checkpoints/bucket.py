@@ -30,7 +30,7 @@ import jax
 from t5x_like.checkpoints import bucket_arrays
 from t5x_like.checkpoints.checkpoint_ref import missing_step
 from t5x_like.checkpoints.commit_record import Record, decoded, encoded
-from t5x_like.checkpoints.fingerprints import FINGERPRINTS, changes, fingerprints
+from t5x_like.checkpoints.fingerprints import FINGERPRINTS, begin_fingerprints, changes
 from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require, error_of_save
 from t5x_like.checkpoints.retention import removable
 from t5x_like.config.run import CheckpointConfig
@@ -102,10 +102,11 @@ class BucketCheckpoints(Checkpoints):
             "data": name,
             "state": tree_paths.describe(leaves),
             "arrays": bucket_arrays.describe(leaves),
-            FINGERPRINTS: fingerprints(leaves),
             "meta": dict(meta),
         }
+        found = begin_fingerprints(leaves)
         pieces, key = bucket_arrays.copy_own_shards(leaves), unique_key("checkpoint")
+        record[FINGERPRINTS] = found()
         finish = self._executor.submit(self._finish, record, pieces, dict(files), key)
         self._pending = (step, finish)
         return True
@@ -273,7 +274,7 @@ class BucketCheckpoints(Checkpoints):
             found = self._in_any_process(found + (self._files_of(record)[1] if is_wanted(_FILES) else []))
             if not found:
                 by_path = bucket_arrays.assemble(leaves, parts, is_broadcast=is_broadcast)
-                found = [changed] if (changed := changes(by_path, record[FINGERPRINTS])) else []
+                found = [changed] if (changed := changes(by_path, record)) else []
             if not found:
                 break
             problems[record["step"]] = found

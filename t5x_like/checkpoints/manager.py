@@ -39,7 +39,7 @@ from jax.experimental import multihost_utils
 from t5x_like.checkpoints import checksums, orbax_arrays
 from t5x_like.checkpoints.checkpoint_ref import missing_step
 from t5x_like.checkpoints.disk_space import disk_reason, failed_save, state_bytes
-from t5x_like.checkpoints.fingerprints import FINGERPRINTS, changes, fingerprints
+from t5x_like.checkpoints.fingerprints import FINGERPRINTS, begin_fingerprints, changes, saved_fingerprints
 from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require, error_of_save
 from t5x_like.checkpoints.orbax_arrays import PARAMS, TRAINING
 from t5x_like.checkpoints.retention import removable
@@ -114,12 +114,12 @@ class CheckpointManager(Checkpoints):
             meta = {**meta, RUN_ID: self._run.run_id}
         leaves = tree_paths.by_path(state)
         record = {"format": FORMAT, "step": step, "state": tree_paths.describe(leaves), "meta": meta}
-        record[FINGERPRINTS] = fingerprints(leaves)
-        text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+        found = begin_fingerprints(leaves)
         try:
             # The files come before the arrays, because Orbax commits once all processes have written theirs.
             write_files(self._path(step, f"saving.{_FILES}"), files)
             committed = orbax_arrays.save(self._path(step, "saving"), leaves)
+            text = json.dumps({**record, FINGERPRINTS: found()}, indent=1, sort_keys=True) + "\n"
         except Exception as error:
             raise self._failed(step, error, state_bytes(state)) from error
         finish = self._executor.submit(self._finish, step, committed, text, state_bytes(state))
@@ -203,13 +203,15 @@ class CheckpointManager(Checkpoints):
         problems = checksums.verify_checksums(path)
         if problems or not checksums.has_unhashed_files(path):
             return problems
-        saved = self._record(step).get(FINGERPRINTS, {})
-        found = {array: orbax_arrays.stored_fingerprint(path, array) for array in saved}
+        saved = saved_fingerprints(self._record(step))
+        if saved is None:
+            return []
+        found = {array: orbax_arrays.stored_fingerprint(path, array, saved.summand) for array in saved.by_path}
         return [
             f"{array}: "
             + ("cannot be read" if found[array] is None else "found other values than were in memory when it was saved")
-            for array in saved
-            if found[array] != saved[array]
+            for array, value in saved.by_path.items()
+            if found[array] != value
         ]
 
     def _finish(self, step: int, committed: Callable[[], None], record: str, size: int) -> None:
@@ -289,7 +291,7 @@ class CheckpointManager(Checkpoints):
         while True:
             chosen = on_process_0(choose)
             record = self._record(chosen)
-            by_path, problem = self._load(chosen, leaves, record.get(FINGERPRINTS))
+            by_path, problem = self._load(chosen, leaves, record)
             if problem is None:
                 break
             if step is not None:
@@ -300,7 +302,7 @@ class CheckpointManager(Checkpoints):
         return chosen, state, record["meta"]
 
     def _load(
-        self, step: int, leaves: Mapping[str, Any], saved: Mapping[str, str] | None
+        self, step: int, leaves: Mapping[str, Any], record: Mapping[str, Any]
     ) -> tuple[dict[str, Any], str | None]:
         """Return the arrays of a checkpoint by path, and what is wrong with them.
 
@@ -325,7 +327,7 @@ class CheckpointManager(Checkpoints):
                     fate = "it is set aside, and a restart uses the one before"
                     raise FaultError(f"{self._path(step)}: {problem}; {fate}", STORAGE_FAILED) from error
             else:
-                problem = changes(by_path, saved)
+                problem = changes(by_path, record)
                 if problem is None:
                     return by_path, None
             _logger.error("the checkpoint %s: %s", self._path(step), problem)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from t5x_like.checkpoints.fingerprints import fingerprint_of_part
+from t5x_like.checkpoints.fingerprints import Summand, fingerprint_of_part
 from t5x_like.faults import fault_of
 from t5x_like.storage import locations
 from t5x_like.utils import tree_paths
@@ -71,8 +71,14 @@ def damage(error: BaseException) -> str | None:
     return f"the arrays cannot be read ({found[0].strip()[:200]})" if found else None
 
 
-def stored_fingerprint(directory: Path, path: str) -> str | None:
-    """Return the fingerprint of an array in `directory`, which is read in parts; None if it cannot be read."""
+def stored_fingerprint(directory: Path, path: str, summand: Summand) -> str | None:
+    """Return the fingerprint of an array in `directory`, which is read in parts; None if it cannot be read.
+
+    Args:
+      directory: Where `save` has written it.
+      path: Path of the array.
+      summand: By what the fingerprint is computed.
+    """
     item = PARAMS if path.startswith(f"{PARAMS}/") else TRAINING
     name = path.removeprefix(f"{PARAMS}/").replace("/", ".")
     base = {"driver": "file", "path": f"{directory / item}/"}
@@ -80,7 +86,7 @@ def stored_fingerprint(directory: Path, path: str) -> str | None:
     try:
         array = locations.wait(directory, tensorstore.open(spec, open=True, read=True))
         parts = (
-            fingerprint_of_part(np.asarray(locations.wait(directory, array[index].read())), index, array.shape)
+            fingerprint_of_part(np.asarray(locations.wait(directory, array[index].read())), index, array.shape, summand)
             for index in _parts(array.shape, array.chunk_layout.read_chunk.shape or ())
         )
         return f"{sum(parts) % 2**32:08x}"

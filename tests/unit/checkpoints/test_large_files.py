@@ -12,6 +12,7 @@ import pytest
 from helpers.checkpoint_states import abstract, assert_same_bits
 
 from t5x_like.checkpoints import checksums, orbax_arrays
+from t5x_like.checkpoints.fingerprints import Summand, weighted
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import CheckpointConfig
 from t5x_like.errors import SafetyError
@@ -75,11 +76,11 @@ def test_a_flipped_bit_in_a_large_file_falls_back(
 
 
 def test_an_array_that_cannot_be_read_is_not_reported_as_changed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert orbax_arrays.stored_fingerprint(saved / "2", "params/none") is None
+    assert orbax_arrays.stored_fingerprint(saved / "2", "params/none", weighted) is None
     stored = orbax_arrays.stored_fingerprint
 
-    def found(path: Path, array: str) -> str | None:
-        return {"params/a": None, "params/b": "0"}.get(array, stored(path, array))
+    def found(path: Path, array: str, summand: Summand) -> str | None:
+        return {"params/a": None, "params/b": "0"}.get(array, stored(path, array, summand))
 
     monkeypatch.setattr(orbax_arrays, "stored_fingerprint", found)
     assert CheckpointManager(saved, CheckpointConfig(), read_only=True).find_damage(2) == [
