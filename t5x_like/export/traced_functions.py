@@ -18,6 +18,7 @@ from t5x_like.export.quantization import unpacked
 from t5x_like.kernels.attention import backend_names, get_backend
 from t5x_like.models.factory import abstract_model, bind_params
 from t5x_like.models.model import Model
+from t5x_like.models.task_heads import TaskModel
 
 Platform = Literal["cpu", "cuda", "tpu"]
 PLATFORMS: tuple[Platform, ...] = ("cpu", "cuda", "tpu")
@@ -48,7 +49,8 @@ def exported_functions(
     """Return StableHLO of each function of the model, for any number of rows B.
 
     encode: (weights, tokens int32 [B, P], lengths int32 [B]) -> states [B, P, d].
-    predict: only for encoders: (weights, tokens, lengths) -> logits of the head, float32 [B, P, V] or [B, labels].
+    predict: only for encoders: (weights, tokens, lengths) -> logits, float32 [B, P, V], or the outputs of the task head
+      (`TaskModel.scores`).
     prefill: (weights, tokens int32 [B, P], lengths int32 [B]) -> {"logits": float32 [B, V], "cache": list of arrays}.
       The tokens are the encoder's inputs; without an encoder, the beginning of the stream with the start token first.
     decode: (weights, cache, tokens int32 [B]) -> the same as prefill, after one more token per row.
@@ -109,7 +111,8 @@ def _encode(model: Model, tokens_BxP: Array, lengths_B: Array) -> Array:
 
 
 def _predict(model: Model, tokens_BxP: Array, lengths_B: Array) -> Array:
-    return model({"encoder_input_tokens": tokens_BxP, "encoder_segment_ids": _valid(tokens_BxP, lengths_B)})
+    batch = {"encoder_input_tokens": tokens_BxP, "encoder_segment_ids": _valid(tokens_BxP, lengths_B)}
+    return model.scores(batch)[0] if isinstance(model, TaskModel) else model(batch)
 
 
 def _valid(tokens_BxP: Array, lengths_B: Array) -> Array:

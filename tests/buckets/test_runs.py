@@ -222,8 +222,6 @@ def test_killed_run_ends_as_a_local_one(local: Workspace, server: Server, settin
 @pytest.mark.extended
 def test_other_outputs_are_those_of_a_local_run(server: Server, settings: None, tmp_path: Path) -> None:
     """Train by the Python API, embed, fine-tune, predict and sweep, all in the bucket."""
-    if server.scheme == "s3":
-        pytest.skip("the commands do not depend on the protocol; gs:// covers them")
     workspace, local = Workspace(tmp_path / "a", server.environment), Workspace(tmp_path / "b")
     texts = [json.dumps({"text": f"text {number}", "label": "ab"[number % 2]}) for number in range(200)]
     for each in (workspace, local):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.model_examples import EXAMPLES, VOCABULARY, forward, model, parameters
+from helpers.model_examples import tokens as tokens_of
+from helpers.task_head_examples import with_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ from t5x_like.errors import ConfigError
 from t5x_like.export.bundle import Prompts, write_exported
 from t5x_like.export.quantization import SCALE, contracted_axes, quantized, unpacked
 from t5x_like.export.traced_functions import Lengths, exported_functions
-from t5x_like.models.factory import kernels
+from t5x_like.models.factory import abstract_model, bind_params, kernels
 from t5x_like.utils.tree_paths import by_path
 
 MODELS = EXAMPLES | {
@@ -104,6 +106,20 @@ def test_loader_generates_the_same_tokens_as_the_model(tmp_path, name):
     expected = greedy(config, rows, NEW)
     assert any(expected)
     assert run_alone(folder, rows) == [expected, expected[:1]]
+
+
+@pytest.mark.parametrize("kind", ["classification", "embedding"])
+def test_outputs_of_a_task_head_are_exported(kind):
+    config = dataclasses.replace(with_head(kind), attention="reference")
+    weights = by_path(parameters(config))
+    predict = exported_functions(config, weights, Lengths(PROMPT, NEW), platforms=("cpu",))["predict"]
+    tokens, lengths = tokens_of(0, 3, PROMPT), np.array([PROMPT, 4, 1], np.int32)
+    for row, length in enumerate(lengths):
+        batch = {"encoder_input_tokens": tokens[row : row + 1, :length]}
+        batch["encoder_segment_ids"] = np.ones_like(batch["encoder_input_tokens"])
+        expected, _ = bind_params(abstract_model(config).graphdef, parameters(config)).scores(batch)
+        found = predict.call(weights, tokens, lengths)[row : row + 1]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_logits_of_an_encoder_do_not_depend_on_padding_and_batch_size(tmp_path):
