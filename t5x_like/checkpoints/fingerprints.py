@@ -106,7 +106,7 @@ def begin_fingerprints(leaves: Mapping[str, jax.Array], summand: Summand = weigh
             begun.append((paths, functools.partial(on_host, fingerprints_of_whole_arrays(arrays, summand))))
 
     def finish() -> dict[str, str]:
-        found = {path: int(value) for paths, wait in begun for path, value in zip(paths, wait(), strict=True)}
+        found = {path: int(value) for paths, values in begun for path, value in zip(paths, values(), strict=True)}
         return {path: f"{found[path]:08x}" for path in leaves}
 
     return finish
