@@ -66,7 +66,7 @@ class PromptedModel:
         vocabulary = self.tokenizer.vocabulary
         if form.is_masked_text:
             allowed_V = form.allowed(vocabulary, model.vocab_size)
-            allowed_V[vocabulary.mask_id] = False
+            allowed_V[[vocabulary.mask_id, *([vocabulary.start_id] if vocabulary.has_start else [])]] = False
             # Rows of documents, and imported models' texts, end without a token that is to be predicted.
             has_eos = self.data is not None and self.data.example_mode == "windows"
             return allowed_V if has_eos else allowed_V & ~self.is_eos_V
