@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 
 from t5x_like.monitoring.metrics import WeightedMean
 
+TOKENS_PER_EXPERT = "moe/tokens_per_expert/"
+"""Prefix of the name, which ends with that of the stack, of the statistic that moves the biases of routers. Its sum is
+float32 [layers, experts]; the steps remove it from their metrics."""
+
 
 class AuxiliaryLoss(NamedTuple):
     """A loss beside the cross-entropy of the logits, given as a sum.
@@ -23,7 +27,7 @@ class AuxiliaryLoss(NamedTuple):
       sum: float32 scalar, differentiable.
       weight: float32 scalar that divides the sum (mostly a number of tokens). It depends on the batch and on no
         parameter.
-      coefficient: Factor of the mean. The cross-entropy has 1.
+      coefficient: Factor of the mean. The cross-entropy has 1. A statistic has 0, and no gradient.
     """
 
     sum: Any

@@ -72,6 +72,11 @@ class MoEConfig:
     """Factor on the weights: DeepSeek-V3's `routed_scaling_factor`."""
     num_shared_experts: NonNegativeInt = 0
     """Number of further experts that all tokens take, computed as one MLP of their joint width."""
+    bias_update_rate: NonNegativeFloat | None = None
+    """Give each expert a bias that is added to its score when experts are chosen, and not to its weight. After each
+    step the bias of an expert with fewer tokens than the mean of its layer grows by this number, and that of one with
+    more tokens falls by it, so that the load is balanced without a loss (Wang et al. 2024; DeepSeek-V3 has 0.001).
+    Gradients and optimizers do not change biases. 0: biases that stay as they are. None: no biases."""
     router_aux_loss_weight: ClosedUnitFloat = 0.001
     """Weight of the load-balancing loss (Fedus et al. 2021), which is experts_per_token for a uniform distribution of
     tokens over experts."""

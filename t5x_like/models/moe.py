@@ -14,7 +14,7 @@ from jax import Array
 from t5x_like.config.model import MoEConfig, StackConfig
 from t5x_like.kernels.expert_dispatch import apply_experts
 from t5x_like.kernels.grouped_mlp import ExpertKernels
-from t5x_like.model_output import AuxiliaryLoss
+from t5x_like.model_output import TOKENS_PER_EXPERT, AuxiliaryLoss
 from t5x_like.models.layers import Dense, Mlp, activate, param
 from t5x_like.sharding.constrain import constrain, expert_sharding
 
@@ -57,6 +57,7 @@ def router_losses(name: str, experts: MoEConfig, routing: Routing) -> dict[str, 
       moe/z_loss/<name>: log(Z)**2, with Z the normalizer of the softmax of the router's logits.
       moe/max_load/<name>: tokens of the expert with most tokens, as a multiple of the mean.
       moe/unused_experts/<name>: fraction of the experts without any token of the batch.
+      TOKENS_PER_EXPERT + <name>: the tokens of each expert and layer [N, E], if experts have biases, which they move.
 
     Args:
       name: Name of the stack.
@@ -73,12 +74,15 @@ def router_losses(name: str, experts: MoEConfig, routing: Routing) -> dict[str, 
         "max_load": (jnp.mean(jnp.max(counts_NxE, axis=-1) / mean_N), 0.0),
         "unused_experts": (jnp.mean(counts_NxE == 0), 0.0),
     }
-    return {
+    losses = {
         # Losses are (sum, weight) pairs that add up over parts of a batch; a mean per token becomes one by
         # multiplication.
         f"moe/{key}/{name}": AuxiliaryLoss(mean * tokens, tokens, coefficient)
         for key, (mean, coefficient) in means.items()
     }
+    if experts.bias_update_rate is not None:
+        losses[f"{TOKENS_PER_EXPERT}{name}"] = AuxiliaryLoss(counts_NxE, tokens, 0.0)
+    return losses
 
 
 class ExpertWeights(nnx.Module):
@@ -105,6 +109,8 @@ class MixtureOfExperts(nnx.Module):
         self.experts = config.experts
         count, embed, mlp = config.experts.num_experts, ("embed", config.d_model), ("mlp", config.d_ff)
         self.router = Dense([embed], [("router", count)], stddev=config.d_model**-0.5, use_bias=False, rngs=rngs)
+        if config.experts.bias_update_rate is not None:
+            self.router_bias = param(jnp.zeros(count), ("router",))
         self.wi_0, self.wi_1 = ExpertWeights(count, embed, mlp, rngs=rngs), ExpertWeights(count, embed, mlp, rngs=rngs)
         self.wo = ExpertWeights(count, mlp, embed, scale=config.output_init_scale, rngs=rngs)
         if config.experts.num_shared_experts:
@@ -122,7 +128,7 @@ class MixtureOfExperts(nnx.Module):
         # experts are chosen.
         logits_BxLxE = self.router(x_BxLxd, jnp.dtype(jnp.float32))
         score_BxLxE = self._scores(logits_BxLxE)
-        weight_BxLxk, expert_BxLxk = jax.lax.top_k(score_BxLxE, self.experts.experts_per_token)
+        weight_BxLxk, expert_BxLxk = self._chosen(score_BxLxE)
         if self.experts.normalize_weights:
             weight_BxLxk = weight_BxLxk / jnp.sum(weight_BxLxk, axis=-1, keepdims=True)
         # DeepSeek-V3's `routed_scaling_factor`, which applies after the normalization.
@@ -143,6 +149,15 @@ class MixtureOfExperts(nnx.Module):
             out = out + self.shared(x_BxLxd, dropout_rng=None)
         out = constrain(out, ("batch", "length", "embed"))
         return out, self._statistics(logits_BxLxE, score_BxLxE, expert_BxLxk, valid)
+
+    def _chosen(self, score_BxLxE: Array) -> tuple[Array, Array]:
+        """Return the scores and the numbers of the chosen experts of each token."""
+        if not hasattr(self, "router_bias"):
+            return jax.lax.top_k(score_BxLxE, self.experts.experts_per_token)
+        # The bias decides about the choice alone. It has no gradient: `training.router_bias` moves it.
+        biased_BxLxE = score_BxLxE + jax.lax.stop_gradient(self.router_bias[...])
+        _, expert_BxLxk = jax.lax.top_k(biased_BxLxE, self.experts.experts_per_token)
+        return jnp.take_along_axis(score_BxLxE, expert_BxLxk, axis=-1), expert_BxLxk
 
     def _scores(self, logits_BxLxE: Array) -> Array:
         match self.experts.scoring:

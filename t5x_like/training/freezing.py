@@ -23,17 +23,29 @@ UnfreezeSteps = Mapping[str, int | None]
 
 
 def unfreeze_steps(freeze: Sequence[FreezeConfig], paths: Iterable[str]) -> dict[str, int | None]:
-    """Return the step at which each parameter begins to train. If several entries match it, the first one applies.
+    """Return the step at which each parameter begins to train by gradients. Of several entries the first one applies.
+
+    Biases of routers never do: `router_bias` moves them.
 
     Raises:
       ConfigError: a pattern matches no parameter, or no parameter is left to train.
     """
-    paths = list(paths)
-    entry_of = first_matches("training.freeze", freeze, paths)
-    found = {path: entry_of[path].until_step if path in entry_of else 0 for path in paths}
+    starts = start_steps(freeze, list(paths))
+    found = {path: None if is_router_bias(path) else start for path, start in starts.items()}
     if freeze and all(start is None for start in found.values()):
         raise ConfigError([ConfigProblem("training.freeze", "all parameters", "some that train")])
     return found
+
+
+def start_steps(freeze: Sequence[FreezeConfig], paths: Sequence[str]) -> dict[str, int | None]:
+    """Return the step at which each parameter begins to change, by whatever means; see `unfreeze_steps`."""
+    entry_of = first_matches("training.freeze", freeze, paths)
+    return {path: entry_of[path].until_step if path in entry_of else 0 for path in paths}
+
+
+def is_router_bias(path: str) -> bool:
+    """Return whether a parameter is the bias of a router, which has no gradient."""
+    return path.rpartition("/")[2] == "router_bias"
 
 
 def first_matches(where: str, entries: Sequence[Entry], paths: Sequence[str]) -> dict[str, Entry]:

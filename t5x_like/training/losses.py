@@ -228,7 +228,7 @@ def summed_loss(
     total = coefficients.get("loss", 1.0) * metrics["loss"].sum + metrics["z_loss"].sum
     tokens = of_batch["loss"].weight
     for name, coefficient in coefficients.items():
-        if name == "loss":
+        if name == "loss" or coefficient == 0.0:
             continue
         weight = of_batch[name].weight
         # The step divides everything by the batch's loss tokens. A loss with another weight (a router's tokens, for

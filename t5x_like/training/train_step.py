@@ -16,10 +16,11 @@ import optax
 from t5x_like.config import GuardConfig, RunConfig
 from t5x_like.monitoring.metrics import WeightedMean, add
 from t5x_like.sharding.constrain import constrain
-from t5x_like.training import freezing
+from t5x_like.training import freezing, router_bias
 from t5x_like.training.guard import init_guard, is_spike, with_values
 from t5x_like.training.losses import Apply, Batch, batch_metrics, summed_loss
 from t5x_like.training.norms import PREFIXES, norm_metrics
+from t5x_like.training.optimizers.parameter_groups import has_groups
 from t5x_like.training.optimizers.schedule_free import gradient_point
 from t5x_like.training.schedules import ScheduleFn
 from t5x_like.utils import tree_paths
@@ -152,9 +153,11 @@ def make_train_step(
         # The state keeps one key for the whole run, and each step folds its number in. A resumed run therefore draws
         # the same dropout masks as one that was not interrupted.
         rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
-        of = freezing.unfreeze_steps(training.freeze, tree_paths.paths(state["params"]))
+        paths = tree_paths.paths(state["params"])
+        of = freezing.unfreeze_steps(training.freeze, paths)
         trained, frozen = freezing.split(state["params"], of)
         grads, metrics = summed_gradient(gradient_point(optimizer, trained, state["opt_state"]), frozen, batch, rng)
+        metrics, loads = router_bias.without_counts(metrics)
         # Parameters that are frozen until a later step have gradients, which are 0 until then: one compiled step serves
         # the whole run.
         grads = freezing.mask_frozen_grads(grads, of, state["step"])
@@ -172,7 +175,7 @@ def make_train_step(
         # The schedule reads the trainer's step, not the optimizer's count of updates: a skipped update does not shift
         # it.
         learning_rate = schedule(state["step"])
-        at_step = {"step": state["step"]} if training.freeze or training.learning_rate_groups else {}
+        at_step = {"step": state["step"]} if has_groups(training, paths) else {}
         updates, opt_state = optimizer.update(
             jax.tree.map(lambda g: g * scale, grads),
             state["opt_state"],
@@ -180,6 +183,7 @@ def make_train_step(
             learning_rate=learning_rate,
             **at_step,
         )
+        frozen = router_bias.moved(frozen, loads, run, paths, state["step"])
         params = freezing.joined(optax.apply_updates(trained, updates), frozen)
         watched = {"loss": metrics["loss"].sum * per_token, "update_norm": optax.tree.norm(updates)}
         applied = jnp.isfinite(norm) & jnp.isfinite(watched["loss"]) & jnp.isfinite(watched["update_norm"])
@@ -262,6 +266,7 @@ def make_eval_step(run: RunConfig, apply: Apply) -> Callable[[PyTree, Batch], Me
             denoisers=denoisers,
             chunk_tokens=run.training.loss_chunk_tokens,
         )
+        metrics, _ = router_bias.without_counts(metrics)
         return metrics | {"loss_tokens": WeightedMean(metrics["loss"].weight, jnp.ones(()))}
 
     return step

@@ -81,6 +81,10 @@ def run_for(
         decoder=dataclasses.replace(rotary, num_kv_heads=2, experts=MoEConfig(num_experts=4, num_shared_experts=1)),
         vocab_size=VOCABULARY,
     )
+    experts = MoEConfig(num_experts=4, num_shared_experts=1, scoring="sigmoid", bias_update_rate=0.01)
+    models["balanced_experts"] = dataclasses.replace(
+        models["experts"], decoder=dataclasses.replace(models["experts"].decoder, experts=experts)
+    )
     models["distances"] = dataclasses.replace(
         models["encoder"],
         encoder=dataclasses.replace(
@@ -96,6 +100,7 @@ def run_for(
     )
     layouts: dict[str, tuple[Layout, Objective]] = {
         "experts": ("causal_lm", CausalLM()),
+        "balanced_experts": ("causal_lm", CausalLM()),
         "distances": ("encoder", MaskedLM()),
         "merged": ("encoder_decoder", PrefixLM(name="s")),
         "encoder_decoder": ("encoder_decoder", PrefixLM(name="s")),

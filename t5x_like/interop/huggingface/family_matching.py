@@ -319,7 +319,12 @@ def _computed_by(stack: StackConfig, *, has_encoder: bool) -> dict[str, object]:
     if not has_encoder:
         without.append("cross_attention")
     if stack.experts is not None:
-        values["experts"] = dataclasses.replace(stack.experts, router_aux_loss_weight=0.0, router_z_loss_weight=0.0)
+        values["experts"] = dataclasses.replace(
+            stack.experts,
+            router_aux_loss_weight=0.0,
+            router_z_loss_weight=0.0,
+            bias_update_rate=None if stack.experts.bias_update_rate is None else 0.0,
+        )
     if "local" not in kinds:
         without += ["sliding_window", "local_rope_base", "local_rope_scaling"]
     if stack.positions != "rope":

@@ -14,7 +14,7 @@ from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.sharding.rules import LogicalAxes
 from t5x_like.training.optimizers.adafactor import moment_axes
 from t5x_like.training.optimizers.layer_decay import with_layer_decay
-from t5x_like.training.optimizers.parameter_groups import group_of_each, per_group_optimizer
+from t5x_like.training.optimizers.parameter_groups import group_of_each, has_groups, per_group_optimizer
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
 
@@ -37,7 +37,7 @@ def make_optimizer(config: TrainingConfig, logical_axes: PyTree) -> optax.Gradie
     if config.layer_decay != 1.0 and isinstance(config.optimizer, ScheduleFreeConfig):
         expected = "1.0: schedule-free AdamW averages iterates, which are not proportional to the learning rate"
         raise ConfigError([ConfigProblem("training.layer_decay", str(config.layer_decay), expected)])
-    if config.freeze or config.learning_rate_groups:
+    if has_groups(config, tree_paths.paths(logical_axes)):
         of = group_of_each(config, tree_paths.paths(logical_axes))
         optimizer = per_group_optimizer(lambda axes: _build(config.optimizer, axes), logical_axes, of)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from t5x_like.config import TrainingConfig
-from t5x_like.training.freezing import chosen, first_matches, joined, unfreeze_steps
+from t5x_like.training.freezing import chosen, first_matches, is_router_bias, joined, unfreeze_steps
 from t5x_like.training.optimizers.schedule_free import AveragingOptimizer, gradient_point
 from t5x_like.utils.type_aliases import PyTree
 
@@ -30,6 +30,12 @@ class Group(NamedTuple):
     def name(self) -> str:
         """Name of the group's state in checkpoints."""
         return f"from_step_{self.start}" + ("" if self.factor == 1.0 else f"_rate_{self.factor}")
+
+
+def has_groups(config: TrainingConfig, paths: Iterable[str]) -> bool:
+    """Return whether a run has an optimizer for each group of parameters: some are frozen, have a learning rate of
+    their own, or have no gradient."""
+    return bool(config.freeze or config.learning_rate_groups) or any(map(is_router_bias, paths))
 
 
 def group_of_each(config: TrainingConfig, paths: Sequence[str]) -> dict[str, Group]:

@@ -29,7 +29,9 @@ def dense(module, x, experts):
     """Return the output by the definition: a loop over all experts, each on all tokens, multiplied by its weight."""
     logits = x @ module.router.kernel[...]
     scores = jax.nn.softmax(logits) if experts.scoring == "softmax" else jax.nn.sigmoid(logits)
-    kept = scores >= jnp.sort(scores, axis=-1)[..., -experts.experts_per_token, None]
+    # The bias decides which experts are chosen, and not their weights.
+    biased = scores if experts.bias_update_rate is None else scores + module.router_bias[...]
+    kept = biased >= jnp.sort(biased, axis=-1)[..., -experts.experts_per_token, None]
     weights = jnp.where(kept, scores, 0.0)
     if experts.normalize_weights:
         weights = weights / weights.sum(-1, keepdims=True)
@@ -45,7 +47,13 @@ def dense(module, x, experts):
     "changes",
     [
         {},
-        {"experts_per_token": 3, "scoring": "sigmoid", "num_shared_experts": 2, "weight_scale": 2.5},
+        {
+            "experts_per_token": 3,
+            "scoring": "sigmoid",
+            "num_shared_experts": 2,
+            "weight_scale": 2.5,
+            "bias_update_rate": 0.001,
+        },
         {"experts_per_token": 1, "normalize_weights": False},
     ],
 )
@@ -53,6 +61,8 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_all_experts(changes):
     graphdef, params = nnx.split(mixture(**changes))
     # Larger kernels of the router, so that some experts get most tokens and some few.
     params["router"]["kernel"][...] *= 5.0
+    if "router_bias" in params:
+        params["router_bias"][...] = jnp.array([0.5, 0.0, -0.3, 0.1])
     x = jnp.asarray(states())
     experts = MoEConfig(num_experts=COUNT, **changes)
 
