@@ -33,6 +33,7 @@ from t5x_like.config import (
     RunConfig,
     TrainingConfig,
 )
+from t5x_like.config.batch_sizes import batch_sizes
 from t5x_like.config.validation import validate
 from t5x_like.data.store.prepare import open_stores
 from t5x_like.data.store.token_store import Store
@@ -251,7 +252,7 @@ class LoadedModel:
         return step, params
 
     def _require_same_data(self, expected: str) -> None:
-        found = TrainingStream(self.stores, self.run.data, self.run.training.global_batch_size).fingerprint
+        found = TrainingStream(self.stores, self.run.data, batch_sizes(self.run.training)).fingerprint
         if found != expected:
             raise SafetyError(
                 f"{self.stores[0].path}: found data with the fingerprint {found}, expected {expected}, on which the "

@@ -53,7 +53,9 @@ class Program:
         checkpoints are restored into it.
       lora: Specification of the adapters of a LoRA run, else None. In a LoRA run "params" are the adapters, and the
         training state holds the frozen parameters beside them, as "base".
-      abstract_base_params: Frozen parameters as `jax.ShapeDtypeStruct`s with shardings; None without adapters.
+      abstract_base_params: Frozen parameters as `jax.ShapeDtypeStruct`s with shardings, as a base is read; None without
+        adapters.
+      abstract_base: The same as the training state holds them as "base": in 8 bits if `LoraConfig.base_type` is int8.
       abstract_teacher_params: The same of the teacher of a run with distillation, which the training state holds as
         "teacher"; None without one, or if its distributions are stored.
       train_step: (state, batch) -> (state, metrics), jitted; the state is donated.
@@ -71,6 +73,7 @@ class Program:
     logical_axes: PyTree
     lora: LoraSpec | None
     abstract_base_params: PyTree | None
+    abstract_base: PyTree | None
     abstract_teacher_params: PyTree | None
     train_step: Callable[[PyTree, Batch], tuple[PyTree, dict[str, WeightedMean]]]
     eval_step: Callable[[PyTree, Batch], dict[str, WeightedMean]]
@@ -90,6 +93,13 @@ class Program:
     def init(self) -> PyTree:
         """Return a new training state, without base parameters, created on its devices: no host holds all of it."""
         return init_program_state(self)
+
+    def kept_base(self, params: PyTree) -> PyTree:
+        """Return the parameters of a base as the training state holds them. Those that are rounded are donated."""
+        if self.lora is None or not self.lora.quantized:
+            return params
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_base)
+        return jax.jit(self.lora.kept, out_shardings=shardings, donate_argnums=0)(params)
 
     def full_params(self, state: PyTree) -> PyTree:
         """Return the parameters that `model` and `eval_step` take from a training state: the average if there is one,
@@ -165,11 +175,14 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
     } | ({"ema": trained_axes} if averaged else {})
     if "guard" in state:
         axes["guard"] = {name: (None,) * leaf.ndim for name, leaf in state["guard"].items()}
+    base, base_axes = (None, None)
+    if lora is not None:
+        base, base_axes = jax.eval_shape(lora.kept, spec.params), lora.kept_axes(spec.logical_axes)
     sharding, mesh_reason = run.sharding, None
     if sharding.auto:
         # The choice counts everything that stays on the devices during a step, frozen base parameters among it.
-        trees = {"state": state, "gradients": trained} | ({} if lora is None else {"base": spec.params})
-        names = {"state": axes, "gradients": trained_axes} | ({} if lora is None else {"base": spec.logical_axes})
+        trees = {"state": state, "gradients": trained} | ({} if lora is None else {"base": base})
+        names = {"state": axes, "gradients": trained_axes} | ({} if lora is None else {"base": base_axes})
         params = (spec.logical_axes, spec.params)
         sharding, mesh_reason = choose_sharding(run, rules, devices, params, (names, trees))
     mesh = make_mesh(sharding, devices)
@@ -178,11 +191,12 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
         raise ConfigError(problems)
     shardings = tree_shardings(mesh, rules, axes, state)
     abstract_state = _with_shardings(state, shardings)
-    abstract_base = None
+    abstract_base_params = abstract_base = None
     carried = shardings
     if lora is not None:
-        carried = carried | {"base": tree_shardings(mesh, rules, spec.logical_axes, spec.params)}
-        abstract_base = _with_shardings(spec.params, carried["base"])
+        carried = carried | {"base": tree_shardings(mesh, rules, base_axes, base)}
+        abstract_base = _with_shardings(base, carried["base"])
+        abstract_base_params = _with_shardings(spec.params, tree_shardings(mesh, rules, spec.logical_axes, spec.params))
     distillation, teacher, abstract_teacher = run.training.distillation, None, None
     if distillation is not None and distillation.top_k is None:
         assert distillation.model is not None
@@ -242,7 +256,8 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
         abstract_state=abstract_state,
         logical_axes=axes,
         lora=lora,
-        abstract_base_params=abstract_base,
+        abstract_base_params=abstract_base_params,
+        abstract_base=abstract_base,
         abstract_teacher_params=abstract_teacher,
         train_step=train_step,
         eval_step=eval_step,

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from t5x_like.adapters.quantized_base import QuantizedKernel, quantized_axes, quantized_kernel, replaced
 from t5x_like.config.model import ModelConfig
 from t5x_like.config.training import LoraConfig
 from t5x_like.errors import ConfigError, ConfigProblem
@@ -46,7 +47,7 @@ class LoraKernel:
     """Kernel with its adapter; indexed by `x[...]`, it returns their sum.
 
     Attributes:
-      base: [stacked..., inputs..., outputs...].
+      base: [stacked..., inputs..., outputs...], an array or a `QuantizedKernel`.
       a: [stacked..., inputs..., rank].
       b: [stacked..., rank, outputs...].
       inputs, outputs: Number of input and output dimensions of the kernel.
@@ -67,7 +68,7 @@ class LoraKernel:
         # The batch dimension Z (of size 1) keeps the remat policy "dots" from saving this product for the backward
         # pass: the policy saves products without batch dimensions, and this one is as large as all kernels together.
         product = f"Z{stacked}{inputs}{rank},Z{stacked}{rank}{outputs}->Z{stacked}{inputs}{outputs}"
-        return self.base + self.scale * jnp.einsum(product, self.a[None], self.b[None])[0]
+        return self.base[...] + self.scale * jnp.einsum(product, self.a[None], self.b[None])[0]
 
     def _letters(self) -> tuple[str, str, str, str]:
         letters = string.ascii_lowercase
@@ -82,11 +83,13 @@ class LoraSpec:
     Attributes:
       kernels: Kernels by path.
       rank, scale: Rank and alpha / rank of all adapters.
+      quantized: Kernels, by path, that the base keeps in 8 bits: all of them or none.
     """
 
     kernels: Mapping[str, Kernel]
     rank: int
     scale: float
+    quantized: Mapping[str, Kernel] = dataclasses.field(default_factory=dict)
 
     @property
     def shapes(self) -> PyTree:
@@ -127,31 +130,41 @@ class LoraSpec:
         shapes = self.shapes
         return nested({path: fresh(path, kernel, at(shapes, path)) for path, kernel in self.kernels.items()})
 
+    def kept(self, base: PyTree) -> PyTree:
+        """Return the parameters of a base as a run keeps them: with a `QuantizedKernel` for each kernel of 8 bits."""
+        return replaced(
+            base, {path: quantized_kernel(at(base, path), kernel) for path, kernel in self.quantized.items()}
+        )
+
+    def kept_axes(self, logical_axes: PyTree) -> PyTree:
+        """Return the logical axes of `kept`, from those of the parameters."""
+        return replaced(logical_axes, {path: quantized_axes(kernel) for path, kernel in self.quantized.items()})
+
     def joined(self, base: PyTree, adapters: PyTree) -> PyTree:
-        """Return the parameters of the model: `base` with a `LoraKernel` for each kernel that has an adapter."""
+        """Return the parameters of the model: `base`, as kept, with a `LoraKernel` for each kernel with an adapter."""
 
         def low_rank(path: str, kernel: Kernel) -> LoraKernel:
             adapter = at(adapters, path)
             inputs, outputs = kernel.split - kernel.stacked, len(kernel.shape) - kernel.split
             return LoraKernel(at(base, path), adapter[A], adapter[B], inputs, outputs, self.scale)
 
-        return _replaced(base, {path: low_rank(path, kernel) for path, kernel in self.kernels.items()})
+        return replaced(base, {path: low_rank(path, kernel) for path, kernel in self.kernels.items()})
 
     def merged(self, base: PyTree, adapters: PyTree) -> PyTree:
-        """Return plain parameters: the sums of base and adapters."""
-        return summed(self.joined(base, adapters))
+        """Return plain parameters: the sums of the base, rounded as it is kept, and the adapters."""
+        return summed(self.joined(self.kept(base), adapters))
 
     def _tree(self, of: Any) -> PyTree:
         return nested({path: of(kernel) for path, kernel in self.kernels.items()})
 
 
 def summed(params: PyTree) -> PyTree:
-    """Return plain parameters: the sum in place of each `LoraKernel`."""
+    """Return plain parameters: an array in place of each `LoraKernel` and `QuantizedKernel`."""
 
-    def is_adapted(node: Any) -> bool:
-        return isinstance(node, LoraKernel)
+    def is_composed(node: Any) -> bool:
+        return isinstance(node, LoraKernel | QuantizedKernel)
 
-    return jax.tree.map(lambda node: node[...] if is_adapted(node) else node, params, is_leaf=is_adapted)
+    return jax.tree.map(lambda node: node[...] if is_composed(node) else node, params, is_leaf=is_composed)
 
 
 def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:
@@ -183,12 +196,5 @@ def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:
         chosen |= {path: there[path] for path in found}
     if problems:
         raise ConfigError(problems)
-    return LoraSpec({path: there[path] for path in there if path in chosen}, config.rank, config.alpha / config.rank)
-
-
-def _replaced(tree: PyTree, by_path: Mapping[str, Any], path: str = "") -> PyTree:
-    if path in by_path:
-        return by_path[path]
-    if not isinstance(tree, Mapping):
-        return tree
-    return {name: _replaced(child, by_path, f"{path}/{name}" if path else name) for name, child in tree.items()}
+    adapted = {path: there[path] for path in there if path in chosen}
+    return LoraSpec(adapted, config.rank, config.alpha / config.rank, there if config.base_type == "int8" else {})

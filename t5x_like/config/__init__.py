@@ -1,5 +1,6 @@
 """Configuration classes of a run. Imports the standard library, tyro and pydantic only, never jax."""
 
+from t5x_like.config.batch_sizes import BatchSizes, batch_sizes
 from t5x_like.config.batch_spec import ArraySpec, BatchSpec, batch_spec, evaluation_spec
 from t5x_like.config.corpus import CorpusConfig
 from t5x_like.config.data import CorpusMixingConfig, CorpusShareConfig, DataConfig, RatePhaseConfig
@@ -61,6 +62,7 @@ from t5x_like.config.seqio_task import EvaluationTask, SeqioConfig
 from t5x_like.config.sharding import DcnConfig, ShardingConfig
 from t5x_like.config.tokenizer import TokenizerConfig
 from t5x_like.config.training import (
+    BatchSizeStage,
     DistillationConfig,
     FreezeConfig,
     GuardConfig,
@@ -80,6 +82,8 @@ __all__ = [
     "AdamWConfig",
     "ArraySpec",
     "BartDenoising",
+    "BatchSizeStage",
+    "BatchSizes",
     "BatchSpec",
     "BlankInfilling",
     "CausalLM",
@@ -129,6 +133,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainingConfig",
     "bart",
+    "batch_sizes",
     "batch_spec",
     "bert",
     "cm3",

@@ -55,6 +55,16 @@ class ScheduleConfig:
 
 
 @config_dataclass
+class BatchSizeStage:
+    """Stage of a run with smaller batches."""
+
+    until_step: PositiveInt
+    """First step after the stage."""
+    batch_size: PositiveInt
+    """Number of rows of each step of the stage, at most training.global_batch_size."""
+
+
+@config_dataclass
 class FreezeConfig:
     """Frozen parameters: they have no optimizer state and are excluded from the gradient norm."""
 
@@ -90,6 +100,10 @@ class LoraConfig:
     """Number of columns of A and of rows of B."""
     alpha: PositiveFloat = 16.0
     """Numerator of the factor alpha / rank on A B."""
+    base_type: Literal["float32", "int8"] = "float32"
+    """Type of the frozen kernels on the devices. int8: they are rounded when they are read, with a scale for each
+    output, and dequantized where they are used (QLoRA: Dettmers et al. 2023, which has 4 bits); embeddings, heads and
+    norms stay float32. Merging adds the adapters to the rounded kernels, to which they belong."""
     paths: NonEmptyPatterns = (r".*attention/(query|value)/kernel",)
     """Regular expressions for whole paths of kernels, such as `decoder/layers/mlp/wo/kernel`. The kernels of all layers
     of a stack are one array, and so are the arrays of all experts."""
@@ -149,6 +163,9 @@ class TrainingConfig:
     """Number of optimizer steps of the whole run; a resumed run continues to the same step."""
     global_batch_size: PositiveInt
     """Number of rows of one optimizer step, over all devices and gradient accumulation steps."""
+    batch_size_ramp: tuple[BatchSizeStage, ...] = ()
+    """Stages with smaller batches before those of `global_batch_size`. Rows are read in the same order as without a
+    ramp, and the learning rate is that of the step. The step is compiled once for each size."""
     gradient_accumulation_steps: PositiveInt = 1
     """Number of parts in which a step's batch is processed. The result equals that of the whole batch."""
     optimizer: Optimizer = AdafactorConfig()

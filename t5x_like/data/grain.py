@@ -16,6 +16,7 @@ from typing import Any
 import grain
 from absl import flags
 
+from t5x_like.config.batch_sizes import BatchSizes
 from t5x_like.config.batch_spec import MAIN
 from t5x_like.config.data import DataConfig
 from t5x_like.data.store.token_arrays import ReadOptions
@@ -97,23 +98,23 @@ def _require_index(index: Any, length: int) -> None:
         raise IndexError(f"found element {index}, expected 0 to {length - 1}")
 
 
-def _stream_arguments(stream: TrainingStream) -> tuple[Any, DataConfig, int, str]:
+def _stream_arguments(stream: TrainingStream) -> tuple[Any, DataConfig, BatchSizes, str]:
     paths = (store.path for store in stream.stores)
     absolute = tuple(path.absolute() if isinstance(path, Path) else path for path in paths)
-    return absolute, stream.data, stream.batch_size, stream.split
+    return absolute, stream.data, stream.batch_sizes, stream.split
 
 
-def _reopen(paths: Sequence[Any], data: DataConfig, batch_size: int, split: str) -> TrainingStream:
+def _reopen(paths: Sequence[Any], data: DataConfig, batch_size: BatchSizes, split: str) -> TrainingStream:
     return TrainingStream([Store.open(path, ReadOptions.of(data)) for path in paths], data, batch_size, split)
 
 
 def _reopen_steps(
-    paths: Sequence[Any], data: DataConfig, batch_size: int, split: str, num_steps: int, host: int, hosts: int
+    paths: Sequence[Any], data: DataConfig, batch_size: BatchSizes, split: str, num_steps: int, host: int, hosts: int
 ) -> StepSource:
     return StepSource(_reopen(paths, data, batch_size, split), num_steps, host, hosts)
 
 
 def _reopen_rows(
-    paths: Sequence[Any], data: DataConfig, batch_size: int, split: str, num_rows: int, sub_batch: str
+    paths: Sequence[Any], data: DataConfig, batch_size: BatchSizes, split: str, num_rows: int, sub_batch: str
 ) -> RowSource:
     return RowSource(_reopen(paths, data, batch_size, split), num_rows, sub_batch)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from t5x_like.config import RunConfig
+from t5x_like.config.batch_sizes import batch_sizes
 from t5x_like.hardware.fake_devices import fake_devices
 from t5x_like.hardware.topologies import Topology, accelerator_of
 from t5x_like.planning.estimate import flops, tokens
@@ -133,8 +134,14 @@ class Plan:
             "scaling": self.scaling(),
         }
 
+    @property
+    def full_steps(self) -> float:
+        """Number of steps of full size that have as many rows as the run."""
+        training = self.run.training
+        return batch_sizes(training).in_full_batches(training.num_train_steps)
+
     def compute(self) -> dict[str, Any]:
-        """Return FLOPs per step, per token position, and by part."""
+        """Return FLOPs per step of full size, per token position, and by part."""
         run = self.run
         model = flops.training_flops(run)
         executed = flops.executed_flops(run)
@@ -143,7 +150,7 @@ class Plan:
             "flops_per_step": model,
             "flops_per_token": model / tokens.tokens_per_step(run),
             "executed_flops_per_step": executed,
-            "total_flops": model * run.training.num_train_steps,
+            "total_flops": model * self.full_steps,
             "forward_parts": flops.forward_flops(run),
             "six_n_d": flops.six_n_d(run, total(self.parts).active),
             "cross_attention_flops": flops.cross_attention_premium(run),
@@ -185,14 +192,13 @@ class Plan:
 
         N counts the active parameters; D the raw tokens of the run, or its token positions if these are unknown.
         """
-        budget = flops.training_flops(self.run) * self.run.training.num_train_steps
-        steps = self.run.training.num_train_steps
+        budget = flops.training_flops(self.run) * self.full_steps
         per_step = self.tokens()["raw"] or tokens.tokens_per_step(self.run)
         active = total(self.parts).active
         return {
             "flops": budget,
             "parameters": active,
-            "tokens": per_step * steps,
+            "tokens": per_step * self.full_steps,
             "optima": [dataclasses.asdict(compute_optimal(budget, fit)) for fit in (BESIROGLU, HOFFMANN)],
             "tokens_for_these_parameters": tokens_for(active),
             "steps_for_these_parameters": tokens_for(active) / per_step,

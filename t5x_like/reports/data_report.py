@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from t5x_like.config.batch_sizes import batch_sizes
 from t5x_like.config.objectives import MODES, Objective
 from t5x_like.config.run import RunConfig
 from t5x_like.data.inspection.goodness_of_fit import Fit, combined
@@ -63,7 +64,7 @@ def write_statistics(run: RunConfig, output: Path, rows: int, first_row: int = 0
     """
     if run.data.labelled is not None:
         raise DataError("found labelled examples, expected text: the page describes windows and noise distributions")
-    stream = TrainingStream(open_stores(run.data), run.data, run.training.global_batch_size)
+    stream = TrainingStream(open_stores(run.data), run.data, batch_sizes(run.training))
     with ProgressDisplay(rows, "reading stores and rows") as progress:
         texts = [StoreView.of(source.name, store) for source, store in zip(stream.sources, stream.stores, strict=True)]
         found = row_statistics(stream, rows, first_row, progress.advance_to)
@@ -176,7 +177,7 @@ def _subtitle(stream: TrainingStream) -> str:
 
 def _notes(stream: TrainingStream, found: RowStatistics) -> Iterator[str]:
     changes = [phase.start_step for phase in stream.data.rate_schedule]
-    passed = [step for step in changes if step * stream.batch_size < found.first_row + found.rows]
+    passed = [step for step in changes if stream.batch_sizes.rows_before(step) < found.first_row + found.rows]
     if passed:
         yield (
             f"The rates change at step {passed[0]:,}, within or before this sample. The expected shares are those "
@@ -348,7 +349,7 @@ def _exposure(found: RowStatistics) -> Iterator[dict[str, Any]]:
 def _passes(run: RunConfig, stream: TrainingStream, found: RowStatistics) -> Iterator[str]:
     """Yield a sentence on the number of passes of the whole run over each corpus."""
     steps = run.training.num_train_steps
-    epochs = stream.epochs(steps * stream.batch_size)
+    epochs = stream.epochs(stream.batch_sizes.rows_before(steps))
     for name, rows in stream.rows_per_epoch.items():
         exposure = sum(part.exposure for part in found.parts if part.corpus == name)
         yield visible(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from t5x_like.config import RunConfig, batch_spec
+from t5x_like.config.batch_spec import rows_per_sub_batch
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.kernels.attention import get_backend
 from t5x_like.kernels.attention_backend import AttentionRequest
@@ -88,6 +89,12 @@ def _batch_problems(run: RunConfig, mesh: AnyMesh, rules: Rules) -> list[ConfigP
     axes = [axis for axis in rules.activations["batch"] if mesh.shape[axis] > 1]
     shards = math.prod(mesh.shape[axis] for axis in axes)
     batch_problems = []
+    for index, stage in enumerate(run.training.batch_size_ramp):
+        for name, rows in rows_per_sub_batch(run.data, stage.batch_size).items():
+            if rows % (parts * shards):
+                where = f"training.batch_size_ramp.{index}.batch_size"
+                found = f"{rows} rows" if name == "main" else f"{rows} rows in the sub-batch '{name}'"
+                batch_problems.append(ConfigProblem(where, found, f"a multiple of {parts * shards}"))
     for name, features in batch_spec(run).items():
         rows = next(iter(features.values())).shape[0]
         # Accumulation divides the rows first, and each part must still be split evenly.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from t5x_like.checkpoints.disk_space import require_free_space, state_bytes
 from t5x_like.checkpoints.interface import Checkpoints
 from t5x_like.checkpoints.opening import broadcast_warning, open_checkpoints
 from t5x_like.config import RunConfig
+from t5x_like.config.batch_sizes import batch_sizes
 from t5x_like.data.stream.data_source import DataSource, PreparedSource, open_data_source
 from t5x_like.data.tokenizers.loading import keep_tokenizer
 from t5x_like.distributed.coordination import on_process_0
@@ -77,7 +79,8 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
         callbacks = Callbacks.of_run(run, workdir) if is_writer else Callbacks()
         require_registered(run.monitoring.writers)
         program = build_program(run, jax.devices())
-        source = open_data_source(run.data, run.training.global_batch_size, program.host_shard())
+        sizes = batch_sizes(run.training)
+        source = open_data_source(run.data, sizes, program.host_shard())
         _require_ids_of(source, run)
         directory = workdir / run_directory.CHECKPOINTS
         size, steps = state_bytes(program.abstract_state), run.training.num_train_steps
@@ -110,6 +113,7 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
             keep_tokenizer(workdir / run_directory.TOKENIZER, source.stores[0].tokenizer)
         base, sources = _open_base(program, recorded.get(RECORD)), dict[str, Mapping[str, Any]]()
         if base is not None:
+            base = dataclasses.replace(base, params=program.kept_base(base.params))
             state, sources[RECORD] = state | {"base": base.params}, base.record
         teacher = open_teacher(program, source.stores, recorded.get(TEACHER))
         if teacher is not None:
@@ -126,7 +130,7 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
                 program,
                 source.stream,
                 first_row=first_row,
-                last_row=first_row + (run.training.num_train_steps - step) * run.training.global_batch_size,
+                last_row=first_row + sizes.rows_before(run.training.num_train_steps) - sizes.rows_before(step),
                 recorded=recorded.get(TEACHER),
                 report=lambda line: shown.out(line, highlight=False),
                 alive=lambda: clock.enter("init"),
@@ -136,14 +140,14 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
                 program,
                 source.stores,
                 workdir,
-                **_start_model(state, base, recorded.get(REFERENCE)),
+                **_start_model(run, state, base, recorded.get(REFERENCE)),
                 recorded=recorded.get(REFERENCE),
                 report=lambda line: shown.out(line, highlight=False),
                 # Each batch is a stage of its own for the watchdog.
                 alive=lambda: clock.enter("init"),
             )
         restored_step = step if restored else None
-        batches = source.start(first_row, of_data, files)
+        batches = source.start(first_row, of_data, files, step)
         stack.callback(lambda: session.batches.close() if session else batches.close())
         if is_writer:
             startup_summary.show(program, source, workdir, step, first_row, console, base)
@@ -207,13 +211,17 @@ def _open_base(program: Program, recorded: Mapping[str, Any] | None) -> Base | N
     return None if lora is None else open_base(lora, program.run.model, program.abstract_base_params, recorded)
 
 
-def _start_model(state: PyTree, base: Base | None, recorded: Mapping[str, str] | None) -> dict[str, Any]:
+def _start_model(
+    run: RunConfig, state: PyTree, base: Base | None, recorded: Mapping[str, str] | None
+) -> dict[str, Any]:
     """Return the parameters that the run starts from, and their fingerprint: those of its base if it has adapters.
 
     Those of a run that trains all parameters are gone (None) once it has a checkpoint, which records the fingerprint.
     """
     if base is not None:
-        return {"params": base.params, "model": base.record["fingerprint"]}
+        lora = run.training.lora
+        rounded = "" if lora is None or lora.base_type == "float32" else f" {lora.base_type}"
+        return {"params": base.params, "model": base.record["fingerprint"] + rounded}
     if recorded is not None:
         return {"params": None, "model": recorded["model"]}
     return {"params": state["params"], "model": fingerprint(state["params"])}

@@ -16,6 +16,7 @@ import jax
 
 from t5x_like.checkpoints.interface import Checkpoints
 from t5x_like.config import RunConfig
+from t5x_like.config.batch_sizes import batch_sizes
 from t5x_like.config.serialization import to_dict
 from t5x_like.data.stream.data_source import BatchIterator, DataSource
 from t5x_like.distributed.coordination import compile_on_all, on_process_0
@@ -92,7 +93,8 @@ class TrainSession:
     logs the same numbers as an uninterrupted one."""
     in_flight: collections.deque[dict[str, WeightedMean]] = dataclasses.field(default_factory=collections.deque)
     """Metrics, on the device, of the steps after those in `accumulated_metrics`."""
-    compiled: bool = False
+    compiled: set[int] = dataclasses.field(default_factory=set)
+    """Sizes of the batches for which the step is compiled."""
     evaluated: int | None = None
     """Step of the last evaluation."""
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
@@ -104,7 +106,8 @@ class TrainSession:
 
     def rows_read(self, step: int) -> int:
         """Return the number of rows that the steps before `step` have trained on: the position in the data."""
-        return self.first_row + (step - self.first_step) * self.run.training.global_batch_size
+        sizes = batch_sizes(self.run.training)
+        return self.first_row + sizes.rows_before(step) - sizes.rows_before(self.first_step)
 
     def next_batch(self) -> Any:
         """Return the next global batch, whose transfer to the devices has begun."""
@@ -117,17 +120,20 @@ class TrainSession:
 
     def train_step(self, batch: Any) -> None:
         """Dispatch a training step; this returns before the step is done."""
-        with self.clock.state("step" if self.compiled else "compile"):
-            if not self.compiled:
+        # Each number of rows is a program of its own.
+        size = batch_sizes(self.run.training).at(self.step)
+        is_compiled = size in self.compiled
+        with self.clock.state("step" if is_compiled else "compile"):
+            if not is_compiled:
                 compile_on_all(self.program.train_step, self.state, batch)
             with self.profiler.step(self.step, lambda: jax.block_until_ready(self.state)):
                 if self.replay is not None and self.replay.is_due(self.step + 1):
                     self.state, metrics = self.replay.run(self.step + 1, self.state, batch)
                 else:
                     self.state, metrics = self.program.train_step(self.state, batch)
-            if not self.compiled:
+            if not is_compiled:
                 cpu_allocator.compilation_ended()
-            self.compiled = True
+                self.compiled.add(size)
         self.step += 1
         self.in_flight.append(metrics)
         self.progress.advance(self.step)
@@ -279,7 +285,7 @@ class TrainSession:
         with self.clock.state("restore"):
             restored = restore_state(self.program, self.checkpoints, self.record, self.run, step)
         self.state = self.state | restored.state
-        self.batches = self.source.start(row, restored.meta["data"], {})
+        self.batches = self.source.start(row, restored.meta["data"], {}, step)
         self.step = self.first_step = self.collected_step = step
         self.first_row = restored.first_row
         self.accumulated_metrics = restored.interval
@@ -300,16 +306,20 @@ class TrainSession:
         steps = round(self.accumulated_metrics["learning_rate"].weight)
         self.accumulated_metrics = {}
         seconds = self.clock.lap()
+        sizes = batch_sizes(self.run.training)
+        # Tokens and FLOPs are those of batches of full size.
+        share = (sizes.in_full_batches(step) - sizes.in_full_batches(step - steps)) / steps if steps else 1.0
+        flops_per_step = self.flops_per_step * share
         if self.peak is not None:
-            reached = achieved(seconds, steps=steps, flops_per_step=self.flops_per_step)
+            reached = achieved(seconds, steps=steps, flops_per_step=flops_per_step)
             if (peak := self.peak.at_least(reached)) is not self.peak:
                 _LOG.info("%s FLOP/s at step %d: mfu is now a share of this peak", f"{reached:.3g}", step)
                 self.peak = peak
         metrics |= rates(
             seconds,
             steps=steps,
-            tokens=self.tokens_per_step * steps,
-            flops_per_step=self.flops_per_step,
+            tokens=self.tokens_per_step * steps * share,
+            flops_per_step=flops_per_step,
             peak=self.peak,
         )
         totals = self.clock.totals()

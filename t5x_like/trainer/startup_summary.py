@@ -18,6 +18,7 @@ from rich.text import Text
 
 from t5x_like.adapters.base_weights import Base
 from t5x_like.config import RunConfig
+from t5x_like.config.batch_sizes import batch_sizes
 from t5x_like.data.stream.data_source import DataSource
 from t5x_like.hardware import cpu_allocator
 from t5x_like.hardware.topologies import accelerator_of
@@ -95,6 +96,7 @@ def show(
         parts={name: Part(part.count, 4 * part.count) for name, part in parameter_parts(program).items()},
         total_steps=total,
         tokens_per_step=tokens_per_step(run),
+        total_tokens=tokens_per_step(run) * batch_sizes(run.training).in_full_batches(total),
         flops_per_step=training_flops(run),
         memory=estimate(program).parts,
         devices=f"{devices.size} x {devices[0].device_kind}",
@@ -118,7 +120,8 @@ def show(
         for line in base.differences:
             console.print(f"the model is not the base's: {line}", markup=False)
     _compare_with_plan(program, workdir / PLAN, console)
-    last_row = first_row + (total - step) * run.training.global_batch_size
+    sizes = batch_sizes(run.training)
+    last_row = first_row + sizes.rows_before(total) - sizes.rows_before(step)
     if epochs := source.epochs(last_row):
         passes = ", ".join(f"{count:.2f} of {name}" for name, count in epochs.items())
         console.print(f"passes over the data by step {total}: {passes}")
@@ -163,7 +166,8 @@ class StartSummary:
       resume: "new run of 2000 steps" or "resumes from step 400 of 2000".
       parts: Parameters by part of the model.
       total_steps: Step at which the run ends.
-      tokens_per_step: Maximum number of token positions of a global batch that are not padding.
+      tokens_per_step: Maximum number of token positions of a global batch of full size that are not padding.
+      total_tokens: The same of the whole run.
       flops_per_step: Model FLOPs of a training step.
       memory: Estimated bytes per device by purpose ("parameters", "optimizer state", "activations").
       devices: Number and kind of the devices.
@@ -179,6 +183,7 @@ class StartSummary:
     parts: Mapping[str, Part]
     total_steps: int
     tokens_per_step: int
+    total_tokens: float
     flops_per_step: float
     memory: Mapping[str, int]
     devices: str
@@ -199,7 +204,7 @@ def _run_table(summary: StartSummary) -> Table:
     table.add_column(overflow="fold")
     axes = " x ".join(f"{size} {axis}" for axis, size in summary.mesh.items() if size > 1)
     memory = ", ".join(f"{purpose} {formatting.size(size)}" for purpose, size in summary.memory.items())
-    total_tokens = formatting.count(summary.tokens_per_step * summary.total_steps)
+    total_tokens = formatting.count(summary.total_tokens)
     rows = {
         "run directory": f"{summary.run_dir} ({summary.resume})",
         "model": summary.model,

@@ -180,7 +180,7 @@ def start(program: Program, parts: dict[str, PyTree | None]) -> PyTree:
     """Return a training state of zeros with the given parts on the program's devices. Nothing is compiled."""
     abstract = {
         **program.abstract_state,
-        "base": program.abstract_base_params,
+        "base": program.abstract_base,
         "teacher": program.abstract_teacher_params,
     }
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), program.abstract_state)

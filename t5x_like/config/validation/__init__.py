@@ -62,6 +62,9 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
     yield from data_problems
     if not data_problems and not any(path.startswith("data.") for path in out_of_bounds):
         yield from sub_batch_problems(run.data, run.training.global_batch_size)
+        for index, stage in enumerate(run.training.batch_size_ramp):
+            where = f"training.batch_size_ramp.{index}.batch_size"
+            yield from sub_batch_problems(run.data, stage.batch_size, where)
         yield from _padding(run.model, run.data)
     yield from _model_and_data(run.model, run.data)
     yield from inconsistent_training(run.training)
@@ -73,6 +76,9 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
     if run.training.guard.policy == "rollback" and run.data.seqio is not None:
         expected = "'skip' or 'abort' with data.seqio, whose rows have no positions that could be passed over"
         yield ConfigProblem("training.guard.policy", "'rollback'", expected)
+    if run.training.batch_size_ramp and run.data.seqio is not None:
+        expected = "() with data.seqio, whose pipeline has batches of one size"
+        yield ConfigProblem("training.batch_size_ramp", f"{len(run.training.batch_size_ramp)} stages", expected)
     if run.training.lora is not None:
         yield from location_problems(run.training.lora.base, "training.lora.base")
     if run.training.distillation is not None:

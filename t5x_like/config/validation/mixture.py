@@ -250,8 +250,11 @@ def schedule_problems(data: DataConfig) -> Problems:
                 yield ConfigProblem(f"{where}.{field}", "a rate of 0 for all", "at least one rate above 0")
 
 
-def sub_batch_problems(data: DataConfig, batch_size: int) -> Problems:
-    """Yield the problems of sub-batches, for valid lengths, objectives and schedule."""
+def sub_batch_problems(data: DataConfig, batch_size: int, of_size: str = "training.global_batch_size") -> Problems:
+    """Yield the problems of sub-batches, for valid lengths, objectives and schedule.
+
+    `of_size` is the field with the batch size.
+    """
     where = "data.targets_length_buckets"
     for length in data.targets_length_buckets:
         if data.layout != "encoder_decoder":
@@ -282,7 +285,7 @@ def sub_batch_problems(data: DataConfig, batch_size: int) -> Problems:
     if batch_size > 0 and batch_size % least:
         rows = ", ".join(f"{count} {name}" for name, count in _reduced(shares[0], least))
         yield ConfigProblem(
-            "training.global_batch_size",
+            of_size,
             str(batch_size),
             f"a multiple of {least} rows: {rows}",
             f"for example {max(round(batch_size / least), 1) * least}",

@@ -168,9 +168,30 @@ def inconsistent_training(training: TrainingConfig) -> Problems:
             f"{training.global_batch_size} rows in {parts} parts",
             f"a multiple of gradient_accumulation_steps, {parts}",
         )
+    yield from _batch_size_ramp(training)
     yield from training.optimizer.problems("training.optimizer")
     yield from _schedule("training.schedule", training.schedule)
     yield from _freeze("training.freeze", training.freeze)
+
+
+def _batch_size_ramp(training: TrainingConfig) -> Problems:
+    before = 0
+    parts = max(training.gradient_accumulation_steps, 1)
+    for index, stage in enumerate(training.batch_size_ramp):
+        where = f"training.batch_size_ramp.{index}"
+        if stage.until_step <= before:
+            yield ConfigProblem(f"{where}.until_step", str(stage.until_step), f"a step after {before}")
+        before = stage.until_step
+        if stage.batch_size > training.global_batch_size:
+            expected = f"at most training.global_batch_size, {training.global_batch_size}"
+            yield ConfigProblem(f"{where}.batch_size", str(stage.batch_size), expected)
+        if stage.batch_size % parts:
+            found = f"{stage.batch_size} rows in {parts} parts"
+            yield ConfigProblem(f"{where}.batch_size", found, f"a multiple of gradient_accumulation_steps, {parts}")
+    distillation = training.distillation
+    if training.batch_size_ramp and distillation is not None and distillation.top_k is not None:
+        expected = "None with batch_size_ramp: stored distributions are for batches of one size"
+        yield ConfigProblem("training.distillation.top_k", str(distillation.top_k), expected)
 
 
 def _freeze(where: str, freeze: Sequence[FreezeConfig]) -> Problems:

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from t5x_like.config.batch_sizes import batch_sizes
 from t5x_like.config.batch_spec import rows_per_sub_batch
 from t5x_like.config.run import RunConfig
 from t5x_like.data.inspection.mixture_shares import mixture_shares
@@ -43,7 +44,7 @@ def inspect(run: RunConfig, rows: int, console: Console | None = None, first_row
       DataError: a store is not prepared.
     """
     console = console or Console()
-    stream = TrainingStream(open_stores(run.data), run.data, run.training.global_batch_size)
+    stream = TrainingStream(open_stores(run.data), run.data, batch_sizes(run.training))
     console.print(*map(store_table, stream.stores), mixture_table(stream))
     for first in range(0, rows, stream.batch_size):
         panels = describe_rows(stream, first_row + first, min(rows - first, stream.batch_size))

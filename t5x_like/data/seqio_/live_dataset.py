@@ -121,9 +121,11 @@ class LiveBatches(Iterator[dict[str, Features]]):
         tasks = ", ".join(f"{name} ({rate / sum(rates.values()):.1%})" for name, rate in rates.items())
         return [f"live from seqio: {self.provider.name}, Tasks: {tasks}"]
 
-    def start(self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes]) -> LiveBatches:
+    def start(
+        self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes], first_step: int = 0
+    ) -> LiveBatches:
         """Return this iterator, restored from the checkpoint if there is one."""
-        del first_row
+        del first_row, first_step
         if meta is not None:
             self.restore(files)
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from t5x_like.config.batch_sizes import BatchSizes
 from t5x_like.config.data import DataConfig
 from t5x_like.data.store.prepare import open_stores
 from t5x_like.data.store.token_store import Store
@@ -54,11 +55,14 @@ class DataSource(Protocol):
     def describe(self, first_row: int, rows: int, max_tokens: int) -> list[Any]:
         """Return a description of the mixture and of its next rows, as renderables of rich."""
 
-    def start(self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes]) -> BatchIterator:
+    def start(
+        self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes], first_step: int = 0
+    ) -> BatchIterator:
         """Return the batches after the first `first_row` rows of the run.
 
         Args:
           first_row: Number of rows that have been read.
+          first_step: Step of the first batch, which decides its size.
           meta: Metadata of the data in the checkpoint; None for a new run.
           files: Result of `BatchIterator.state_files` of all processes at the checkpoint.
 
@@ -67,8 +71,10 @@ class DataSource(Protocol):
         """
 
 
-def open_data_source(data: DataConfig, batch_size: int, host_shard: HostShard = WHOLE) -> DataSource:
+def open_data_source(data: DataConfig, batch_size: int | BatchSizes, host_shard: HostShard = WHOLE) -> DataSource:
     """Open the training data of a run, of which this process reads `host_shard`.
+
+    `batch_size` is the number of rows of a step, or of each step; live seqio data have one size.
 
     Raises:
       UserError: the data is not prepared, or the seqio Task does not exist.
@@ -78,7 +84,7 @@ def open_data_source(data: DataConfig, batch_size: int, host_shard: HostShard = 
 
         return LiveBatches(
             data,
-            batch_size,
+            batch_size if isinstance(batch_size, int) else batch_size.final,
             host=host_shard.group,
             hosts=host_shard.groups,
             keeps_state=host_shard.keeps_state,
@@ -115,7 +121,9 @@ class PreparedSource:
         note = f"rows after the first {first_row}, each cut at {max_tokens} tokens; `t5x-like inspect` shows more"
         return [mixture_table(self.stream), note, *describe_rows(self.stream, first_row, rows, max_tokens)]
 
-    def start(self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes]) -> Prefetcher:
+    def start(
+        self, first_row: int, meta: Mapping[str, str] | None, files: Mapping[str, bytes], first_step: int = 0
+    ) -> Prefetcher:
         del files
         if meta is not None and meta["fingerprint"] != self.fingerprint:
             raise SafetyError(
@@ -124,4 +132,4 @@ class PreparedSource:
                 "differs while data.rate_schedule or a mask_rate_schedule is set. Restore the prepared store, or start "
                 "a new run in another --workdir."
             )
-        return Prefetcher(self.stream, first_row, self._host_shard)
+        return Prefetcher(self.stream, first_row, self._host_shard, first_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from t5x_like.config.batch_sizes import BatchSizes
 from t5x_like.config.data import DataConfig
 from t5x_like.config.mixture_schedule import Phase, blocks_per_period, corpus_rates, phases, rows_per_block
 from t5x_like.config.objectives import Objective
@@ -50,13 +51,15 @@ class CorpusSource:
         return rows_per_block(self.objectives, data, phase.objectives)
 
 
-def plan_phases(sources: Sequence[CorpusSource], data: DataConfig, batch_size: int, split: str) -> list[PhasePlan]:
+def plan_phases(
+    sources: Sequence[CorpusSource], data: DataConfig, batch_sizes: BatchSizes, split: str
+) -> list[PhasePlan]:
     """Return the plan of each phase, and begin the epoch spans of the sources' windows.
 
     Args:
       sources: Corpora of the mixture.
       data: Mixture and schedule of the rates.
-      batch_size: Rows of a step, which converts the steps of the schedule to rows.
+      batch_sizes: Rows of each step, which convert the steps of the schedule to rows.
       split: Name of the split, for messages.
 
     Raises:
@@ -84,8 +87,9 @@ def plan_phases(sources: Sequence[CorpusSource], data: DataConfig, batch_size: i
         rates = corpus_rates(data.corpus_mixing, change, dict(zip(change.corpora, sizes, strict=True)))
         # A block has several rows, so its rate is that of the corpus divided by their number.
         block_rates = [rate / sum(counts) for rate, counts in zip(rates, counts_by_corpus, strict=True)]
-        first_row = change.start_step * batch_size
-        rows = changes[index + 1].start_step * batch_size - first_row if index + 1 < len(changes) else None
+        first_row, rows = batch_sizes.rows_before(change.start_step), None
+        if index + 1 < len(changes):
+            rows = batch_sizes.rows_before(changes[index + 1].start_step) - first_row
         # The unused part of a phase's last period is not read, so a phase that ends needs short periods.
         max_blocks = None if rows is None else rows // (_MIN_PERIODS * max(map(sum, counts_by_corpus)))
         num_blocks = blocks_per_period(block_rates, max_blocks)

@@ -32,33 +32,34 @@ Batch = dict[str, Features]
 
 
 class _Group:
-    """Batches of consecutive steps that one thread makes.
+    """Batches of consecutive steps of one size that one thread makes.
 
     Attributes:
       batches: (first row, batch) of each step that was made and not returned yet.
       error: The error of the batch after these.
     """
 
-    def __init__(self, row: int, steps: int) -> None:
-        self.row, self.steps = row, steps
+    def __init__(self, row: int, steps: int, size: int) -> None:
+        self.row, self.steps, self.size = row, steps, size
         self.batches: deque[tuple[int, Batch]] = deque()
         self.error: BaseException | None = None
         self.is_made = False
 
 
 class Prefetcher(Iterator[Batch]):
-    """Endless iterator over the batches of a stream after its first `first_row` rows.
+    """Endless iterator over the batches of a stream after its first `first_row` rows, from step `first_step` on.
 
     An error while a batch is made is raised by the `next` call that would have returned this batch. `close` stops the
     threads and waits for them, for at most `CLEANUP_SECONDS`: their storage may not answer. The iterator is also a
     context manager.
     """
 
-    def __init__(self, stream: TrainingStream, first_row: int, host_shard: HostShard = WHOLE):
+    def __init__(self, stream: TrainingStream, first_row: int, host_shard: HostShard = WHOLE, first_step: int = 0):
         self._stream = stream
         self._host_shard = host_shard
-        self._last_row = first_row  # First row of the last batch that was returned.
-        self._next_row, self._next_steps = first_row, 1
+        # First row and size of the last batch that was returned.
+        self._last_row, self._last_size = first_row, stream.batch_size
+        self._next_row, self._next_step, self._next_steps = first_row, first_step, 1
         self._groups: deque[_Group] = deque()
         """Groups that are made or begun, in the order of their rows."""
         self._ahead = 0
@@ -85,6 +86,7 @@ class Prefetcher(Iterator[Batch]):
             group = self._groups[0]
             if group.batches:
                 self._last_row, batch = group.batches.popleft()
+                self._last_size = group.size
                 self._ahead -= 1
                 if not group.batches and group.error is None:
                     self._groups.popleft()
@@ -96,7 +98,7 @@ class Prefetcher(Iterator[Batch]):
 
     def last_indices(self) -> dict[str, IntArray]:
         """Return the indices of the rows of the last batch by sub-batch."""
-        return self._stream.indices_at(self._last_row, self._host_shard)
+        return self._stream.indices_at(self._last_row, self._host_shard, self._last_size)
 
     def state_files(self) -> dict[str, bytes]:
         """Return no files: the number of rows that were read determines the following batches."""
@@ -131,18 +133,22 @@ class Prefetcher(Iterator[Batch]):
 
     def _begin(self) -> _Group | None:
         """Wait until another group is needed, and return it; None if no further one is."""
-        size, groups = self._stream.batch_size, self._host_shard.groups
-        max_steps = min(max(_MAX_ROWS_AT_ONCE * groups // size, 1), _MAX_STEPS_AT_ONCE)
+        groups = self._host_shard.groups
         with self._changed:
             while not (self._is_stopped or self._has_failed or self._is_needed()):
                 self._changed.wait(timeout=stall_seconds())
             if self._is_stopped or self._has_failed:
                 return None
-            group = _Group(self._next_row, self._next_steps)
+            size = self._stream.batch_sizes.at(self._next_step)
+            max_steps = min(max(_MAX_ROWS_AT_ONCE * groups // size, 1), _MAX_STEPS_AT_ONCE)
+            # A group ends where the size of the batches changes.
+            alike = self._stream.batch_sizes.steps_alike(self._next_step)
+            group = _Group(self._next_row, min(self._next_steps, max_steps, alike or max_steps), size)
             self._groups.append(group)
             self._ahead += group.steps
             self._num_begun += 1
             self._next_row += group.steps * size
+            self._next_step += group.steps
             self._next_steps = min(2 * group.steps, max_steps)
             return group
 
@@ -158,15 +164,14 @@ class Prefetcher(Iterator[Batch]):
         return self._ahead <= self._stream.data.prefetch_batches + others
 
     def _make(self, group: _Group) -> None:
-        size = self._stream.batch_size
-        rows = range(group.row, group.row + group.steps * size, size)
+        rows = range(group.row, group.row + group.steps * group.size, group.size)
         try:
-            made = self._stream.batches_at(group.row, group.steps, self._host_shard)
+            made = self._stream.batches_at(group.row, group.steps, self._host_shard, group.size)
             group.batches.extend(zip(rows, made, strict=True))
         except Exception:
             # Batches before the failing one must still be delivered, so they are made one at a time.
             for row in rows:
-                group.batches.append((row, self._stream.batches_at(row, 1, self._host_shard)[0]))
+                group.batches.append((row, self._stream.batches_at(row, 1, self._host_shard, group.size)[0]))
 
 
 def _num_threads(stream: TrainingStream) -> int:

@@ -15,6 +15,7 @@ from typing import Any, assert_never
 import numpy as np
 import numpy.typing as npt
 
+from t5x_like.config.batch_sizes import BatchSizes
 from t5x_like.config.batch_spec import (
     MAIN,
     RowShape,
@@ -63,7 +64,7 @@ class TrainingStream:
     Args:
       stores: Stores in the order of `data.sources`.
       data: Mixture and shape of the rows.
-      batch_size: Rows of a step, over all sub-batches.
+      batch_size: Rows of a step, over all sub-batches, or those of each step of a run whose batches grow.
       split: Split of the stores to read.
 
     Raises:
@@ -71,10 +72,11 @@ class TrainingStream:
       ConfigError: an objective does not fit the rows, or may need more sentinels than the vocabulary has.
     """
 
-    def __init__(self, stores: Sequence[Store], data: DataConfig, batch_size: int, split: str = "train"):
+    def __init__(self, stores: Sequence[Store], data: DataConfig, batch_size: int | BatchSizes, split: str = "train"):
         self.stores = tuple(stores)
         self.data = data
-        self.batch_size = batch_size
+        self.batch_sizes = BatchSizes(batch_size) if isinstance(batch_size, int) else batch_size
+        self.batch_size = self.batch_sizes.final
         self.split = split
         self.vocabulary = common_vocabulary(stores)
         self._ids = RowIds.of(self.vocabulary)
@@ -90,7 +92,7 @@ class TrainingStream:
         counts = sub_batch_rows_per_block(data)[0]
         # Rows of each sub-batch as a fraction (numerator, denominator) of the rows of a step.
         self._fractions = {name: (counts[name], sum(counts.values())) for name in self.shapes}
-        self._phases = plan_phases(self.sources, data, batch_size, split)
+        self._phases = plan_phases(self.sources, data, self.batch_sizes, split)
         # Distributions of a teacher, which batches have beside the features of their rows.
         self.stored_teacher: StoredTeacher | None = None
         self._indices = {
@@ -130,25 +132,29 @@ class TrainingStream:
         return json_digest(identity)[:32]
 
     def batch(self, step: int, host: int = 0, hosts: int = 1) -> dict[str, Features]:
-        """Return the rows of `step` that `host` loads, in a run whose batch size has not changed."""
-        return self.batch_at(step * self.batch_size, host, hosts)
+        """Return the rows of `step` that `host` loads, in a run whose configured batch sizes have not changed."""
+        first_row, size = self.batch_sizes.rows_before(step), self.batch_sizes.at(step)
+        return self.batches_at(first_row, 1, HostShard(host, hosts), size)[0]
 
     def batch_at(self, first_row: int, host: int = 0, hosts: int = 1) -> dict[str, Features]:
-        """Return the part of a batch that `host` loads, after the first `first_row` rows of the run.
+        """Return the part of a batch of full size that `host` loads, after the first `first_row` rows of the run.
 
         It is a contiguous part of each sub-batch. The parts of all hosts, concatenated in order, are the global batch,
         whatever the number of hosts.
         """
         return self.batches_at(first_row, 1, HostShard(host, hosts))[0]
 
-    def batches_at(self, first_row: int, steps: int, host_shard: HostShard = WHOLE) -> list[dict[str, Features]]:
-        """Return a host's rows of the batches of `steps` consecutive steps, by sub-batch.
+    def batches_at(
+        self, first_row: int, steps: int, host_shard: HostShard = WHOLE, batch_size: int | None = None
+    ) -> list[dict[str, Features]]:
+        """Return a host's rows of the batches of `steps` consecutive steps of one size, by sub-batch.
 
-        The batches are made together, which is faster if they are small.
+        The batches are made together, which is faster if they are small. `batch_size` None is the full size.
         """
         batches: list[dict[str, Features]] = [{} for _ in range(steps)]
-        firsts = range(first_row, first_row + steps * self.batch_size, self.batch_size)
-        of_steps = [self.indices_at(first, host_shard) for first in firsts]
+        size = batch_size or self.batch_size
+        firsts = range(first_row, first_row + steps * size, size)
+        of_steps = [self.indices_at(first, host_shard, size) for first in firsts]
         for name in self._fractions:
             # [steps, N] row indices of all steps, made by one call and divided again.
             index_SxN = np.stack([indices[name] for indices in of_steps])
@@ -160,10 +166,13 @@ class TrainingStream:
                 batch[name] = {feature: values[part] for feature, values in features.items()}
         return batches
 
-    def indices_at(self, first_row: int, host_shard: HostShard = WHOLE) -> dict[str, IntArray]:
+    def indices_at(
+        self, first_row: int, host_shard: HostShard = WHOLE, batch_size: int | None = None
+    ) -> dict[str, IntArray]:
         """Return the indices, by sub-batch, of a host's rows of the batch after the first `first_row` rows."""
+        size = batch_size or self.batch_size
         return {
-            name: self.first_index(name, first_row) + host_shard.rows(self.batch_size * numerator // denominator)
+            name: self.first_index(name, first_row) + host_shard.rows(size * numerator // denominator)
             for name, (numerator, denominator) in self._fractions.items()
         }
 

@@ -87,7 +87,7 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
     """
     state = {
         "parameters": bytes_per_device(program.abstract_params),
-        "frozen base": bytes_per_device(program.abstract_base_params),
+        "frozen base": bytes_per_device(program.abstract_base),
         "frozen teacher": bytes_per_device(program.abstract_teacher_params),
         "optimizer state": bytes_per_device(program.abstract_state["opt_state"]),
     }
@@ -95,7 +95,7 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
         state["average of parameters"] = bytes_per_device(program.abstract_state["ema"])
     activations = ActivationMemory(program)
     if is_tiled(program):
-        arrays = (program.abstract_params, program.abstract_base_params, program.abstract_state["opt_state"])
+        arrays = (program.abstract_params, program.abstract_base, program.abstract_state["opt_state"])
         state["padding of tiles"] = padding_per_device(arrays)
     parts = program.run.training.gradient_accumulation_steps
     trained = trained_params(program)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+
+import jax
 
 from t5x_like.config.model import ModelConfig
 from t5x_like.models.factory import abstract_model
 from t5x_like.planning.estimate.memory import leaf_bytes
 from t5x_like.program import Program
 from t5x_like.sharding.shardings import LogicalArray, logical_leaves
+from t5x_like.utils import tree_paths
 
 _KINDS = {
     "self_attention": "attention",
@@ -52,7 +54,14 @@ def parameter_parts(program: Program) -> dict[str, ParameterCount]:
     head. A tied table is counted once, as embedding. The sum of `count` is the number of parameters.
     """
     params = program.abstract_params if program.lora is None else program.abstract_base_params
-    return _parts(program.run.model, logical_leaves(program.spec.logical_axes, params), leaf_bytes)
+    leaves = logical_leaves(program.spec.logical_axes, params)
+    if program.lora is None or not program.lora.quantized:
+        return _parts(program.run.model, leaves, lambda leaf: leaf_bytes(leaf.array))
+    kept = {
+        leaf.path: sum(map(leaf_bytes, jax.tree.leaves(tree_paths.at(program.abstract_base, leaf.path))))
+        for leaf in leaves
+    }
+    return _parts(program.run.model, leaves, lambda leaf: kept[leaf.path])
 
 
 def model_parts(model: ModelConfig) -> dict[str, ParameterCount]:
@@ -62,11 +71,11 @@ def model_parts(model: ModelConfig) -> dict[str, ParameterCount]:
     """
     spec = abstract_model(model)
     leaves = logical_leaves(spec.logical_axes, spec.params)
-    return _parts(model, leaves, lambda x: math.prod(x.shape) * x.dtype.itemsize)
+    return _parts(model, leaves, lambda leaf: math.prod(leaf.array.shape) * leaf.array.dtype.itemsize)
 
 
 def _parts(
-    model: ModelConfig, leaves: Iterable[LogicalArray], bytes_of: Callable[[Any], int]
+    model: ModelConfig, leaves: Iterable[LogicalArray], bytes_of: Callable[[LogicalArray], int]
 ) -> dict[str, ParameterCount]:
     parts: dict[str, ParameterCount] = {}
     for leaf in leaves:
@@ -76,7 +85,7 @@ def _parts(
         parts[name] = ParameterCount(
             part.count + count,
             part.active + _active(count, leaf.path, leaf.axes, model),
-            part.bytes_per_device + bytes_of(leaf.array),
+            part.bytes_per_device + bytes_of(leaf),
         )
     return parts
 

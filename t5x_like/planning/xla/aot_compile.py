@@ -101,7 +101,7 @@ def compile_train_step(run: RunConfig, topology: Topology, *, effort: Effort = "
 
 def carried_state(program: Program) -> PyTree:
     """Return the state that the train step takes, as shapes with shardings."""
-    frozen = {"base": program.abstract_base_params, "teacher": program.abstract_teacher_params}
+    frozen = {"base": program.abstract_base, "teacher": program.abstract_teacher_params}
     return {**program.abstract_state, **{name: params for name, params in frozen.items() if params is not None}}
 
 

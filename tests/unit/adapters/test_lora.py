@@ -10,7 +10,7 @@ import pytest
 from helpers.model_examples import EXAMPLES, forward, model, parameters, stack, tokens
 
 from t5x_like.adapters.base_weights import fingerprint
-from t5x_like.adapters.lora import LoraSpec, lora_spec
+from t5x_like.adapters.lora import LoraSpec, lora_spec, summed
 from t5x_like.config import LoraConfig, ModelConfig, RunConfig
 from t5x_like.errors import ConfigError
 from t5x_like.models.factory import abstract_model, bind_params, kernels
@@ -192,3 +192,39 @@ def test_adapters_are_part_of_the_saved_configuration() -> None:
     assert from_json(to_json(run), source="here") == run
     wrong = changed(run, "training.lora", LoraConfig(base="", rank=0, alpha=0.0, paths=()))
     assert [problem.where.rpartition(".")[2] for problem in validate(wrong)] == ["base", "rank", "alpha", "paths"]
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "mixtral"))]
+)
+def test_kernels_of_a_base_in_8_bits_are_those_of_the_rounded_base(family: str) -> None:
+    """Rounded to half a step at most; adapters add to them, merged or not, and have the gradients of that model."""
+    config = FAMILIES[family]
+    base, batch = parameters(config), batch_for(config)
+    adapter_spec = lora_spec(LoraConfig(base="base", rank=3, paths=(".*attention/.*kernel",), base_type="int8"), config)
+    kept = jax.jit(adapter_spec.kept)(base)
+    rounded = summed(kept)
+    assert jax.tree.structure(rounded) == jax.tree.structure(base)
+    for path, leaf in flat(base).items():
+        kernel, found = kernels(config).get(path), np.asarray(flat(rounded)[path])
+        if kernel is None:
+            np.testing.assert_array_equal(found, leaf)
+            continue
+        node = at(kept, path)
+        assert node.values.dtype == jnp.int8
+        inputs = tuple(range(kernel.stacked, kernel.split))
+        step = np.abs(leaf).max(axis=inputs, keepdims=True) / 127
+        assert np.all(np.abs(found - leaf) <= 0.5001 * step) and np.any(found != leaf)
+    adapters = moved(jax.jit(adapter_spec.init)(jax.random.key(0)))
+    graphdef = abstract_model(config).graphdef
+    plain_spec = dataclasses.replace(adapter_spec, quantized={})
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def value_and_grad(spec, base, adapters):
+        logits = lambda a: jnp.sum(jnp.sin(bind_params(graphdef, spec.joined(base, a))(batch)))  # noqa: E731
+        return jax.value_and_grad(logits)(adapters)
+
+    results = value_and_grad(adapter_spec, kept, adapters), value_and_grad(plain_spec, rounded, adapters)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()), *results)
+    merged, expected = adapter_spec.merged(base, adapters), plain_spec.merged(rounded, adapters)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, expected)

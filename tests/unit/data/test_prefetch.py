@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.data_examples import data_config, numbered_store
 
+from t5x_like.config import BatchSizes
 from t5x_like.data.stream.host_shard import HostShard
 from t5x_like.data.stream.prefetch import Prefetcher
 from t5x_like.data.stream.row_stream import TrainingStream
@@ -28,6 +29,27 @@ def test_batches_are_in_order_from_the_first_row(stream: TrainingStream) -> None
         for step in range(5, 40):
             expected = stream.batch(step, 1, 2)["main"]
             assert all(np.array_equal(values, expected[name]) for name, values in next(batches)["main"].items())
+
+
+@pytest.mark.parametrize("first_step", [0, 2, 9])
+def test_growing_batches_have_the_rows_of_a_run_without_a_ramp(tmp_path: Path, first_step: int) -> None:
+    """Of any step, so also after a restart within the ramp; with several threads, whose groups end with a stage."""
+    data = dataclasses.replace(data_config(), prefetch_threads=3)
+    store = numbered_store(tmp_path / "s", 3000)
+    sizes = BatchSizes(6, ((3, 2), (10, 4)))
+    plain, ramp = TrainingStream([store], data, 6), TrainingStream([store], data, sizes)
+    row = sizes.rows_before(first_step)
+    with Prefetcher(ramp, row, first_step=first_step) as batches:
+        for step in range(first_step, 30):
+            batch = next(batches)["main"]
+            rows = np.arange(row, row + sizes.at(step))
+            np.testing.assert_array_equal(batches.last_indices()["main"], rows)
+            expected = plain.get_rows(rows)
+            assert all(np.array_equal(values, expected[name]) for name, values in batch.items())
+            again = ramp.batch(step)["main"]
+            assert all(np.array_equal(values, again[name]) for name, values in batch.items())
+            row += len(rows)
+    assert row == sizes.rows_before(30) == 3 * 2 + 7 * 4 + 20 * 6
 
 
 def test_prefetch_depth_is_bounded(stream: TrainingStream, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from helpers.planning_runs import FAMILIES, small_run
 
-from t5x_like.config import AdafactorConfig, AdamWConfig, FreezeConfig, RunConfig, ShardingConfig
+from t5x_like.config import AdafactorConfig, AdamWConfig, FreezeConfig, LoraConfig, RunConfig, ShardingConfig
 from t5x_like.hardware.fake_devices import fake_devices
 from t5x_like.hardware.topologies import parse_topology
-from t5x_like.models.factory import abstract_model, bind_params
+from t5x_like.models.factory import abstract_model, bind_params, kernels
 from t5x_like.planning.estimate.memory import bytes_per_device, estimate, tiled_bytes, trained_params
+from t5x_like.planning.estimate.parameters import parameter_parts, total
 from t5x_like.program import build_program
 from t5x_like.sharding.saved_activations import saved_activations
 from t5x_like.training.losses import batch_metrics, summed_loss
@@ -200,3 +201,20 @@ def test_frozen_parameters_have_no_gradients() -> None:
 )
 def test_tiles_round_the_two_innermost_dimensions_up(shape: tuple[int, ...], itemsize: int, expected: int) -> None:
     assert tiled_bytes(shape, itemsize) == expected
+
+
+def test_frozen_base_in_8_bits_is_counted_with_its_scales() -> None:
+    run = small_run("llama_3")
+    found = {}
+    for base_type in ("float32", "int8"):
+        lora = LoraConfig(base="base", rank=4, base_type=base_type)
+        changed = dataclasses.replace(run, training=dataclasses.replace(run.training, lora=lora))
+        program = build_program(changed, jax.devices()[:1])
+        parts = parameter_parts(program)
+        found[base_type] = estimate(program).state["frozen base"]
+        assert found[base_type] == total(parts).bytes_per_device
+        assert total(parts).count == sum(leaf.size for leaf in jax.tree.leaves(program.spec.params))
+    of_model = kernels(run.model).values()
+    elements = sum(math.prod(kernel.shape) for kernel in of_model)
+    scales = sum(math.prod((*kernel.shape[: kernel.stacked], *kernel.shape[kernel.split :])) for kernel in of_model)
+    assert found["float32"] - found["int8"] == 3 * elements - 4 * scales
