@@ -226,6 +226,11 @@ class StackConfig:
     output_init_scale: NonNegativeFloat = 1.0
     """Factor on the initial values of the kernels that write to the residual states: `out` of attention and `wo` of
     MLPs and experts. GPT-2 has (2 num_layers)**-0.5; 0: each block begins as the identity."""
+    quantization: Literal["int8", "float8"] | None = None
+    """Round the operands of the products of attention projections and MLPs to 8 bits, in training and wherever the
+    model is used, by qwix (extra `quantization`): each token and each output of a kernel has a scale. The gradients of
+    kernels are computed from unrounded operands. int8: integers. float8: e4m3, and e5m2 for gradients. Heads,
+    embeddings, norms and attention scores are not rounded, and parameters are kept as they are. None: no rounding."""
     dropout_rate: UnitFloatBelowOne = 0.0
     """Dropout rate of embeddings, attention probabilities, hidden units of the MLP, and outputs of branches and
     stack."""

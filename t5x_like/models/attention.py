@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -158,10 +159,11 @@ class Attention(nnx.Module):
         heads, kv_heads = ("heads", config.num_heads), ("kv_heads", config.num_kv_heads)
         embed, kv_embed, head_dim = ("embed", config.d_model), ("embed", kv_width), ("head_dim", config.head_dim)
         q_stddev, kv_stddev, out_stddev = attention_stddevs(config)
-        self.query = Dense([embed], [heads, head_dim], stddev=q_stddev, use_bias=bias, rngs=rngs)
-        self.key = Dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, rngs=rngs)
-        self.value = Dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, rngs=rngs)
-        self.out = Dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=config.use_bias, rngs=rngs)
+        dense = functools.partial(Dense, rngs=rngs, quantization=config.quantization)
+        self.query = dense([embed], [heads, head_dim], stddev=q_stddev, use_bias=bias)
+        self.key = dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias)
+        self.value = dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias)
+        self.out = dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=config.use_bias)
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, head_dim), Norm(config, head_dim)
 

@@ -6,9 +6,10 @@ Parameters are float32; each layer computes in the type of its input.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import assert_never
 
 import jax
@@ -17,8 +18,9 @@ from flax import nnx
 from jax import Array
 
 from t5x_like.config.model import Activation, ModelConfig, StackConfig
+from t5x_like.errors import ConfigProblem
 from t5x_like.kernels.dropout import keep_mask
-from t5x_like.kernels.matmul import matmul
+from t5x_like.kernels.matmul import Quantization, matmul
 from t5x_like.model_output import OutputProjection
 from t5x_like.sharding.constrain import constrain
 
@@ -48,6 +50,7 @@ class Dense(nnx.Module):
         stddev: float,
         use_bias: bool,
         rngs: nnx.Rngs,
+        quantization: Quantization | None = None,
     ):
         """Create the layer.
 
@@ -57,7 +60,9 @@ class Dense(nnx.Module):
           stddev: Standard deviation of the kernel's initial values.
           use_bias: Add a bias.
           rngs: Source of the initial values.
+          quantization: Rounding of the product's operands; see `kernels.matmul`.
         """
+        self.quantization = quantization
         axes, shape = zip(*inputs, *outputs, strict=True)
         # A kernel keeps one dimension per logical axis, [embed, heads, head_dim], so that rules can split the heads;
         # the product contracts all input dimensions at once.
@@ -67,8 +72,17 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Array, dtype: jnp.dtype | None = None) -> Array:
         """Return the product in `dtype`, by default the type of x."""
-        y = matmul(x, self.kernel[...], self.contracted, dtype or x.dtype)
+        y = matmul(x, self.kernel[...], self.contracted, dtype or x.dtype, self.quantization)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def quantization_problems(config: ModelConfig) -> Iterator[ConfigProblem]:
+    """Yield a problem if products are to be rounded to 8 bits and qwix, which does it, is not installed."""
+    stacks = {**config.stacks, **({} if config.generator is None else {"generator": config.generator})}
+    for name, stack in stacks.items():
+        if stack.quantization is not None and importlib.util.find_spec("qwix") is None:
+            expected = "None, or qwix: pip install 't5x-like[quantization]'"
+            yield ConfigProblem(f"model.{name}.quantization", stack.quantization, expected)
 
 
 class FusedDense(nnx.Module):
@@ -78,6 +92,7 @@ class FusedDense(nnx.Module):
         kernels = [part.kernel[...] for part in parts]
         contracted = parts[0].contracted
         self.contracted = contracted
+        self.quantization = parts[0].quantization
         self.outputs = tuple(kernel.shape[contracted:] for kernel in kernels)
         axes = (*parts[0].kernel.get_metadata("logical")[:contracted], None)
         # Outputs of all layers lie side by side in one dimension, which has no logical axis: it is not sharded.
@@ -88,7 +103,7 @@ class FusedDense(nnx.Module):
 
     def __call__(self, x: Array) -> list[Array]:
         """Return the result of each layer."""
-        y = matmul(x, self.kernel[...], self.contracted, x.dtype)
+        y = matmul(x, self.kernel[...], self.contracted, x.dtype, self.quantization)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         ends = itertools.accumulate(math.prod(shape) for shape in self.outputs[:-1])
@@ -153,16 +168,17 @@ class Mlp(nnx.Module):
         self.config = config
         embed, mlp = ("embed", config.d_model), ("mlp", config.d_ff)
         stddev = config.d_model**-0.5
+        dense = functools.partial(Dense, use_bias=config.use_bias, rngs=rngs, quantization=config.quantization)
 
         def inner() -> Dense:
-            return Dense([embed], [mlp], stddev=stddev, use_bias=config.use_bias, rngs=rngs)
+            return dense([embed], [mlp], stddev=stddev)
 
         if config.mlp_gated:
             self.wi_0, self.wi_1 = inner(), inner()
         else:
             self.wi = inner()
         out_stddev = config.output_init_scale * config.d_ff**-0.5
-        self.wo = Dense([mlp], [embed], stddev=out_stddev, use_bias=config.use_bias, rngs=rngs)
+        self.wo = dense([mlp], [embed], stddev=out_stddev)
 
     def __call__(self, x_BxLxd: Array, *, dropout_rng: Array | None) -> Array:
         @recomputed

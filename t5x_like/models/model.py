@@ -25,7 +25,7 @@ from t5x_like.kernels.attention_masks import MaskSpec
 from t5x_like.model_output import AuxiliaryLoss, ModelOutput
 from t5x_like.models.attention import attention_problems
 from t5x_like.models.kv_cache import KVCache, LayerCache, empty_layer_cache, to_layer_cache
-from t5x_like.models.layers import Embedding, LMHead, param
+from t5x_like.models.layers import Embedding, LMHead, param, quantization_problems
 from t5x_like.models.moe import Routing, router_losses
 from t5x_like.models.stack import Stack
 from t5x_like.sharding.constrain import constrain
@@ -41,7 +41,7 @@ class Model(nnx.Module):
           ConfigError: the configuration is not valid, or its attention backend does not support it; all problems are
             listed.
         """
-        problems = [*model_problems(config), *attention_problems(config)]
+        problems = [*model_problems(config), *attention_problems(config), *quantization_problems(config)]
         if problems:
             raise ConfigError(problems)
         self.config = config

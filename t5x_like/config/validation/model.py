@@ -151,6 +151,8 @@ def _stack(where: str, stack: StackConfig) -> Problems:
     if stack.experts:
         chosen = f"{where}.experts.experts_per_token"
         yield from within(chosen, stack.experts.experts_per_token, 1, max(stack.experts.num_experts, 1))
+        if stack.quantization is not None:
+            yield ConfigProblem(f"{where}.quantization", stack.quantization, "None in a stack with experts")
         if stack.use_bias or stack.dropout_rate > 0 or not stack.mlp_gated:
             yield ConfigProblem(
                 f"{where}.experts", "biases, dropout or no gate", "gated experts without biases and dropout"

@@ -286,7 +286,7 @@ _WHOLE = {"architecture", "config.json", "experts", "generator"}
 """Differences that leave the other fields uncompared."""
 _OF_LM_HEAD = ("tie_embeddings", "scale_logits", "logits_softcap", "lm_head_transform", "head_bias")
 """Fields of the head over the vocabulary, which a task head replaces."""
-_FREE_OF_STACK = ("dropout_rate", "dropout_broadcast_length", "output_init_scale")
+_FREE_OF_STACK = ("dropout_rate", "dropout_broadcast_length", "output_init_scale", "quantization")
 
 
 def _computed(model: ModelConfig) -> dict[str, object]:
