@@ -170,6 +170,10 @@ class TrainingConfig:
     """Number of parts in which a step's batch is processed. The result equals that of the whole batch."""
     optimizer: Optimizer = AdafactorConfig()
     """Optimizer with its parameters; `kind` selects it."""
+    optimizer_state_type: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrices of the optimizer's state, such as Adam's moments. bfloat16 halves their memory: the update
+    is computed in float32, and the new state is rounded stochastically, so that changes that are smaller than the
+    distance of two numbers are kept on average. Parameters stay float32."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate as a function of the step."""
     max_gradient_norm: PositiveFloat | None = 1.0

@@ -20,7 +20,7 @@ from t5x_like.training import freezing, router_bias
 from t5x_like.training.guard import init_guard, is_spike, with_values
 from t5x_like.training.losses import Apply, Batch, batch_metrics, summed_loss
 from t5x_like.training.norms import PREFIXES, norm_metrics
-from t5x_like.training.optimizers.parameter_groups import has_groups
+from t5x_like.training.optimizers.make_optimizer import takes_step
 from t5x_like.training.optimizers.schedule_free import gradient_point
 from t5x_like.training.schedules import ScheduleFn
 from t5x_like.utils import tree_paths
@@ -175,7 +175,7 @@ def make_train_step(
         # The schedule reads the trainer's step, not the optimizer's count of updates: a skipped update does not shift
         # it.
         learning_rate = schedule(state["step"])
-        at_step = {"step": state["step"]} if has_groups(training, paths) else {}
+        at_step = {"step": state["step"]} if takes_step(training, state["params"]) else {}
         updates, opt_state = optimizer.update(
             jax.tree.map(lambda g: g * scale, grads),
             state["opt_state"],

@@ -1,4 +1,4 @@
-"""A run with growing batches and balanced experts: resumed within the ramp it is the uninterrupted run, bit for bit."""
+"""Growing batches, balanced experts, rounded moments: resumed within the ramp, a run is the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import pytest
 from helpers.saved_state import saved_state
 from helpers.small_run import small_run
 
-from t5x_like.config import BatchSizeStage, CausalLM, MoEConfig, MonitoringConfig, RunConfig
+from t5x_like.config import (
+    BatchSizeStage,
+    CausalLM,
+    CompilationCacheConfig,
+    MoEConfig,
+    MonitoringConfig,
+    RunConfig,
+)
 from t5x_like.data.store.prepare import prepare
 from t5x_like.errors import EXIT_OK
 from t5x_like.trainer.train import train
@@ -37,7 +44,12 @@ def test_run_is_resumed_within_the_ramp(tmp_path: Path) -> None:
         [CausalLM(name="text")],
         lengths=(0, LENGTH),
         stack={"experts": MoEConfig(num_experts=4, scoring="sigmoid", bias_update_rate=0.01)},
-        training={"global_batch_size": 32, "batch_size_ramp": stages},
+        training={
+            "global_batch_size": 32,
+            "batch_size_ramp": stages,
+            "optimizer_state_type": "bfloat16",
+        },
+        compilation_cache=CompilationCacheConfig(directory=str(tmp_path / "compiled")),
         monitoring=MonitoringConfig(writers=(), num_decoded_samples=0, log_every_steps=1, record_rows=True),
     )
     prepare(run.data, report=lambda line: None)

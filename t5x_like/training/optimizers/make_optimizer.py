@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import optax
@@ -15,6 +15,7 @@ from t5x_like.sharding.rules import LogicalAxes
 from t5x_like.training.optimizers.adafactor import moment_axes
 from t5x_like.training.optimizers.layer_decay import with_layer_decay
 from t5x_like.training.optimizers.parameter_groups import group_of_each, has_groups, per_group_optimizer
+from t5x_like.training.optimizers.rounded_state import with_rounded_state
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
 
@@ -26,9 +27,10 @@ def make_optimizer(config: TrainingConfig, logical_axes: PyTree) -> optax.Gradie
     """Return the optimizer of a run, for parameters with these logical axes.
 
     `update(grads, opt_state, params, learning_rate=...)` takes the learning rate of the step, so that one schedule
-    serves the update and the metric. The optimizer's own count is the number of updates that it has made. If parameters
-    are frozen or have learning rates of their own, `update` also takes the `step`, and the state holds only the
-    parameters that train. `schedule_free.gradient_point` says at which parameters the gradient is taken.
+    serves the update and the metric. The optimizer's own count is the number of updates that it has made. If
+    `takes_step` says so, `update` also takes the `step`. If parameters are frozen or have learning rates of their own,
+    the state holds only the parameters that train. `schedule_free.gradient_point` says at which parameters the
+    gradient is taken.
 
     Raises:
       ConfigError: the optimizer cannot be made from its configuration, or `training.freeze` matches no parameter or all
@@ -37,12 +39,29 @@ def make_optimizer(config: TrainingConfig, logical_axes: PyTree) -> optax.Gradie
     if config.layer_decay != 1.0 and isinstance(config.optimizer, ScheduleFreeConfig):
         expected = "1.0: schedule-free AdamW averages iterates, which are not proportional to the learning rate"
         raise ConfigError([ConfigProblem("training.layer_decay", str(config.layer_decay), expected)])
+    if config.optimizer_state_type != "float32" and isinstance(config.optimizer, ScheduleFreeConfig):
+        expected = "float32: the state of schedule-free AdamW has parameters, at which gradients are taken"
+        raise ConfigError([ConfigProblem("training.optimizer_state_type", config.optimizer_state_type, expected)])
     if has_groups(config, tree_paths.paths(logical_axes)):
         of = group_of_each(config, tree_paths.paths(logical_axes))
         optimizer = per_group_optimizer(lambda axes: _build(config.optimizer, axes), logical_axes, of)
     else:
         optimizer = _build(config.optimizer, logical_axes)
-    return optimizer if config.layer_decay == 1.0 else with_layer_decay(optimizer, logical_axes, config.layer_decay)
+    if config.layer_decay != 1.0:
+        optimizer = with_layer_decay(optimizer, logical_axes, config.layer_decay)
+    match config.optimizer_state_type:
+        case "float32":
+            return optimizer
+        case "bfloat16":
+            return with_rounded_state(optimizer, takes_step=has_groups(config, tree_paths.paths(logical_axes)))
+        case unknown:
+            assert_never(unknown)
+
+
+def takes_step(config: TrainingConfig, logical_axes: PyTree) -> bool:
+    """Return whether the `update` of a run's optimizer takes the step: its parameters have groups, or its state is
+    rounded."""
+    return config.optimizer_state_type != "float32" or has_groups(config, tree_paths.paths(logical_axes))
 
 
 def _build(config: OptimizerConfig, logical_axes: PyTree) -> optax.GradientTransformationExtraArgs:
