@@ -59,7 +59,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 ONLY_LIBRARIES: dict[str, tuple[str, ...]] = {
     "config": ("pydantic", "pydantic_core", "tyro"),
     "errors": ("pydantic", "pydantic_core"),
-    "kernels": ("jax", "numpy"),
+    "kernels": ("jax", "numpy", "qwix"),
 }
 # The only modules of another package that a package may import: models name logical axes and ask for the attention of
 # the devices, and nothing else of sharding, and the training step needs the metric tree of monitoring.
@@ -171,6 +171,8 @@ def test_packages_respect_their_limits(module: str) -> None:
         assert top != "torch" or (module == "t5x_like.interop.torch_file" and not found.eager), where
         if own in ONLY_LIBRARIES and not under(found.module, f"t5x_like.{own}"):
             assert top in ("t5x_like", *sys.stdlib_module_names) or top in ONLY_LIBRARIES[own], where
+        # An extra, which only runs with products of 8 bits need.
+        assert top != "qwix" or not found.eager, where
 
 
 def test_no_import_cycles() -> None:
