@@ -15,21 +15,19 @@ from t5x_like.kernels.matmul import Quantization, matmul
 from t5x_like.models import inference_layout
 from t5x_like.models.factory import abstract_model, bind_params
 
-pytest.importorskip("qwix")
-
-LEVELS = {"int8": 127.5, "float8": 448}
-"""Largest scaled value: qwix lets the largest one of int8, 127, have a whole rounding interval."""
+qwix = pytest.importorskip("qwix")
 
 
 def rounded(x: np.ndarray, axes: tuple[int, ...], kind: str, *, gradient: bool = False) -> np.ndarray:
-    """Return the nearest representable values with a scale for everything but the contracted axes."""
-    dtype = {"int8": None, "float8": jnp.float8_e5m2 if gradient else jnp.float8_e4m3fn}[kind]
-    levels = 57344 if gradient and kind == "float8" else LEVELS[kind]
-    scale = np.abs(x).max(axis=axes, keepdims=True) / levels
-    scaled = x / scale
-    return scale * np.asarray(
-        np.clip(np.round(scaled), -127, 127) if dtype is None else jnp.asarray(scaled).astype(dtype), np.float32
-    )
+    """Return the values that 8 bits represent, with one scale for the contracted axes."""
+    dtype = {"int8": jnp.int8, "float8": jnp.float8_e5m2 if gradient else jnp.float8_e4m3fn}[kind]
+    kept = [axis for axis in range(x.ndim) if axis not in axes]
+    found = np.asarray(qwix.dequantize(qwix.quantize(jnp.asarray(x), dtype, channelwise_axes=kept)), np.float64)
+    largest = np.abs(x).max(axis=axes, keepdims=True)
+    # Half a step of integers; half of the distance of two floats with 3 or 2 bits of mantissa.
+    bound = largest / 254 if kind == "int8" else np.abs(x) * 2.0 ** (-3 if gradient else -4) + largest * 1e-4
+    assert np.all(np.abs(found - x) <= 1.01 * bound) and np.any(found != x)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
