@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from t5x_like.config.training import TrainingConfig
 
@@ -36,6 +37,17 @@ class BatchSizes:
     def steps_alike(self, step: int) -> int | None:
         """Return the number of steps, from this one on, that have as many rows as it; None: all further ones."""
         return next((end - step for end, _ in self.stages if step < end), None)
+
+    def step_of(self, row: Any) -> Any:
+        """Return the step that reads a row; `row` is its number, or an array of numbers."""
+        begin = step = 0
+        for end, rows in (*self.stages, (None, self.final)):
+            first = self.rows_before(begin)
+            # Steps of this stage that end before the row: none for rows of earlier stages.
+            steps = (row >= first) * ((row - first) // rows)
+            step = step + (steps if end is None else steps - (steps > end - begin) * (steps - (end - begin)))
+            begin = end or begin
+        return step
 
     def in_full_batches(self, steps: int) -> float:
         """Return the number of steps of full size that have as many rows as the first `steps` steps."""

@@ -41,6 +41,9 @@ def steps_within(arm: Arm, budget: Budget) -> int:
         a step is unknown.
     """
     cost = cost_of_step(arm.run, budget.unit)
+    if arm.run.training.batch_size_ramp and budget.unit != "steps":
+        expected = "() with a budget in another unit than steps: all steps of an arm cost the same"
+        raise ConfigError([ConfigProblem(f"arm {arm.name}: training.batch_size_ramp", "stages", expected)])
     steps = round(budget.amount / cost) if cost else 0
     if not steps or abs(steps * cost / budget.amount - 1) > TOLERANCE:
         found = f"{steps:,} steps of {cost:.4g} {budget.unit} for a budget of {budget.amount:.4g}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.table import Table
 
-from t5x_like.config import RunConfig
+from t5x_like.config import RunConfig, batch_sizes
 from t5x_like.config.serialization import diff_configs
 from t5x_like.hardware.topologies import parse_topology
 from t5x_like.planning.estimate.flops import executed_flops, training_flops
@@ -46,10 +46,11 @@ class ArmCost:
 
 def arm_cost(run: RunConfig) -> ArmCost:
     """Return the cost of a run."""
-    steps, tokens = run.training.num_train_steps, denoiser_tokens(run)
+    tokens = denoiser_tokens(run)
+    steps = batch_sizes(run.training).in_full_batches(run.training.num_train_steps)
     return ArmCost(
         parameters=sum(part.count for part in model_parts(run.model).values()),
-        steps=steps,
+        steps=run.training.num_train_steps,
         executed=steps * executed_flops(run),
         model=steps * training_flops(run),
         raw_tokens=steps * sum(one.raw_tokens for one in tokens),

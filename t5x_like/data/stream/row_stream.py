@@ -117,7 +117,7 @@ class TrainingStream:
             ],
             "split": self.split,
             "objectives": [
-                [_described(objective, self.batch_size) for objective in source.objectives] for source in self.sources
+                [_described(objective, self.batch_sizes) for objective in source.objectives] for source in self.sources
             ],
             "packed": [
                 False if isinstance(source.reader, Windows) else source.reader.identity for source in self.sources
@@ -222,9 +222,10 @@ class TrainingStream:
         return out
 
     def _steps_of(self, index_N: IntArray, sub_batch: str) -> IntArray:
-        """Return [N]: the step that reads each row of a sub-batch, at this batch size."""
+        """Return [N]: the step that reads each row of a sub-batch, at these batch sizes."""
         numerator, denominator = self._fractions[sub_batch]
-        return index_N * denominator // (self.batch_size * numerator)
+        step_N: IntArray = self.batch_sizes.step_of(index_N * denominator // numerator)
+        return step_N
 
     def corpus_of(self, index_N: IntArray, sub_batch: str = MAIN) -> IntArray:
         """Return [N]: for rows of a sub-batch by their indices, the index of the corpus in `sources`."""
@@ -390,12 +391,14 @@ class TrainingStream:
             put_packed(out, rows, segment_m[indices], group_offsets, examples, layout, objective_id, self._ids)
 
 
-def _described(objective: Objective, batch_size: int) -> dict[str, Any]:
+def _described(objective: Objective, batch_sizes: BatchSizes) -> dict[str, Any]:
     """Return the fields of an objective, for fingerprints."""
     fields = dataclasses.asdict(objective)
     if objective.changes_with_steps:
-        # The rows of a step follow from it.
-        fields["batch_size"] = batch_size
+        # The rows of a step follow from them.
+        fields["batch_size"] = batch_sizes.final
+        if batch_sizes.stages:
+            fields["batch_size_ramp"] = batch_sizes.stages
     elif isinstance(objective, MaskedLM):
         del fields["mask_rate_schedule"]
     # Present only if it is set, so that fingerprints of runs from before the option stay valid.

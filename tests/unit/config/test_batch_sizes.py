@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from helpers.data_examples import data_config, numbered_store
 from helpers.training_examples import run_with
@@ -19,11 +20,14 @@ def test_rows_before_a_step_are_those_of_all_earlier_ones(stages: tuple[tuple[in
     for step in range(12):
         assert sizes.rows_before(step) == sum(map(sizes.at, range(step)))
         assert sizes.in_full_batches(step) == sizes.rows_before(step) / 8
+        assert {sizes.step_of(row) for row in range(sizes.rows_before(step), sizes.rows_before(step + 1))} == {step}
         alike = sizes.steps_alike(step)
         steps = range(step, 20 if alike is None else step + alike)
         assert len({sizes.at(each) for each in steps}) == 1 and (
             alike is None or sizes.at(step + alike) != sizes.at(step)
         )
+    rows = np.arange(sizes.rows_before(12))
+    assert sizes.step_of(rows).tolist() == [sizes.step_of(int(row)) for row in rows]
 
 
 def test_rates_change_at_their_step_within_a_ramp(tmp_path) -> None:
