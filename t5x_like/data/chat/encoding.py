@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config.corpus import CorpusConfig
-from t5x_like.data.chat.messages import AnsweredDialogue, Dialogue, parse_dialogue, parse_preference
-from t5x_like.data.chat.template import ASSISTANT, PLAIN, ROLE, ChatTemplate, Rendered
+from t5x_like.data.chat.messages import ASSISTANT, ROLE, AnsweredDialogue, Dialogue, parse_dialogue, parse_preference
+from t5x_like.data.chat.template import PLAIN, ChatTemplate, Rendered
 from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.errors import DataError

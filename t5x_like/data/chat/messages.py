@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from t5x_like.config.corpus import CorpusConfig
-from t5x_like.data.chat.template import ASSISTANT, ROLE
 from t5x_like.errors import DataError
 
+ROLE, ASSISTANT = "role", "assistant"
+"""Field of a message with its author, and the author whose messages are learned."""
 TOOLS_FIELD = "tools"
 """Field of a row that holds the descriptions of the tools, if there are any."""
 

@@ -18,10 +18,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from t5x_like.data.chat.messages import ASSISTANT, ROLE
 from t5x_like.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
-ROLE, ASSISTANT = "role", "assistant"
 
 PLAIN = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"

@@ -38,6 +38,8 @@ class Document(NamedTuple):
 
     @property
     def _required_texts(self) -> tuple[str, ...]:
+        if self.inputs is None and self.rejected is None:  # Most documents; `prepare` asks several times for each.
+            return (self.text,)
         return tuple(text for text in (self.inputs, self.text, self.rejected) if text is not None)
 
     @property

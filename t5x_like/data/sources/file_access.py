@@ -20,6 +20,8 @@ from t5x_like.utils.trusted_urls import require_trusted
 REMOTE_SCHEMES = ("gs", "s3", "hf", "file", "memory")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MAX_POINTER_BYTES = 1024
+_BUFFER_BYTES = 2**18
+"""Bytes of one read of a local file: documents are often longer than Python's buffer of 8 KiB."""
 _DATASET_STATE, _DATASET_DICT = "state.json", "dataset_dict.json"
 
 
@@ -153,7 +155,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 def open_binary(name: str) -> IO[bytes]:
     """Open a file for reading at any position, as its bytes are stored."""
     if "://" not in name:
-        return open(name, "rb")
+        return open(name, "rb", buffering=_BUFFER_BYTES)
     system, path = _file_system(name)
     file: IO[bytes] = system.open(path, "rb")
     return file

@@ -35,6 +35,8 @@ from t5x_like.utils.json_reader import parse_json
 
 _FORMAT = 3
 _BATCH_CHARACTERS = 2**21
+_COUNTED_TOKENS = 2**18
+"""Number of tokens that are counted together."""
 _SEGMENT_TOKENS = 2**25
 """Number of tokens after which a segment is written. It bounds memory for units that cannot be divided (gzip)."""
 
@@ -262,7 +264,7 @@ class _SegmentWriter:
                 np.concatenate(ids, dtype=self._job.dtype, casting="unsafe") if ids else np.zeros(0, self._job.dtype)
             )
             lengths = np.array(self._lengths[split], np.uint64)
-            token_counts = np.bincount(tokens).astype(np.uint64)
+            token_counts = _count_tokens(tokens)
             arrays = {"tokens": tokens, "lengths": lengths, "token_counts": token_counts}
             buffers += [array.data.cast("B") for array in arrays.values() if len(array)]
             # Empty arrays have no buffer but a count of 0, from which `_append` takes its offsets.
@@ -273,6 +275,15 @@ class _SegmentWriter:
         locations.write_bytes(self._job.segment(self._index, len(self.written)), *buffers)
         self.written.append({"splits": counts, "crc32": checksum})
         self._reset()
+
+
+def _count_tokens(tokens: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """Return the number of occurrences of each id up to the largest one."""
+    counts = np.zeros(int(tokens.max()) + 1 if len(tokens) else 0, np.uint64)
+    # `bincount` makes a copy of 64-bit integers, four times as large as the tokens: a block of it fits into the cache.
+    for start in range(0, len(tokens), _COUNTED_TOKENS):
+        counts += np.bincount(tokens[start : start + _COUNTED_TOKENS], minlength=len(counts)).astype(np.uint64)
+    return counts
 
 
 class DamagedShard(Exception):

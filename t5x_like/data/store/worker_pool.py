@@ -222,6 +222,8 @@ def run_worker() -> None:
         out.write(json.dumps(answer).encode() + b"\n")
         out.flush()
 
+    # The other workers use the other cores: threads of the tokenizers library would wait for each other.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     requests = sys.stdin.buffer
     job = ShardJob.from_json(json.loads(requests.readline()))
     set_stall_seconds(json.loads(requests.readline()))

@@ -128,7 +128,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return next((token for token in found if token is not None), None)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
-        del num_threads  # The package has threads of its own (TOKENIZERS_PARALLELISM).
+        del num_threads  # The package has threads of its own: RAYON_NUM_THREADS, TOKENIZERS_PARALLELISM.
         with _raised_as(self._unusable):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]

@@ -165,23 +165,29 @@ def _entries(model: bytes) -> tuple[tuple[Piece | None, bytes], ...]:
     entries: list[tuple[Piece | None, bytes]] = []
     position = 0
     while position < len(model):
+        # Nearly all entries are a piece (tag 0x0a) with text of less than 128 bytes (tag 0x0a) and a score (tag 0x15),
+        # then the end or a type (tag 0x18). The code below reads them, too, but takes several times as long.
+        if model[position : position + 3 : 2] == b"\n\n" and len(model) > position + 3 and model[position + 1] < 0x80:
+            stop, text = position + 2 + model[position + 1], position + 4
+            end = text + model[position + 3]
+            if stop <= len(model) and end + 5 <= stop and model[end] == 0x15 and model[position + 3] < 0x80:
+                kind = _NORMAL if end + 5 == stop else 0
+                if end + 7 == stop and model[end + 5] == 0x18 and model[end + 6] < 0x80:
+                    kind = model[end + 6]
+                if kind:
+                    piece = Piece(model[text:end].decode(), kind, *_SCORE.unpack_from(model, end + 1))
+                    entries.append((piece, model[position:stop]))
+                    position = stop
+                    continue
         number, value, stop = _field(model, position)
-        is_piece = number == 1 and isinstance(value, bytes)
-        piece = _parse_piece(value) if is_piece and isinstance(value, bytes) else None
-        entries.append((piece, model[position:stop]))
+        entries.append(
+            (_parse_piece(value) if number == 1 and isinstance(value, bytes) else None, model[position:stop])
+        )
         position = stop
     return tuple(entries)
 
 
 def _parse_piece(data: bytes) -> Piece:
-    # Nearly all pieces are text of less than 128 bytes (tag 0x0a) and a score (tag 0x15), then the end or a type (tag
-    # 0x18). The loop below reads them, too, but takes several times as long.
-    end = 2 + data[1] if len(data) > 1 and data[0] == 0x0A and data[1] < 0x80 else 0
-    if end and data[end : end + 1] == b"\x15":
-        if len(data) == end + 5:
-            return Piece(data[2:end].decode(), _NORMAL, *_SCORE.unpack_from(data, end + 1))
-        if len(data) == end + 7 and data[end + 5] == 0x18 and data[end + 6] < 0x80:
-            return Piece(data[2:end].decode(), data[end + 6], *_SCORE.unpack_from(data, end + 1))
     piece, kind, score, position = "", _NORMAL, 0.0, 0
     while position < len(data):
         number, value, position = _field(data, position)

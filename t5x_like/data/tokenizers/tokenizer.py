@@ -240,12 +240,13 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. Sentinels and mode tokens appear by name, pad and EOS are left out, and bytes
         that are not UTF-8 become U+FFFD."""
-        text = bytearray()
+        text, left_out = bytearray(), (self.pad_id, self.eos_id)
         for token in ids:
-            name = self.vocabulary.special_name(token)
-            if name is None:
+            if token in left_out:
+                continue
+            if token < len(self._pieces):
                 text += self._pieces[token]
-            elif token not in (self.pad_id, self.eos_id):
-                text += name.encode()
+            else:
+                text += str(self.vocabulary.special_name(token)).encode()
         decoded = text.decode("utf-8", errors="replace")
         return decoded[1:] if self._strip_first_space and decoded.startswith(" ") else decoded
