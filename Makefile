@@ -92,9 +92,10 @@ test-buckets: install-dev $(VENV)-buckets/.installed
 	BUCKET_SERVERS=$(abspath $(VENV)-buckets) $(BIN)/python -m pytest -m "buckets and not extended" tests/buckets
 
 # The tests beside programs and libraries that only tests use, in an environment of their own: W&B, MLflow, xprof, T5's
-# metrics, seqeval, datasets and OpenAI's client. Other environments skip these tests.
-test-external: $(VENV)-external/.installed
-	$(VENV)-external/bin/python -m pytest -m external $$(grep -rl "mark.external" tests)
+# metrics, seqeval, datasets and OpenAI's client; and gcsfs, s3fs and huggingface_hub, which read corpora from servers of
+# the buckets' environment. Other environments skip these tests.
+test-external: $(VENV)-external/.installed $(VENV)-buckets/.installed
+	BUCKET_SERVERS=$(abspath $(VENV)-buckets) $(VENV)-external/bin/python -m pytest -m external $$(grep -rl "mark.external" tests)
 
 # Holds what `launch` renders before the validators of those who read it, which have an environment of their own (700 MB);
 # and submits it to a SLURM of two nodes, where this machine can have one (root and Debian's packages).
@@ -170,7 +171,7 @@ $(VENV)-buckets/.installed: tests/buckets/requirements.txt
 $(VENV)-external/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)-external
 	$(VENV)-external/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
-	  --constraint constraints.txt --editable '.[wandb,mlflow,metrics,serve]' 'pytest>=9,<10' 'pytest-timeout>=2.4,<3' \
+	  --constraint constraints.txt --editable '.[wandb,mlflow,metrics,serve,remote]' 'pytest>=9,<10' 'pytest-timeout>=2.4,<3' \
 	  'hypothesis>=6.140,<7' 'httpx>=0.28,<1' 'openai>=2,<4' 'seqeval==1.2.2' 'xprof>=2.20,<3' 'datasets>=4,<6' \
 	  'gin-config>=0.5,<1' 'editdistance>=0.8,<1' 'babel>=2.14,<3'
 	$(VENV)-external/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps t5==0.9.4
