@@ -84,7 +84,7 @@ def encoder() -> RunConfig:
 
 
 def broken_writer() -> RunConfig:
-    """Return the recipe with a metric writer whose service is out of order."""
-    run = encoder_decoder()
+    """Return the recipe of a decoder with a metric writer whose service is out of order."""
+    run = decoder()
     monitoring = dataclasses.replace(run.monitoring, writers=("broken",))
     return dataclasses.replace(run, plugins=("broken_writer.py",), monitoring=monitoring)
