@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,6 +211,40 @@ def frozen(disk: Path) -> Iterator[None]:
     with subprocess.Popen(["sh", "-c", script, disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as freezer:
         assert freezer.stdout is not None and freezer.stdout.readline() == b"frozen\n"
         yield
+
+
+@contextlib.contextmanager
+def slowed(disk: Path, seconds: float) -> Iterator[None]:
+    """Let a file system complete writes only for a moment after every so many seconds."""
+    ended = threading.Event()
+
+    def freeze() -> None:
+        while not ended.is_set():
+            with frozen(disk):
+                ended.wait(seconds)
+            ended.wait(0.3)
+
+    thread = threading.Thread(target=freeze)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_storage_that_is_slow_delays_a_run_and_costs_it_nothing_else(
+    workspace: Workspace, uninterrupted: Uninterrupted, tmp_path: Path, mount_image: Callable[[int], Path]
+) -> None:
+    undisturbed, disk, workdir = uninterrupted("recipe"), mount_image(64), tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").symlink_to(disk)
+    with slowed(disk, 3.0):
+        output = finish(workspace.train(workdir, "--checkpoints.grace-seconds", "1"))
+    assert "expected at most 1 s (checkpoints.grace_seconds)" in output and "Traceback" not in output
+    # The run waits for the save before each save, and for the last one.
+    assert json.loads((workdir / "exit.json").read_text())["seconds"]["save"] > 3.0
+    assert_same_end(workdir, undisturbed)
 
 
 WRITES_AND_EXITS = """
