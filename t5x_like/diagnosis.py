@@ -200,7 +200,7 @@ def _last_exit(target: Path) -> Findings:
     except FileNotFoundError:
         yield Finding("last exit", "none recorded", "the run is running, or it was killed: the same command resumes it")
         return
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         yield Finding("last exit", f"{run_directory.EXIT} is malformed ({error})", "the same command resumes the run")
         return
     yield Finding("last exit", f"code {code}: {reason}", "docs/run-directory.md lists the exit codes" if code else "")

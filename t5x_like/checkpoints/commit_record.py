@@ -22,5 +22,8 @@ def decoded(data: bytes | None) -> Record | None:
     text, _, checksum = (data or b"").partition(b"\n")
     if checksum != hashlib.sha256(text).hexdigest().encode() + b"\n":
         return None
-    record: Record = parse_json(text)
-    return record
+    try:
+        record = parse_json(text)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

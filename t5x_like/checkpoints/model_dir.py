@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -74,13 +75,18 @@ def read_model(directory: Path) -> tuple[ModelConfig, str | None]:
             raise DataError(
                 f"{path}: found schema_version {found!r}, expected {SCHEMA_VERSION}; convert the model again"
             )
-        model = pydantic.TypeAdapter(ModelConfig).validate_json(json.dumps(document.get("model")))
+        model = _adapter().validate_json(json.dumps(document.get("model")))
     except pydantic.ValidationError as error:
         raise DataError(f"{path}: found no model: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from None
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: expected a JSON object, found {type(error).__name__}: {error}") from None
     kind = document.get("family")
     return model, kind if isinstance(kind, str) else None
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[ModelConfig]:
+    return pydantic.TypeAdapter(ModelConfig)
 
 
 def require_free(out: Path) -> None:

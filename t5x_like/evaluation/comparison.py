@@ -119,33 +119,54 @@ def read_checkpoint(reference: CheckpointRef) -> EvaluatedCheckpoint:
         steps = ", ".join(map(str, evaluations)) or "none"
         expected = f"an evaluated step: `t5x-like eval {path}" + ("`" if step is None else f":{step}`")
         raise ConfigError([ConfigProblem(str(path), f"steps {steps}" if evaluations else "no evaluation", expected)])
-    folder = path / DETAILS / str(step)
+    try:
+        return _evaluated(path, step, evaluations)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        found = f"a malformed evaluation ({type(error).__name__}: {error})"
+        raise DataError(f"{path / DETAILS / str(step)}: found {found}; evaluate the step again") from None
+
+
+def _evaluated(path: Path, step: int, evaluations: Mapping[int, Mapping[str, Any]]) -> EvaluatedCheckpoint:
+    folder, result = path / DETAILS / str(step), evaluations[step]
     rows = _lines(folder / HELD_OUT)
     draws: dict[str, FloatArray] = dict(held_out_draws(rows))
     examples: dict[str, Any] = {name: _digests(rows, name) for name in draws}
     answers = {}
-    for task in evaluations[step].get("tasks", {}):
+    for task in result.get("tasks", {}):
+        if ".." in Path(task).parts or Path(task).is_absolute():
+            raise ValueError(f"the task {task!r}")
         answers[task] = _lines(folder / f"{task}.jsonl")
         document = _document(folder / f"{task}.metrics.json", {})
+        for row in answers[task]:
+            _require(row, {"index": int | str | None, "inputs": str | None})
         for metric, values in document.get("draws", {}).items():
             name = f"{task}/{metric}"
             draws[name] = np.array([_finite(value) for value in values])
             examples[name] = [(row.get("inputs"), json.dumps(row.get("target"))) for row in answers[task]]
-    samples = _document(path / SAMPLES, [])
-    newest = step == max(evaluations)
+    held_out = result.get("held_out", [])
+    for part in held_out:
+        _require(part, {"fingerprint": str, "tokenizer": str, "documents": int, "bytes": int})
+    samples, config = _document(path / SAMPLES, []), _document(path / "config.json", {})
     return EvaluatedCheckpoint(
-        name=f"{_document(path / 'config.json', {}).get('name') or path.name}, step {step:,}",
+        name=f"{config.get('name') or path.name}, step {step:,}",
         path=path,
         step=step,
-        config=_document(path / "config.json", {}),
-        values=scalars(evaluations[step]),
+        config=config,
+        values=scalars(result),
         draws=draws,
         examples=examples,
-        held_out=evaluations[step].get("held_out", []),
-        samples=[sample for sample in samples if isinstance(sample, dict)] if newest else [],
+        held_out=held_out,
+        samples=[sample for sample in samples if isinstance(sample, dict)] if step == max(evaluations) else [],
         answers=answers,
         bounds=frozenset([BITS_OF_CONTINUATION] if evaluations[step].get(CONTINUATION, {}).get("is_bound") else []),
     )
+
+
+def _require(values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the values of these names have these types."""
+    for name, expected in types.items():
+        if not isinstance(values.get(name), expected):
+            raise TypeError(f"{name}: found {str(values.get(name))[:80]!r}")
 
 
 def compare(checkpoints: Sequence[EvaluatedCheckpoint]) -> list[MetricRow]:

@@ -73,7 +73,7 @@ def with_added(run_dir: Path, results: Mapping[int, Result]) -> dict[int, Result
         try:
             added = read_json(path)
             joined[int(added["step"])] = merge_results(joined.get(int(added["step"]), {}), added)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
             _LOG.warning("%s: found no result of an evaluation (%s)", path, error)
     return joined
 

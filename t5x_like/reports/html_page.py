@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from t5x_like.utils.sanitize import visible
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
     """Return a jinja2 environment over the templates of this package, with autoescaping and the filter `visible`."""
     templates = jinja2.Environment(

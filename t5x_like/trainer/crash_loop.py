@@ -45,7 +45,7 @@ def counted_start(run_dir: Path, step: int | None, limit: int | None) -> Iterato
 def _count(path: Path, step: int | None, limit: int | None) -> None:
     count = 1
     # A file that cannot be read, or is not the one that is written below, counts as no earlier start.
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
         previous = read_json(path)
         count = int(previous["count"]) + 1 if previous["step"] == step else 1
     if limit is not None and count > limit:

@@ -1,20 +1,23 @@
 """Fuzzing of every reader of files that may come from others: `make fuzz FUZZ_SECONDS=60`.
 
-Each kind of `helpers.foreign_files` has a process of its own, which reads randomly changed files for so many seconds.
-Every input must be read or refused by a `UserError`. Another exception, the end of the process by a signal, more than
-10 seconds for one input, and 2 GiB of memory more than for valid files are findings: the changed file is kept under
-the number of the input, which makes it again with the same seed, and the exit code is 1. What was found belongs into
-`FOUND` of `unit/test_foreign_files.py`, as a small change of a valid file.
+A process reads randomly changed files of each kind of `helpers.foreign_files` for some seconds, in turns, until each
+had its time or `--inputs` were read in all: kinds that are read fast get the most. Every input must be read or refused
+by a `UserError`. Another exception, the end of the process by a signal, more than 10 seconds of processor time for one
+input (or two minutes without an end), and 2 GiB of memory more than for valid files are findings: the changed file is
+kept under the number of the input, which makes it again with the same seed, and the exit code is 1. What was found
+belongs into `FOUND` of `unit/test_foreign_files.py`, as a small change of a valid file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -30,56 +33,91 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from helpers.foreign_files import KINDS  # noqa: E402
 from helpers.mutations import changed, files_of, read  # noqa: E402
 
-HANG_SECONDS = 10.0
+HANG_CPU_SECONDS = 10.0
+HANG_SECONDS = 120.0
 START_SECONDS = 600.0
+TURN_SECONDS = 10.0
+"""Longest time of a turn of a kind."""
 MAX_GROWTH = 2048
 """MiB of resident memory above that after the valid files were read."""
 MAX_ADDRESSES = 16 * 2**30
 """Bytes of addresses above those, which also limits what is allocated and not touched."""
 MAX_FINDINGS = 10
 """Findings after which a kind is given up: more would be of the same kinds."""
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Progress:
-    """Number of the input that a child process reads, and since when; 0 before its first input."""
+    """What the child process is at, in shared memory.
 
-    def __init__(self, values: Any) -> None:
-        self._values = values  # Shared memory.
+    Attributes:
+      counts: Number of the next input of each kind.
+      state: Index of the kind, the time since when its input is read (0: the valid files are read), the processor time
+        of the process then, and the seconds that were left of its turn.
+    """
 
-    def set(self, number: int, since: float) -> None:
-        self._values[:] = (number, since)
-
-    def get(self) -> tuple[int, float]:
-        number, since = self._values[:]
-        return int(number), since
+    def __init__(self, context: Any, kinds: int) -> None:
+        self.counts = context.Array("q", kinds, lock=False)
+        self.state = context.Array("d", 4, lock=False)
 
 
-def run_child(name: str, folder: Path, found: Path, seed: int, first: int, seconds: float, values: Any) -> None:
-    """Read inputs from number `first` on for so many seconds; exit code 1 after an exception, which is kept."""
+def run_child(names: list[str], seconds: list[float], found: Path, seed: int, progress: Progress) -> None:
+    """Read inputs of each kind for so many seconds; exit code 1 after an exception, which is kept."""
     logging.disable(logging.CRITICAL)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)
-    progress, kind = Progress(values), KINDS[name]
+    root = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    try:
+        for index, name in enumerate(names):
+            if seconds[index] > 0:
+                folder = root / str(index)
+                folder.mkdir()
+                _read_kind(index, name, seconds[index], folder, found, seed, progress)
+                shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    os._exit(0)
+
+
+def _read_kind(index: int, name: str, seconds: float, folder: Path, found: Path, seed: int, progress: Progress) -> None:
+    progress.state[:] = (index, 0.0, 0.0, seconds)
+    kind = KINDS[name]
+    kind.make(folder)
     kind.read(folder)
     files = files_of(folder)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MAX_ADDRESSES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    number, deadline = first, time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        progress.set(number, time.monotonic())
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MAX_ADDRESSES, resource.RLIM_INFINITY))
+    Path("/proc/self/clear_refs").write_text("5")  # The peak of the resident memory begins anew.
+    number, previous = progress.counts[index], ""
+    begun = time.monotonic()
+    deadline = begun + seconds
+    while (now := time.monotonic()) < deadline:
+        progress.counts[index] = number
+        progress.state[:] = (index, now, time.process_time(), deadline - now)
         file, data = changed(files, Random(f"{seed} {name} {number}"))
-        (folder / file).write_bytes(data)
+        if previous and previous != file:
+            _write(folder / previous, files[previous])
+        _write(folder / file, data)
+        previous = file
         try:
             read(kind, folder)
         except BaseException:
             keep(found, name, number, file, data, traceback.format_exc())
             os._exit(1)
-        (folder / file).write_bytes(files[file])
         number += 1
-    progress.set(number, time.monotonic())
-    os._exit(0)
+    progress.counts[index] = number
+
+
+def _write(path: Path, data: bytes) -> None:
+    # Without the buffers of Python's files, which cost more than the reading of some kinds.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+    finally:
+        os.close(descriptor)
 
 
 def keep(found: Path, name: str, number: int, file: str, data: bytes, reason: str) -> None:
@@ -93,83 +131,148 @@ def folder_of(found: Path, name: str, number: int) -> Path:
     return found / f"{name.replace('/', ' ')} {number}"
 
 
-def fuzz(name: str, seed: int, seconds: float, found: Path) -> tuple[int, list[str], int]:
-    """Return the number of inputs, the findings, and by how many MiB the resident memory grew at most."""
-    context = multiprocessing.get_context("spawn")  # TensorStore does not survive a fork.
-    findings: list[str] = []
-    first, spent, growth = 0, 0.0, 0
-    while spent < seconds and len(findings) < MAX_FINDINGS:
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as root:
-            folder = Path(root)
-            KINDS[name].make(folder)
-            valid = files_of(folder)
-            values = context.Array("d", (first, 0.0), lock=False)
-            process = context.Process(
-                target=run_child, args=(name, folder, found, seed, first, seconds - spent, values)
+class Fuzz:
+    """State of a session.
+
+    Args:
+      names: Names of the kinds.
+
+    Attributes:
+      findings: Findings by kind.
+      growth: By how many MiB the resident memory grew at most, by kind.
+      seconds: Time that was spent by kind.
+    """
+
+    def __init__(self, names: list[str], seed: int, found: Path, first: int):
+        self.names, self._seed, self._found = names, seed, found
+        # TensorStore does not survive a fork.
+        self._context = multiprocessing.get_context("spawn")
+        self._progress = Progress(self._context, len(names))
+        self._first = first
+        self._progress.counts[:] = [first] * len(names)
+        self.findings: dict[str, list[str]] = {name: [] for name in names}
+        self.growth, self.seconds = dict.fromkeys(names, 0), dict.fromkeys(names, 0.0)
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        return {name: count - self._first for name, count in zip(self.names, self._progress.counts, strict=True)}
+
+    def turn(self, seconds: float) -> None:
+        """Give each kind so many seconds."""
+        left = [0.0 if len(self.findings[name]) >= MAX_FINDINGS else seconds for name in self.names]
+        while any(left):
+            self._progress.state[:] = (0.0, 0.0, 0.0, 0.0)
+            process = self._context.Process(
+                target=run_child, args=(self.names, left, self._found, self._seed, self._progress)
             )
             process.start()
-            started, read_since, at_start, reason = time.monotonic(), 0.0, 0, ""
-            while process.is_alive():
-                process.join(0.2)
-                number, since = Progress(values).get()
-                if since == 0.0:
-                    at_start = resident(process.pid)
-                    reason = "the valid files were not read" if time.monotonic() - started > START_SECONDS else ""
-                else:
-                    read_since = read_since or since
-                    growth = max(growth, resident(process.pid) - at_start)
-                    if time.monotonic() - since > HANG_SECONDS:
-                        reason = f"no end after {HANG_SECONDS:g} seconds"
-                    if growth > MAX_GROWTH:
-                        reason = f"{growth} MiB"
-                if reason:
-                    process.kill()
-                    process.join()
-            number, _ = Progress(values).get()
-            spent += time.monotonic() - (read_since or started)
+            try:
+                reason = self._watch(process)
+            finally:
+                process.kill()
+                process.join()
+            index, since, _, rest = self._progress.state
+            name = self.names[int(index)]
             if process.exitcode == 0:
-                return number, findings, growth
-            if process.exitcode is not None and process.exitcode < 0:
-                reason = reason or signal.Signals(-process.exitcode).name
-                file, data = changed(valid, Random(f"{seed} {name} {number}"))
-                keep(found, name, number, file, data, reason)
-            kept = folder_of(found, name, number) / "reason.txt"
-            findings.append(f"input {number}: {kept.read_text().splitlines()[-1] if kept.is_file() else 'no input'}")
-            first, growth = number + 1, 0
-    return first, findings, growth
+                self._count_time(left, len(left), 0.0)
+                return
+            if since == 0.0:
+                self.findings[name].append(f"the valid files: {reason or process.exitcode}")
+                self._count_time(left, int(index), 0.0)
+                left[int(index)] = 0.0
+                continue
+            self._record(name, process.exitcode, reason)
+            self._count_time(left, int(index), rest)
+            if len(self.findings[name]) >= MAX_FINDINGS:
+                left[int(index)] = 0.0
+
+    def _count_time(self, left: list[float], index: int, rest: float) -> None:
+        """Count the time of the kinds before `index`, which have ended their turn, and of this one without the rest."""
+        for number, name in enumerate(self.names[: index + 1]):
+            kept = rest if number == index else 0.0
+            self.seconds[name] += left[number] - kept
+            left[number] = kept
+
+    def _watch(self, process: Any) -> str:
+        """Wait for the end of the child process, and return why it was killed, if it was."""
+        begun, current, at_start = time.monotonic(), -1.0, 0
+        while process.is_alive():
+            process.join(0.2)
+            index, since, cpu_before, _ = self._progress.state
+            reason = ""
+            if since == 0.0:
+                begun = time.monotonic() if index != current else begun
+                reason = "not read in time" if time.monotonic() - begun > START_SECONDS else ""
+                current, at_start = index, 0
+            elif (found := _usage(process.pid)) is not None:
+                resident, cpu = found
+                at_start = at_start or resident
+                name = self.names[int(index)]
+                self.growth[name] = max(self.growth[name], resident - at_start)
+                begun = time.monotonic()
+                if cpu - cpu_before > HANG_CPU_SECONDS or time.monotonic() - since > HANG_SECONDS:
+                    reason = f"no end after {cpu - cpu_before:.0f} seconds of processor time"
+                if resident - at_start > MAX_GROWTH:
+                    reason = f"{resident - at_start} MiB"
+            if reason:
+                process.kill()
+                process.join()
+                return reason
+        return ""
+
+    def _record(self, name: str, code: int, reason: str) -> None:
+        number = self._progress.counts[self.names.index(name)]
+        if code < 0:
+            reason = reason or signal.Signals(-code).name
+            with tempfile.TemporaryDirectory() as root:
+                KINDS[name].make(Path(root))
+                file, data = changed(files_of(Path(root)), Random(f"{self._seed} {name} {number}"))
+            keep(self._found, name, number, file, data, reason)
+        kept = folder_of(self._found, name, number) / "reason.txt"
+        self.findings[name].append(f"input {number}: {kept.read_text().splitlines()[-1]}")
+        self._progress.counts[self.names.index(name)] = number + 1
+        self.growth[name] = min(self.growth[name], MAX_GROWTH)
 
 
-def resident(pid: int | None) -> int:
-    """Return the peak of the resident memory of a process in MiB; 0 if it has ended."""
+def _usage(pid: int | None) -> tuple[int, float] | None:
+    """Return the peak of the resident memory in MiB and the processor time of a process; None if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     except OSError:
-        return 0
-    return next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), 0)
+        return None
+    resident = next((int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM")), 0)
+    return resident, sum(map(int, times)) / _TICKS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="time for each kind")
+    parser.add_argument("--inputs", type=int, default=0, help="go on until so many were read in all")
+    parser.add_argument("--first", type=int, default=0, help="number of the first input of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--found", type=Path, default=Path("build/fuzz"), help="folder for what is found")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     options = parser.parse_args()
-    total, all_findings = 0, []
-    for name in options.kinds:
-        began = time.process_time(), time.monotonic()
-        number, findings, memory = fuzz(name, options.seed, options.seconds, options.found)
-        total += number
-        all_findings += [f"{name}: {text}" for text in findings]
-        line = {
-            "kind": name,
-            "inputs": number,
-            "per second": round(number / (time.monotonic() - began[1])),
-            "MiB": memory,
-        }
-        print(json.dumps({**line, "found": findings}), flush=True)
-    print(json.dumps({"inputs": total, "kinds": len(options.kinds), "found": len(all_findings)}))
-    return 1 if all_findings else 0
+    fuzz, begun, spent = Fuzz(options.kinds, options.seed, options.found, options.first), time.monotonic(), 0.0
+    found = 0
+    # Ctrl-C ends the session with what was read until then.
+    with contextlib.suppress(KeyboardInterrupt):
+        while spent < options.seconds or sum(fuzz.inputs.values()) < options.inputs:
+            turn = min(TURN_SECONDS, options.seconds)
+            fuzz.turn(turn)
+            spent += turn
+            found = sum(map(len, fuzz.findings.values()))
+            passed = time.monotonic() - begun
+            print(f"{passed:.0f} s  {sum(fuzz.inputs.values()):,} inputs, {found} findings", flush=True)
+            if all(len(findings) >= MAX_FINDINGS for findings in fuzz.findings.values()):
+                break
+    for name, number in fuzz.inputs.items():
+        rate = round(number / max(fuzz.seconds[name], 1e-3))
+        line = {"kind": name, "inputs": number, "per second": rate, "MiB": fuzz.growth[name]}
+        print(json.dumps({**line, "found": fuzz.findings[name]}), flush=True)
+    print(json.dumps({"inputs": sum(fuzz.inputs.values()), "kinds": len(fuzz.names), "found": found}))
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

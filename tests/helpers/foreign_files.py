@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import io
@@ -18,6 +18,9 @@ import pyarrow.ipc
 import pyarrow.parquet
 from helpers.config_examples import example
 from helpers.data_examples import data_config, numbered_store, pair_store, text_store
+from helpers.foreign_documents import KINDS as KINDS_OF_DOCUMENTS
+from helpers.foreign_documents import sign_records
+from helpers.foreign_kind import Kind
 
 from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.checksums import verify_checksums, write_checksums
@@ -31,7 +34,6 @@ from t5x_like.data.store.stored_plan import find_damage
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream.packing_planner import PackingPlanner
 from t5x_like.data.stream.row_stream import corpus_key
-from t5x_like.data.tokenizers import sentencepiece_proto
 from t5x_like.data.tokenizers.loading import load_directory_tokenizer, load_tokenizer
 from t5x_like.data.tokenizers.train_vocabulary import train_sentencepiece
 from t5x_like.decoding.prompt_reader import open_prompts
@@ -50,25 +52,9 @@ from t5x_like.plugins import read_record
 from t5x_like.reports.run_data import read_run
 from t5x_like.reports.run_report import render
 from t5x_like.run_directory import read_config
-from t5x_like.serving import openai_schema
-from t5x_like.utils.jsonl import encode_records, read_records
+from t5x_like.utils.jsonl import read_records
 from t5x_like.utils.progress import ProgressDisplay
 from t5x_like.utils.resumable_jsonl import read_settings
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """Kind of files.
-
-    Attributes:
-      make: Writes valid files into an empty folder.
-      read: Reads the folder as the program does.
-      forge: Called after a file was changed, to renew what an attacker would renew too, such as a digest.
-    """
-
-    make: Callable[[Path], None]
-    read: Callable[[Path], object]
-    forge: Callable[[Path], None] = lambda folder: None
 
 
 def _text(name: str, text: str) -> Callable[[Path], None]:
@@ -140,13 +126,7 @@ def _sentencepiece(folder: Path) -> None:
 
 def _read_sentencepiece(folder: Path) -> object:
     path = folder / "spiece.model"
-    data = path.read_bytes() if path.is_file() else b""
-    for read in (sentencepiece_proto.settings, sentencepiece_proto.arranged):
-        try:
-            read(data)
-        except ValueError:
-            pass
-    tokenizer = load_tokenizer(TokenizerConfig(num_sentinels=2), folder / "spiece.model")
+    tokenizer = load_tokenizer(TokenizerConfig(num_sentinels=2), path)
     return tokenizer.decode(tokenizer.encode("the word of it"))
 
 
@@ -211,17 +191,24 @@ def _corpus(name: str, data: bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(data) and None
 
 
-def _corpus_reader(**fields: Any) -> Callable[[Path], object]:
+def _corpus_reader(name: str, **fields: Any) -> Callable[[Path], object]:
     def read(folder: Path) -> object:
-        config = CorpusConfig(files=(str(folder / "t.*"),), packages=False, **fields)
+        config = _corpus_config(folder / name, tuple(fields.items()))
         units = text_files.list_work_units(config)
         return [document for unit in units for document in text_files.read_unit(unit, config, ReadStats())]
 
     return read
 
 
-_read_corpus = _corpus_reader(inputs_field="inputs")
-_read_and_quarantine = _corpus_reader(inputs_field="inputs", max_bad_records=100)
+@functools.lru_cache(maxsize=2)
+def _corpus_config(file: Path, fields: tuple[tuple[str, Any], ...]) -> CorpusConfig:
+    return CorpusConfig(files=(str(file),), packages=False, **dict(fields))
+
+
+def _pairs(name: str) -> Callable[[Path], object]:
+    return _corpus_reader(name, inputs_field="inputs")
+
+
 _COLUMNS = {"text": ["one", "zwö", "drei"] * 4, "inputs": ["a", "b", "c"] * 4}
 
 
@@ -274,23 +261,9 @@ def _report(folder: Path) -> None:
     (folder / "evaluations.jsonl").write_text(json.dumps(_EVALUATION) + "\n")
     (folder / "evaluation.json").write_text(json.dumps(_EVALUATION))
     (folder / "samples.json").write_text(json.dumps(_SAMPLES))
-    _encode(folder)
+    sign_records(folder)
     exit_document = {"code": 0, "reason": "done", "step": 2, "process": 0, "seconds": {"train": 1.0}}
     (folder / "exit.json").write_text(json.dumps(exit_document))
-
-
-def _encode(folder: Path) -> None:
-    """Renew the checks of the lines that are JSON objects."""
-    for path in (folder / "metrics.jsonl", folder / "evaluations.jsonl"):
-        if not path.is_file():
-            continue
-        records = []
-        for line in path.read_bytes().split(b"\n"):
-            with contextlib.suppress(ValueError, RecursionError):
-                records.append(json.loads(line))
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            own = [{k: v for k, v in record.items() if k not in ("crc32", "previous_step")} for record in records]
-            path.write_text("".join(f"{line}\n" for line in encode_records(own)))
 
 
 def _read_report(folder: Path) -> object:
@@ -329,19 +302,6 @@ def _read_huggingface_config(folder: Path) -> object:
     return model_problems(model)
 
 
-_LIMITS = openai_schema.Limits("m", vocab_size=300, max_prompt_length=50, max_new_tokens=50, draw_seed=lambda: 1)
-
-
-def _read_request(folder: Path) -> object:
-    path = folder / "body.json"
-    try:
-        return openai_schema.parse(
-            path.read_bytes() if path.is_file() else b"", _LIMITS, lambda text: list(text.encode())
-        )
-    except openai_schema.BadRequest as error:
-        return error.body()
-
-
 def _read_prompts(folder: Path) -> object:
     with open_prompts(folder / "prompts.jsonl") as prompts:
         return list(prompts)
@@ -357,7 +317,6 @@ def _read_answers(folder: Path) -> object:
         return len(cache)
 
 
-_BODY = {"prompt": ["ab", "c"], "max_tokens": 5, "temperature": 0.5, "stop": ["x"], "n": 1, "stream": True}
 _PROMPTS = '{"prompt": "a", "seed": 1, "choices": ["x", "y"]}\n{"prompt": "b", "max_new_tokens": 3}\n'
 
 KINDS: dict[str, Kind] = {
@@ -373,26 +332,30 @@ KINDS: dict[str, Kind] = {
     "T5X's msgpack index and zarr arrays": Kind(_t5x(legacy=True), _read_t5x),
     "T5X's OCDBT": Kind(_t5x(), _read_t5x),
     "T5X's folders of arrays": Kind(_t5x(ocdbt=False), _read_t5x),
-    "text": Kind(_corpus("t.txt", "ein Text\nü".encode()), _corpus_reader()),
-    "JSON lines": Kind(_corpus("t.jsonl", _ROWS), _read_corpus),
-    "JSON lines of which some are quarantined": Kind(_corpus("t.jsonl", _ROWS), _read_and_quarantine),
-    "gzip": Kind(_corpus("t.jsonl.gz", gzip.compress(_ROWS, mtime=0)), _read_corpus),
-    "JSON array": Kind(_corpus("t.json", b"[" + _ROWS.strip().replace(b"\n", b",") + b"]"), _read_corpus),
-    "CSV": Kind(_corpus("t.csv", b'text,inputs\n"a ""b""",c\nd,\n'), _read_corpus),
-    "CoNLL-U": Kind(_corpus("t.conllu", b"# x\n1\ta\ta" + b"\t_" * 7 + b"\n\n"), _corpus_reader(text_field="form")),
-    "Arrow": Kind(_corpus("t.arrow", _arrow()), _read_corpus),
-    "folder of datasets": Kind(_saved_dataset, _read_corpus),
-    "ArrayRecord": Kind(_array_record, _read_corpus),
-    "Parquet": Kind(_corpus("t.parquet", _parquet()), _read_corpus),
-    "records and results of a run": Kind(_report, _read_report, _encode),
+    "text": Kind(_corpus("t.txt", "ein Text\nü".encode()), _corpus_reader("t.txt")),
+    "JSON lines": Kind(_corpus("t.jsonl", _ROWS), _pairs("t.jsonl")),
+    "JSON lines of which some are quarantined": Kind(
+        _corpus("t.jsonl", _ROWS), _corpus_reader("t.jsonl", inputs_field="inputs", max_bad_records=100)
+    ),
+    "gzip": Kind(_corpus("t.jsonl.gz", gzip.compress(_ROWS, mtime=0)), _pairs("t.jsonl.gz")),
+    "JSON array": Kind(_corpus("t.json", b"[" + _ROWS.strip().replace(b"\n", b",") + b"]"), _pairs("t.json")),
+    "CSV": Kind(_corpus("t.csv", b'text,inputs\n"a ""b""",c\nd,\n'), _pairs("t.csv")),
+    "CoNLL-U": Kind(
+        _corpus("t.conllu", b"# x\n1\ta\ta" + b"\t_" * 7 + b"\n\n"), _corpus_reader("t.conllu", text_field="form")
+    ),
+    "Arrow": Kind(_corpus("t.arrow", _arrow()), _pairs("t.arrow")),
+    "folder of datasets": Kind(_saved_dataset, _pairs("t.d")),
+    "ArrayRecord": Kind(_array_record, _pairs("t.array_record")),
+    "Parquet": Kind(_corpus("t.parquet", _parquet()), _pairs("t.parquet")),
+    "records and results of a run": Kind(_report, _read_report, sign_records),
     "list of checksums": Kind(_checksums, verify_checksums),
     "plan": Kind(_plan, lambda f: read_plan(f / "plan.json")),
     "config.json of a T5": Kind(_huggingface_config("t5"), _read_huggingface_config),
     "config.json of a Gemma 3": Kind(_huggingface_config("gemma3_text"), _read_huggingface_config),
     "config.json of a BERT": Kind(_huggingface_config("bert"), _read_huggingface_config),
-    "request": Kind(_text("body.json", json.dumps(_BODY)), _read_request),
     "prompts": Kind(_text("prompts.jsonl", _PROMPTS), _read_prompts),
     "answer cache": Kind(_answers, _read_answers),
     "record of plug-ins": Kind(_plugins, read_record),
     "settings of an output": Kind(_text("o.settings.json", '{"a": 1}'), lambda f: read_settings(f / "o")),
+    **KINDS_OF_DOCUMENTS,
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from helpers.foreign_files import Kind
+from helpers.foreign_kind import Kind
 
 from t5x_like.errors import UserError
 

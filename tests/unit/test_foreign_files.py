@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -64,6 +65,16 @@ FOUND: dict[str, tuple[str, str, str, str]] = {
     "absent tokenizer": ("token store", "s/info.json", '"tokenizer": {', '"tokenizer": null, "x": {'),
     "size of an array": ("token store", "s/train/tokens/zarr.json", '"shape":[9]', '"shape":[3000000000]'),
     "object in place of a name": ("config.json of a BERT", "config.json", '"hidden_act": "gelu"', '"hidden_act": {}'),
+    "answer that is no text": ("dialogues as turns", "t.jsonl", '"content": "yo"', '"content": 0.5'),
+    "deep list in a text": ("dialogues", "t.jsonl", '"tools": "[]"', f'"tools": "{"[" * 5000}"'),
+    "line that is no object": (
+        "log-probabilities of a reference",
+        "reference_log_probs.jsonl",
+        '{"model": "m", "data": "d"}',
+        "5",
+    ),
+    "text without a fingerprint": ("evaluated checkpoint", "evaluations.jsonl", '"fingerprint": "f"', '"x": "f"'),
+    "id that is a text": ("vocab.json and merges.txt", "vocab.json", '"a": 0', '"a": "x"'),
 }
 """Name -> kind of files, file, its text and what replaces it: each once raised another exception."""
 
@@ -79,6 +90,16 @@ def test_found_inputs_are_refused(tmp_path: Path, found: tuple[str, str, str, st
     kind.forge(tmp_path)
     with pytest.raises(UserError):
         kind.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["starts.json", "exit.json"])
+def test_number_that_is_not_finite_is_no_count(tmp_path: Path, name: str) -> None:
+    """`int` raises OverflowError for it, which is no ValueError."""
+    kind = KINDS["identity, starts and end of a run"]
+    kind.make(tmp_path)
+    document = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text(json.dumps(document | {"code": float("inf"), "count": float("inf")}))
+    kind.read(tmp_path)
 
 
 def test_deeply_nested_json_does_not_reach_the_array_library(tmp_path: Path) -> None:

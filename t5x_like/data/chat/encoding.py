@@ -112,6 +112,9 @@ class DialogueEncoder:
             if message[ROLE] == ASSISTANT and message.get("content"):
                 past = self.template.render(dialogue.messages[:index], dialogue.tools, add_generation_prompt=True)
                 given, _ = encode_rendered(self._tokenizer, past)
+                if not isinstance(message["content"], str):
+                    found = type(message["content"]).__name__
+                    raise DataError(f"found an answer whose content is of type {found}, expected a text")
                 answer = self._tokenizer.encode(message["content"])
                 pairs.append((np.array(given, np.int32), np.array(answer, np.int32)))
         return pairs

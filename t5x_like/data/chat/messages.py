@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from t5x_like.config.corpus import CorpusConfig
 from t5x_like.errors import DataError
+from t5x_like.utils.json_reader import parse_json
 
 ROLE, ASSISTANT = "role", "assistant"
 """Field of a message with its author, and the author whose messages are learned."""
@@ -27,6 +28,7 @@ def dialogue_text(row: Mapping[str, Any], field: str, where: Callable[[], str]) 
 
     Raises:
       DataError: the field is missing, or holds no messages with an answer of the assistant.
+      UnicodeError: a text is not valid Unicode.
     """
     if field not in row:
         names = ", ".join(map(repr, row)) or "none"
@@ -46,7 +48,7 @@ def dialogue_text(row: Mapping[str, Any], field: str, where: Callable[[], str]) 
         raise DataError(f"{where()}: found messages of the roles {roles}, expected one of {ASSISTANT!r} to learn from")
     if tools is not None and not isinstance(tools, list):
         raise DataError(f"{where()}: found {str(tools)[:80]!r} in {TOOLS_FIELD!r}, expected a list")
-    return json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False)
+    return _text({"messages": messages, "tools": tools}, field, where)
 
 
 class AnsweredDialogue(NamedTuple):
@@ -62,6 +64,7 @@ def preference_text(row: Mapping[str, Any], config: CorpusConfig, where: Callabl
 
     Raises:
       DataError: a field is missing or of another type, an answer is empty, or the answers are equal.
+      UnicodeError: a text is not valid Unicode.
     """
     fields = {
         "messages-field": str(config.messages_field),
@@ -87,7 +90,16 @@ def preference_text(row: Mapping[str, Any], config: CorpusConfig, where: Callabl
     tools = row.get(TOOLS_FIELD)
     tools = _parsed(tools, TOOLS_FIELD, where) if isinstance(tools, str) else tools
     document = {"messages": prompt, "tools": tools, "chosen": chosen, "rejected": rejected}
-    return json.dumps(document, ensure_ascii=False), json.dumps(prompt, ensure_ascii=False)
+    return _text(document, fields["messages-field"], where), _text(prompt, fields["messages-field"], where)
+
+
+def _text(document: Any, field: str, where: Callable[[], str]) -> str:
+    try:
+        text = json.dumps(document, ensure_ascii=False)
+    except TypeError as error:  # Bytes or dates of a table.
+        raise DataError(f"{where()}: found no JSON values in {field!r} ({error}), expected messages") from None
+    text.encode()  # A lone surrogate, which JSON can express as an escape, raises UnicodeEncodeError.
+    return text
 
 
 def equal_answers(answer: str, config: CorpusConfig, where: Callable[[], str]) -> str:
@@ -137,6 +149,6 @@ def parse_dialogue(text: str) -> Dialogue:
 
 def _parsed(text: str, field: str, where: Callable[[], str]) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise DataError(f"{where()}: found no JSON in {field!r} ({error}), expected messages") from None

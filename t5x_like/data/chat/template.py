@@ -91,7 +91,8 @@ class ChatTemplate:
         self._environment = environment
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, OverflowError, ValueError) as error:
+            # Python's compiler, which Jinja calls, has limits of its own.
             raise DataError(f"{name}: found no chat template ({error}), expected a Jinja program") from None
         self.marks_assistant = "endgeneration" in source
 
@@ -110,9 +111,20 @@ class ChatTemplate:
         try:
             for block in self._template.generate(add_generation_prompt=add_generation_prompt, **variables):
                 blocks.append(block)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            text = "".join(blocks)
+            text.encode()  # A template can write half of a surrogate pair.
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise DataError(f"{self._name}: the chat template refuses the messages ({error})") from None
-        return Rendered("".join(blocks), tuple(spans))
+        return Rendered(text, tuple(spans))
 
     def dialogue(self, messages: Messages, tools: Sequence[Any] | None = None) -> Rendered:
         """Return the text of a whole dialogue with the spans of all assistant turns.

@@ -62,15 +62,17 @@ def read_lines(path: Path, values: Values) -> dict[str, Any]:
     """
     try:
         header, *lines = [parse_json(line) for line in path.read_bytes().splitlines()]
+        if not isinstance(header, dict) or not {"model", "data"} <= header.keys():
+            raise ValueError("no model and data in its first line")
         for line in lines:
             pairs = np.array([line["chosen"], line["rejected"]], np.float32).T
             values[line["split"]][line["first"] : line["first"] + len(pairs)] = pairs
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise SafetyError(
             f"{path}: cannot be read ({type(error).__name__}: {error}), expected the log-probabilities of the "
             "reference; bring the file back"
         ) from None
-    return dict(header)
+    return header
 
 
 def format_header(header: Mapping[str, str]) -> str:

@@ -122,7 +122,7 @@ class StoredTeacher:
 
         Raises:
           DataError: a chunk is missing.
-          SafetyError: a chunk is damaged.
+          SafetyError: a chunk is damaged or unreadable.
         """
         shape = (len(index_N), self.header.lengths[sub_batch], self.header.top_k)
         out: Features = {TEACHER_IDS: np.empty(shape, np.int32), TEACHER_LOG_PROBS: np.empty(shape, np.float32)}
@@ -135,7 +135,7 @@ class StoredTeacher:
 
     def _read(self, sub_batch: str, number: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         path = self.path / _chunk_name(sub_batch, number)
-        data = locations.read_bytes(path)
+        data = _bytes(path)
         if data is None:
             raise DataError(f"{path}: not found, expected the teacher's distributions of these rows; {_REMOVE}")
         header = self.header
@@ -165,10 +165,10 @@ def open_stored_teacher(data: DataConfig, header: Header, *, create: bool) -> St
       create: Begin new ones if there are none. One process at a time may do so.
 
     Raises:
-      SafetyError: there are none, or their header is damaged.
+      SafetyError: there are none, or their header is damaged or unreadable.
     """
     path = stored_teacher_path(data, header)
-    text = locations.read_bytes(path / _HEADER)
+    text = _bytes(path / _HEADER)
     if text is None:
         if not create:
             raise SafetyError(
@@ -189,6 +189,13 @@ def open_stored_teacher(data: DataConfig, header: Header, *, create: bool) -> St
     except (ValueError, TypeError, AttributeError) as error:
         raise SafetyError(f"{path / _HEADER}: damaged ({error}); {_REMOVE}") from None
     return StoredTeacher(path, found)
+
+
+def _bytes(path: Location) -> bytes | None:
+    try:
+        return locations.read_bytes(path)
+    except OSError as error:
+        raise SafetyError(f"{path}: unreadable ({error.strerror}), expected a file; {_REMOVE}") from None
 
 
 def _is_row_count(value: object) -> bool:

@@ -66,7 +66,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.config: dict[str, Any] = document.get("config", {})
         self.files: dict[str, str] = document.get("files", {})
         self._source = source
-        with _raised_as(lambda reason: ValueError(reason)):
+        with library_errors_as(lambda reason: ValueError(reason)):
             self._tokenizer: Any = library.Tokenizer.from_str(json.dumps(self.contents))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -88,7 +88,7 @@ class HuggingFaceTokenizer(Tokenizer):
         rules = {name: part for name, part in self.contents.items() if name not in ("padding", "truncation")}
         identity = [self.fingerprint, json.dumps(rules, sort_keys=True)]
         self.fingerprint = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:32]
-        with _raised_as(lambda reason: ValueError(reason)):
+        with library_errors_as(lambda reason: ValueError(reason)):
             whole = self._tokenizer.encode("a").ids
         self.ends_in_eos = bool(whole) and whole[-1] == vocabulary.eos_id
 
@@ -129,7 +129,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
         del num_threads  # The package has threads of its own: RAYON_NUM_THREADS, TOKENIZERS_PARALLELISM.
-        with _raised_as(self._unusable):
+        with library_errors_as(self._unusable):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
@@ -150,7 +150,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def word_starts(self, text: str) -> list[int]:
         """Return the index in `encode(text)` of the first token of each word, by the library's offsets: pieces do not
         show it where words are split at punctuation or normalized."""
-        with _raised_as(self._unusable):
+        with library_errors_as(self._unusable):
             offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         words = [match.start() for match in re.finditer(r"\S+", text)]
         starts = [
@@ -161,7 +161,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_with_special_tokens(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Return the ids of each text with the tokenizer's own special tokens, such as [CLS] and [SEP], truncated to
         `max_length` tokens with them."""
-        with _raised_as(self._unusable):
+        with library_errors_as(self._unusable):
             encodings = self._truncating(max_length).encode_batch(list(texts))
         return [encoding.ids[:max_length] for encoding in encodings]
 
@@ -177,7 +177,7 @@ class HuggingFaceTokenizer(Tokenizer):
         run: list[int] = []
         for token in [*ids, None]:
             if token is None or token >= self.vocabulary.base_size:
-                with _raised_as(self._unusable):
+                with library_errors_as(self._unusable):
                     parts.append(str(self._tokenizer.decode(run, skip_special_tokens=True)))
                 run = []
                 if token is not None:
@@ -201,9 +201,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 @contextlib.contextmanager
-def _raised_as(error_of: Callable[[str], Exception]) -> Iterator[None]:
-    """Replace what the library raises, for which it has no narrower type than Exception. A panic of its code, to which
-    contradictions in a file can lead, is not even one."""
+def library_errors_as(error_of: Callable[[str], Exception]) -> Iterator[None]:
+    """Replace what the library `tokenizers` raises, for which it has no narrower type than Exception. A panic of its
+    code, to which contradictions in a file can lead, is not even one."""
     try:
         yield
     except BaseException as error:

@@ -61,10 +61,11 @@ def load_published(path: Path, num_sentinels: int) -> Tokenizer:
         if name in SENTENCEPIECE_FILES:
             model = (folder / str(name)).read_bytes()
             return SentencePieceTokenizer(model, num_sentinels, str(folder / str(name)), published=True)
-        model = _wrapped(folder, name)
         # The package is imported on use: other tokenizers do not need it.
-        from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer
+        from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer, library_errors_as
 
+        with library_errors_as(lambda reason: ValueError(reason)):
+            model = _wrapped(folder, name)
         return HuggingFaceTokenizer(model, num_sentinels, str(folder / str(name)))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path}: found no tokenizer ({error}), expected that of a published model") from None

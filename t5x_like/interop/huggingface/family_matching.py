@@ -142,7 +142,8 @@ def model_type(fields: Fields, weights: Iterable[str]) -> str:
     known = list(dict.fromkeys(family.written_type for family in all_families()))
     if not isinstance(found, str) or found not in known:
         raise DataError(f"{fields.where}: model_type: found {found!r}, expected one of {', '.join(known)}")
-    classes = fields.values.get("architectures") or ()
+    listed = fields.values.get("architectures")
+    classes = listed if isinstance(listed, list) else []
     has_decoder = any(name.startswith("decoder.") for name in weights)
     for family in all_families():
         if family.variant_of == found:
