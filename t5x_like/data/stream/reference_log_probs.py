@@ -62,8 +62,8 @@ def read_lines(path: Path, values: Values) -> dict[str, Any]:
     """
     try:
         header, *lines = [parse_json(line) for line in path.read_bytes().splitlines()]
-        if not isinstance(header, dict) or not {"model", "data"} <= header.keys():
-            raise ValueError("no model and data in its first line")
+        if not isinstance(header, dict):
+            raise ValueError("its first line is no object")
         for line in lines:
             pairs = np.array([line["chosen"], line["rejected"]], np.float32).T
             values[line["split"]][line["first"] : line["first"] + len(pairs)] = pairs
@@ -135,7 +135,7 @@ def attach_from(directory: Path, data: DataConfig, stores: Sequence[Store]) -> N
     if not path.is_file():
         return
     values = missing_values(data, stores)
-    found = read_lines(path, values)["data"]
+    found = read_lines(path, values).get("data")
     if found != data_identity(data, stores):
         raise SafetyError(f"{path}: found pairs with the digest {found}, expected {data_identity(data, stores)}")
     if is_complete(values):
