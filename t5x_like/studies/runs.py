@@ -20,6 +20,7 @@ from t5x_like.errors import EXIT_OK, EXIT_REFUSED, RESTART_CODES, ConfigError, C
 from t5x_like.evaluation import comparison
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.launching.restart_loop import RESTART_DELAY_SECONDS, Supervisor, forwarded_signals
+from t5x_like.storage import locations
 from t5x_like.storage.locations import Location
 from t5x_like.storage.mirror import fetch, path_to_read
 from t5x_like.studies.study import StudyRun
@@ -117,7 +118,7 @@ def finished_result(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | N
 
 def evaluated(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | None:
     """Return the newest evaluated step of a run; None if there is none, or if it has no rows for intervals."""
-    if isinstance(workdir, Path) and not (workdir / run.name).is_dir():
+    if not locations.exists(workdir / run.name):
         return None
     try:
         found = comparison.read_checkpoint(CheckpointRef(run_path(workdir, run)))

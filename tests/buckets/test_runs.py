@@ -257,7 +257,7 @@ def test_other_outputs_are_those_of_a_local_run(server: Server, settings: None, 
     for name in ("vectors.npy", "predicted.jsonl"):
         assert locations.read_bytes(out / name) == (local.directory / name).read_bytes()
     arms = sorted(path.name for path in (local.directory / "sweep").iterdir() if path.is_dir())
-    assert locations.children(out / "sweep") == sorted([*arms, "comparison.html"]) and len(arms) == 2
+    assert locations.children(out / "sweep") == sorted([*arms, "study.html"]) and len(arms) == 2
     for arm in arms:
         found = (segments.read_file(out / "sweep" / arm, "metrics.jsonl") or b"").decode()
         assert logged(found) == logged((local.directory / "sweep" / arm / "metrics.jsonl").read_text())
