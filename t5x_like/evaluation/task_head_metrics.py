@@ -83,11 +83,12 @@ def head_rows(
         scores = _scored(program, params, features).astype(np.float64)
         log_probs = scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True)
         for row in range(len(scores)):
-            scored = features["label_weights"][row] > 0
+            # Of a text, or of each of its tokens.
+            scored = np.atleast_1d(features["label_weights"][row] > 0)
             if not scored.any():
                 continue
-            labels = np.atleast_1d(features["labels"][row][scored])
-            found = log_probs[row][scored].reshape(len(labels), -1)
+            labels = np.atleast_1d(features["labels"][row])[scored]
+            found = log_probs[row].reshape(len(scored), -1)[scored]
             tokens = features[f"{stack}_input_tokens"][row]
             text = f"{tokens[~np.isin(tokens, special)].tolist()} {labels.tolist()}"
             rows.append(
