@@ -163,17 +163,33 @@ class PretrainedModel:
     ) -> float:
         """Return the mean loss per token in nats: of `targets` after `texts`, or else of the texts themselves.
 
-        A text that is longer than the model reads is scored in windows, each token once.
+        A text that is longer than the model reads is scored in windows, each token once. The loss depends on their
+        length, which is known for a run only.
 
         Args:
-          mode, max_length: See `score`.
+          mode: See `score`.
+          max_length: See `score`; of texts alone, also the tokens of a window that an encoder-decoder scores at once.
+
+        Raises:
+          ConfigError: see `score`; or a text is longer than the model reads, the model is not a run, and `max_length`
+            is None.
         """
         if targets is not None:
             scores = self.score(texts, targets, mode=mode, max_length=max_length)
         else:
             layout = request_format(self.loaded, mode=mode, max_length=max_length)
             strings = [text if isinstance(text, str) else self.tokenizer.decode(text) for text in texts]
-            scores = self._scores(layout, [window for text in strings for window in layout.rolling(text)])
+            if max_length is not None:
+                layout = dataclasses.replace(layout, targets_length=max_length)
+            windows = [layout.rolling(text) for text in strings]
+            if max_length is None and self.loaded.kind != "run" and any(len(found) > 1 for found in windows):
+                longest = max(sum(len(target_ids) for _, target_ids in found) for found in windows)
+                expected = "a number: the lengths of training are known for a run only, and a text is longer than"
+                limit = layout.targets_length if layout.form.ends_in_eos else layout.inputs_length
+                raise ConfigError(
+                    [ConfigProblem("max_length", f"None, and a text of {longest} tokens", f"{expected} {limit}")]
+                )
+            scores = self._scores(layout, [window for found in windows for window in found])
         tokens = sum(len(score.per_token) for score in scores)
         return -sum(score.sum for score in scores) / max(tokens, 1)
 

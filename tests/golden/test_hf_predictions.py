@@ -108,6 +108,64 @@ def test_labels_of_words_equal_transformers(bert, tmp_path):
     assert len(seen) > 2
 
 
+TRAINED = {
+    # Kind of the head -> recipe, class of transformers, labels of the texts, options.
+    "classification": ("classify", "Sequence", ["no", "yes", "maybe"], ["--model.task-head.transform", "True"]),
+    "token_classification": ("tag", "Token", ["B-PER I-PER O O", "O O O O", "O B-LOC I-LOC I-LOC"], []),
+    "regression": (
+        "classify", "Sequence", [0.5, -3, 7],
+        ["--model.task-head.kind", "regression", "--model.task-head.transform", "True",
+         "--data.mixture.0.kind", "regression", "--data.corpus.target-kind", "number"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRAINED)
+def test_predictions_of_a_trained_head_equal_those_of_its_export_in_transformers(bert, tmp_path, kind):
+    recipe, architecture, labels, options = TRAINED[kind]
+    # No punctuation, at which WordPiece would split words.
+    texts = ["The list is empty", "import Re from Ada", "a b don t"] * 4
+    base, *_ = bert("SequenceClassification", ("no", "yes"))
+    source = str(write_rows(tmp_path / "in.jsonl", text=texts, label=labels * 4))
+    command = ["train", f"finetune:{recipe}", "--from", str(base), "--workdir", str(tmp_path / "run")]
+    command += ["--data.corpus.files", source, "--data.corpus.validation-files", source, *options]
+    command += ["--data.store-dir", str(tmp_path / "stores"), "--data.inputs-length", "16"]
+    command += ["--model.task-head.pooling", "cls", "--training.global-batch-size", "4"]
+    command += ["--training.schedule.kind", "constant", "--training.schedule.learning-rate", "0.01"]
+    assert main([*command, "--training.num-train-steps", "8"]) == EXIT_OK
+    assert main(["convert", "--to", "hf", str(tmp_path / "run"), str(tmp_path / "exported")]) == EXIT_OK
+    output = tmp_path / "out.jsonl"
+    assert main(["predict", str(tmp_path / "run"), "--input", source, "--output", str(output)]) == EXIT_OK
+    rows = read_rows(output)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    class_ = getattr(transformers, f"AutoModelFor{architecture}Classification")
+    model = class_.from_pretrained(tmp_path / "exported").eval()
+    seen = set()
+    for row, text in zip(rows, texts, strict=True):
+        with torch.no_grad():
+            encoded = tokenizer(text.split(), is_split_into_words=True, return_tensors="pt")
+            logits = model(**encoded).logits[0]
+        names = model.config.id2label
+        match kind:
+            case "classification":
+                found, expected = list(row["probabilities"].values()), logits.softmax(-1)
+                assert list(row["probabilities"]) == list(names.values())
+                assert row["prediction"] == names[int(logits.argmax())]
+            case "token_classification":
+                first = [encoded.word_ids().index(word) for word in range(4)]
+                found, expected = row["probabilities"], logits[first].softmax(-1).max(-1).values
+                assert row["prediction"].split() == [names[int(logits[index].argmax())] for index in first]
+            case "regression":
+                found, expected = [row["prediction"]], logits
+            case _:
+                raise AssertionError(kind)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
+        seen.add(str(row["prediction"]))
+    assert len(seen) > 1
+
+
 def test_models_that_predict_nothing_are_refused(bert, tmp_path, capsys):
     source = write_rows(tmp_path / "in.jsonl", text=TEXTS)
     directory = tmp_path / "lm"

@@ -1,4 +1,5 @@
-"""Heads and text-to-text on real text: which package of the standard library a docstring is from."""
+"""Heads, text-to-text and the answers of a teacher on real text: which package of the standard library a docstring is
+from, and which of its words are arguments of the function."""
 
 import asyncio
 import collections
@@ -8,12 +9,15 @@ import json
 import logging
 import multiprocessing
 import random
+import subprocess
+import sys
 import unittest
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+from helpers.docs_examples import blocks
 
 from t5x_like.cli.main import main
 from t5x_like.config import (
@@ -66,13 +70,13 @@ def root(tmp_path_factory):
     return folder
 
 
-def recipe(root, layout, mixture, *, targets_length, steps, head=None) -> RunConfig:
-    stack = StackConfig(num_layers=1, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=128, positions="rope")
+def recipe(root, layout, mixture, *, targets_length, steps, head=None, d_ff=128) -> RunConfig:
+    stack = StackConfig(num_layers=1, d_model=64, num_heads=4, num_kv_heads=4, head_dim=16, d_ff=d_ff, positions="rope")
     return RunConfig(
         name="docstrings",
         model=ModelConfig(
-            encoder=stack,
-            decoder=stack if layout == "encoder_decoder" else None,
+            encoder=None if layout == "causal_lm" else stack,
+            decoder=None if layout == "encoder" else stack,
             vocab_size=1040,
             embedding_stddev=0.3,
             task_head=head,
@@ -150,13 +154,20 @@ def test_predictions_of_a_file_score_as_the_evaluation_of_training(classifier, t
     assert low < 100 * accuracy < high
 
 
-def test_text_to_text_beats_the_majority_by_far(root):
-    run = recipe(root, "encoder_decoder", (Supervised(),), targets_length=8, steps=STEPS["text"])
+def text_run(root, layout) -> Path:
+    """Return the run that generates the packages of docstrings."""
+    run = recipe(root, layout, (Supervised(),), targets_length=8, steps=STEPS["text"])
     assert not validate(run)
-    prepare(run.data, report=lambda line: None)
-    run = dataclasses.replace(run, evaluation=EvaluationConfig(num_batches=1))
-    train(run, root / "text")
-    trained = open_model(root / "text")
+    directory = root / f"text_{layout}"
+    if not directory.exists():
+        prepare(run.data, report=lambda line: None)
+        train(dataclasses.replace(run, evaluation=EvaluationConfig(num_batches=1)), directory)
+    return directory
+
+
+def test_text_to_text_beats_the_majority_by_far(root):
+    trained = open_model(text_run(root, "encoder_decoder"))
+    run = trained.run
     _, params = trained.params()
     form = prompt_format(run.data, None)
     inputs, wanted = [], []
@@ -184,6 +195,68 @@ def test_text_to_text_beats_the_majority_by_far(root):
     accuracy = np.mean([a == b for a, b in zip(answers, wanted, strict=True)])
     print(f"text-to-text: accuracy {accuracy:.3f}, majority {majority:.3f}, of {len(wanted)}")
     assert accuracy > majority + 0.2
+
+
+@pytest.mark.parametrize("layout", ["encoder_decoder", pytest.param("causal_lm", marks=pytest.mark.extended)])
+def test_a_student_answers_as_the_teacher_whose_answers_it_has_read(root, layout, tmp_path):
+    """Sequence-level distillation: the lines that `generate` writes are the pairs of a smaller model."""
+    teacher, answers = text_run(root, layout), tmp_path / "answers.jsonl"
+    rows = [json.loads(line)["text"][:150] for line in (root / "docstrings.jsonl").read_text().splitlines()]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in dict.fromkeys(rows)))
+    command = ["generate", str(teacher), "--input", str(prompts), "--output", str(answers), "--raw-text"]
+    assert main([*command, "--max-new-tokens", "8", "--return-scores"]) == EXIT_OK
+    lines = answers.read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[200:]))
+    (tmp_path / "unseen.jsonl").write_text("".join(lines[:200]))
+    unseen = [json.loads(line) for line in lines[:200]]
+    assert sum(row["ended_by"] == "eos" for row in unseen) > 150
+
+    run = recipe(root, layout, (Supervised(),), targets_length=8, steps=STEPS["text"], d_ff=32)
+    files = {"files": (str(tmp_path / "train.jsonl"),), "validation_files": (str(tmp_path / "unseen.jsonl"),)}
+    corpus = CorpusConfig(**files, inputs_field="prompt", text_field="output")
+    run = dataclasses.replace(
+        run, data=dataclasses.replace(run.data, corpus=corpus), evaluation=EvaluationConfig(num_batches=1)
+    )
+    prepare(run.data, report=lambda line: None)
+    train(run, tmp_path / "student")
+    scores = tmp_path / "scores.json"
+    command = ["eval", str(tmp_path / "student"), "--data", str(tmp_path / "unseen.jsonl"), "--output", str(scores)]
+    assert main([*command, "--metrics", "accuracy", "--no-intervals"]) == EXIT_OK
+    agreement = json.loads(scores.read_text())["metrics"]["accuracy/accuracy"]
+    majority = collections.Counter(row["output"] for row in unseen).most_common(1)[0][1] / 2
+    print(
+        f"{layout}: the student agrees with the teacher in {agreement:.1f} %, its majority answer in {majority:.1f} %"
+    )
+    assert agreement > majority + 15
+
+
+def test_arguments_and_constants_are_found_in_docstrings(classifier, tmp_path):
+    """The data of docs/finetune.md, with as many steps as learning takes."""
+    for block in blocks("docs/finetune.md"):
+        if block.file_name in ("functions.py", "make_tags.py"):
+            (tmp_path / block.file_name).write_text(block.text)
+    subprocess.run([sys.executable, "make_tags.py"], cwd=tmp_path, check=True)
+    command = ["train", "finetune:tag", "--from", str(classifier), "--workdir", str(tmp_path / "run")]
+    command += ["--data.corpus.files", str(tmp_path / "tags_train.jsonl"), "--data.store-dir", str(tmp_path / "stores")]
+    command += ["--data.corpus.validation-files", str(tmp_path / "tags_dev.jsonl"), "--data.inputs-length", "96"]
+    command += ["--data.corpus.labels", "O", "B-ARGUMENT", "B-CONSTANT", "B-RFC", "I-RFC"]
+    command += ["--training.num-train-steps", "150", "--evaluation.num-batches", "1"]
+    command += ["--monitoring.num-decoded-samples", "0"]
+    assert main([*command, "--training.schedule.learning-rate", "3e-3"]) == EXIT_OK
+    scores, output = tmp_path / "scores.json", tmp_path / "predictions.jsonl"
+    source = str(tmp_path / "tags_test.jsonl")
+    assert main(["eval", str(tmp_path / "run"), "--data", source, "--output", str(scores), "--no-intervals"]) == EXIT_OK
+    found = json.loads(scores.read_text())["metrics"]
+    print(found)
+    assert found["entity_f1/f1"] > 50 and found["entity_f1/f1/CONSTANT"] > 70
+    assert main(["predict", str(tmp_path / "run"), "--input", source, "--output", str(output)]) == EXIT_OK
+    spans = [span for line in output.read_text().splitlines() for span in json.loads(line)["spans"]]
+    assert {span["text"].strip("`'\"*.,:;()") for span in spans if span["label"] == "CONSTANT"} <= {
+        "None",
+        "True",
+        "False",
+    }
 
 
 def test_embeddings_stand_in_the_order_of_the_texts(classifier, tmp_path):

@@ -1,5 +1,8 @@
 """The loss of distillation and its gradient equal the formula of Hinton et al. 2015, on a mesh and in packed rows, with
-a teacher that is computed in the step and with one of which the most likely tokens are stored."""
+a teacher that is computed in the step and with one of which the most likely tokens are stored.
+
+The divergence is that of TRL's GKDTrainer with beta = 0 (KL(teacher | student) at the temperature), times T**2.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,14 @@ def distilled_run(
 
 
 CASES = {
+    # Name -> architecture, weight, with adapters, packed, parts of a batch, top_k.
     "encoder_decoder": ("encoder_decoder", 0.7, False, False, 1, None),
+    "encoder_decoder packed": ("encoder_decoder", 0.4, False, True, 2, None),
+    "encoder_decoder lora": ("encoder_decoder", 0.8, True, False, 2, None),
+    "encoder_decoder lora packed": ("encoder_decoder", 0.6, True, True, 1, None),
+    "decoder": ("decoder", 0.5, False, False, 1, None),
+    "decoder packed": ("decoder", 0.9, False, True, 1, None),
+    "decoder lora": ("decoder", 0.2, True, False, 1, None),
     "decoder lora packed": ("decoder", 1.0, True, True, 2, None),
     "prefix_lm packed": ("prefix_lm", 0.3, False, True, 1, None),
     "encoder": ("encoder", 0.5, False, False, 1, None),

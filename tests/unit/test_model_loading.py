@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from t5x_like.api import load
 from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.checkpoints.model_dir import HUGGINGFACE_DIR
@@ -107,6 +108,20 @@ def test_commands_give_the_same_results_for_both_directories(
         except SystemExit as stop:
             code = int(str(stop.code))
         assert code == EXIT_USAGE
+
+
+def test_loss_of_a_long_text_needs_a_length_where_that_of_training_is_not_known(
+    imported: Path, huggingface: Path
+) -> None:
+    text = "one small text and another " * 20
+    models = [load(folder) for folder in (imported, huggingface)]
+    for model in models:
+        assert len(model.tokenizer.encode(text)) > 128
+        with pytest.raises(ConfigError, match="found None, and a text of .* a text is longer than 128"):
+            model.loss([text])
+    # The contexts of both have the given length, whatever that of another model is.
+    first, second = (model.loss([text], max_length=40) for model in models)
+    assert first == second != models[0].loss([text], max_length=20)
 
 
 def test_missing_steps_and_models_are_refused(imported: Path, huggingface: Path, tmp_path: Path) -> None:
