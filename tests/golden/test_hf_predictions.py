@@ -131,7 +131,7 @@ def test_predictions_of_a_trained_head_equal_those_of_its_export_in_transformers
     command = ["train", f"finetune:{recipe}", "--from", str(base), "--workdir", str(tmp_path / "run")]
     command += ["--data.corpus.files", source, "--data.corpus.validation-files", source, *options]
     command += ["--data.store-dir", str(tmp_path / "stores"), "--data.inputs-length", "16"]
-    command += ["--model.task-head.pooling", "cls", "--training.global-batch-size", "4"]
+    command += ["--model.task-head.pooling", "cls", "--training.global-batch-size", "8"]
     command += ["--training.schedule.kind", "constant", "--training.schedule.learning-rate", "0.01"]
     assert main([*command, "--training.num-train-steps", "8"]) == EXIT_OK
     assert main(["convert", "--to", "hf", str(tmp_path / "run"), str(tmp_path / "exported")]) == EXIT_OK

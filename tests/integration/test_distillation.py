@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -57,13 +61,23 @@ def loss(directory: Path) -> float:
     return float(json.loads((directory / "evaluation.json").read_text())["objectives"]["causal_lm"]["loss"])
 
 
-def test_a_student_learns_more_than_alone_and_resumes_bit_for_bit(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.timeout(3600)
+def test_students_of_three_seeds_are_better_than_alone() -> None:
+    """The students and the steps of docs/finetune.md. At a fifth of these steps, no difference is sure."""
+    script = Path(__file__).parents[2] / "benchmarks" / "distillation.py"
+    # Long enough for fast machine code to pay.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, script, "--top-k"]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    print(output)
+    found = re.search(r"live - alone: (\S+) \+- (\S+), lower for 3 of 3 seeds", output)
+    assert found and float(found[1]) + float(found[2]) < 0
+
+
+def test_a_distilled_student_resumes_bit_for_bit(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ["--training.distillation.teacher", str(root / "teacher"), "--training.distillation.weight", "0.9"]
-    assert learn(root, "alone", 60) == EXIT_OK
     assert learn(root, "distilled", 60, *teacher) == EXIT_OK
-    assert loss(root / "teacher") < loss(root / "distilled") < loss(root / "alone")
+    assert loss(root / "teacher") < loss(root / "distilled")
     records = [json.loads(line) for line in (root / "distilled" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["distillation"] < records[0]["distillation"]
 
