@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import random
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 sentencepiece = pytest.importorskip("sentencepiece")
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers", reason="tokenizers of transformers need the hf extra")
 
 from helpers.published_models import (  # noqa: E402
@@ -27,6 +29,7 @@ from helpers.published_models import (  # noqa: E402
 from t5x_like.cli.main import main  # noqa: E402
 from t5x_like.config.tokenizer import TRAINED_KINDS, TokenizerConfig  # noqa: E402
 from t5x_like.config.validation import validate  # noqa: E402
+from t5x_like.data.tokenizers import sentencepiece_proto  # noqa: E402
 from t5x_like.data.tokenizers.loading import keep_tokenizer, kept_tokenizer, load_tokenizer  # noqa: E402
 from t5x_like.data.tokenizers.published import load_published  # noqa: E402
 from t5x_like.data.tokenizers.tokenizer import Tokenizer, have_same_pieces  # noqa: E402
@@ -50,17 +53,33 @@ def write_gemma(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def write_xlm_roberta(folder: Path) -> Any:
-    """Write sentencepiece.bpe.model as XLM-R was published with: a unigram model with NFKC and fairseq's ids."""
+def fairseq(kind: str, model_type: str) -> Any:
+    """Return a function that writes sentencepiece.bpe.model as fairseq's models were published with: a unigram model
+    with NFKC, whose ids follow from the class of the tokenizer."""
+
+    def write(folder: Path) -> Any:
+        (folder / "sentencepiece.bpe.model").write_bytes(fairseq_model())
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+        reference = transformers.AutoTokenizer.from_pretrained(folder)
+        if kind == "MBartTokenizer":
+            # transformers 5 leaves out the normalization, which the published tokenizer.json and SentencePiece have.
+            charsmap = sentencepiece_proto.settings(fairseq_model()).charsmap
+            reference.backend_tokenizer.normalizer = tokenizers.normalizers.Precompiled(charsmap)
+        return reference
+
+    write.__name__ = f"write_{kind}"
+    return write
+
+
+@functools.cache
+def fairseq_model() -> bytes:
     out = io.BytesIO()
     lines = [line for topic in TOPICS for line in topic.split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=out, vocab_size=500, model_type="unigram", minloglevel=2
     )
-    (folder / "sentencepiece.bpe.model").write_bytes(out.getvalue())
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "xlm-roberta"}))
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return out.getvalue()
 
 
 def write_llama_json(folder: Path) -> Any:
@@ -91,7 +110,13 @@ def write_t5(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-WRITERS = [write_llama, write_gemma, write_xlm_roberta, write_llama_json, write_bert, write_gpt2, write_t5]
+FAIRSEQ = [
+    fairseq("XLMRobertaTokenizer", "xlm-roberta"),
+    fairseq("CamembertTokenizer", "camembert"),
+    fairseq("MBartTokenizer", "mbart"),
+    fairseq("MBart50Tokenizer", "mbart"),
+]
+WRITERS = [write_llama, write_gemma, *FAIRSEQ, write_llama_json, write_bert, write_gpt2, write_t5]
 
 
 @pytest.fixture(scope="module", params=WRITERS, ids=lambda writer: writer.__name__)
@@ -170,7 +195,7 @@ def test_directories_without_a_readable_tokenizer_are_refused(tmp_path: Path) ->
     with pytest.raises(DataError, match="none of tokenizer.json"):
         load_published(tmp_path, 0)
     (tmp_path / "sentencepiece.bpe.model").write_bytes(sentencepiece_model("llama"))
-    with pytest.raises(DataError, match="whose ids transformers shifts"):
+    with pytest.raises(DataError, match="the ids of XLMRobertaTokenizer, .* are known"):
         load_published(tmp_path, 0)
     for broken in ("{}", "[]", '{"model": {}}'):
         (tmp_path / "tokenizer.json").write_text(broken)

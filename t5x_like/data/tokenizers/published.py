@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from t5x_like.data.tokenizers import sentencepiece_proto
+from t5x_like.data.tokenizers import fairseq_layouts, sentencepiece_proto
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
 from t5x_like.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
@@ -24,11 +24,6 @@ _KEPT = ("chat_template.jinja", "generation_config.json")
 _BYTE_CLASS = "ByT5Tokenizer"
 _OFFSET_FILE = "sentencepiece.bpe.model"
 """SentencePiece model of XLM-R, mBART and CamemBERT, whose ids are not those of the file."""
-_XLM_ROBERTA_CLASSES = ("XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
-_FAIRSEQ_TOKENS = {
-    "bos_token": "<s>", "cls_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "sep_token": "</s>",
-    "unk_token": "<unk>", "mask_token": "<mask>",
-}  # fmt: skip
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -83,10 +78,8 @@ def _wrapped(folder: Path, name: str | None) -> bytes:
     elif name in BPE_FILES:
         contents = _byte_level_bpe(folder, config)
     elif (folder / _OFFSET_FILE).is_file():
-        if config.get("tokenizer_class") not in _XLM_ROBERTA_CLASSES:
-            raise ValueError(f"{_OFFSET_FILE} alone, whose ids transformers shifts: save it with tokenizer.json")
-        contents = _xlm_roberta((folder / _OFFSET_FILE).read_bytes())
-        config = _FAIRSEQ_TOKENS | config
+        contents = fairseq_layouts.tokenizer_json((folder / _OFFSET_FILE).read_bytes(), config)
+        config = fairseq_layouts.SPECIAL_TOKENS | config
     else:
         expected = ", ".join((JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, " and ".join(BPE_FILES)))
         raise ValueError(f"none of {expected}")
@@ -110,28 +103,6 @@ def _wordpiece(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     tokenizer.post_processor = processors.BertProcessing(*pairs)
     special = [name for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if name in vocab]
     tokenizer.add_special_tokens(special)
-    result: dict[str, Any] = json.loads(tokenizer.to_str())
-    return result
-
-
-def _xlm_roberta(model: bytes) -> dict[str, Any]:
-    """Return the tokenizer.json of XLM-R's SentencePiece model, as transformers makes it: fairseq's special tokens, the
-    model's pieces after its own three special ones, and the mask token."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    pieces, charsmap = sentencepiece_proto.pieces(model), sentencepiece_proto.settings(model).charsmap
-    first, mask = ["<s>", "<pad>", "</s>", "<unk>"], "<mask>"
-    text = [(piece.piece, piece.score) for piece in pieces[3:]]
-    tokenizer = Tokenizer(models.Unigram([*((name, 0.0) for name in first), *text, (mask, 0.0)], 3, False))
-    if charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(charsmap)
-    spaces = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), spaces])
-    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (*first, mask)])
     result: dict[str, Any] = json.loads(tokenizer.to_str())
     return result
 
