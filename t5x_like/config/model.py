@@ -19,6 +19,7 @@ from t5x_like.config.dataclass import config_dataclass
 Architecture = Literal["encoder_decoder", "decoder", "encoder"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 Norm = Literal["rmsnorm", "layernorm"]
+NormPlacement = Literal["pre", "post", "both", "normformer", "sub"]
 Positions = Literal["relative_bias", "rope", "learned", "disentangled", "none"]
 LayerKind = Literal["global", "local"]
 Dtype = Literal["float32", "bfloat16"]
@@ -62,8 +63,14 @@ class MoEConfig:
     num_experts: PositiveInt
     """Number of experts of each layer, without the shared ones."""
     experts_per_token: PositiveInt = 2
-    """Number of experts that process each token. Their outputs are added, weighted by the router's scores. No token is
-    dropped, however many choose the same expert."""
+    """Number of experts that process each token. Their outputs are added, weighted by the router's scores."""
+    layer_period: PositiveInt = 1
+    """One of this many layers has experts, the second of each group, and the others have one MLP of width d_ff, as in
+    Switch Transformers; 1: all layers have experts. Must divide the number of layers."""
+    capacity: PositiveInt | None = None
+    """Largest number of tokens of a text that an expert processes. The experts leave out later tokens that choose it,
+    whose states pass the layer unchanged (Fedus et al. 2021). A decoding step counts its own tokens only. None: no
+    token is left out, however many choose the same expert."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     """Scores of the experts: the softmax of the router's logits, or the sigmoid of each logit (DeepSeek-V3)."""
     normalize_weights: bool = True
@@ -83,6 +90,11 @@ class MoEConfig:
     router_z_loss_weight: ClosedUnitFloat = 0.0
     """Weight of the mean of log(Z)**2 over tokens, with Z the normalizer of the softmax of the router's logits (Zoph et
     al. 2022): it keeps the logits small."""
+
+
+def expert_layers(num_layers: int, period: int) -> tuple[int, ...]:
+    """Return the numbers of the layers with experts: the second of each group of `period` layers."""
+    return tuple(range(1 if period > 1 else 0, num_layers, period))
 
 
 @config_dataclass
@@ -160,11 +172,16 @@ class StackConfig:
     """Gated: activation(x wi_0) * (x wi_1); plain: activation(x wi)."""
     norm: Norm = "rmsnorm"
     """rmsnorm: divide by the root mean square (Zhang and Sennrich 2019). layernorm: subtract the mean as well."""
-    norm_placement: Literal["pre", "post", "both"] = "pre"
+    norm_placement: NormPlacement = "pre"
     """pre: pre-norm, with a final norm after the last layer. post: normalize after each residual addition. both:
-    pre-norm, and each branch is normalized once more before it is added, as in Gemma 2."""
+    pre-norm, and each branch is normalized once more before it is added, as in Gemma 2. normformer: pre-norm, and norms
+    of the output of attention and of the hidden units of the MLP (Shleifer et al. 2021), as in LTG-BERT. sub: pre-norm,
+    and norms before the output projections of attention and MLP (Wang et al. 2022), as in GPT-BERT."""
     norm_epsilon: PositiveFloat = 1e-6
     """Number that the norms add to the mean square, or to the variance, before the root."""
+    norm_parameters: bool = True
+    """False: norms have neither a scale nor a bias, except that of the output of attention (normformer) and that of the
+    states of relative positions, as in LTG-BERT."""
     norm_scale_plus_one: bool = False
     """Multiply by 1 + scale in the norms, as in Gemma, so that scale is initialized to 0 and weight decay pulls it to
     0."""
@@ -175,6 +192,15 @@ class StackConfig:
     """Normalize queries and keys over head_dim, before the rotary embedding."""
     use_bias: bool = False
     """Add biases to the projections and to LayerNorm."""
+    mlp_bias: bool | None = None
+    """Add biases to the projections of the MLP; None: as `use_bias` says."""
+    attention_gate: bool = False
+    """Multiply the output of self-attention, before its projection, by the GELU of a projection of its input, as in
+    GPT-BERT."""
+    depth_weights: bool = False
+    """After each branch, replace the states by a weighted sum of the embeddings and of the states after every branch so
+    far; the weights are parameters (Pagliardini et al. 2024, DenseFormer; GPT-BERT). The layers are then unrolled,
+    whatever `scan_layers` says."""
     qkv_bias: bool = False
     """Add biases to the query, key and value projections of a stack without `use_bias`, as Qwen 2 does."""
     positions: Positions = "relative_bias"
@@ -209,6 +235,11 @@ class StackConfig:
     sliding_window: tuple[NonNegativeInt, NonNegativeInt] | None = None
     """Number of positions to the left and to the right that a query of a local layer attends to. In a causal decoder
     the right side applies within a bidirectional prefix only. Cross-attention has no window."""
+    global_block_size: PositiveInt | None = None
+    """LongT5's transient global tokens (Guo et al. 2022): each layer adds up the states of every block of this many
+    tokens of a text and normalizes the sum, and all tokens attend to these sums beside their window. Tokens after the
+    last whole block belong to it. The sums have a table of relative bias of their own, whose distances are counted in
+    blocks. None: no such tokens."""
     local_rope_base: RotaryBase | None = None
     """Rotary base of local layers; None: `rope_base`."""
     local_rope_scaling: RopeScalingConfig | None = None
@@ -241,6 +272,15 @@ class StackConfig:
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Kind of each layer."""
         return tuple(self.layer_pattern[number % len(self.layer_pattern)] for number in range(self.num_layers))
+
+    def num_blocks(self, length: int) -> int:
+        """Return the number of blocks of `global_block_size` in a row; 0 without such blocks."""
+        return 0 if self.global_block_size is None else length // self.global_block_size
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts."""
+        return () if self.experts is None else expert_layers(self.num_layers, self.experts.layer_period)
 
 
 @config_dataclass
@@ -287,6 +327,8 @@ class ModelConfig:
     lm_head_transform: bool = False
     """BERT's masked-LM head: dense layer, activation and norm before the output projection. The dense layer projects to
     the width of the token embedding table."""
+    lm_head_activation: Activation | None = None
+    """Activation function of `lm_head_transform`; None: that of the MLP."""
     head_bias: bool = False
     """Add a bias to the logits of the language-model head."""
     task_head: TaskHeadConfig | None = None

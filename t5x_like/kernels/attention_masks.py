@@ -190,11 +190,10 @@ def dense_mask_and_bias(mask: Mask, q_length: int, kv_lengths: Sequence[int]) ->
 
 
 def concat_masks(first: Mask, first_length: int, second: Mask, second_length: int) -> Mask:
-    """Return the mask of two sequences of keys, one after the other. Dense masks must have no bias."""
+    """Return the mask of two sequences of keys, one after the other."""
     if isinstance(first, BlockwiseMask) and isinstance(second, BlockwiseMask):
         return BlockwiseMask(first.keys + second.keys, first.split)
     assert isinstance(first, DenseMask) and isinstance(second, DenseMask)
-    assert first.bias is None and second.bias is None
     masks = [
         jnp.ones((1, 1, 1, length), jnp.bool_) if dense.mask is None else dense.mask
         for dense, length in ((first, first_length), (second, second_length))
@@ -202,9 +201,22 @@ def concat_masks(first: Mask, first_length: int, second: Mask, second_length: in
     # Either mask may be without batch or query axis: broadcast both before they are joined along the keys.
     batch, queries = (max(mask.shape[axis] for mask in masks) for axis in (0, 2))
     return DenseMask(
-        bias=None,
+        bias=_concat_biases((first.bias, first_length), (second.bias, second_length)),
         mask=jnp.concatenate([jnp.broadcast_to(mask, (batch, 1, queries, mask.shape[3])) for mask in masks], axis=3),
     )
+
+
+def _concat_biases(*biases: tuple[Array | None, int]) -> Array | None:
+    """Return the biases of several sequences of keys, given with their lengths, one after the other; None is 0."""
+    given = [bias for bias, _ in biases if bias is not None]
+    if not given:
+        return None
+    shape = jnp.broadcast_shapes(*(bias.shape[:3] for bias in given))
+    parts = [
+        jnp.zeros((*shape, length), given[0].dtype) if bias is None else jnp.broadcast_to(bias, (*shape, length))
+        for bias, length in biases
+    ]
+    return jnp.concatenate(parts, axis=3)
 
 
 def stack_masks(masks: Sequence[Mask], q_length: int, kv_length: int) -> Array:

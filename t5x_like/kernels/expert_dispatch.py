@@ -1,4 +1,4 @@
-"""Dispatch of tokens to their experts and back, on one device or with the experts split over devices; none is dropped.
+"""Dispatch of tokens to their experts and back, on one device or with the experts split over devices; none is lost.
 
 Each device sorts the choices of its tokens by expert. If experts are split, it sends the tokens of each other device's
 experts there by an all-to-all and receives the results by another one. Buffers have static shapes, but nothing limits
@@ -75,13 +75,14 @@ def apply_experts(
         axes or None for axes in (sharding.batch, sharding.length, sharding.experts, sharding.mlp)
     )
     tokens = PartitionSpec(batch, length, None)
-    by_kernel: Any = [PartitionSpec(experts, *axes) for axes in ((None, mlp), (None, mlp), (mlp, None))]
+    inner, outer = PartitionSpec(experts, None, mlp), PartitionSpec(experts, mlp, None)
+    by_kernel: Any = ExpertKernels(inner, None if kernels.wi_1 is None else inner, outer)
     # `shard_map` and not automatic partitioning: sorting and gathering by data-dependent indices would make XLA gather
     # the tokens of all devices.
     return jax.shard_map(
         compute,
         mesh=sharding.mesh,
-        in_specs=(tokens, tokens, tokens, ExpertKernels(*by_kernel)),
+        in_specs=(tokens, tokens, tokens, by_kernel),
         out_specs=tokens,
         check_vma=False,
     )(x_BxLxd, expert_BxLxk, weight_BxLxk, kernels)

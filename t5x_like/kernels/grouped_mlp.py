@@ -1,4 +1,4 @@
-"""Gated MLP of several experts on rows sorted by expert: each row with its own expert's kernels, none dropped.
+"""MLPs of several experts on rows sorted by expert: each row with its own expert's kernels, none dropped.
 
 Groups have any sizes, and arrays have static shapes. On TPUs the products skip what belongs to no group: XLA's ragged
 product, and JAX's `megablox` kernel for the gradient of the kernels, which XLA's rule would compute for all experts and
@@ -23,10 +23,10 @@ _KERNEL_TILE = 512
 
 
 class ExpertKernels(NamedTuple):
-    """Kernels of gated MLPs: `wi_0` and `wi_1` [experts, inputs, hidden], and `wo` [experts, hidden, outputs]."""
+    """Kernels of MLPs: `wi_0` and of gated ones `wi_1` [experts, inputs, hidden], `wo` [experts, hidden, outputs]."""
 
     wi_0: Array
-    wi_1: Array
+    wi_1: Array | None
     wo: Array
 
 
@@ -37,7 +37,8 @@ def grouped_mlp(
     activate: Callable[[Array], Array],
     platform: str | None = None,
 ) -> Array:
-    """Return (activate(x wi_0) * (x wi_1)) wo of each row with the kernels of its expert.
+    """Return (activate(x wi_0) * (x wi_1)) wo, or without a gate activate(x wi_0) wo, of each row with the kernels of
+    its expert.
 
     Args:
       rows_Nxd: Rows, those of the first expert first. Rows after the last group are ignored.
@@ -68,7 +69,9 @@ def _ragged_mlp(rows: Array, sizes: Array, kernels: ExpertKernels, activate: Cal
     x = jnp.where(used, jnp.pad(rows, ((0, padding), (0, 0))), 0)
     # Undefined rows could be NaN, which a product with 0 in a gradient would spread; `where` removes them before each
     # product.
-    hidden = activate(ragged_product(x, kernels.wi_0, sizes)) * ragged_product(x, kernels.wi_1, sizes)
+    hidden = activate(ragged_product(x, kernels.wi_0, sizes))
+    if kernels.wi_1 is not None:
+        hidden = hidden * ragged_product(x, kernels.wi_1, sizes)
     out = ragged_product(jnp.where(used, hidden, 0), kernels.wo, sizes)
     return jnp.where(used, out, 0)[: rows.shape[0]]
 
@@ -126,7 +129,9 @@ def _blocked_mlp(rows: Array, sizes: Array, kernels: ExpertKernels, activate: Ca
         # The backward pass copies the kernels of the blocks again, instead of keeping the copies.
         return jnp.einsum("nbd,ndf->nbf", x, kernels[expert_N])
 
-    hidden = activate(product(x, kernels.wi_0)) * product(x, kernels.wi_1)
+    hidden = activate(product(x, kernels.wi_0))
+    if kernels.wi_1 is not None:
+        hidden = hidden * product(x, kernels.wi_1)
     out = product(hidden, kernels.wo).reshape(num_blocks * block, -1)
 
     row = jnp.arange(count)

@@ -27,9 +27,9 @@ from t5x_like.kernels.auto_attention import choose
 from t5x_like.kernels.decode_attention import KVSegment, attend
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.models.kv_cache import KeysValues, LayerCache
-from t5x_like.models.layers import Dense, FusedDense, Norm, attention_scale, attention_stddevs
+from t5x_like.models.layers import Dense, FusedDense, Norm, activate, attention_scale, attention_stddevs
 from t5x_like.models.rotary import CosSin, rotate
-from t5x_like.sharding.attention_choice import attention_request, attention_uses
+from t5x_like.sharding.attention_choice import attention_request, attention_uses, can_run_as_ring
 from t5x_like.sharding.constrain import active_platform, attention_placement, constrain, sequence_split
 
 SeveralKeysValues = tuple[tuple[Array, ...], tuple[Array, ...]]
@@ -123,9 +123,8 @@ def plan_attention(
     sizes = (config.num_heads, config.num_kv_heads)
     is_disentangled = config.positions == "disentangled"
     # Where the mesh splits the length, attention runs as a ring over the devices and the mask stays a description.
-    # Disentangled attention has a bias of the size of the scores and cannot run as a ring.
     lengths = [length, source_length] if source_length else [length]
-    placement = None if is_disentangled else sequence_split(rows, lengths, *sizes)
+    placement = sequence_split(rows, lengths, *sizes) if can_run_as_ring(config) else None
     request = attention_request(
         config,
         dtype,
@@ -166,6 +165,10 @@ class Attention(nnx.Module):
         self.out = dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=config.use_bias)
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, head_dim), Norm(config, head_dim)
+        if config.attention_gate:
+            self.gate = Dense([embed], [heads, head_dim], stddev=config.d_model**-0.5, use_bias=bias, rngs=rngs)
+        if config.norm_placement == "sub":
+            self.out_norm = Norm(config, ("norm", config.num_heads * config.head_dim))
 
     def project(self, x_BxLxd: Array) -> tuple[Array, KeysValues]:
         """Return queries [B, L, H, h], and keys and values [B, L, G, h] for `position_keys`, of one sequence."""
@@ -173,6 +176,17 @@ class Attention(nnx.Module):
             query, key, value = self.fused(x_BxLxd)
             return query, (key, value)
         return self.query(x_BxLxd), (self.key(x_BxLxd), self.value(x_BxLxd))
+
+    def gates(self, x_BxLxd: Array) -> Array | None:
+        """Return the factors of the output before its projection, [B, L, H, h], if the stack has gates."""
+        return activate(self.gate(x_BxLxd), "gelu") if hasattr(self, "gate") else None
+
+    def _project_out(self, attended_BxQxHxh: Array, gates: Array | None) -> Array:
+        """Return the output of attention, gated and normalized where the stack does so, and projected, [B, Q, d]."""
+        x = attended_BxQxHxh if gates is None else attended_BxQxHxh * gates
+        if hasattr(self, "out_norm"):
+            x = self.out_norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return self.out(x)
 
     def fuse(self) -> None:
         """Replace the three products of `project` by one. The single projections are gone afterwards."""
@@ -204,6 +218,7 @@ class Attention(nnx.Module):
         backend: str,
         cos_sin: CosSin | None = None,
         distances: Distances | None = None,
+        gates: Array | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
         """Return the output of attention, [B, Q, d].
@@ -215,6 +230,7 @@ class Attention(nnx.Module):
           backend: Name of the attention backend.
           cos_sin: Rotary positions of the queries, or None.
           distances: Relative positions of disentangled attention, or None.
+          gates: Result of `gates`.
           dropout_rng: Key of the dropout of probabilities; None: no dropout.
         """
         keys, values = keys_values
@@ -242,7 +258,7 @@ class Attention(nnx.Module):
             dropout_broadcast_length=self.config.dropout_broadcast_length,
             backend=backend,
         )
-        return self.out(constrain(attended_BxQxHxh, ("batch", "length", "heads", "head_dim")))
+        return self._project_out(constrain(attended_BxQxHxh, ("batch", "length", "heads", "head_dim")), gates)
 
     def attend_to_cache(
         self,
@@ -251,6 +267,7 @@ class Attention(nnx.Module):
         *,
         cos_sin: CosSin | None = None,
         distances: Distances | None = None,
+        gates: Array | None = None,
         beams: Array | None = None,
     ) -> Array:
         """Return the output of attention over cached keys and values, [B, T, d].
@@ -263,6 +280,7 @@ class Attention(nnx.Module):
           caches: Keys and values with their masks; that of the first one is by row of the queries.
           cos_sin: Rotary positions of the queries, or None.
           distances: Relative positions of disentangled attention, or None.
+          gates: Result of `gates`.
           beams: Table of the first cache in a beam search (`KVCache.beams`), or None.
         """
         # Only disentangled positions read the keys themselves; all others leave them in the cache's type.
@@ -284,7 +302,7 @@ class Attention(nnx.Module):
             segments[0] = segments[0]._replace(mask=_mask_of_beams(segments[0].mask, beams))
         config = self.config
         attended = attend(query, segments, scale=attention_scale(config), softcap=config.attention_softcap)
-        return self.out(attended.reshape(shape))
+        return self._project_out(attended.reshape(shape), gates)
 
     def _position_query(
         self, query: Array, cos_sin: CosSin | None, distances: Distances | None, keys: Array | None

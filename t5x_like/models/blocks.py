@@ -13,6 +13,8 @@ from t5x_like.config.model import StackConfig
 from t5x_like.kernels.attention_masks import DenseMask, Mask, MaskSpec, add_bias
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.models.attention import Attention, CosSin, Distances, SeveralKeysValues
+from t5x_like.models.block_sums import sum_blocks
+from t5x_like.models.depth_weights import DepthStates
 from t5x_like.models.kv_cache import KeysValues, LayerCache
 from t5x_like.models.layers import Embedding, Mlp, Norm, dropout, param
 from t5x_like.models.moe import MixtureOfExperts, Routing
@@ -38,6 +40,7 @@ class LayerInputs:
       valid: bool [B, L], False for padding, which experts ignore; None: no padding.
       beams: Table of the self-attention's cache in a beam search (`KVCache.beams`), else None.
       is_first: bool scalar if the attention of the first layer has no norm before it, else None.
+      blocks: int32 [B, L], block of each token for LongT5's sums of blocks (`TextBlocks.index`), else None.
     """
 
     mask: Mask
@@ -52,6 +55,7 @@ class LayerInputs:
     valid: Array | None = None
     beams: Array | None = None
     is_first: Array | None = None
+    blocks: Array | None = None
 
 
 class Block(nnx.Module):
@@ -78,12 +82,17 @@ class Block(nnx.Module):
         if encoder_width is not None and self.has_cross_attention:
             self.cross_attention_norm = Norm(config)
             self.cross_attention = Attention(config, kv_width=encoder_width, rngs=rngs)
+        if config.global_block_size is not None:
+            self.global_norm = Norm(config)
         self.mlp_norm = Norm(config)
-        self.mlp = Mlp(config, rngs=rngs) if config.experts is None else MixtureOfExperts(config, rngs=rngs)
+        all_have_experts = config.experts is not None and config.experts.layer_period == 1
+        self.mlp: Mlp | MixtureOfExperts = (MixtureOfExperts if all_have_experts else Mlp)(config, rngs=rngs)
+        if config.norm_placement == "normformer":
+            self.self_attention_post_norm = Norm(config, has_parameters=True)
         if config.norm_placement == "both":
             self.self_attention_post_norm, self.mlp_post_norm = Norm(config), Norm(config)
-            if self.has_cross_attention:
-                self.cross_attention_post_norm = Norm(config)
+        if config.norm_placement in ("both", "normformer") and self.has_cross_attention:
+            self.cross_attention_post_norm = Norm(config, has_parameters=True)
 
     def __call__(
         self,
@@ -92,7 +101,8 @@ class Block(nnx.Module):
         *,
         dropout_rng: Array | None = None,
         cross_keys_values: KeysValues | None = None,
-    ) -> tuple[Array, KeysValues, Routing | None]:
+        depth: DepthStates | None = None,
+    ) -> tuple[Array, KeysValues, Routing | None, DepthStates | None]:
         """Run the block.
 
         Args:
@@ -100,9 +110,11 @@ class Block(nnx.Module):
           shared: Inputs of the layer besides the states.
           dropout_rng: Key; None: no dropout.
           cross_keys_values: Keys and values of the encoder's output, if they are computed already.
+          depth: States after the branches of earlier layers, in a stack with weighted sums over them.
 
         Returns:
-          x after the block, the keys and values of x, and the routing of its tokens if the block has experts.
+          x after the block, the keys and values of x, the routing of its tokens if the block has experts, and `depth`
+          with the states after its branches.
         """
         # One key per point of dropout; the numbers are part of the random stream.
         rngs = [None] * 7 if dropout_rng is None else [jax.random.fold_in(dropout_rng, point) for point in range(7)]
@@ -115,12 +127,12 @@ class Block(nnx.Module):
         own = self.self_attention.position_keys(keys_values, shared.cos_sin)
         mask = self._add_layer_bias(shared, inner.shape[1], inner.shape[1])
         attended: KeysValues | SeveralKeysValues = own
-        if self.is_merged:
-            assert cross_keys_values is not None
+        further = cross_keys_values if self.is_merged else self._of_blocks(inner, shared.blocks)
+        if further is not None:
             attended = tuple(  # type: ignore[assignment]
-                # Decoder keys first: the concatenated mask has the same order.
-                (decoder, encoder.astype(decoder.dtype))
-                for decoder, encoder in zip(own, cross_keys_values, strict=True)
+                # The stack's own keys first: the concatenated mask has the same order.
+                (first, second.astype(first.dtype))
+                for first, second in zip(own, further, strict=True)
             )
         # T5's order: attention, cross-attention, MLP, each a residual branch.
         branch = self.self_attention(
@@ -130,9 +142,12 @@ class Block(nnx.Module):
             backend=shared.backend,
             cos_sin=shared.cos_sin,
             distances=self._drop_distances(shared.distances, rngs[6]),
+            gates=self.self_attention.gates(inner),
             dropout_rng=rngs[0],
         )
         x_BxLxd = self._add_branch(x_BxLxd, branch, "self_attention", rngs[1])
+        if depth is not None:
+            x_BxLxd, depth = depth.add(x_BxLxd)
 
         if self.has_cross_attention:
             assert shared.cross_mask is not None and shared.cross_backend is not None and cross_keys_values is not None
@@ -144,11 +159,18 @@ class Block(nnx.Module):
             x_BxLxd = self._add_branch(x_BxLxd, branch, "cross_attention", rngs[3])
 
         x_BxLxd, routing = self._mlp(x_BxLxd, shared, rngs[4], rngs[5])
-        return x_BxLxd, own, routing
+        if depth is not None:
+            x_BxLxd, depth = depth.add(x_BxLxd)
+        return x_BxLxd, own, routing, depth
 
     def step(
-        self, x_BxTxd: Array, shared: LayerInputs, cache: LayerCache, cross: LayerCache | None
-    ) -> tuple[Array, LayerCache]:
+        self,
+        x_BxTxd: Array,
+        shared: LayerInputs,
+        cache: LayerCache,
+        cross: LayerCache | None,
+        depth: DepthStates | None = None,
+    ) -> tuple[Array, LayerCache, DepthStates | None]:
         """Run the block on the next T tokens of each row.
 
         Args:
@@ -156,9 +178,10 @@ class Block(nnx.Module):
           shared: Inputs of the layer besides the states, with dense masks.
           cache: This layer's keys and values of the `shared.lengths` tokens before.
           cross: Keys and values of the encoder's output.
+          depth: See `__call__`.
 
         Returns:
-          x after the block, and the cache with the new tokens.
+          x after the block, the cache with the new tokens, and `depth` with the states after its branches.
         """
         assert shared.lengths is not None
         inner = self._self_attention_input(x_BxTxd, shared)
@@ -173,9 +196,16 @@ class Block(nnx.Module):
             assert cross is not None and isinstance(shared.cross_mask, DenseMask)
             caches.append((cross, shared.cross_mask))
         branch = self.self_attention.attend_to_cache(
-            query, caches, cos_sin=shared.cos_sin, distances=shared.distances, beams=shared.beams
+            query,
+            caches,
+            cos_sin=shared.cos_sin,
+            distances=shared.distances,
+            gates=self.self_attention.gates(inner),
+            beams=shared.beams,
         )
         x_BxTxd = self._add_branch(x_BxTxd, branch, "self_attention", None)
+        if depth is not None:
+            x_BxTxd, depth = depth.add(x_BxTxd)
 
         if self.has_cross_attention:
             assert cross is not None and isinstance(shared.cross_mask, DenseMask)
@@ -183,7 +213,18 @@ class Block(nnx.Module):
             query = self.cross_attention.query(inner)
             branch = self.cross_attention.attend_to_cache(query, [(cross, shared.cross_mask)])
             x_BxTxd = self._add_branch(x_BxTxd, branch, "cross_attention", None)
-        return self._mlp(x_BxTxd, shared, None, None)[0], cache
+        x_BxTxd = self._mlp(x_BxTxd, shared, None, None)[0]
+        if depth is not None:
+            x_BxTxd, depth = depth.add(x_BxTxd)
+        return x_BxTxd, cache, depth
+
+    def _of_blocks(self, x: Array, blocks: Array | None) -> KeysValues | None:
+        """Return the keys and values of LongT5's sums of blocks, if the layer attends to them."""
+        if blocks is None:
+            return None
+        assert self.config.global_block_size is not None
+        sums = sum_blocks(x, blocks, x.shape[1] // self.config.global_block_size)
+        return self.self_attention.keys_values(self.global_norm(sums))
 
     def _self_attention_input(self, x: Array, shared: LayerInputs) -> Array:
         inner = self._branch_input(x, self.self_attention_norm)
@@ -195,16 +236,17 @@ class Block(nnx.Module):
     ) -> tuple[Array, Routing | None]:
         inner, routing = self._branch_input(x, self.mlp_norm), None
         if isinstance(self.mlp, MixtureOfExperts):
-            branch, routing = self.mlp(inner, valid=shared.valid)
+            branch, routing = self.mlp(inner, valid=shared.valid, segment_ids=shared.spec.q_segment_ids)
         else:
             branch = self.mlp(inner, dropout_rng=inner_rng)
         return self._add_branch(x, branch, "mlp", branch_rng), routing
 
     def fuse(self) -> None:
         """Fuse the products that read the same input, for decoding."""
-        # Merged attention projects the encoder's states with the key and value kernels alone, disentangled attention
-        # projects distances with the query and key kernels alone.
-        if not self.is_merged and self.config.positions != "disentangled":
+        # Merged attention and sums of blocks project further states with the key and value kernels alone, disentangled
+        # attention projects distances with the query and key kernels alone.
+        apart = self.is_merged or self.config.global_block_size is not None or self.config.positions == "disentangled"
+        if not apart:
             self.self_attention.fuse()
         if isinstance(self.mlp, Mlp):
             self.mlp.fuse()
@@ -231,7 +273,7 @@ class Block(nnx.Module):
     def _add_branch(self, x: Array, branch: Array, name: str, dropout_rng: Array | None) -> Array:
         # pre: x + f(norm(x)). post: norm(x + f(x)), as in BERT. both: x + norm(f(norm(x))), as in Gemma 2.
         branch = split_states(branch)
-        if self.config.norm_placement == "both":
+        if hasattr(self, f"{name}_post_norm"):
             branch = getattr(self, f"{name}_post_norm")(branch)
         x = x + dropout(branch, self.config, dropout_rng)
         x = getattr(self, f"{name}_norm")(x) if self.config.norm_placement == "post" else x
@@ -274,11 +316,44 @@ def stacked_blocks(config: StackConfig, *, encoder_width: int | None, rngs: nnx.
     # `vmap` over the constructor gives every parameter a leading dimension of layers, with initial values that differ
     # between layers, and compiles one constructor.
     blocks = jax.vmap(make)(jax.random.split(rngs.params(), config.num_layers))
+    if config.experts is not None and config.experts.layer_period > 1:
+        # Each of the two kinds of MLPs has a row for each layer that has it.
+        count = len(config.expert_layers)
+        without = jnp.array([number for number in range(config.num_layers) if number not in config.expert_layers])
+        blocks.mlp = jax.tree.map(lambda leaf: leaf[without], blocks.mlp)
+        blocks.experts = jax.vmap(lambda key: MixtureOfExperts(config, rngs=nnx.Rngs(params=key)))(
+            jax.random.split(rngs.params(), count)
+        )
     if not config.first_layer_attention_norm:
         # The first layer has no norm: drop its row from the stacked norm.
         for name, parameter in _parameters(blocks.self_attention_norm):
             setattr(blocks.self_attention_norm, name, param(parameter[...][1:], parameter.get_metadata("logical")))
     return blocks
+
+
+def layer_groups(blocks: Block) -> tuple[Block, ...]:
+    """Return stacked blocks for a scan over groups of layers: one stack of blocks for each place in a group.
+
+    The blocks of one place have the same parameters. A stack has groups of one layer unless some of its layers have
+    experts and others do not.
+    """
+    padded, config = pad_first_norm(blocks), blocks.config
+    if config.experts is None or config.experts.layer_period == 1:
+        return (padded,)
+    period = config.experts.layer_period
+    mlp, experts = padded.mlp, padded.experts
+    common = jax.tree.map(lambda leaf: leaf, padded)
+    del common.mlp, common.experts
+    places = []
+    for place in range(period):
+        block = jax.tree.map(lambda leaf, place=place: leaf[place::period], common)
+        if place == config.expert_layers[0]:
+            block.mlp = experts
+        else:
+            # The second layer of a group has no row here.
+            block.mlp = jax.tree.map(lambda leaf, row=max(place - 1, 0): leaf[row :: period - 1], mlp)
+        places.append(block)
+    return tuple(places)
 
 
 def pad_first_norm(blocks: Block) -> Block:
@@ -288,19 +363,21 @@ def pad_first_norm(blocks: Block) -> Block:
     """
     if blocks.config.first_layer_attention_norm:
         return blocks
-    layers = blocks.config.num_layers
 
     def filled(leaf: Array) -> Array:
         # The filled row is never used: `is_first` selects the input without the norm.
-        return leaf if leaf.shape[0] == layers else jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf])
+        return jnp.concatenate([jnp.zeros_like(leaf[:1]), leaf])
 
-    return jax.tree.map(filled, blocks)
+    padded = jax.tree.map(lambda leaf: leaf, blocks)
+    padded.self_attention_norm = jax.tree.map(filled, blocks.self_attention_norm)
+    return padded
 
 
 def unstack_blocks(blocks: Block) -> list[Block]:
     """Return stacked blocks as single ones."""
-    padded = pad_first_norm(blocks)
-    return [jax.tree.map(lambda leaf, n=number: leaf[n], padded) for number in range(blocks.config.num_layers)]
+    places = layer_groups(blocks)
+    numbers = (divmod(number, len(places)) for number in range(blocks.config.num_layers))
+    return [jax.tree.map(lambda leaf, n=group: leaf[n], places[place]) for group, place in numbers]
 
 
 def _parameters(norm: Norm) -> list[tuple[str, nnx.Param]]:

@@ -25,7 +25,8 @@ def _projection(stack: StackConfig, config: ModelConfig) -> int:
 
 
 def _attention_kernels(stack: StackConfig) -> int:
-    return stack.d_model * stack.head_dim * (2 * stack.num_heads + 2 * stack.num_kv_heads)
+    query_like = (3 if stack.attention_gate else 2) * stack.num_heads
+    return stack.d_model * stack.head_dim * (query_like + 2 * stack.num_kv_heads)
 
 
 def _mlp_kernels(stack: StackConfig) -> int:
@@ -113,16 +114,20 @@ def _layers_flops(
     distances: bool = True,
 ) -> dict[str, int]:
     """Return the FLOPs of a stack's layers. `distances`: count the projections of disentangled positions."""
-    mlp = _mlp_kernels(stack)
+    mlp = stack.num_layers * _mlp_kernels(stack)
     if stack.experts is not None:
-        mlps = stack.experts.experts_per_token + stack.experts.num_shared_experts
+        more = stack.experts.experts_per_token + stack.experts.num_shared_experts - 1
         # The second term is the router, a product with one column per expert.
-        mlp = mlps * mlp + stack.experts.num_experts * stack.d_model
+        mlp += len(stack.expert_layers) * (more * _mlp_kernels(stack) + stack.experts.num_experts * stack.d_model)
     tokens = rows * length
     projections = stack.num_layers * 2 * tokens * _attention_kernels(stack)
     if distances:
         projections += _distance_flops(stack)
+    # Keys and values of LongT5's sums of blocks, which all tokens attend to.
+    blocks = stack.num_blocks(length)
+    projections += stack.num_layers * 2 * rows * blocks * 2 * stack.d_model * stack.num_kv_heads * stack.head_dim
     pairs = sum(length**2 if all_pairs else _pairs(stack, kind, length, causal=causal) for kind in stack.layer_kinds)
+    pairs += stack.num_layers * length * blocks
     width = stack.num_heads * stack.head_dim
     # Two products (queries with keys, probabilities with values) of 2 FLOPs per multiply-add.
     scores = 4 * width * rows * pairs
@@ -133,7 +138,7 @@ def _layers_flops(
     parts = {
         f"{name} projections": projections,
         f"{name} scores": scores,
-        f"{name} mlp": stack.num_layers * 2 * tokens * mlp,
+        f"{name} mlp": 2 * tokens * mlp,
     }
     embedding = 2 * tokens * _projection(stack, config)
     return {**parts, f"{name} embedding": embedding} if embedding else parts

@@ -130,8 +130,14 @@ class Embedding(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm (scale only) or LayerNorm (with a bias if the stack has biases); statistics in float32."""
 
-    def __init__(self, config: StackConfig, over: tuple[str, int] | None = None):
-        """`over`: logical axis and size of the normalized dimension; None: the model's width."""
+    def __init__(self, config: StackConfig, over: tuple[str, int] | None = None, *, has_parameters: bool | None = None):
+        """Create the layer.
+
+        Args:
+          config: The stack.
+          over: Logical axis and size of the normalized dimension; None: the model's width.
+          has_parameters: Whether there are a scale and, with biases, a bias; None: as the stack says.
+        """
         axis, width = over or ("norm", config.d_model)
         match config.norm:
             case "layernorm":
@@ -142,33 +148,38 @@ class Norm(nnx.Module):
                 assert_never(unknown)
         self.epsilon = config.norm_epsilon
         self.offset = 1.0 if config.norm_scale_plus_one else 0.0
-        self.scale = param(jnp.full(width, 1.0 - self.offset), (axis,))
-        self.bias = param(jnp.zeros(width), (axis,)) if self.centered and config.use_bias else None
+        has_parameters = config.norm_parameters if has_parameters is None else has_parameters
+        has_bias = has_parameters and self.centered and config.use_bias
+        self.scale = param(jnp.full(width, 1.0 - self.offset), (axis,)) if has_parameters else None
+        self.bias = param(jnp.zeros(width), (axis,)) if has_bias else None
 
     def __call__(self, x: Array) -> Array:
         @recomputed
-        def normalize(x: Array, scale: Array, bias: Array | None) -> Array:
+        def normalize(x: Array, scale: Array | None, bias: Array | None) -> Array:
             y = x.astype(jnp.float32)
-            if self.offset:
+            if self.offset and scale is not None:
                 # Gemma stores scale - 1. The sum is in float32, where 1 + a small number is not rounded away.
                 scale = scale + self.offset
             if self.centered:
                 y = y - jnp.mean(y, axis=-1, keepdims=True)
             # With centering this is LayerNorm, without it RMSNorm: the mean square is then the variance.
-            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * scale
+            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+            y = y if scale is None else y * scale
             return (y if bias is None else y + bias).astype(x.dtype)
 
-        return normalize(x, self.scale[...], None if self.bias is None else self.bias[...])
+        scale, bias = (None if parameter is None else parameter[...] for parameter in (self.scale, self.bias))
+        return normalize(x, scale, bias)
 
 
 class Mlp(nnx.Module):
-    """MLP: activation(x wi) wo, or gated: (activation(x wi_0) * (x wi_1)) wo."""
+    """MLP: activation(x wi) wo, or gated: (activation(x wi_0) * (x wi_1)) wo. The factor of wo may be normalized."""
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs):
         self.config = config
         embed, mlp = ("embed", config.d_model), ("mlp", config.d_ff)
         stddev = config.d_model**-0.5
-        dense = functools.partial(Dense, use_bias=config.use_bias, rngs=rngs, quantization=config.quantization)
+        use_bias = config.use_bias if config.mlp_bias is None else config.mlp_bias
+        dense = functools.partial(Dense, use_bias=use_bias, rngs=rngs, quantization=config.quantization)
 
         def inner() -> Dense:
             return dense([embed], [mlp], stddev=stddev)
@@ -179,6 +190,8 @@ class Mlp(nnx.Module):
             self.wi = inner()
         out_stddev = config.output_init_scale * config.d_ff**-0.5
         self.wo = dense([mlp], [embed], stddev=out_stddev)
+        if config.norm_placement in ("normformer", "sub"):
+            self.norm = Norm(config, ("norm", config.d_ff))
 
     def __call__(self, x_BxLxd: Array, *, dropout_rng: Array | None) -> Array:
         @recomputed
@@ -192,6 +205,7 @@ class Mlp(nnx.Module):
             hidden = activated(self.wi_0(x_BxLxd), self.wi_1(x_BxLxd))
         else:
             hidden = activated(self.wi(x_BxLxd))
+        hidden = self.norm(hidden) if hasattr(self, "norm") else hidden
         hidden = dropout(hidden, self.config, dropout_rng)
         return self.wo(constrain(hidden, ("batch", "length", "mlp")))
 
@@ -207,7 +221,7 @@ class LMHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, stack: StackConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.activation = stack.mlp_activation
+        self.activation = config.lm_head_activation or stack.mlp_activation
         embed = ("embed", stack.d_model)
         stddev = stack.d_model**-0.5
         width = stack.d_model

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router sends each token to a few of several MLPs. No token is dropped."""
+"""Mixture of experts: a router sends each token to a few of several MLPs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class ExpertWeights(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """Sum of the chosen experts' outputs, each (activation(x wi_0) * (x wi_1)) wo, weighted by the router.
+    """Sum of the chosen experts' outputs, weighted by the router. An expert is an MLP of the stack's kind.
 
     Shared experts are one MLP that all tokens take in addition.
     """
@@ -111,18 +111,22 @@ class MixtureOfExperts(nnx.Module):
         self.router = Dense([embed], [("router", count)], stddev=config.d_model**-0.5, use_bias=False, rngs=rngs)
         if config.experts.bias_update_rate is not None:
             self.router_bias = param(jnp.zeros(count), ("router",))
-        self.wi_0, self.wi_1 = ExpertWeights(count, embed, mlp, rngs=rngs), ExpertWeights(count, embed, mlp, rngs=rngs)
+        for name in ("wi_0", "wi_1") if config.mlp_gated else ("wi",):
+            setattr(self, name, ExpertWeights(count, embed, mlp, rngs=rngs))
         self.wo = ExpertWeights(count, mlp, embed, scale=config.output_init_scale, rngs=rngs)
         if config.experts.num_shared_experts:
             width = config.experts.num_shared_experts * config.d_ff
             self.shared = Mlp(dataclasses.replace(config, d_ff=width, experts=None), rngs=rngs)
 
-    def __call__(self, x_BxLxd: Array, *, valid: Array | None) -> tuple[Array, Routing]:
+    def __call__(
+        self, x_BxLxd: Array, *, valid: Array | None, segment_ids: Array | None = None
+    ) -> tuple[Array, Routing]:
         """Return the output [B, L, d] and the routing statistics.
 
         Args:
           x_BxLxd: States.
           valid: bool [B, L], False for padding, which is not sent to experts and not counted; None: all are valid.
+          segment_ids: int32 [B, L], text of each token in packed rows; None: each row is one text.
         """
         # The router computes in float32 (Fedus et al. 2021, selective precision): rounding in bfloat16 changes which
         # experts are chosen.
@@ -136,14 +140,18 @@ class MixtureOfExperts(nnx.Module):
         if valid is not None:
             # The number of experts stands for "no expert": such choices are neither computed nor counted.
             expert_BxLxk = jnp.where(valid[..., None], expert_BxLxk, self.experts.num_experts)
-        kernels = ExpertKernels(*(part.kernel[...].astype(x_BxLxd.dtype) for part in (self.wi_0, self.wi_1, self.wo)))
+        processed_BxLxk = expert_BxLxk
+        if self.experts.capacity is not None:
+            processed_BxLxk = self._within_capacity(expert_BxLxk, self.experts.capacity, segment_ids)
+        inner = [getattr(self, name) for name in ("wi_0", "wi_1", "wi") if hasattr(self, name)]
+        wo, first, *gate = (part.kernel[...].astype(x_BxLxd.dtype) for part in (self.wo, *inner))
         out = apply_experts(
             x_BxLxd,
-            expert_BxLxk,
+            processed_BxLxk,
             weight_BxLxk,
-            kernels,
+            ExpertKernels(first, gate[0] if gate else None, wo),
             functools.partial(activate, activation=self.activation),
-            expert_sharding(*x_BxLxd.shape[:2], *self.wi_0.kernel[...].shape[::2]),
+            expert_sharding(*x_BxLxd.shape[:2], *first.shape[::2]),
         )
         if self.experts.num_shared_experts:
             out = out + self.shared(x_BxLxd, dropout_rng=None)
@@ -158,6 +166,20 @@ class MixtureOfExperts(nnx.Module):
         biased_BxLxE = score_BxLxE + jax.lax.stop_gradient(self.router_bias[...])
         _, expert_BxLxk = jax.lax.top_k(biased_BxLxE, self.experts.experts_per_token)
         return jnp.take_along_axis(score_BxLxE, expert_BxLxk, axis=-1), expert_BxLxk
+
+    def _within_capacity(self, expert_BxLxk: Array, capacity: int, segment_ids: Array | None) -> Array:
+        """Return the chosen experts, with the number of experts for choices of an expert whose capacity is used up."""
+        chosen_BxLxkxE = expert_BxLxk[..., None] == jnp.arange(self.experts.num_experts)
+        # In the order of the tokens, and of a token's choices.
+        flat = chosen_BxLxkxE.reshape(expert_BxLxk.shape[0], -1, self.experts.num_experts).astype(jnp.int32)
+        taken = jnp.cumsum(flat, axis=1)
+        if segment_ids is not None:
+            starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], axis=1) != 0
+            starts = jnp.repeat(starts, expert_BxLxk.shape[2], axis=1)[..., None]
+            # Counts grow along the row, so that the largest one so far is that of the last start of a text.
+            taken -= jax.lax.cummax(jnp.where(starts, taken - flat, 0), axis=1)
+        number = jnp.max(jnp.where(chosen_BxLxkxE, taken.reshape(chosen_BxLxkxE.shape), 0), axis=-1)
+        return jnp.where(number <= capacity, expert_BxLxk, self.experts.num_experts)
 
     def _scores(self, logits_BxLxE: Array) -> Array:
         match self.experts.scoring:

@@ -16,21 +16,26 @@ from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.kernels.attention_masks import Mask, MaskSpec, concat_masks, materialize, select_mask, stack_masks
 from t5x_like.kernels.position_bias import RelativeBias, disentangled_buckets
 from t5x_like.models.attention import Distances, PlannedAttention, plan_attention
+from t5x_like.models.block_sums import text_blocks
 from t5x_like.models.blocks import (
     Block,
     LayerInputs,
     gather_states,
-    pad_first_norm,
+    layer_groups,
     relative_bias_of,
     relative_bias_table,
     stacked_blocks,
     unstack_blocks,
 )
+from t5x_like.models.depth_weights import DepthStates, initial_weights
 from t5x_like.models.kv_cache import KeysValues, KVCache, LayerCache, slot_positions
-from t5x_like.models.layers import Dense, Embedding, Norm, dropout
+from t5x_like.models.layers import Dense, Embedding, Norm, dropout, param
 from t5x_like.models.moe import Routing
 from t5x_like.models.rotary import CosSin, rope
 from t5x_like.sharding.constrain import constrain
+
+Carry = tuple[Array, DepthStates | None]
+"""States between two layers, and those before them that further sums read."""
 
 
 class Stack(nnx.Module):
@@ -53,10 +58,14 @@ class Stack(nnx.Module):
             self.token_type_embedder = Embedding(rows, ("embed", width), stddev=model.embedding_stddev, rngs=rngs)
         if config.positions == "relative_bias" and not config.relative_bias_per_layer:
             self.relative_bias = relative_bias_table(config, rngs=rngs)
+        if config.global_block_size is not None:
+            self.global_relative_bias = relative_bias_table(config, rngs=rngs)
         if config.positions == "disentangled":
             rows = ("relative_buckets", 2 * config.relative_bias_buckets)
             self.distance_embedder = Embedding(rows, ("embed", d), stddev=model.embedding_stddev, rngs=rngs)
-            self.distance_norm = Norm(config)
+            self.distance_norm = Norm(config, has_parameters=True)
+        if config.depth_weights:
+            self.depth_weights = param(initial_weights(2 * config.num_layers), ("norm",))
         if model.embedding_norm:
             self.embedding_norm = Norm(config, ("norm", width))
         if width != d:
@@ -115,6 +124,11 @@ class Stack(nnx.Module):
         elif cross is not None:
             cross_length = cross[0].shape[2]
 
+        blocks = None
+        if config.global_block_size is not None and length >= config.global_block_size:
+            ids = jnp.ones(x.shape[:2], jnp.int32) if mask.kv_segment_ids is None else mask.kv_segment_ids
+            blocks = text_blocks(ids, config.global_block_size)
+
         def planned(mask: MaskSpec, *, is_cross: bool = False) -> PlannedAttention:
             return plan_attention(
                 config,
@@ -123,9 +137,9 @@ class Stack(nnx.Module):
                 mask,
                 rows=x.shape[0],
                 length=length,
-                source_length=cross_length,
+                source_length=cross_length if blocks is None else blocks.count,
                 is_cross=is_cross,
-                is_merged=self._is_merged,
+                is_merged=self._is_merged or blocks is not None,
             )
 
         own = planned(mask)
@@ -142,6 +156,10 @@ class Stack(nnx.Module):
             # One softmax over the decoder's own keys and, after them, those of the encoder.
             assert prepared_cross_mask is not None
             masks = [concat_masks(each, length, prepared_cross_mask, cross_length) for each in masks]
+        if blocks is not None:
+            bias = relative_bias_of(config, self.global_relative_bias)
+            of_blocks = own.prepare_mask(blocks.mask, bias, length, blocks.count)
+            masks = [concat_masks(each, length, of_blocks, blocks.count) for each in masks]
         # Everything that a layer reads besides its states and parameters. A scan closes over it, so that it is not
         # stacked per layer.
         shared = LayerInputs(
@@ -154,11 +172,13 @@ class Stack(nnx.Module):
             cross_mask=prepared_cross_mask,
             cross_backend=None if cross_attention is None else cross_attention.backend,
             valid=valid,
+            blocks=None if blocks is None else blocks.index,
         )
         by_kind = None
         if len(kinds) > 1:
+            further = cross_length if self._is_merged else 0 if blocks is None else blocks.count
             by_kind = _KindInputs(
-                stack_masks(masks, length, length + (cross_length if self._is_merged else 0)),
+                stack_masks(masks, length, length + further),
                 _stack_trees([self._rope(kind, positions, valid) for kind in kinds]),
             )
         x, keys_values, routing = self._run_layers(x, shared, by_kind, rngs[1], cross)
@@ -199,12 +219,13 @@ class Stack(nnx.Module):
                 if cache.beams is not None:
                     beams = cache.beams[layer_cache.size]
                     inputs_of_kind[kind] = dataclasses.replace(inputs_of_kind[kind], beams=beams)
-        layers = []
+        layers, depth = [], self._depth_states(x)
         for number, (block, kind, layer_cache) in enumerate(zip(self.blocks(), kinds, cache.layers, strict=True)):
             inputs = inputs_of_kind[kind]
             if not self.config.first_layer_attention_norm:
                 inputs = dataclasses.replace(inputs, is_first=jnp.bool_(number == 0))
-            x, layer_cache = block.step(x, inputs, layer_cache, None if cache.cross is None else cache.cross[number])
+            cross = None if cache.cross is None else cache.cross[number]
+            x, layer_cache, depth = block.step(x, inputs, layer_cache, cross, depth)
             layers.append(layer_cache)
         return gather_states(self._final_norm(x)), tuple(layers)
 
@@ -255,6 +276,10 @@ class Stack(nnx.Module):
         if hasattr(self, "embedding_projection"):
             x = self.embedding_projection(x)
         return constrain(x, ("batch", "residual_length", "embed"))
+
+    def _depth_states(self, x: Array) -> DepthStates | None:
+        """Return the states before the first layer of a stack with weighted sums over its depth."""
+        return DepthStates((x,), self.depth_weights[...]) if self.config.depth_weights else None
 
     def _final_norm(self, x: Array) -> Array:
         return self.final_norm(x) if self.config.norm_placement != "post" else x
@@ -324,7 +349,8 @@ class Stack(nnx.Module):
             kinds = jnp.array([names.index(kind) for kind in self.config.layer_kinds])
         per_layer = (jnp.arange(self.config.num_layers), kinds, cross)
 
-        def run(x: Array, layer: Any) -> tuple[Array, tuple[KeysValues, Routing | None]]:
+        def run(carry: Carry, layer: Any) -> tuple[Carry, tuple[KeysValues, Routing | None]]:
+            x, depth = carry
             block, (number, kind, layer_cross) = layer
             inputs = shared
             if by_kind is not None:
@@ -336,8 +362,8 @@ class Stack(nnx.Module):
                 inputs = dataclasses.replace(inputs, is_first=number == 0)
             # Folded in by number, so that scanned and unrolled layers draw the same masks.
             rng = None if dropout_rng is None else jax.random.fold_in(dropout_rng, number)
-            x, new, routing = block(x, inputs, dropout_rng=rng, cross_keys_values=layer_cross)
-            return x, (new, routing)
+            x, new, routing, depth = block(x, inputs, dropout_rng=rng, cross_keys_values=layer_cross, depth=depth)
+            return (x, depth), (new, routing)
 
         # A scan already keeps the recomputation apart from the forward pass; only unrolled layers need the barrier
         # against common-subexpression elimination.
@@ -352,15 +378,34 @@ class Stack(nnx.Module):
                 run = jax.checkpoint(run, prevent_cse=not self.scan_layers)
             case unknown:
                 assert_never(unknown)
-        if self.scan_layers and isinstance(self.layers, Block):
-            x, (new_keys_values, routing) = jax.lax.scan(run, x, (pad_first_norm(self.layers), per_layer))
+        carry: Carry = (x, self._depth_states(x))
+        if self.scan_layers and isinstance(self.layers, Block) and not self.config.depth_weights:
+            places = layer_groups(self.layers)
+            count = len(places)
+            if count == 1:
+                (x, _), (new_keys_values, routing) = jax.lax.scan(run, carry, (places[0], per_layer))
+                return x, new_keys_values, routing
+
+            def run_group(carry: Carry, group: Any) -> tuple[Carry, tuple[KeysValues, Routing | None]]:
+                new, routings = [], []
+                for layer in zip(*group, strict=True):
+                    carry, (keys_values, routing) = run(carry, layer)
+                    new.append(keys_values)
+                    routings.append(routing)
+                return carry, (_stack(new), _stack_of_experts(routings))
+
+            inputs = [jax.tree.map(lambda leaf, n=place: leaf[n::count], per_layer) for place in range(count)]
+            (x, _), result = jax.lax.scan(run_group, carry, (places, tuple(inputs)))
+            # [groups, layers of a group, ...] to [layers, ...].
+            new_keys_values, routing = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result)
             return x, new_keys_values, routing
-        collected = []
+        new, routings = [], []
         for number, block in enumerate(self.blocks()):
-            x, layer_result = run(x, (block, jax.tree.map(lambda leaf, n=number: leaf[n], per_layer)))
-            collected.append(layer_result)
-        new_keys_values, routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
-        return x, new_keys_values, routing
+            layer = (block, jax.tree.map(lambda leaf, n=number: leaf[n], per_layer))
+            carry, (keys_values, layer_routing) = run(carry, layer)
+            new.append(keys_values)
+            routings.append(layer_routing)
+        return carry[0], _stack(new), _stack_of_experts(routings)
 
 
 class _KindInputs(NamedTuple):
@@ -373,6 +418,16 @@ class _KindInputs(NamedTuple):
 
     masks: Array
     cos_sin: CosSin | None
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _stack_of_experts(routings: Sequence[Routing | None]) -> Routing | None:
+    """Return the routing of the layers with experts, stacked; None without such layers."""
+    found = [routing for routing in routings if routing is not None]
+    return _stack(found) if found else None
 
 
 def _stack_trees(trees: list[CosSin | None]) -> CosSin | None:

@@ -79,6 +79,14 @@ def attention_request(
     )
 
 
+def can_run_as_ring(stack: StackConfig) -> bool:
+    """Return whether the self-attention of a stack can run as a ring over devices that split the sequence.
+
+    The bias of disentangled positions has the size of the scores, and sums of blocks are not split.
+    """
+    return stack.positions != "disentangled" and stack.global_block_size is None
+
+
 def attention_uses(
     model: ModelConfig, features: Mapping[str, ArraySpec] | None = None, *, is_split: bool = False
 ) -> Iterator[AttentionUse]:
@@ -99,15 +107,16 @@ def attention_uses(
         if stack is None:
             continue
         has_source = name == "decoder" and model.encoder is not None
-        is_merged = has_source and stack.cross_attention == "merged"
+        is_merged = (has_source and stack.cross_attention == "merged") or stack.global_block_size is not None
 
         def request(stack: StackConfig, name: str, **kind: bool) -> AttentionRequest:
+            q_length = length("encoder" if name == "generator" else name)
             return attention_request(
                 stack,
                 model.dtype,
-                q_length=length("encoder" if name == "generator" else name),
-                source_length=length("encoder"),
-                is_split=is_split and stack.positions != "disentangled",
+                q_length=q_length,
+                source_length=stack.num_blocks(q_length) or length("encoder"),
+                is_split=is_split and can_run_as_ring(stack),
                 **kind,
             )
 

@@ -176,7 +176,7 @@ def layer_activations(config: ModelConfig, stack: StackConfig, inputs: StackInpu
             return [dataclasses.replace(states, axes=("batch", "residual_length", "embed"))]
         case "dots":
             # If norms follow the residual sum, the result of each branch is saved for them as well.
-            last = 0 if stack.norm_placement == "pre" else 1
+            last = 1 if stack.norm_placement in ("post", "both") else 0
             return [
                 states.times(branches + last),
                 *_attention(stack, inputs, size, cross, elementwise=False),
@@ -184,7 +184,7 @@ def layer_activations(config: ModelConfig, stack: StackConfig, inputs: StackInpu
             ]
         case "none":
             # Norms on the branch input are counted with it; only a second norm after the branch saves one more array.
-            norms = {"pre": 0, "post": 0, "both": 1}[stack.norm_placement]
+            norms = {"pre": 0, "post": 0, "both": 1, "normformer": 1, "sub": 1}[stack.norm_placement]
             arrays = [
                 states.times((2 + norms) * branches),
                 *_attention(stack, inputs, size, cross, elementwise=True),
@@ -225,7 +225,7 @@ def _attention(
         )
 
     # Merged attention has the keys and values of the source beside those of the decoder's own sequence.
-    merged = inputs.source_length if stack.cross_attention == "merged" else 0
+    merged = inputs.source_length if stack.cross_attention == "merged" else stack.num_blocks(inputs.length)
     before_norm = 1 if stack.qk_norm and elementwise else 0
     # The mixed values, which have the shape of the queries, are saved with the elementwise results.
     yield queries((2 if elementwise else 1) + before_norm)
@@ -239,24 +239,28 @@ def _mlp(stack: StackConfig, inputs: StackInput, size: int, *, elementwise: bool
     """Yield the arrays of the MLP: results of products and, if `elementwise`, what is computed from them."""
     # Products with wi_0 and wi_1, or with wi alone.
     inner = 2 if stack.mlp_gated else 1
+    mlp = _saved(inputs, "MLP", ("mlp", stack.d_ff), size).times(inner + elementwise)
     if stack.experts is None:
-        yield _saved(inputs, "MLP", ("mlp", stack.d_ff), size).times(inner + elementwise)
+        yield mlp
         return
-    experts = stack.experts
+    # A layer saves the arrays of one or the other; the counts are the means over the layers.
+    experts, share = stack.experts, len(stack.expert_layers) / stack.num_layers
     # The size of buffers if experts are split over devices; whether they are is not known here.
     choices = math.ceil(SLACK * inputs.length * experts.experts_per_token)
     # A remat policy that keeps products does not keep those of experts.
     if elementwise:
         shape = (inputs.rows, choices, stack.d_ff)
         # Elementwise results between the products are saved one by one: experts are not `recomputed` as an MLP is.
-        yield SavedArray("experts", ("batch", "length", "mlp"), shape, size).times(6)
+        yield SavedArray("experts", ("batch", "length", "mlp"), shape, size).times(share * (2 + 2 * inner))
         shape = (inputs.rows, choices, stack.d_model)
-        yield SavedArray("tokens at experts", ("batch", "length", "embed"), shape, size).times(2)
+        yield SavedArray("tokens at experts", ("batch", "length", "embed"), shape, size).times(2 * share)
     shape = (inputs.rows, inputs.length, experts.num_experts)
-    yield SavedArray("routing", ("batch", "length", None), shape, _FLOAT32)
+    yield SavedArray("routing", ("batch", "length", None), shape, _FLOAT32).times(share)
     if experts.num_shared_experts:
         width = experts.num_shared_experts * stack.d_ff
-        yield _saved(inputs, "MLP", ("mlp", width), size).times(inner + elementwise)
+        yield _saved(inputs, "MLP", ("mlp", width), size).times(share * (inner + elementwise))
+    if share < 1:
+        yield mlp.times(1 - share)
 
 
 def _dropout(config: ModelConfig, stack: StackConfig, inputs: StackInput, branches: int) -> Iterator[SavedArray]:
@@ -277,13 +281,14 @@ def _dropout(config: ModelConfig, stack: StackConfig, inputs: StackInput, branch
 
 def _attentions(config: ModelConfig, stack: StackConfig, inputs: StackInput) -> Iterator[tuple[int, AttentionBackend]]:
     """Yield the number of keys and the backend of each attention of a layer."""
-    is_merged = stack.cross_attention == "merged" and inputs.source_length > 0
+    blocks = stack.num_blocks(inputs.length)
+    is_merged = blocks > 0 or (stack.cross_attention == "merged" and inputs.source_length > 0)
     for is_cross in (False, True) if inputs.source_length and not is_merged else (False,):
         request = attention_request(
             stack,
             config.dtype,
             q_length=inputs.length,
-            source_length=inputs.source_length,
+            source_length=blocks or inputs.source_length,
             is_cross=is_cross,
             is_merged=is_merged,
         )

@@ -29,7 +29,7 @@ def norm_metrics(
     Returns:
       Metrics named PREFIX/PART. The parts are the modules: for `encoder/layers/mlp/wi/kernel` that is
       `encoder/layers/mlp`, over all layers, and for `head/kernel` it is `head`; and the layers, such as
-      `encoder/layers/3`, with all their modules.
+      `encoder/layers/3`, with all modules that every layer has.
     """
 
     def compute() -> dict[str, jax.Array]:
@@ -55,7 +55,8 @@ def _squares(trees: Mapping[str, PyTree]) -> dict[str, jax.Array]:
         totals[name] = totals[name] + value if name in totals else value
 
     for prefix, tree in trees.items():
-        for path, leaf in tree_paths.by_path(tree).items():
+        leaves = tree_paths.by_path(tree)
+        for path, leaf in leaves.items():
             squares = jnp.square(leaf.astype(jnp.float32))
             parts = path.split("/")
             if _LAYERS not in parts:
@@ -64,6 +65,9 @@ def _squares(trees: Mapping[str, PyTree]) -> dict[str, jax.Array]:
             depth = parts.index(_LAYERS) + 1
             of_layers = squares.reshape(squares.shape[0], -1).sum(1)
             add(f"{prefix}{'/'.join(parts[: depth + 1])}", of_layers.sum())
-            for layer in range(squares.shape[0]):
+            # Rows of what only some layers have, such as experts, are not numbered by layer.
+            stack = "/".join(parts[:depth]) + "/"
+            layers = max(other.shape[0] for name, other in leaves.items() if name.startswith(stack))
+            for layer in range(squares.shape[0] if squares.shape[0] == layers else 0):
                 add(f"{prefix}{'/'.join(parts[:depth])}/{layer}", of_layers[layer])
     return totals

@@ -91,6 +91,18 @@ FAMILIES = {
     "longt5": of(
         "LongT5ForConditionalGeneration", "LongT5", **T5_SIZE, feed_forward_proj="gated-gelu", local_radius=5
     ),
+    "longt5_global": of(
+        "LongT5ForConditionalGeneration", "LongT5", **T5_SIZE, feed_forward_proj="gated-gelu", local_radius=5,
+        encoder_attention_type="transient-global", global_block_size=4,
+    ),
+    "switch": of(
+        "SwitchTransformersForConditionalGeneration", "SwitchTransformers", **(T5_SIZE | {"num_layers": 4}),
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=1, num_experts=3, expert_capacity=4,
+    ),
+    "switch_in_all_layers": of(
+        "SwitchTransformersForConditionalGeneration", "SwitchTransformers", **(T5_SIZE | {"num_layers": 2}),
+        num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_experts=3, expert_capacity=99,
+    ),
     "t5_encoder": of("T5EncoderModel", "T5", **T5_SIZE, feed_forward_proj="gated-gelu"),
     "umt5_encoder": of("UMT5EncoderModel", "UMT5", **T5_SIZE),
     "llama": of(
@@ -339,7 +351,8 @@ def test_rotary_scalings_equal_transformers_in_rows_longer_than_those_of_trainin
         np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max(), err_msg=str(position))
 
 
-GRADIENTS = ["t5_1_1", "llama", "bert", "modernbert", "t5gemma", "t5gemma_2", "mixtral", "bart", "qwen_2"]
+GRADIENTS = ["t5_1_1", "llama", "bert", "modernbert", "t5gemma", "t5gemma_2", "mixtral", "bart", "qwen_2", "deberta_v3"]
+GRADIENTS += ["switch", "longt5_global"]
 
 
 @pytest.mark.parametrize("case", GRADIENTS, indirect=True)

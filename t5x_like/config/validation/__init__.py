@@ -68,6 +68,11 @@ def _inconsistencies(run: RunConfig, out_of_bounds: Collection[str]) -> Problems
         yield from _padding(run.model, run.data)
     yield from _model_and_data(run.model, run.data)
     yield from inconsistent_training(run.training)
+    if run.training.layer_decay < 1 and any(
+        s.experts and s.experts.layer_period > 1 for s in run.model.stacks.values()
+    ):
+        expected = "1.0 with experts in some layers only, whose rows are not numbered by layer"
+        yield ConfigProblem("training.layer_decay", str(run.training.layer_decay), expected)
     if run.data.preference is not None and run.training.label_smoothing:
         expected = (
             "0 with preference pairs, whose loss has a label smoothing of its own: data.mixture.0.label_smoothing"

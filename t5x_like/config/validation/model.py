@@ -19,6 +19,20 @@ def inconsistent_model(model: ModelConfig) -> Problems:
     for name, stack in model.stacks.items():
         yield from _stack(f"model.{name}", stack)
     encoder, decoder = model.encoder, model.decoder
+    if decoder and decoder.global_block_size:
+        found = str(decoder.global_block_size)
+        expected = "None: the sums of blocks contain tokens to the right, which a decoder must not see"
+        yield ConfigProblem("model.decoder.global_block_size", found, expected)
+    if (
+        encoder
+        and encoder.global_block_size
+        and (encoder.positions != "relative_bias" or encoder.relative_bias_per_layer)
+    ):
+        expected = "None, or positions relative_bias with one table for all layers"
+        yield ConfigProblem("model.encoder.global_block_size", str(encoder.global_block_size), expected)
+    for field in ("attention_gate", "depth_weights") if encoder and decoder else ():
+        if getattr(decoder, field):
+            yield ConfigProblem(f"model.decoder.{field}", "True", "False in a decoder beside an encoder")
     if encoder and decoder and encoder.d_model != decoder.d_model:
         yield from _unequal_widths(model, encoder, decoder)
     if encoder and encoder.positions == "relative_bias" and not encoder.relative_bias_bidirectional:
@@ -148,15 +162,21 @@ def _stack(where: str, stack: StackConfig) -> Problems:
             "None with local layers",
             "the number of positions to the left and to the right that local layers attend to",
         )
+    if stack.depth_weights and stack.norm_placement == "post":
+        yield ConfigProblem(f"{where}.depth_weights", "True with post-norm", "a pre-norm stack")
     if stack.experts:
+        if stack.norm_placement in ("normformer", "sub"):
+            found = f"{stack.norm_placement} with experts"
+            yield ConfigProblem(f"{where}.norm_placement", found, "pre, post or both: experts have no norm inside")
         chosen = f"{where}.experts.experts_per_token"
         yield from within(chosen, stack.experts.experts_per_token, 1, max(stack.experts.num_experts, 1))
         if stack.quantization is not None:
             yield ConfigProblem(f"{where}.quantization", stack.quantization, "None in a stack with experts")
-        if stack.use_bias or stack.dropout_rate > 0 or not stack.mlp_gated:
-            yield ConfigProblem(
-                f"{where}.experts", "biases, dropout or no gate", "gated experts without biases and dropout"
-            )
+        if stack.use_bias or stack.dropout_rate > 0:
+            yield ConfigProblem(f"{where}.experts", "biases or dropout", "experts without biases and dropout")
+        if stack.num_layers % stack.experts.layer_period:
+            found = f"{stack.experts.layer_period} for {stack.num_layers} layers"
+            yield ConfigProblem(f"{where}.experts.layer_period", found, "a divisor of num_layers")
     if stack.cross_attention == "merged" and stack.positions in ("relative_bias", "disentangled"):
         found = f"merged with positions {stack.positions}"
         yield ConfigProblem(

@@ -142,12 +142,15 @@ def model_type(fields: Fields, weights: Iterable[str]) -> str:
     known = list(dict.fromkeys(family.written_type for family in all_families()))
     if not isinstance(found, str) or found not in known:
         raise DataError(f"{fields.where}: model_type: found {found!r}, expected one of {', '.join(known)}")
-    listed = fields.values.get("architectures")
-    classes = listed if isinstance(listed, list) else []
     has_decoder = any(name.startswith("decoder.") for name in weights)
     for family in all_families():
         if family.variant_of == found:
-            is_variant = not has_decoder if family.variant_class is None else family.variant_class in classes
+            if family.variant_field is None:
+                is_variant = not has_decoder
+            else:
+                name, value = family.variant_field
+                stated = fields.values.get(name)
+                is_variant = value in stated if isinstance(stated, list) else value == stated
             if is_variant:
                 return family.model_type
     return found

@@ -13,8 +13,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, assert_never
 
+from t5x_like.config.model import expert_layers
+
 Shape = tuple[int, ...]
 Form = Literal["plain", "flat", "row", "out_in", "in_out", "by_head"]
+Layers = Literal["all", "after_first", "with_experts", "without_experts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +32,15 @@ class Rule:
         in_out: a matrix [inputs, outputs]; by_head: a matrix [outputs, inputs] with the query, key and value of
         one head after another, whose rotated pairs are neighbours, as in Meta's code of Llama.
       inputs: Number of a parameter's dimensions that are inputs; for matrices.
-      first_layer: Number of the first layer that has the tensor.
+      layers: Layers that have the tensor. In a stack of which only some layers have experts, these are a rule of their
+        own, and so are those of the other layers.
     """
 
     tensor: str
     paths: tuple[str, ...]
     form: Form = "plain"
     inputs: int = 1
-    first_layer: int = 0
+    layers: Layers = "all"
 
     @property
     def numbered(self) -> int:
@@ -62,20 +66,52 @@ def tensors(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Iterator[Tens
     """
     used: list[str] = []
     for rule in rules:
-        if not all(path in shapes for path in rule.paths):
+        if not all(path in shapes for path in rule.paths) or not _applies(rule, shapes):
             continue
         used += rule.paths
         parts = [shapes[path] for path in rule.paths]
+        layers = _layer_numbers(rule, shapes) if rule.numbered else []
         for index in itertools.product(*(range(n) for n in parts[0][: rule.numbered])):
             numbers = dict(zip(("layer", "expert"), index, strict=False))
             if rule.numbered:
-                numbers["layer"] += rule.first_layer
+                numbers["layer"] = layers[numbers["layer"]]
             inner = [part[rule.numbered :] for part in parts]
             yield Tensor(rule.tensor.format(**numbers), stored_shape(rule, inner), rule, index)
     missing = sorted(set(shapes) - set(used))
     twice = sorted({path for path in used if used.count(path) > 1})
     if missing or twice:
         raise ValueError(f"parameters without a tensor: {missing}; with several tensors: {twice}")
+
+
+def _applies(rule: Rule, shapes: Mapping[str, Shape]) -> bool:
+    """Return whether a rule is for parameters of these shapes: MLPs and experts can have the same paths."""
+    shape = shapes[rule.paths[0]]
+    if rule.layers == "without_experts":
+        return shape[0] < _depth(rule, shapes)
+    return rule.form not in ("out_in", "in_out") or len(shape) > rule.numbered + rule.inputs
+
+
+def _depth(rule: Rule, shapes: Mapping[str, Shape]) -> int:
+    """Return the number of layers of a rule's stack: the rows of the parameters that each layer has."""
+    stack = rule.paths[0].partition("/layers/")[0] + "/layers/"
+    return max(shape[0] for path, shape in shapes.items() if path.startswith(stack))
+
+
+def _layer_numbers(rule: Rule, shapes: Mapping[str, Shape]) -> list[int]:
+    """Return the number of the layer of each row of a rule's parameters."""
+    rows = shapes[rule.paths[0]][0]
+    depth = _depth(rule, shapes) if rule.layers in ("with_experts", "without_experts") else rows
+    match rule.layers:
+        case "all":
+            return list(range(rows))
+        case "after_first":
+            return list(range(1, rows + 1))
+        case "with_experts":
+            return list(expert_layers(depth, depth // rows))
+        case "without_experts":
+            return [number for number in range(depth) if number not in expert_layers(depth, depth // (depth - rows))]
+        case unknown:
+            assert_never(unknown)
 
 
 def stored_shape(rule: Rule, parts: Sequence[Shape]) -> Shape:
@@ -105,11 +141,11 @@ def dense_rules(tensor: str, params: str | tuple[str, ...], *, form: Form = "out
     ]
 
 
-def norm_rules(tensor: str, params: str, *, first_layer: int = 0) -> list[Rule]:
+def norm_rules(tensor: str, params: str, *, layers: Layers = "all") -> list[Rule]:
     """Return the rules of the scale and the bias of a norm."""
     return [
-        Rule(f"{tensor}.weight", (f"{params}/scale",), first_layer=first_layer),
-        Rule(f"{tensor}.bias", (f"{params}/bias",), first_layer=first_layer),
+        Rule(f"{tensor}.weight", (f"{params}/scale",), layers=layers),
+        Rule(f"{tensor}.bias", (f"{params}/bias",), layers=layers),
     ]
 
 

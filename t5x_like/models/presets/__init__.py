@@ -22,6 +22,7 @@ from t5x_like.models.presets.encoders import (
     xlm_roberta,
 )
 from t5x_like.models.presets.gemma import gemma_1, gemma_2, gemma_3, t5gemma, t5gemma_2
+from t5x_like.models.presets.ltg import gpt_bert, ltg_bert
 from t5x_like.models.presets.smoke import SmokeModel, smoke
 from t5x_like.models.presets.t5 import (
     T5_VOCABULARY,
@@ -30,6 +31,7 @@ from t5x_like.models.presets.t5 import (
     long_t5,
     mt5,
     mt5_base,
+    switch,
     t5_1_0,
     t5_1_1,
     t5_encoder,
@@ -56,8 +58,10 @@ __all__ = [
     "gemma_2",
     "gemma_3",
     "gpt_2",
+    "gpt_bert",
     "llama_3",
     "long_t5",
+    "ltg_bert",
     "mbart",
     "mistral_7b",
     "mixtral_8x7b",
@@ -70,6 +74,7 @@ __all__ = [
     "qwen_3",
     "roberta",
     "smoke",
+    "switch",
     "t5_1_0",
     "t5_1_1",
     "t5_encoder",

@@ -1,11 +1,11 @@
-"""Presets of T5: 1.0, 1.1, UL2, mT5, umT5 and LongT5."""
+"""Presets of T5: 1.0, 1.1, UL2, mT5, umT5, LongT5 and Switch Transformers."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
-from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.model import ModelConfig, MoEConfig, StackConfig
 
 T5Size = Literal["small", "base", "large", "xl", "xxl"]
 T5_VOCABULARY = 32_128
@@ -147,10 +147,30 @@ def t5_encoder(size: T5Size = "base", *, vocab_size: int = T5_VOCABULARY, bias_p
     return dataclasses.replace(model, encoder=encoder, decoder=None, tie_embeddings=True)
 
 
-def long_t5(size: T5Size = "base", *, local_radius: int = 127) -> ModelConfig:
-    """Return LongT5 with local attention: T5 1.1 whose encoder attends to `local_radius` tokens on each side."""
+def switch(size: Literal["base", "large"] = "base", *, num_experts: int = 8) -> ModelConfig:
+    """Return a Switch Transformer: T5 1.0 with experts in every second layer, of which each token takes one."""
+    model = t5_1_0(size, dropout_rate=0.0)
+    experts = MoEConfig(
+        num_experts=num_experts,
+        experts_per_token=1,
+        layer_period=2,
+        capacity=64,
+        normalize_weights=False,
+        router_z_loss_weight=0.001,
+    )
+    stacks = {name: dataclasses.replace(stack, experts=experts) for name, stack in model.stacks.items()}
+    return dataclasses.replace(model, **stacks)
+
+
+def long_t5(size: T5Size = "base", *, local_radius: int = 127, block_size: int | None = None) -> ModelConfig:
+    """Return LongT5: T5 1.1 whose encoder attends to `local_radius` tokens on each side.
+
+    With a `block_size`, 16 in the published models, it has transient global attention.
+    """
     model = t5_1_1(size)
     assert model.encoder is not None
     window = (local_radius, local_radius)
-    encoder = dataclasses.replace(model.encoder, layer_pattern=("local",), sliding_window=window)
+    encoder = dataclasses.replace(
+        model.encoder, layer_pattern=("local",), sliding_window=window, global_block_size=block_size
+    )
     return dataclasses.replace(model, encoder=encoder)

@@ -141,7 +141,7 @@ def _last_products(config: ModelConfig, forward: Mapping[str, int]) -> float:
     return sum(
         forward[f"{name} mlp"] * _last_product(stack)
         for name, stack in [*config.stacks.items(), ("generator", config.generator)]
-        if stack is not None and stack.norm_placement == "pre"
+        if stack is not None and stack.norm_placement in ("pre", "normformer", "sub")
     )
 
 
@@ -151,8 +151,10 @@ def _last_product(stack: StackConfig) -> float:
     if stack.experts is None:
         return 1 / kernels
     mlps = stack.experts.experts_per_token + stack.experts.num_shared_experts
-    router = stack.experts.num_experts / (mlps * stack.d_ff)
-    return 1 / (kernels + router)
+    # Of the layers without experts an MLP, of those with experts several and the router, in units of d_model * d_ff.
+    with_experts = len(stack.expert_layers)
+    mlps = stack.num_layers + with_experts * (mlps - 1)
+    return mlps / (kernels * mlps + with_experts * stack.experts.num_experts / stack.d_ff)
 
 
 def cross_attention_premium(run: RunConfig) -> float:

@@ -80,7 +80,7 @@ def decoding_kernels(model: ModelConfig) -> float:
 def expert_kernels(decoder: StackConfig) -> float:
     """Return the elements of the matrices of one expert, summed over the layers; 0 without experts."""
     per_layer = (3 if decoder.mlp_gated else 2) * decoder.d_model * decoder.d_ff
-    return 0.0 if decoder.experts is None else float(decoder.num_layers * per_layer)
+    return float(len(decoder.expert_layers) * per_layer)
 
 
 def expected_experts(decoder: StackConfig, tokens: int) -> float:

@@ -20,8 +20,10 @@ _KINDS = {
     "cross_attention": "cross-attention",
     "mlp": "MLP",
     "relative_bias": "positions",
+    "global_relative_bias": "positions",
     "position_embedder": "positions",
     "distance_embedder": "positions",
+    "depth_weights": "depth weights",
     "token_type_embedder": "token types",
     "embedding_projection": "embedding projection",
 }

@@ -17,13 +17,14 @@ from t5x_like.interop.huggingface.families.family import Family
 from t5x_like.interop.huggingface.families.gemma import GEMMA_1, GEMMA_2, GEMMA_3
 from t5x_like.interop.huggingface.families.gpt2 import GPT_2
 from t5x_like.interop.huggingface.families.llama import LLAMA
-from t5x_like.interop.huggingface.families.longt5 import LONG_T5
+from t5x_like.interop.huggingface.families.longt5 import LONG_T5, LONG_T5_GLOBAL
 from t5x_like.interop.huggingface.families.mistral import MISTRAL
 from t5x_like.interop.huggingface.families.mixtral import MIXTRAL
 from t5x_like.interop.huggingface.families.modernbert import MODERNBERT, MODERNBERT_DECODER
 from t5x_like.interop.huggingface.families.neobert import NEOBERT
 from t5x_like.interop.huggingface.families.qwen import QWEN_2, QWEN_3
 from t5x_like.interop.huggingface.families.roberta import ROBERTA, XLM_ROBERTA
+from t5x_like.interop.huggingface.families.switch import SWITCH
 from t5x_like.interop.huggingface.families.t5 import MT5, MT5_ENCODER, T5, T5_ENCODER, UMT5, UMT5_ENCODER
 from t5x_like.interop.huggingface.families.t5gemma import T5GEMMA, T5GEMMA_2
 from t5x_like.interop.huggingface.families.task_heads import TASK_HEADS
@@ -42,6 +43,8 @@ _BUILT_IN = (
     MT5_ENCODER,
     UMT5_ENCODER,
     LONG_T5,
+    LONG_T5_GLOBAL,
+    SWITCH,
     LLAMA,
     MISTRAL,
     QWEN_2,

@@ -63,8 +63,8 @@ class Family:
       unstated_fields: Fields of `ModelConfig` that config.json cannot express; any value of theirs fits.
       signature: Name of a tensor that identifies checkpoints whose config.json has no `model_type`, or None.
       variant_of: `model_type` in config.json if it is that of another family, of which this is a variant.
-      variant_class: Class in `architectures` of config.json that identifies the variant; None: the encoder alone, which
-        is identified by the absence of a decoder.
+      variant_field: Field of config.json that identifies the variant, with its value or one of its values; None: the
+        encoder alone, which is identified by the absence of a decoder.
     """
 
     model_type: str
@@ -88,7 +88,7 @@ class Family:
     unstated_fields: tuple[str, ...] = ()
     signature: str | None = None
     variant_of: str | None = None
-    variant_class: str | None = None
+    variant_field: tuple[str, str] | None = None
 
     @property
     def written_type(self) -> str:

@@ -40,7 +40,7 @@ def _rules(stack: str, *, is_fused: bool, head: str) -> list[Rule]:
     return [
         table_rule("model.embeddings.tok_embeddings.weight", "token_embedder"),
         *norm_rules("model.embeddings.norm", f"{stack}/embedding_norm"),
-        *norm_rules(f"{_TENSORS}.attn_norm", f"{layers}/self_attention_norm", first_layer=1),
+        *norm_rules(f"{_TENSORS}.attn_norm", f"{layers}/self_attention_norm", layers="after_first"),
         *(dense_rules(f"{_TENSORS}.attn.Wqkv", tuple(parts.values())) if is_fused else projections),
         *dense_rules(f"{_TENSORS}.attn.Wo", f"{layers}/self_attention/out", inputs=2),
         *norm_rules(f"{_TENSORS}.mlp_norm", f"{layers}/mlp_norm"),

@@ -30,12 +30,15 @@ def t5_stack_rules(stack: str, mlp: int, attention: str = "SelfAttention") -> li
     """Return the rules of a stack; `mlp` is the number of the MLP among the sub-layers of a block, `attention` the name
     of the self-attention."""
     tensors, params = f"{stack}.block.{{layer}}.layer", f"{stack}/layers"
-    bias = f"{attention}.relative_attention_bias.weight"
+    bias, global_bias = f"{attention}.relative_attention_bias.weight", f"{stack}/global_relative_bias"
     rules = [
         # umT5 has one table in each layer; the others share one, which files store in the first layer.
         table_rule(f"{stack}.block.0.layer.0.{bias}", f"{stack}/relative_bias"),
         table_rule(f"{tensors}.0.{bias}", f"{params}/relative_bias"),
         *attention_rules(f"{tensors}.0.{attention}", f"{params}/self_attention", ("q", "k", "v", "o")),
+        # LongT5's transient global tokens.
+        table_rule(f"{stack}.block.0.layer.0.{attention}.global_relative_attention_bias.weight", global_bias),
+        *norm_rules(f"{tensors}.0.{attention}.global_input_layer_norm", f"{params}/global_norm"),
         *norm_rules(f"{tensors}.0.layer_norm", f"{params}/self_attention_norm"),
         *norm_rules(f"{tensors}.{mlp}.layer_norm", f"{params}/mlp_norm"),
         *norm_rules(f"{stack}.final_layer_norm", f"{stack}/final_norm"),

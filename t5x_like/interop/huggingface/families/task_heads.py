@@ -76,7 +76,7 @@ def _variant(base: Family, architecture: str, kind: HeadKind, *, out: str, trans
         base,
         model_type=f"{base.model_type}_{kind}",
         variant_of=base.model_type,
-        variant_class=name,
+        variant_field=("architectures", name),
         presets=(preset,),
         rules=rules,
         read=read,
