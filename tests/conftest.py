@@ -33,7 +33,7 @@ EXTENDED = re.compile(
     r"|shared experts|disentangled)\]"
     r"|decoding/test_beam_search.*(exhaustive\[(t5x long|no penalty)|independent_of_the_mesh\[causal_lm)"
     r"|export/test_export_model.*\[(unequal|local|local prefix|first layer|disentangled|learned|per-layer bias"
-    r"|experts)\]"
+    r"|experts|some experts|gated prefix|blocks)\]"
     r"|models/test_seqio_rows.*\[(prefix_lm|causal_lm)-numbers\]"
     r"|models/test_electra.*outputs\[learned\]"
     r"|models/test_model.py.*scan_unrolled.*\[changes[12]\]"

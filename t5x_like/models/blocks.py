@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import assert_never
 
 import jax
 import jax.numpy as jnp
@@ -87,12 +88,19 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config)
         all_have_experts = config.experts is not None and config.experts.layer_period == 1
         self.mlp: Mlp | MixtureOfExperts = (MixtureOfExperts if all_have_experts else Mlp)(config, rngs=rngs)
-        if config.norm_placement == "normformer":
-            self.self_attention_post_norm = Norm(config, has_parameters=True)
-        if config.norm_placement == "both":
-            self.self_attention_post_norm, self.mlp_post_norm = Norm(config), Norm(config)
-        if config.norm_placement in ("both", "normformer") and self.has_cross_attention:
-            self.cross_attention_post_norm = Norm(config, has_parameters=True)
+        match config.norm_placement:
+            case "pre" | "post" | "sub":  # The norms of "sub" are parts of attention and MLP.
+                after_branch: tuple[str, ...] = ()
+            case "normformer":
+                after_branch = ("self_attention", "cross_attention")
+            case "both":
+                after_branch = ("self_attention", "cross_attention", "mlp")
+            case unknown:
+                assert_never(unknown)
+        for name in after_branch:
+            if name != "cross_attention" or self.has_cross_attention:
+                has_parameters = config.norm_placement == "normformer" or config.norm_parameters
+                setattr(self, f"{name}_post_norm", Norm(config, has_parameters=has_parameters))
 
     def __call__(
         self,
@@ -351,7 +359,8 @@ def layer_groups(blocks: Block) -> tuple[Block, ...]:
             block.mlp = experts
         else:
             # The second layer of a group has no row here.
-            block.mlp = jax.tree.map(lambda leaf, row=max(place - 1, 0): leaf[row :: period - 1], mlp)
+            row = max(place - 1, 0)
+            block.mlp = jax.tree.map(lambda leaf, row=row: leaf[row :: period - 1], mlp)
         places.append(block)
     return tuple(places)
 

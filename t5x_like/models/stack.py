@@ -367,19 +367,21 @@ class Stack(nnx.Module):
 
         # A scan already keeps the recomputation apart from the forward pass; only unrolled layers need the barrier
         # against common-subexpression elimination.
+        scans = self.scan_layers and isinstance(self.layers, Block) and not self.config.depth_weights
         match self.remat:
             case "none":
                 pass
             case "dots":
                 # Keep products of activations with parameters; recompute scores and all elementwise work.
                 policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                run = jax.checkpoint(run, prevent_cse=not self.scan_layers, policy=policy)
+                run = jax.checkpoint(run, prevent_cse=not scans, policy=policy)
             case "full":
-                run = jax.checkpoint(run, prevent_cse=not self.scan_layers)
+                run = jax.checkpoint(run, prevent_cse=not scans)
             case unknown:
                 assert_never(unknown)
         carry: Carry = (x, self._depth_states(x))
-        if self.scan_layers and isinstance(self.layers, Block) and not self.config.depth_weights:
+        if scans:
+            assert isinstance(self.layers, Block)
             places = layer_groups(self.layers)
             count = len(places)
             if count == 1:

@@ -67,7 +67,9 @@ def of(kind: str, config: str, **fields):
 
 def t5gemma():
     module = transformers.models.t5gemma.configuration_t5gemma.T5GemmaModuleConfig
-    encoder = module(**{**GEMMA_2, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48})
+    scaled = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "rope_parameters": scaled}
+    encoder = module(**(GEMMA_2 | sizes))
     config = transformers.T5GemmaConfig(encoder=encoder, decoder=module(**GEMMA_2), vocab_size=V)
     return transformers.T5GemmaForConditionalGeneration(config)
 

@@ -74,10 +74,30 @@ head/bias vocab
     + ATTENTION.format("encoder/layers/self_attention")
     + ATTENTION_BIASES.format("encoder/layers/self_attention")
 )
+GPT_BERT = (
+    """
+token_embedder/embedding vocab embed
+decoder/distance_embedder/embedding relative_buckets embed
+decoder/distance_norm/scale norm
+decoder/distance_norm/bias norm
+decoder/depth_weights norm
+decoder/layers/self_attention/gate/kernel layers embed heads head_dim
+decoder/layers/self_attention/gate/bias layers heads head_dim
+decoder/layers/mlp/wi_0/kernel layers embed mlp
+decoder/layers/mlp/wi_1/kernel layers embed mlp
+decoder/layers/mlp/wo/kernel layers mlp embed
+head/transform/kernel embed mlp
+head/transform/bias mlp
+head/bias vocab
+"""
+    + ATTENTION.format("decoder/layers/self_attention")
+    + ATTENTION_BIASES.format("decoder/layers/self_attention")
+)
 GOLDEN = {
     "t5_1_1": (presets.t5_1_1("small"), T5_1_1),
     "llama": (presets.decoder_1b(), LLAMA),
     "bert": (presets.bert_base(), BERT),
+    "gpt_bert": (presets.gpt_bert(), GPT_BERT),
 }
 
 
@@ -91,6 +111,21 @@ def test_parameter_paths_and_logical_axes_match_the_golden_table(name):
     config, lines = GOLDEN[name]
     expected = {path: tuple(axes) for path, *axes in (line.split() for line in lines.splitlines() if line)}
     assert paths(abstract_model(config).logical_axes) == expected
+
+
+def test_layers_with_experts_are_rows_of_their_own():
+    spec = abstract_model(presets.switch("base"))
+    axes, shapes = paths(spec.logical_axes), {path: leaf.shape for path, leaf in paths(spec.params).items()}
+    for stack in ("encoder", "decoder"):
+        experts = f"{stack}/layers/experts"
+        assert axes[f"{experts}/router/kernel"] == ("layers", "embed", "router")
+        assert axes[f"{experts}/wi/kernel"] == ("layers", "experts", "embed", "mlp")
+        assert shapes[f"{experts}/wi/kernel"] == (6, 8, 768, 3072)
+        assert axes[f"{stack}/layers/mlp/wi/kernel"] == ("layers", "embed", "mlp")
+        assert shapes[f"{stack}/layers/mlp/wi/kernel"] == (6, 768, 3072)
+    block_sums = paths(abstract_model(presets.long_t5("small", block_size=16)).logical_axes)
+    assert block_sums["encoder/global_relative_bias/embedding"] == ("relative_buckets", "heads")
+    assert block_sums["encoder/layers/global_norm/scale"] == ("layers", "norm")
 
 
 def test_shapes_match_the_logical_axes():

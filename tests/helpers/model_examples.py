@@ -56,6 +56,23 @@ def _unequal() -> ModelConfig:
     return dataclasses.replace(config, encoder=encoder, separate_encoder_embeddings=True)
 
 
+def _blocks() -> ModelConfig:
+    changes = {"layer_pattern": ("local",), "sliding_window": (1, 1), "global_block_size": 2}
+    config = model("encoder_decoder", "relative_bias")
+    return dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **changes))
+
+
+SOME_EXPERTS = MoEConfig(num_experts=3, experts_per_token=1, layer_period=2, normalize_weights=False)
+GATED = {
+    "norm": "layernorm",
+    "norm_placement": "sub",
+    "norm_parameters": False,
+    "use_bias": True,
+    "mlp_bias": False,
+    "attention_gate": True,
+    "depth_weights": True,
+}
+
 EXAMPLES: dict[str, ModelConfig] = {
     "merged": _merged(),
     "unequal": _unequal(),
@@ -63,6 +80,11 @@ EXAMPLES: dict[str, ModelConfig] = {
     "local": model("decoder", "rope", stack_changes=GEMMA),
     "local prefix": model("prefix_lm", "rope", stack_changes=GEMMA),
     "experts": model("decoder", "rope", stack_changes={"experts": MoEConfig(num_experts=3)}),
+    "some experts": model(
+        "decoder", "rope", stack_changes={"experts": SOME_EXPERTS, "num_layers": 4, "mlp_gated": False}
+    ),
+    "gated prefix": model("prefix_lm", "rope", stack_changes=GATED),
+    "blocks": _blocks(),
     "first layer": model(
         "encoder_decoder", "rope", stack_changes={"norm": "layernorm", "first_layer_attention_norm": False}
     ),

@@ -299,6 +299,10 @@ def _computed(model: ModelConfig) -> dict[str, object]:
     if model.task_head is not None:
         values = {name: value for name, value in values.items() if name not in _OF_LM_HEAD}
         values["task_head"] = _computed_by_head(model.task_head)
+    if not model.lm_head_transform or model.task_head is not None:
+        values.pop("lm_head_activation")
+    elif model.lm_head_activation is None:
+        values["lm_head_activation"] = next(reversed(model.stacks.values())).mlp_activation
     return values | {
         name: _computed_by(stack, has_encoder=name == "decoder" and model.encoder is not None)
         for name, stack in model.stacks.items()
@@ -341,6 +345,8 @@ def _computed_by(stack: StackConfig, *, has_encoder: bool) -> dict[str, object]:
         without += ["relative_bias_bidirectional", "relative_bias_per_layer"]
     if stack.positions != "learned":
         without += ["max_positions", "position_offset"]
+    if stack.mlp_bias is None:
+        values["mlp_bias"] = stack.use_bias
     if stack.attention_scale is None:
         values["attention_scale"] = stack.head_dim**-0.5
     return {name: value for name, value in values.items() if name not in without}

@@ -1,5 +1,6 @@
 """Mixture of experts, compared with a loop over all experts on all tokens; load statistics."""
 
+import collections
 import dataclasses
 
 import jax
@@ -88,6 +89,25 @@ def test_padding_is_not_computed_and_not_counted():
     jax.tree.map(np.testing.assert_array_equal, routing, other_routing)
     assert routing.tokens == 12 and routing.tokens_per_expert.sum() == 24
     np.testing.assert_allclose(routing.probability.sum(), 12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("segments", [None, [[1, 1, 1, 2, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3, 3, 3]]])
+def test_experts_take_the_first_tokens_of_a_text_up_to_their_capacity(segments):
+    experts = MoEConfig(num_experts=3, experts_per_token=2, capacity=2)
+    module = MixtureOfExperts(stack(experts=experts), rngs=nnx.Rngs(0))
+    chosen = np.random.default_rng(0).integers(0, 3, (2, 8, 2)).astype(np.int32)
+    found = module._within_capacity(chosen, 2, None if segments is None else jnp.array(segments))
+    for row, tokens_of_row in enumerate(chosen):
+        taken = collections.Counter()
+        for place, choices in enumerate(tokens_of_row):
+            for choice, expert in enumerate(choices):
+                text = 0 if segments is None else segments[row][place]
+                taken[text, expert] += 1
+                assert found[row, place, choice] == (expert if taken[text, expert] <= 2 else 3)
+    unlimited = MixtureOfExperts(stack(experts=dataclasses.replace(experts, capacity=None)), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 32))
+    np.testing.assert_array_equal(module(x[:, :1], valid=None)[0], unlimited(x[:, :1], valid=None)[0])
+    assert not np.array_equal(module(x, valid=None)[0], unlimited(x, valid=None)[0])
 
 
 def test_uniform_routing_minimizes_the_balancing_loss():

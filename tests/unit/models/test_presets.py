@@ -143,6 +143,13 @@ FLOPS = {
             SMOKE.encoder, positions="disentangled", relative_bias_buckets=16, relative_bias_max_distance=64
         ),
     ),
+    "gate": dataclasses.replace(
+        presets.smoke("decoder"), decoder=dataclasses.replace(SMOKE.decoder, attention_gate=True)
+    ),
+    "blocks": dataclasses.replace(
+        presets.smoke("encoder"),
+        encoder=dataclasses.replace(SMOKE.encoder, positions="relative_bias", global_block_size=8),
+    ),
     # All experts for all tokens, so that XLA counts them all.
     "experts": dataclasses.replace(
         presets.smoke("decoder"), decoder=dataclasses.replace(SMOKE.decoder, experts=MoEConfig(num_experts=2))
