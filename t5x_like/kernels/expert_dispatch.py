@@ -75,8 +75,9 @@ def apply_experts(
         axes or None for axes in (sharding.batch, sharding.length, sharding.experts, sharding.mlp)
     )
     tokens = PartitionSpec(batch, length, None)
-    inner, outer = PartitionSpec(experts, None, mlp), PartitionSpec(experts, mlp, None)
-    by_kernel: Any = ExpertKernels(inner, None if kernels.wi_1 is None else inner, outer)
+    inner: Any = PartitionSpec(experts, None, mlp)
+    outer: Any = PartitionSpec(experts, mlp, None)
+    by_kernel = ExpertKernels(inner, None if kernels.wi_1 is None else inner, outer)
     # `shard_map` and not automatic partitioning: sorting and gathering by data-dependent indices would make XLA gather
     # the tokens of all devices.
     return jax.shard_map(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from t5x_like.kernels.attention_masks import MaskSpec
 from t5x_like.sharding.constrain import constrain
 
 
-class TextBlocks(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class TextBlocks:
     """Blocks of a batch of rows. A row of L tokens has room for L // block_size blocks.
 
     Attributes:

@@ -63,7 +63,12 @@ class Block(nnx.Module):
     """Self-attention, cross-attention in a decoder beside an encoder, and an MLP, each on a residual branch.
 
     Dropout is applied where T5 applies it: to attention probabilities, inside the MLP and to each branch.
+
+    Attributes:
+      experts: In stacked blocks of which only some have experts: the experts, a row for each block that has them.
     """
+
+    experts: MixtureOfExperts
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from t5x_like.config.model import ModelConfig, MoEConfig, StackConfig
 
@@ -158,7 +158,7 @@ def switch(size: Literal["base", "large"] = "base", *, num_experts: int = 8) -> 
         normalize_weights=False,
         router_z_loss_weight=0.001,
     )
-    stacks = {name: dataclasses.replace(stack, experts=experts) for name, stack in model.stacks.items()}
+    stacks: dict[str, Any] = {name: dataclasses.replace(stack, experts=experts) for name, stack in model.stacks.items()}
     return dataclasses.replace(model, **stacks)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from t5x_like.config.model import ModelConfig, MoEConfig, StackConfig
 from t5x_like.errors import DataError
 from t5x_like.interop.huggingface.config_reader import Fields
 from t5x_like.interop.huggingface.families.family import Present, Values
 from t5x_like.interop.huggingface.families.t5 import T5, read_t5, t5_stack_rules, write_t5
-from t5x_like.interop.huggingface.weight_map import Rule, head_rule, table_rule
+from t5x_like.interop.huggingface.weight_map import Layers, Rule, head_rule, table_rule
 from t5x_like.models import presets
 
 
@@ -18,7 +19,8 @@ def _stack_rules(stack: str, mlp: int) -> list[Rule]:
     tensors, params = f"{stack}.block.{{layer}}.layer.{mlp}.mlp", f"{stack}/layers"
     rules = [rule for rule in t5_stack_rules(stack, mlp) if "DenseReluDense" not in rule.tensor]
     # Without a period all layers have experts, which are then the stack's MLPs.
-    for experts, layers in ((f"{params}/experts", "with_experts"), (f"{params}/mlp", "all")):
+    places: tuple[tuple[str, Layers], ...] = ((f"{params}/experts", "with_experts"), (f"{params}/mlp", "all"))
+    for experts, layers in places:
         rules.append(Rule(f"{tensors}.router.classifier.weight", (f"{experts}/router/kernel",), "out_in", 1, layers))
         for part in ("wi", "wo"):
             name, path = f"{tensors}.experts.expert_{{expert}}.{part}.weight", f"{experts}/{part}/kernel"
@@ -42,7 +44,7 @@ def read_switch(fields: Fields, present: Present) -> ModelConfig:
     fields.unused("dropout_rate")
     model = read_t5(fields.with_value("dropout_rate", 0.0), present, default="relu")
     tied = fields.flag("tie_word_embeddings", True)
-    stacks = {
+    stacks: dict[str, Any] = {
         name: dataclasses.replace(stack, experts=_experts(fields, f"num_sparse_{name}_layers", stack))
         for name, stack in model.stacks.items()
     }
