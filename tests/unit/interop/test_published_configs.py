@@ -203,7 +203,14 @@ def plain(model):
             layer_pattern=stack.layer_kinds, attention_scale=round(scale, 9),
         )  # fmt: skip
     ids = {"pad_token_id": None, "decoder_start_token_id": 0, "eos_ids": ()}
-    return dataclasses.replace(model, **stacks, **ids, embedding_stddev=1.0, head_init_scale=1.0, tie_embeddings=False)
+    ids |= {
+        "embedding_stddev": 1.0,
+        "head_init_scale": 1.0,
+        "tie_embeddings": False,
+        "dtype": "float32",
+        "remat": "none",
+    }
+    return dataclasses.replace(model, **stacks, **ids)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -72,6 +72,7 @@ def read_modernbert(fields: Fields, present: Present) -> ModelConfig:
     fields.unused(
         "sliding_window", "layer_norm_eps", "global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"
     )
+    fields.unused("position_embedding_type")  # Published files have BERT's, which nothing reads.
     num_layers, half = fields.numbered("num_hidden_layers"), fields.integer("local_attention", 128) // 2
     activation = fields.activation("hidden_activation", "gelu")
     fields.only("classifier_activation", fields.values.get("hidden_activation", "gelu"), "gelu")

@@ -50,6 +50,10 @@ def read_rotary_stack(fields: Fields, *, activation: str, default: str, epsilon:
     heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
+    if activation == "hidden_activation":
+        fields.unused(
+            "hidden_act"
+        )  # Published files of Gemma 2 have both, of which transformers does not read this one.
     if fields.flag("use_bidirectional_attention", False):
         raise fields.wrong("use_bidirectional_attention", "false: nothing else is supported")
     values: dict[str, Any] = {
