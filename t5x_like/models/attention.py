@@ -166,7 +166,7 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, head_dim), Norm(config, head_dim)
         if config.attention_gate:
-            self.gate = Dense([embed], [heads, head_dim], stddev=config.d_model**-0.5, use_bias=bias, rngs=rngs)
+            self.gate = dense([embed], [heads, head_dim], stddev=config.d_model**-0.5, use_bias=bias)
         if config.norm_placement == "sub":
             self.out_norm = Norm(config, ("norm", config.num_heads * config.head_dim))
 

@@ -105,7 +105,7 @@ def part_of(path: str, axes: tuple[str | None, ...]) -> str:
         return "generator head"
     if "experts" in axes:
         return f"{stack} experts"
-    if inner[0] == "mlp" and inner[1] in ("router", "router_bias"):
+    if inner[0] in ("mlp", "experts") and inner[1] in ("router", "router_bias"):
         return f"{stack} router"
     return f"{stack} {_KINDS.get(inner[0], 'norms')}"
 
