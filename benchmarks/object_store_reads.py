@@ -5,8 +5,9 @@
 A server in a process of its own answers the requests of TensorStore's driver of S3 after a latency, of which every
 tenth is longer (a spike). It holds a store of random ids that is larger than what is read in a run of the benchmark. A
 causal LM reads windows of it through `Prefetcher`, as in training, with the settings before (one thread, 32 requests,
-indices that are asked for again with each window) and those of today, by turns. The CPU seconds of both sides are
-shown, because on a small machine they and not the latency are the limit.
+indices that are asked for again with each window) and those of today, by turns. The CPU seconds of the client are
+shown, because on a small machine they and not the latency are the limit; and the requests and bytes per window, which
+depend on the size of the store's chunks (--chunk) and not on the machine. --settings now measures those of today only.
 
 At the end the windows per second that the shipped recipes need are printed, of a host at the data sheet's peak.
 """
@@ -114,6 +115,17 @@ def write_store(folder: Path, tokens: int) -> None:
         writer.commit({"vocabulary": vocabulary, "tokenizer_fingerprint": "random"})
 
 
+def transferred() -> tuple[int, int]:
+    """Return the numbers of requests to read and of bytes that this process has received from object stores."""
+    import tensorstore
+
+    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/s3/")
+    totals = {
+        metric["name"]: sum(int(value["value"]) for value in metric["values"] if "value" in value) for metric in metrics
+    }
+    return totals["/tensorstore/kvstore/s3/read"], totals["/tensorstore/kvstore/s3/bytes_read"]
+
+
 def needs() -> Iterator[str]:
     from t5x_like.config.recipes import load_recipe
     from t5x_like.hardware.topologies import parse_topology
@@ -140,6 +152,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--batch", type=int, default=256, help="rows of a host and step")
     parser.add_argument("--chunk", type=int, default=2**14, help="tokens of a chunk")
+    parser.add_argument("--settings", choices=("before", "now"), help="measure only these")
     options = parser.parse_args()
     os.environ.setdefault("AWS_ACCESS_KEY_ID", "key")
     os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "secret")
@@ -169,30 +182,41 @@ def main() -> None:
         )
         server.start()
         url = location(f"s3://bucket/store?endpoint=http://127.0.0.1:{ours.recv()}")
-        measured: dict[str, list[float]] = {"before": [], "now": []}
+        variants = {"before": before, "now": now}
+        if options.settings is not None:
+            variants = {options.settings: variants[options.settings]}
+        measured: dict[str, list[float]] = {name: [] for name in variants}
         first = 0
         for _ in range(options.rounds):
-            for name, data in (("before", before), ("now", now)):
+            for name, data in variants.items():
                 with mock.patch.object(token_arrays, "_spec", rechecked if name == "before" else spec):
                     stream = TrainingStream([Store.open(url, ReadOptions.of(data))], data, options.batch)
-                    cpu, rows = time.process_time(), 0
+                    rows = 0
                     with Prefetcher(stream, first) as batches:
                         next(batches)
-                        began = time.monotonic()
+                        began, cpu, (requests, size) = time.monotonic(), time.process_time(), transferred()
                         while time.monotonic() - began < options.seconds:
                             next(batches)
                             rows += options.batch
-                        elapsed = time.monotonic() - began
+                        elapsed, cpu = time.monotonic() - began, time.process_time() - cpu
+                        requests, size = (
+                            after - earlier for after, earlier in zip(transferred(), (requests, size), strict=True)
+                        )
                 first += 100 * rows  # Other windows the next time.
                 measured[name].append(rows / elapsed)
-                share = (time.process_time() - cpu) / elapsed
-                print(f"{name}: {rows / elapsed:,.0f} windows per second, {share:.2f} CPUs of the client", flush=True)
+                print(
+                    f"{name}: {rows / elapsed:,.0f} windows per second, {cpu / elapsed:.2f} CPUs of the client, "
+                    f"{1e6 * cpu / rows:.0f} microseconds of a CPU, {requests / rows:.2f} requests and "
+                    f"{size / rows / 1024:.1f} KiB per window",
+                    flush=True,
+                )
         server.terminate()
     for name, values in measured.items():
         print(f"{name}: median {statistics.median(values):,.0f}, {min(values):,.0f} to {max(values):,.0f}")
-    ratio = statistics.median(b / a for a, b in zip(measured["before"], measured["now"], strict=True))
-    print(f"ratio, median of the pairs: {ratio:.1f}")
-    print(*needs(), sep="\n")
+    if options.settings is None:
+        ratio = statistics.median(b / a for a, b in zip(measured["before"], measured["now"], strict=True))
+        print(f"ratio, median of the pairs: {ratio:.1f}")
+        print(*needs(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import pytest
 from helpers.bucket_proxy import Faults
 from helpers.bucket_servers import Server, without_bucket_settings
 from helpers.saved_state import saved_state
+from helpers.time_to_end import WITHIN_SECONDS, ended
 
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
 from t5x_like.storage import locations, segments
@@ -42,8 +42,6 @@ TIMINGS = (
     "lost_time/",
     "repeated_requests",
 )
-WITHIN_SECONDS = 60
-"""Time in which all processes end after a fault that a restart does not cure."""
 NOISE = re.compile(r"^(?:[EIW]\d{4} |t5x-like: --trust ).*\n", re.MULTILINE)
 """Lines that TensorStore writes to stderr, and that --trust was not needed."""
 
@@ -322,22 +320,6 @@ def test_four_hosts_that_see_no_common_directory(server: Server, settings: None,
     assert {"log.txt", "log.1.txt", "log.2.txt", "log.3.txt"} <= set(locations.children(run))
 
 
-def seconds_to_the_end(process: subprocess.Popen[str]) -> tuple[str, float]:
-    """Return the output of a process, and the seconds from the line in which it names its place in the run to its end.
-
-    What it does before, to import libraries, depends on the load of the machine.
-    """
-    assert process.stdout is not None
-    began, lines = None, []
-    for line in process.stdout:
-        lines.append(line)
-        if began is None and line.startswith("launcher: "):
-            began = time.monotonic()
-    process.wait()
-    assert began is not None, lines
-    return NOISE.sub("", "".join(lines)), time.monotonic() - began
-
-
 @pytest.mark.parametrize("kind", ["bucket", "permission"])
 def test_missing_bucket_or_permission_ends_all_processes_with_one_message(
     local: Workspace, server: Server, faults: Faults, kind: str
@@ -346,11 +328,10 @@ def test_missing_bucket_or_permission_ends_all_processes_with_one_message(
     workdir = server.url("x", bucket="missing") if kind == "bucket" else server.url("x")
     local.environment.update(server.environment)
     processes = start_processes([local, local], workdir, str(RECIPE))
-    with ThreadPoolExecutor() as pool:
-        ended = list(pool.map(seconds_to_the_end, processes))
-    assert [process.returncode for process in processes] == [EXIT_USAGE, EXIT_USAGE], ended
-    assert max(seconds for _, seconds in ended) < WITHIN_SECONDS, ended
-    output = "".join(text for text, _ in ended)
+    outputs, seconds = ended(processes)
+    output = NOISE.sub("", "".join(outputs))
+    assert [process.returncode for process in processes] == [EXIT_USAGE, EXIT_USAGE], output
+    assert seconds < WITHIN_SECONDS, output
     reason = "PERMISSION_DENIED" if kind == "permission" else "NOT_FOUND"
     told = [line for line in output.splitlines() if line.startswith("t5x-like: ") and reason in line]
     assert len(told) == 1 and "Traceback" not in output, output

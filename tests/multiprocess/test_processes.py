@@ -25,6 +25,7 @@ import pytest
 from helpers import fault_plugin, multiprocess_recipe
 from helpers.fault_runs import children
 from helpers.recorded_rows import recorded_rows
+from helpers.time_to_end import WITHIN_SECONDS, ended
 
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import CheckpointConfig, RunConfig, ShardingConfig
@@ -192,7 +193,9 @@ def test_directory_that_is_not_shared_is_refused_with_the_hosts(root: Path) -> N
         flags = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(index))
         options = ("--workdir", "runs/a", "--devices", "2", *flags, *MESHES[2])
         started.append(start(folder, "t5x_like", "train", f"{RECIPE}:decoder", *options))
-    outputs = [finish(process, EXIT_REFUSED) for process in started]
+    outputs, seconds = ended(started)
+    assert [process.returncode for process in started] == [EXIT_REFUSED, EXIT_REFUSED], outputs
+    assert seconds < WITHIN_SECONDS, outputs
     host = re.escape(socket.gethostname())
     expected = rf"runs/a is not shared by all processes: .* process 0 \(host {host}\) .* by process 1 \(host {host}\)"
     assert re.search(expected, outputs[0]) and "process 0 reports the reason" in outputs[1]
