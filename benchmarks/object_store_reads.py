@@ -115,15 +115,22 @@ def write_store(folder: Path, tokens: int) -> None:
         writer.commit({"vocabulary": vocabulary, "tokenizer_fingerprint": "random"})
 
 
-def transferred() -> tuple[int, int]:
-    """Return the numbers of requests to read and of bytes that this process has received from object stores."""
+def of_a_window(stream: Any, first: int, steps: int = 8) -> tuple[float, float, float]:
+    """Return the requests, the KiB and the microseconds of the CPU that a window takes, from batches that nothing else
+    reads at the same time."""
     import tensorstore
 
-    metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/s3/")
-    totals = {
-        metric["name"]: sum(int(value["value"]) for value in metric["values"] if "value" in value) for metric in metrics
-    }
-    return totals["/tensorstore/kvstore/s3/read"], totals["/tensorstore/kvstore/s3/bytes_read"]
+    def received() -> tuple[int, int]:
+        metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/s3/")
+        totals = {one["name"]: sum(int(value.get("value", 0)) for value in one["values"]) for one in metrics}
+        return totals["/tensorstore/kvstore/s3/read"], totals["/tensorstore/kvstore/s3/bytes_read"]
+
+    stream.batches_at(first + steps * stream.batch_size, 1)  # Reads the indices.
+    (requests, size), cpu = received(), time.process_time()
+    stream.batches_at(first, steps)
+    cpu, windows = time.process_time() - cpu, steps * stream.batch_size
+    after = received()
+    return (after[0] - requests) / windows, (after[1] - size) / windows / 1024, 1e6 * cpu / windows
 
 
 def needs() -> Iterator[str]:
@@ -194,22 +201,20 @@ def main() -> None:
                     rows = 0
                     with Prefetcher(stream, first) as batches:
                         next(batches)
-                        began, cpu, (requests, size) = time.monotonic(), time.process_time(), transferred()
+                        began, cpu = time.monotonic(), time.process_time()
                         while time.monotonic() - began < options.seconds:
                             next(batches)
                             rows += options.batch
                         elapsed, cpu = time.monotonic() - began, time.process_time() - cpu
-                        requests, size = (
-                            after - earlier for after, earlier in zip(transferred(), (requests, size), strict=True)
-                        )
+                    # The cache has room for the indices, and for few of the chunks.
+                    small = ReadOptions.of(dataclasses.replace(data, store_cache_bytes=2**22))
+                    uncached = TrainingStream([Store.open(url, small)], data, options.batch)
+                    requests, kibibytes, microseconds = of_a_window(uncached, first)
                 first += 100 * rows  # Other windows the next time.
                 measured[name].append(rows / elapsed)
-                print(
-                    f"{name}: {rows / elapsed:,.0f} windows per second, {cpu / elapsed:.2f} CPUs of the client, "
-                    f"{1e6 * cpu / rows:.0f} microseconds of a CPU, {requests / rows:.2f} requests and "
-                    f"{size / rows / 1024:.1f} KiB per window",
-                    flush=True,
-                )
+                rate, share = f"{rows / elapsed:,.0f} windows per second", f"{cpu / elapsed:.2f} CPUs of the client"
+                each = f"{requests:.2f} requests, {kibibytes:.1f} KiB, {microseconds:.0f} microseconds of a CPU"
+                print(f"{name}: {rate}, {share}; a window takes {each}", flush=True)
         server.terminate()
     for name, values in measured.items():
         print(f"{name}: median {statistics.median(values):,.0f}, {min(values):,.0f} to {max(values):,.0f}")
