@@ -5,9 +5,8 @@
 A server in a process of its own answers the requests of TensorStore's driver of S3 after a latency, of which every
 tenth is longer (a spike). It holds a store of random ids that is larger than what is read in a run of the benchmark. A
 causal LM reads windows of it through `Prefetcher`, as in training, with the settings before (one thread, 32 requests,
-indices that are asked for again with each window) and those of today, by turns. The CPU seconds of the client are
-shown, because on a small machine they and not the latency are the limit; and the requests and bytes per window, which
-depend on the size of the store's chunks (--chunk) and not on the machine. --settings now measures those of today only.
+indices that are asked for again with each window) and those of today, by turns. The CPU seconds of both sides are
+shown, because on a small machine they and not the latency are the limit.
 
 At the end the windows per second that the shipped recipes need are printed, of a host at the data sheet's peak.
 """
@@ -115,24 +114,6 @@ def write_store(folder: Path, tokens: int) -> None:
         writer.commit({"vocabulary": vocabulary, "tokenizer_fingerprint": "random"})
 
 
-def of_a_window(stream: Any, first: int, steps: int = 8) -> tuple[float, float, float]:
-    """Return the requests, the KiB and the microseconds of the CPU that a window takes, from batches that nothing else
-    reads at the same time."""
-    import tensorstore
-
-    def received() -> tuple[int, int]:
-        metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/s3/")
-        totals = {one["name"]: sum(int(value.get("value", 0)) for value in one["values"]) for one in metrics}
-        return totals["/tensorstore/kvstore/s3/read"], totals["/tensorstore/kvstore/s3/bytes_read"]
-
-    stream.batches_at(first + steps * stream.batch_size, 1)  # Reads the indices.
-    (requests, size), cpu = received(), time.process_time()
-    stream.batches_at(first, steps)
-    cpu, windows = time.process_time() - cpu, steps * stream.batch_size
-    after = received()
-    return (after[0] - requests) / windows, (after[1] - size) / windows / 1024, 1e6 * cpu / windows
-
-
 def needs() -> Iterator[str]:
     from t5x_like.config.recipes import load_recipe
     from t5x_like.hardware.topologies import parse_topology
@@ -159,7 +140,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--batch", type=int, default=256, help="rows of a host and step")
     parser.add_argument("--chunk", type=int, default=2**14, help="tokens of a chunk")
-    parser.add_argument("--settings", choices=("before", "now"), help="measure only these")
     options = parser.parse_args()
     os.environ.setdefault("AWS_ACCESS_KEY_ID", "key")
     os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "secret")
@@ -189,39 +169,30 @@ def main() -> None:
         )
         server.start()
         url = location(f"s3://bucket/store?endpoint=http://127.0.0.1:{ours.recv()}")
-        variants = {"before": before, "now": now}
-        if options.settings is not None:
-            variants = {options.settings: variants[options.settings]}
-        measured: dict[str, list[float]] = {name: [] for name in variants}
+        measured: dict[str, list[float]] = {"before": [], "now": []}
         first = 0
         for _ in range(options.rounds):
-            for name, data in variants.items():
+            for name, data in (("before", before), ("now", now)):
                 with mock.patch.object(token_arrays, "_spec", rechecked if name == "before" else spec):
                     stream = TrainingStream([Store.open(url, ReadOptions.of(data))], data, options.batch)
-                    rows = 0
+                    cpu, rows = time.process_time(), 0
                     with Prefetcher(stream, first) as batches:
                         next(batches)
-                        began, cpu = time.monotonic(), time.process_time()
+                        began = time.monotonic()
                         while time.monotonic() - began < options.seconds:
                             next(batches)
                             rows += options.batch
-                        elapsed, cpu = time.monotonic() - began, time.process_time() - cpu
-                    # The cache has room for the indices, and for few of the chunks.
-                    small = ReadOptions.of(dataclasses.replace(data, store_cache_bytes=2**22))
-                    uncached = TrainingStream([Store.open(url, small)], data, options.batch)
-                    requests, kibibytes, microseconds = of_a_window(uncached, first)
+                        elapsed = time.monotonic() - began
                 first += 100 * rows  # Other windows the next time.
                 measured[name].append(rows / elapsed)
-                rate, share = f"{rows / elapsed:,.0f} windows per second", f"{cpu / elapsed:.2f} CPUs of the client"
-                each = f"{requests:.2f} requests, {kibibytes:.1f} KiB, {microseconds:.0f} microseconds of a CPU"
-                print(f"{name}: {rate}, {share}; a window takes {each}", flush=True)
+                share = (time.process_time() - cpu) / elapsed
+                print(f"{name}: {rows / elapsed:,.0f} windows per second, {share:.2f} CPUs of the client", flush=True)
         server.terminate()
     for name, values in measured.items():
         print(f"{name}: median {statistics.median(values):,.0f}, {min(values):,.0f} to {max(values):,.0f}")
-    if options.settings is None:
-        ratio = statistics.median(b / a for a, b in zip(measured["before"], measured["now"], strict=True))
-        print(f"ratio, median of the pairs: {ratio:.1f}")
-        print(*needs(), sep="\n")
+    ratio = statistics.median(b / a for a, b in zip(measured["before"], measured["now"], strict=True))
+    print(f"ratio, median of the pairs: {ratio:.1f}")
+    print(*needs(), sep="\n")
 
 
 if __name__ == "__main__":
