@@ -33,8 +33,6 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from t5x_like.checkpoints import checksums, orbax_arrays
 from t5x_like.checkpoints.checkpoint_ref import missing_step
@@ -44,7 +42,7 @@ from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require, e
 from t5x_like.checkpoints.orbax_arrays import PARAMS, TRAINING
 from t5x_like.checkpoints.retention import removable
 from t5x_like.config.run import CheckpointConfig
-from t5x_like.distributed.coordination import on_process_0
+from t5x_like.distributed.coordination import barrier, on_process_0
 from t5x_like.errors import ConfigError, SafetyError
 from t5x_like.faults import STORAGE_FAILED, FaultError
 from t5x_like.run_directory import RUN_ID, RunRecord
@@ -137,14 +135,11 @@ class CheckpointManager(Checkpoints):
             return
         (step, finish), self._pending = self._pending, None
         error = error_of_save(finish, step)
-        # All processes raise or none does: one that went on alone would wait in the next collective operation forever.
-        failed = error is not None
-        if jax.process_count() > 1:
-            failed = bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
+        # At once: the others can wait in Orbax for this process, which will never come, until they follow its end.
         if error is not None:
             raise error
-        if failed:
-            raise SafetyError(f"the checkpoint of step {step} was not written: another process failed, see its message")
+        # None goes on before all have written: it would wait in the next collective operation for one that has failed.
+        barrier()
 
     def close(self, *, abandon: bool = False) -> None:
         if abandon:
