@@ -187,7 +187,7 @@ def _records(target: Path) -> Findings:
     path = target / run_directory.METRICS
     if path.exists():
         found = read_records(path)
-        problems = found.problems()
+        problems = list(found.problems())
         advice = "the last line of a killed run may be cut off; other lines were changed by something else"
         text = "; ".join([f"{len(found.records):,}", *problems])
         yield Finding("records", text, advice if problems else "")

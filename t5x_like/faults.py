@@ -54,9 +54,11 @@ DEVICE_FAILED = Fault(
 )
 PEER_LOST = Fault(
     "another process was lost",
+    # Not the request of a storage, whose messages have the same words.
+    r"(?s)^(?!.*(CURL error|retry attempts failed)).*("
     r"connection (closed|reset) by|connection refused|broken pipe|socket closed|\bgloo\b|ncclRemoteError|"
     r"NCCL.*(remote|network error|unhandled system error|async error|timed? ?out|aborted)|"
-    r"barrier.*(timed out|failed|error)|another task|heartbeat|coordination service.*(error|shut)|ABORTED",
+    r"barrier.*(timed out|failed|error)|another task|heartbeat|coordination service.*(error|shut)|ABORTED)",
     EXIT_RESUMABLE,
     (errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.EPIPE),
 )
@@ -65,7 +67,7 @@ STORAGE_FAILED = Fault(
     r"UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|timed out|input/output error|stale (nfs )?file handle|"
     r"remote i/o error|transport endpoint is not connected|network is (down|unreachable)|no route to host|"
     r"name resolution|couldn't (resolve|connect)|please try again|too many requests|"
-    r"HTTP.*\b(429|50[0234])\b",
+    r"HTTP.*\b(429|50[0234])\b|CURL error|retry attempts failed",
     EXIT_RESUMABLE,
     (
         errno.EIO,

@@ -64,7 +64,8 @@ def test_run_with_damaged_parts(tmp_path: Path) -> None:
     _run_with_checkpoint(tmp_path)
     found = findings(tmp_path)
     assert found["checkpoint 8"] == diagnosis.Finding("checkpoint 8", "intact")
-    assert found["records"].found == "1" and "code 42: SIGTERM" in found["last exit"].found
+    assert found["records"].found == "1" and not found["records"].advice
+    assert "code 42: SIGTERM" in found["last exit"].found
     (tmp_path / "checkpoints" / "8" / "data").write_bytes(b"abd")
     (tmp_path / "checkpoints" / "9.damaged").mkdir()
     (tmp_path / "metrics.jsonl").write_text(_LINE + '{"st')

@@ -22,7 +22,7 @@ from t5x_like.errors import (
     UserError,
     exit_code_of,
 )
-from t5x_like.faults import FAULTS, Fault, FaultError, fault_of, write_error
+from t5x_like.faults import FAULTS, STORAGE_FAILED, Fault, FaultError, fault_of, write_error
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "operating.md"
 LAUNCH = DOCUMENT.with_name("launch.md")
@@ -66,6 +66,11 @@ MESSAGES = {
     "Error writing local file \"/mnt/run/0\": [OS error 28: ENOSPC No space left on device]": 3,
     "RESOURCE_EXHAUSTED: [OS error 122: EDQUOT Disk quota exceeded] [tensorstore/internal/os/file_util_posix.cc]": 3,
 }  # fmt: skip
+
+
+def test_request_of_a_storage_that_cannot_be_reached_is_no_lost_process() -> None:
+    message = "ABORTED: All 6 retry attempts failed: CURL error Could not resolve hostname: Could not resolve host"
+    assert fault_of(message) is STORAGE_FAILED
 
 
 @pytest.mark.parametrize("message", MESSAGES)
