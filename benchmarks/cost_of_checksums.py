@@ -6,8 +6,9 @@ A state of many arrays, one GB by default, is saved and restored by turns:
 
 - local: plain Orbax; the manager of checkpoints, whose devices compute fingerprints and which hashes small files; with
   --hashed also the same with every file hashed by SHA-256 when it is complete and before it is read.
-- fingerprints: these alone, of the same arrays, beside plain Orbax. On a machine with other work this share is known
-  better than the difference of two long measurements.
+- fingerprints: these alone, of the same arrays, beside plain Orbax, and beside the sums of the arrays (one pass), which
+  read the memory once and do little else. On a machine with other work these shares are known better than the
+  difference of two long measurements.
 - bucket: chunks in TensorStore's memory store with and without crc32c, so that no network hides the cost.
 
 Reported are the medians of the ratios of neighboring measurements, with their quartiles, of wall-clock time and of CPU
@@ -59,6 +60,10 @@ def make_state(size: int, arrays: int) -> dict[str, Any]:
     return {"params": leaves, "step": jax.numpy.int32(1)}
 
 
+def sums(leaves: dict[str, Any]) -> list[Any]:
+    return [jax.numpy.sum(leaf) for leaf in leaves.values()]
+
+
 @contextlib.contextmanager
 def fresh(root: Path) -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(dir=root))
@@ -90,6 +95,7 @@ def local_round(root: Path, state: Any, times: Times, order: int, with_hashes: b
 
     def only_fingerprints(_: Path) -> None:
         for action in ("save", "restore"):
+            times[f"one pass {action}"].append(measured(lambda: jax.block_until_ready(sums(leaves))))
             times[f"fingerprints {action}"].append(measured(lambda: fingerprints(leaves)))
 
     def hashed(directory: Path) -> None:
@@ -150,7 +156,15 @@ def main() -> None:
     parser.add_argument("--hashed", action="store_true", help="measure also the hashes of all files")
     options = parser.parse_args()
     state = make_state(options.megabytes * 2**20, options.arrays)
-    names = ("plain", "fingerprints", "manager", "no crc32c", "crc32c", *(["hashed"] if options.hashed else []))
+    names = (
+        "plain",
+        "one pass",
+        "fingerprints",
+        "manager",
+        "no crc32c",
+        "crc32c",
+        *(["hashed"] if options.hashed else []),
+    )
     times: Times = {f"{name} {action}": [] for name in names for action in ("save", "restore")}
     with tempfile.TemporaryDirectory(dir=options.directory) as root:
         for number in range(options.rounds + 1):
@@ -160,7 +174,7 @@ def main() -> None:
                 for values in times.values():
                     values.clear()
     for name in names:
-        if name in ("fingerprints", "manager", "hashed"):
+        if name in ("one pass", "fingerprints", "manager", "hashed"):
             report(times, name, "plain")
     report(times, "crc32c", "no crc32c")
 
