@@ -100,14 +100,15 @@ def _find(name: str) -> Path:
         if shipped:
             return shipped[0]
         raise ConfigError([_missing_file(path)])
-    if path.is_dir():
-        fix = f"its configuration is a recipe: {path / 'config.json'}" if (path / "config.json").is_file() else ""
-        raise ConfigError([ConfigProblem(name, "a directory", "a recipe, FILE.py[:FUNCTION] or FILE.json", fix)])
     if path.parent == Path("."):
         candidates = [_RECIPES / f"{name}.py", *(found for found in shipped_recipes() if found.stem == name)]
         for candidate in candidates:
             if candidate.is_file():
                 return candidate
+    # After the recipes of this name: a folder, such as that of a run, does not hide them.
+    if path.is_dir():
+        fix = f"its configuration is a recipe: {path / 'config.json'}" if (path / "config.json").is_file() else ""
+        raise ConfigError([ConfigProblem(name, "a directory", "a recipe, FILE.py[:FUNCTION] or FILE.json", fix)])
     raise ConfigError([_missing_file(path)])
 
 

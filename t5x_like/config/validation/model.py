@@ -206,8 +206,8 @@ def _relative_bias(where: str, stack: StackConfig) -> Problems:
     """Yield the problems of T5's buckets: half of a direction's buckets for exact distances, the rest logarithmic."""
     directions = 2 if stack.relative_bias_bidirectional else 1
     buckets = stack.relative_bias_buckets
-    if buckets < 2 * directions or buckets % directions:
-        expected = "an even number of 4 or more for two directions" if directions == 2 else "2 or more"
+    if buckets < 2 * directions:
+        expected = "4 or more for two directions" if directions == 2 else "2 or more"
         yield ConfigProblem(f"{where}.relative_bias_buckets", str(buckets), expected)
         return
     exact = buckets // directions // 2

@@ -80,6 +80,12 @@ class LiveBatches(Iterator[dict[str, Features]]):
                 f"data.seqio: {self.provider.name!r} has the splits {', '.join(self.provider.splits)}, "
                 f"expected {split!r} among them"
             )
+        tasks = seqio.get_subtasks(self.provider)
+        if data.seqio.use_cached and (missing := [task.name for task in tasks if not task.cache_dir]):
+            raise DataError(
+                f"data.seqio.use_cached: found no cache of {', '.join(missing)}, expected one in a folder of "
+                "seqio.set_global_cache_dirs; make it with seqio_cache_tasks, or set use_cached to False"
+            )
         dataset = seqio.get_dataset(
             self.provider,
             lengths,

@@ -94,6 +94,8 @@ def test_a_recipe_by_file_function_name_and_json(folder: Path) -> None:
 def test_shipped_recipes_are_found_from_anywhere(folder: Path) -> None:
     shipped = load_recipe(str(REPOSITORY / "configs/runs/smoke.py"))
     assert load_recipe("smoke") == load_recipe("configs/runs/smoke.py") == shipped
+    (folder / "smoke").mkdir()
+    assert load_recipe("smoke") == shipped
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("model.encoder.dropout_rate", 1.0, "found 1, expected a number in [0, 1)"),
     ("model.encoder.norm_epsilon", math.nan, "found nan"),
     ("model.encoder.relative_bias_bidirectional", False, "an encoder attends to keys to the right"),
-    ("model.encoder.relative_bias_buckets", 31, "found 31"),
+    ("model.encoder.relative_bias_buckets", 3, "found 3"),
     ("model.encoder.relative_bias_max_distance", 8, "more than 8"),
     ("model.embedding_stddev", 0.0, "found 0"),
     ("data.corpus.module", "my.tasks", "'my.tasks' without a task"),

@@ -133,6 +133,7 @@ def test_packing_that_pairs_wrong_examples_is_refused() -> None:
         (live_config("nobody"), "expected a registered Task or Mixture"),
         (live_config("numbers", module="no_such_module"), "cannot be imported"),
         (live_config("text_alone"), "expected inputs and targets"),
+        (live_config("numbers", use_cached=True), "found no cache of numbers"),
     ],
 )
 def test_missing_task_split_or_feature_is_reported(config: DataConfig, message: str) -> None:
