@@ -172,6 +172,7 @@ def at_step(soak: Soak, start: Start, progress: float) -> str:
 
 def at_save(soak: Soak, start: Start, progress: float) -> str:
     path = _target(soak, progress)
+    start.wait_for_text("run directory")  # What a failed save has left is removed then.
     start.wait(lambda: _exists(path.with_name(f"{path.name}.saving")) or _exists(path))
     time.sleep(soak.random.uniform(0, 0.1))
     return f"during the save of step {path.name}"
