@@ -97,7 +97,7 @@ def t5_bucket(relative_position: int, bidirectional: bool, buckets: int, max_dis
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize("buckets,max_distance", [(32, 128), (32, 256), (64, 256), (128, 512)])
+@pytest.mark.parametrize("buckets,max_distance", [(32, 128), (21, 128), (64, 256), (128, 512)])
 def test_relative_position_buckets_equal_t5(bidirectional, buckets, max_distance):
     distances = np.arange(-1500, 1501)
     found = relative_position_buckets(
