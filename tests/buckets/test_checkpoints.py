@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 KILLS = int(os.environ.get("BUCKET_KILLS", "4"))
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(max(1800, 120 * KILLS))
 def test_kills_during_saves_leave_complete_checkpoints_and_nothing_else(server: Server) -> None:
     settings = {**without_bucket_settings(), **server.environment, "PYTHONPATH": str(REPOSITORY)}
     script = REPOSITORY / "tests" / "helpers" / "bucket_kills.py"
