@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from typing import Any, assert_never
 
@@ -59,6 +60,15 @@ class LabeledRows(WholeExampleRows):
         self.num_truncated = int((np.diff(self._bounds)[:: self._parts] > self._max_text).sum())
         # Labels are stored as token ids in the store. Comparing ids avoids decoding each one.
         self._by_tokens = {tuple(self._tokenizer.encode(label)): i for i, label in enumerate(self._labels)}
+        # A tokenizer that lower-cases, or splits at punctuation, returns "b - per" for "B-PER".
+        self._by_spelling = {_spelling(self._tokenizer.decode(ids)): i for ids, i in self._by_tokens.items()}
+        if len(self._by_spelling) < len(self._labels):
+            raise DataError(
+                f"{store.path}: found {len(self._labels)} labels with {len(self._by_spelling)} spellings under the "
+                "tokenizer, expected one for each: it may lower-case, or have no piece for them; rename them"
+            )
+        alternatives = "|".join(map(re.escape, sorted(self._by_spelling, key=len, reverse=True)))
+        self._first_label = re.compile(f"({alternatives})((?:{alternatives})*)")
 
     @property
     def identity(self) -> Any:
@@ -103,10 +113,10 @@ class LabeledRows(WholeExampleRows):
                 out["labels"][row] = self._by_tokens[tuple(targets.tolist())]
                 out["label_weights"][row] = 1
             case "regression":
-                out["labels"][row] = float(self._tokenizer.decode(targets))
+                out["labels"][row] = float(_spelling(self._tokenizer.decode(targets)))
                 out["label_weights"][row] = 1
             case "token_classification":
-                labels = [self._labels.index(label) for label in self._tokenizer.decode(targets).split()]
+                labels = self._word_labels(self._tokenizer.decode(targets))
                 positions = self._label_positions(row_text=text, num_labels=len(labels))
                 # Words that were truncated have no position.
                 labels = labels[: len(positions)]
@@ -116,6 +126,23 @@ class LabeledRows(WholeExampleRows):
                 raise ValueError("embedding examples have a positive text, not a label")
             case _:
                 assert_never(self._objective.kind)
+
+    def _word_labels(self, text: str) -> list[int]:
+        """Return the indices of labels in their order. The tokenizer may have changed the spaces between them."""
+        names = text.split()
+        if all(name in self._labels for name in names):
+            return [self._labels.index(name) for name in names]
+        found, rest = [], _spelling(text)
+        while rest:
+            match = self._first_label.fullmatch(rest)
+            if match is None:
+                raise DataError(
+                    f"found the word labels {text!r} as the tokenizer decodes them, expected some of "
+                    f"{', '.join(self._by_spelling)}; rename the labels in the files"
+                )
+            found.append(self._by_spelling[match[1]])
+            rest = match[2]
+        return found
 
     def _label_positions(self, row_text: list[int], num_labels: int) -> list[int]:
         """Return the positions of the first tokens of the words, without those that are truncated.
@@ -133,6 +160,11 @@ class LabeledRows(WholeExampleRows):
                 "sentencepiece, bpe or bytes"
             )
         return starts
+
+
+def _spelling(text: str) -> str:
+    """Return a decoded label or number without spaces, which a tokenizer may put between its pieces."""
+    return "".join(text.split())
 
 
 def text_prefix(vocabulary: Vocabulary, stack: StackName, mode: Mode | None) -> list[int]:
