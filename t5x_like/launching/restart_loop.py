@@ -106,6 +106,11 @@ class Supervisor:
         )
         self._child: subprocess.Popen[bytes] | None = None
 
+    @property
+    def is_stopped(self) -> bool:
+        """Return whether a signal has asked for the end of the command."""
+        return self._loop.is_stopped
+
     def run(self) -> int:
         """Run the command and return the exit code of its last run; 128 + N for signal N."""
         with forwarded_signals(self.stop):

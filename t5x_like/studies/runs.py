@@ -16,7 +16,7 @@ from typing import Any
 from t5x_like import plugins, run_directory
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.config.serialization import diff_configs, to_dict, to_json
-from t5x_like.errors import EXIT_OK, EXIT_REFUSED, RESTART_CODES, ConfigError, ConfigProblem
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, RESTART_CODES, ConfigError, ConfigProblem
 from t5x_like.evaluation import comparison
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.launching.restart_loop import RESTART_DELAY_SECONDS, Supervisor, forwarded_signals
@@ -188,6 +188,8 @@ def run_command(arguments: Sequence[str]) -> int:
     )
     _RUNNING.add(supervisor)
     try:
-        return supervisor.run()
+        code = supervisor.run()
+        # A run that ended by itself after the signal: what follows it is not begun, and the same command goes on.
+        return EXIT_RESUMABLE if supervisor.is_stopped and code == EXIT_OK else code
     finally:
         _RUNNING.discard(supervisor)

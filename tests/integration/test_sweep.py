@@ -65,7 +65,7 @@ def test_a_sweep_orders_its_arms_and_adds_only_new_ones(
     assert "learning-rate_0.01" in page and "learning-rate_1e-6" in page
     commands.clear()
     assert main([*words, "--metric", "loss/S"]) == EXIT_USAGE
-    assert "loss/S, which not all arms have, expected one of loss/text" in capsys.readouterr().err
+    assert "loss/S, which not all runs have, expected one of loss/text" in capsys.readouterr().err
     # What is finished is recognized by its files.
     assert commands == []
     saved = (workdir / "learning-rate_0.01/checkpoints").stat().st_mtime_ns
