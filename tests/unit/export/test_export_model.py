@@ -108,6 +108,7 @@ def test_loader_generates_the_same_tokens_as_the_model(tmp_path, name):
     assert run_alone(folder, rows) == [expected, expected[:1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classification", "embedding"])
 def test_outputs_of_a_task_head_are_exported(kind):
     config = dataclasses.replace(with_head(kind), attention="reference")
