@@ -16,7 +16,7 @@ import numpy as np
 from helpers.config_examples import example
 from helpers.foreign_kind import Kind
 
-from t5x_like import diagnosis
+from t5x_like import diagnosis, run_directory
 from t5x_like.checkpoints import commit_record
 from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.checkpoints.checksums import verify_checksums
@@ -35,7 +35,6 @@ from t5x_like.errors import ConfigError
 from t5x_like.evaluation.comparison import read_checkpoint
 from t5x_like.evaluation.score_predictions import score_file
 from t5x_like.reports.comparison_page import render
-from t5x_like.run_directory import RunRecord
 from t5x_like.serving import chat_schema, openai_schema
 from t5x_like.serving.tokenizer_routes import DetokenizeRequest, TokenizeRequest
 from t5x_like.storage import lease
@@ -224,8 +223,7 @@ def _read_scores(folder: Path) -> object:
 
 
 def _read_run_files(folder: Path) -> object:
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        RunRecord.from_json(json.loads((folder / "run.json").read_bytes()), folder)
+    run_directory._read_record(folder)
     crash_loop._count(folder / "starts.json", 4, 1000)
     return list(diagnosis._last_exit(folder)) if (folder / "exit.json").is_file() else None
 
