@@ -175,7 +175,9 @@ class MixtureOfExperts(nnx.Module):
         taken = jnp.cumsum(flat, axis=1)
         if segment_ids is not None:
             starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids, axis=1)], axis=1) != 0
-            starts = jnp.repeat(starts, expert_BxLxk.shape[2], axis=1)[..., None]
+            # A text begins with the first choice of its first token.
+            first = jnp.arange(expert_BxLxk.shape[2]) == 0
+            starts = (starts[..., None] & first).reshape(starts.shape[0], -1, 1)
             # Counts grow along the row, so that the largest one so far is that of the last start of a text.
             taken -= jax.lax.cummax(jnp.where(starts, taken - flat, 0), axis=1)
         number = jnp.max(jnp.where(chosen_BxLxkxE, taken.reshape(chosen_BxLxkxE.shape), 0), axis=-1)
