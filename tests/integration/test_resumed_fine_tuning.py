@@ -51,12 +51,14 @@ def command(folder: Path, task: str, *, lora: bool) -> list[str]:
             options = ["finetune:dpo", "--from", base, "--data.corpus.files", str(folder / "pairs.jsonl")]
             options += ["--data.store-dir", str(folder / "stores"), "--data.mixture.0.pairs-per-row", "2"]
             options += ["--data.inputs-length", "48", "--data.targets-length", "40"]
+            # With adapters, the base is the start model.
+            options += ["--initialize-from", "None"] if lora else []
         case "distillation":
             options = [f"{base}/config.json", "--training.distillation.teacher", base]
         case _:
             raise AssertionError(task)
     if lora:
-        options += ["--training.lora.base", base, "--training.lora.rank", "4", "--initialize-from", "None"]
+        options += ["--training.lora.base", base, "--training.lora.rank", "4"]
     options += ["--training.schedule.kind", "constant", "--training.schedule.learning-rate", "3e-3"]
     options += ["--checkpoints.save-every-steps", "2", "--monitoring.num-decoded-samples", "0"]
     return ["train", *options, "--compilation-cache.directory", str(folder / "programs")]
