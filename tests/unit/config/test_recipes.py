@@ -237,7 +237,7 @@ def test_unknown_names_wrong_types_and_wrong_values_are_reported_together(capsys
     ("argument", "message"),
     [
         ("--training.lora.rank", "--training.lora.base: found nothing, expected a text; LoraConfig has no default"),
-        ("--training.lora.ranks", "found no such field, expected a field of LoraConfig: base, rank, alpha, paths"),
+        ("--training.lora.ranks", "found no such field, expected a field of LoraConfig: base, rank, alpha, base-type"),
         ("--model.task-head.kind", "found '1', expected one of classification, token_classification, regression, emb"),
         ("--training.optimizer.kind", "found '1', expected one of adafactor, adamw, lamb, muon"),
         ("--data.mixture.7.rate", "--data.mixture.7.kind: found nothing, expected one of span_corruption, prefix_lm"),
@@ -291,7 +291,7 @@ def test_an_optional_section_can_be_removed() -> None:
 def test_the_help_names_the_sections_that_a_recipe_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         apply_overrides(example(), ["--help"])
-    assert "--training.lora.FIELD with one of the fields base, rank, alpha, paths" in capsys.readouterr().out
+    assert "--training.lora.FIELD with one of the fields base, rank, alpha, base-type, paths" in capsys.readouterr().out
 
 
 def test_problems_that_differ_in_their_place_only_are_one_line() -> None:

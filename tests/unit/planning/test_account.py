@@ -121,7 +121,8 @@ def test_a_config_json_alone_describes_the_model_of_its_family(kind: str) -> Non
         suffix = CLASSES[model.architecture]
         if family.variant_of is not None:
             suffix = "EncoderModel"
-        name = family.variant_class or f"Any{suffix}"
+        field, value = family.variant_field or ("", "")
+        name = value if field == "architectures" else f"Any{suffix}"
         written = {"model_type": family.written_type, "architectures": [name], **family.write(model)}
         found = model_of_config(Fields(json.loads(json.dumps(written)), "config.json"))
         features = read_features(model, rows=1, source=32, target=32)
