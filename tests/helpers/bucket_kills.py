@@ -6,6 +6,7 @@ what it has left. After the last round the data in the store are those of the ch
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -39,7 +40,8 @@ def opened(url: Url) -> BucketCheckpoints:
     return BucketCheckpoints(url, CheckpointConfig(max_to_keep=KEPT), directory=Path("checkpoints"))
 
 
-def save_until_killed(url: Url, delay: float) -> None:
+def save_until_killed(url: Url, saves: float) -> None:
+    """Save steps until this process is killed, after the time of a number of saves."""
     checkpoints = opened(url)
     step = checkpoints.latest() or 0
 
@@ -48,9 +50,11 @@ def save_until_killed(url: Url, delay: float) -> None:
         step += 1
         checkpoints.save(step, state_of(step), {"step": step}, {"host": b"%d" % step})
 
-    save()
-    checkpoints.wait()
-    # The first save compiles; the kill comes in one of the next ones, each of which takes about a tenth of a second.
+    for _ in range(2):  # The first save compiles, and the second one is timed.
+        begun = time.monotonic()
+        save()
+        checkpoints.wait()
+    delay = saves * (time.monotonic() - begun)
     threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
     while True:
         save()
@@ -93,10 +97,11 @@ def in_child(action: Callable[[], None]) -> int:
 def main() -> None:
     url, kills, rng = location(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     assert isinstance(url, Url)
-    longest = 0.6
+    longest = 3.0
     for _ in range(kills):
         start = time.monotonic()
-        code = in_child(lambda: save_until_killed(url, rng.uniform(0.0, longest)))
+        # Drawn here, because a child would draw the same number in each round.
+        code = in_child(functools.partial(save_until_killed, url, rng.uniform(0.0, longest)))
         assert code == -signal.SIGKILL, code
         assert time.monotonic() - start < 600
         assert in_child(lambda: verify(url)) == 0
