@@ -54,8 +54,9 @@ DEVICE_FAILED = Fault(
 )
 PEER_LOST = Fault(
     "another process was lost",
-    # Not the request of a storage, whose messages have the same words.
-    r"(?s)^(?!.*(CURL error|retry attempts failed)).*("
+    # Not the request of a storage, whose messages have the same words. `s` lets two dots match line breaks. The others
+    # must not: the words of a reason are in one line.
+    r"^(?!(?s:.*)(CURL error|retry attempts failed))(?s:.*)("
     r"connection (closed|reset) by|connection refused|broken pipe|socket closed|\bgloo\b|ncclRemoteError|"
     r"NCCL.*(remote|network error|unhandled system error|async error|timed? ?out|aborted)|"
     r"barrier.*(timed out|failed|error)|another task|heartbeat|coordination service.*(error|shut)|ABORTED)",

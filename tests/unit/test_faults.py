@@ -37,6 +37,7 @@ MESSAGES = {
     "INTERNAL: CUDA error: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered": 1,
     "INVALID_ARGUMENT: Executable expected parameter 0 of size 8 but got buffer with incompatible size 4": 1,
     "UNIMPLEMENTED: unsupported operation f8e4m3 dot": 1,
+    "INTERNAL: during the pass optimization-barrier-expander\nRET_CHECK failure: error in the layout": 1,
     # XLA on TPUs
     "INTERNAL: Core halted unexpectedly: INTERNAL: Accelerator device halted prematurely, perhaps due to an on-device "
     "check-failure. Node 0 halted unexpectedly at tag:pc TensorCoreSequencer:887:0x6f1": 42,
