@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from t5x_like.errors import DataError
 from t5x_like.interop.huggingface.config_reader import Fields
 from t5x_like.interop.huggingface.family_matching import model_of_config
 from t5x_like.models import presets
@@ -219,3 +220,11 @@ def test_configurations_that_transformers_4_wrote_describe_the_preset(name):
     # What the tensors tell is given by the classes of a model that is not tied.
     named = config | {"architectures": ["ForMaskedLM" if model.architecture == "encoder" else "ForCausalLM"]}
     assert plain(model_of_config(Fields(named, "config.json"))) == plain(model)
+
+
+@pytest.mark.parametrize("number", [0, 5, 13])
+def test_numbers_of_layers_with_experts_that_are_no_divisor_are_refused(number):
+    config, _ = CONFIGS["switch-base-8"]
+    named = config | {"architectures": ["ForCausalLM"], "num_sparse_decoder_layers": number}
+    with pytest.raises(DataError, match=f"num_sparse_decoder_layers: found {number}, expected a divisor of the 12"):
+        model_of_config(Fields(named, "config.json"))

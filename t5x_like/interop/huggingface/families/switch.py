@@ -38,7 +38,7 @@ def read_switch(fields: Fields, present: Present) -> ModelConfig:
         ("router_ignore_padding_tokens", False),
     ):
         fields.only(name, expected)
-    # The periods follow from the numbers of sparse layers; the others are those of code that was never released.
+    # The periods follow from the numbers of sparse layers; transformers computes nothing from the others.
     fields.unused("encoder_sparse_step", "decoder_sparse_step", "router_type", "add_router_probs", "num_partitions")
     # Experts have no dropout here.
     fields.unused("dropout_rate")
@@ -56,7 +56,8 @@ def read_switch(fields: Fields, present: Present) -> ModelConfig:
 def _experts(fields: Fields, number: str, stack: StackConfig) -> MoEConfig:
     sparse = fields.numbered(number, 3)
     period = stack.num_layers // sparse if sparse else 0
-    if not sparse or stack.num_layers % period or stack.num_layers // period != sparse:
+    # The period is 0 also if there are more such layers than layers.
+    if not period or stack.num_layers % period or stack.num_layers // period != sparse:
         raise fields.wrong(number, f"a divisor of the {stack.num_layers} layers")
     return MoEConfig(
         num_experts=fields.numbered("num_experts", 8),
