@@ -172,10 +172,13 @@ def fingerprint_of_part(
 
 def _of_part(values: np.ndarray, index: Sequence[slice], shape: Sequence[int], summand: Summand) -> Any:
     """Return what `fingerprint_of_part` does; for large parts, as the result of a program that is running."""
-    words = np.ascontiguousarray(values).reshape(values.shape).view(np.dtype(_WORD_TYPES[values.dtype.itemsize]))
+    word_type = np.dtype(_WORD_TYPES[values.dtype.itemsize])
+    words: npt.NDArray[Any] = np.ascontiguousarray(values).reshape(-1).view(word_type)
     starts, shape = [part.start or 0 for part in index], list(shape)
     if values.dtype.itemsize == 8:
         words, starts, shape = words.reshape((*values.shape, 2)), [*starts, 0], [*shape, 2]
+    else:
+        words = words.reshape(values.shape)
     # Rows are what the part and the array have in one piece: the last dimensions, down to the first that is divided.
     first = max(words.ndim - 1, 0)
     while first > 0 and words.shape[first] == shape[first] and math.prod(words.shape[first - 1 :]) < _MAX_ROW_WORDS:

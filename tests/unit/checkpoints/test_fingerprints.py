@@ -168,6 +168,13 @@ def test_numpy_adds_the_parts_of_an_array_to_its_fingerprint(dtype: str, shape: 
     assert sum(parts) % 2**32 == int(fingerprint(array))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "int64", "float32"])
+def test_array_without_dimensions_has_the_fingerprint_of_one_element(dtype: str) -> None:
+    """NumPy does not view an array without dimensions as another type, which 64-bit elements need."""
+    one = np.asarray([3], dtype)
+    assert fingerprint_of_part(one.reshape(()), (), ()) == fingerprint_of_part(one, (slice(0, 1),), (1,))
+
+
 def test_checkpoints_of_earlier_versions_are_verified(
     manager: CheckpointManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
