@@ -24,6 +24,7 @@ from t5x_like.config.batch_spec import TEACHER_IDS, TEACHER_LOG_PROBS
 from t5x_like.config.data import DataConfig
 from t5x_like.data.stream.feature_converters import Features
 from t5x_like.errors import DataError, SafetyError
+from t5x_like.faults import fault_of_os_error
 from t5x_like.storage import locations
 from t5x_like.storage.locations import Location
 from t5x_like.utils.digests import json_digest
@@ -195,6 +196,8 @@ def _bytes(path: Location) -> bytes | None:
     try:
         return locations.read_bytes(path)
     except OSError as error:
+        if fault_of_os_error(error) is not None:
+            raise  # A fault of the storage has an exit code of its own: after a restart the file may be readable.
         raise SafetyError(f"{path}: unreadable ({error.strerror}), expected a file; {_REMOVE}") from None
 
 

@@ -1,6 +1,7 @@
 """Stored distributions of a teacher: chunks by row, what is missing, and damage."""
 
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from helpers.task_head_examples import labeled_run
 
 from t5x_like.data.stream.stored_teacher import Header, open_stored_teacher
 from t5x_like.errors import DataError, SafetyError
+from t5x_like.storage import locations
 
 ROWS, LENGTH, TOP_K = 4, 6, 3
 
@@ -77,6 +79,23 @@ def test_header_of_other_numbers_is_damaged(data, change):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(SafetyError, match="header.json: damaged"):
         open_stored_teacher(data, header(), create=True)
+
+
+def test_folder_in_place_of_a_file_is_refused_and_a_fault_of_the_storage_is_not(data, monkeypatch):
+    """A launcher restarts a run after a stale file handle, and does not after a refusal."""
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    stored = open_stored_teacher(data, header(), create=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(locations, "read_bytes", stale)
+        with pytest.raises(OSError, match="Stale"):
+            open_stored_teacher(data, header(), create=False)
+    (stored.path / "header.json").unlink()
+    (stored.path / "header.json").mkdir()
+    with pytest.raises(SafetyError, match="header.json: unreadable"):
+        open_stored_teacher(data, header(), create=False)
 
 
 def test_process_that_sees_no_folder_of_process_0_names_the_shared_one(data):
