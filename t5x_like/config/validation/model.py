@@ -172,7 +172,7 @@ def _stack(where: str, stack: StackConfig) -> Problems:
         yield from within(chosen, stack.experts.experts_per_token, 1, max(stack.experts.num_experts, 1))
         if stack.quantization is not None:
             yield ConfigProblem(f"{where}.quantization", stack.quantization, "None in a stack with experts")
-        if stack.use_bias or stack.dropout_rate > 0:
+        if stack.use_bias or stack.mlp_bias or stack.dropout_rate > 0:
             yield ConfigProblem(f"{where}.experts", "biases or dropout", "experts without biases and dropout")
         if stack.num_layers % stack.experts.layer_period:
             found = f"{stack.experts.layer_period} for {stack.num_layers} layers"

@@ -147,6 +147,8 @@ def test_unsupported_expert_configurations_are_refused():
     wrong = stack(experts=MoEConfig(num_experts=2, experts_per_token=3), use_bias=True)
     found = [str(problem) for problem in model_problems(ModelConfig(encoder=None, decoder=wrong, vocab_size=8))]
     assert any("experts_per_token" in line for line in found) and any("biases" in line for line in found)
+    biased = ModelConfig(encoder=None, decoder=stack(experts=MoEConfig(num_experts=2), mlp_bias=True), vocab_size=8)
+    assert any("biases" in str(problem) for problem in model_problems(biased))
     assert not [
         *model_problems(ModelConfig(encoder=None, decoder=dataclasses.replace(wrong, experts=None), vocab_size=8))
     ]
