@@ -15,6 +15,7 @@ from t5x_like.config import (
     PrefixLM,
     SpanCorruption,
 )
+from t5x_like.config.batch_sizes import batch_sizes
 from t5x_like.models.flops import forward_flops, forward_flops_by_part
 from t5x_like.planning.account.figures import CommonFormula, Figure, Section, Subject
 from t5x_like.planning.estimate import flops, serving_formulas
@@ -154,8 +155,9 @@ def break_even(subject: Subject) -> Section:
         training = 3.0 * forward_flops(subject.model, features) * tokens / subject.row_tokens
     else:
         steps = run.training.num_train_steps
-        tokens, note = float(tokens_per_step(run) * steps), f"positions of {steps:,} steps"
-        training = flops.training_flops(run) * steps
+        full_steps = batch_sizes(run.training).in_full_batches(steps)
+        tokens, note = tokens_per_step(run) * full_steps, f"positions of {steps:,} steps"
+        training = flops.training_flops(run) * full_steps
     even = serving_formulas.break_even_tokens(tokens)
     figures = (
         Figure("training", tokens, "tokens", note),

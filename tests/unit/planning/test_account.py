@@ -11,7 +11,7 @@ import pytest
 from helpers.docs_examples import REPOSITORY
 
 from t5x_like.cli.main import main
-from t5x_like.config import CorpusConfig, Preference
+from t5x_like.config import BatchSizeStage, CorpusConfig, Preference
 from t5x_like.config.recipes import load_recipe
 from t5x_like.config.serialization import to_json
 from t5x_like.errors import EXIT_OK, EXIT_USAGE
@@ -111,6 +111,18 @@ def test_preference_pairs_have_no_loss_tokens(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "config.json").write_text(to_json(dataclasses.replace(run, data=data)))
     (found,) = accounts(capsys, str(tmp_path))
     assert "loss tokens per GFLOP of training" not in found and "training and inference" in found
+
+
+def test_training_with_smaller_first_batches_costs_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = load_recipe("t5")
+    steps, rows = run.training.num_train_steps, run.training.global_batch_size
+    assert steps % 2 == rows % 2 == 0
+    ramp = (BatchSizeStage(until_step=steps // 2, batch_size=rows // 2),)
+    growing = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size_ramp=ramp))
+    (tmp_path / "config.json").write_text(to_json(growing))
+    plain, found = (account["training and inference"] for account in accounts(capsys, "t5", str(tmp_path)))
+    for unit in ("tokens", "FLOP"):
+        assert found["training", unit] == pytest.approx(0.75 * plain["training", unit])
 
 
 @pytest.mark.parametrize("kind", model_types())
