@@ -40,8 +40,8 @@ class ShardedArray(NamedTuple):
 
 
 def parameter_shardings(program: Program) -> list[ShardedArray]:
-    """Return the parameters in their order; in a LoRA run those of the base follow."""
-    trees = {"": program.abstract_params, "base/": program.abstract_base_params or {}}
+    """Return the parameters in their order; in a LoRA run the base follows, as the training state holds it."""
+    trees = {"": program.abstract_params, "base/": program.abstract_base or {}}
     return [array for prefix, tree in trees.items() for array in tree_table(tree, prefix)]
 
 

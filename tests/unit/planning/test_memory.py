@@ -18,6 +18,7 @@ from t5x_like.hardware.topologies import parse_topology
 from t5x_like.models.factory import abstract_model, bind_params, kernels
 from t5x_like.planning.estimate.memory import bytes_per_device, estimate, tiled_bytes, trained_params
 from t5x_like.planning.estimate.parameters import parameter_parts, total
+from t5x_like.planning.sharding_table import parameter_shardings
 from t5x_like.program import build_program
 from t5x_like.sharding.saved_activations import saved_activations
 from t5x_like.training.losses import batch_metrics, summed_loss
@@ -213,6 +214,8 @@ def test_frozen_base_in_8_bits_is_counted_with_its_scales() -> None:
         parts = parameter_parts(program)
         found[base_type] = estimate(program).state["frozen base"]
         assert found[base_type] == total(parts).bytes_per_device
+        rows = [row for row in parameter_shardings(program) if row.name.startswith("base/")]
+        assert found[base_type] == sum(row.bytes_per_device for row in rows)
         assert total(parts).count == sum(leaf.size for leaf in jax.tree.leaves(program.spec.params))
     of_model = kernels(run.model).values()
     elements = sum(math.prod(kernel.shape) for kernel in of_model)
