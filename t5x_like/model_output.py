@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from t5x_like.monitoring.metrics import WeightedMean
 
 TOKENS_PER_EXPERT = "moe/tokens_per_expert/"
-"""Prefix of the name, which ends with that of the stack, of the statistic that moves the biases of routers. Its sum is
-float32 [layers, experts]; the steps remove it from their metrics."""
+"""Beginning of the name of the statistic that moves the biases of routers; the name of the stack follows. Its sum is
+float32 [layers, experts]. Training and evaluation steps remove it from their metrics."""
 
 
 class AuxiliaryLoss(NamedTuple):

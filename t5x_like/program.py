@@ -95,7 +95,7 @@ class Program:
         return init_program_state(self)
 
     def kept_base(self, params: PyTree) -> PyTree:
-        """Return the parameters of a base as the training state holds them. Those that are rounded are donated."""
+        """Return the parameters of a base as the training state holds them. If kernels are rounded, all are donated."""
         if self.lora is None or not self.lora.quantized:
             return params
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_base)

@@ -65,7 +65,7 @@ class SavedFingerprints(NamedTuple):
 
     Attributes:
       by_path: Fingerprint of each array.
-      summand: By what they are computed.
+      summand: Function by which they are computed.
     """
 
     by_path: Mapping[str, str]
@@ -88,7 +88,7 @@ def fingerprints(leaves: Mapping[str, jax.Array], summand: Summand = weighted) -
 
 
 def begin_fingerprints(leaves: Mapping[str, jax.Array], summand: Summand = weighted) -> Callable[[], dict[str, str]]:
-    """Start to compute what `fingerprints` returns, of the values that the arrays have now.
+    """Start to compute what `fingerprints` returns for the values that the arrays have now.
 
     Returns:
       A function that waits for the result. All processes must call both.

@@ -77,7 +77,7 @@ def stored_fingerprint(directory: Path, path: str, summand: Summand) -> str | No
     Args:
       directory: Where `save` has written it.
       path: Path of the array.
-      summand: By what the fingerprint is computed.
+      summand: Function by which the fingerprint is computed.
     """
     item = PARAMS if path.startswith(f"{PARAMS}/") else TRAINING
     name = path.removeprefix(f"{PARAMS}/").replace("/", ".")

@@ -19,7 +19,7 @@ from t5x_like.errors import ConfigProblem
 def has_bound(data: DataConfig) -> bool:
     """Return whether held-out text is scored by the bound of masked diffusion, and not token after token.
 
-    That is an encoder's text, and that of a bidirectional stream whose objectives all predict tokens in place.
+    This holds for encoders, and for bidirectional streams whose objectives all predict tokens in place.
     """
     if data.seqio is not None or not data.objectives:
         return False

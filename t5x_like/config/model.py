@@ -81,9 +81,9 @@ class MoEConfig:
     """Number of further experts that all tokens take, computed as one MLP of their joint width."""
     bias_update_rate: NonNegativeFloat | None = None
     """Give each expert a bias that is added to its score when experts are chosen, and not to its weight. After each
-    step the bias of an expert with fewer tokens than the mean of its layer grows by this number, and that of one with
-    more tokens falls by it, so that the load is balanced without a loss (Wang et al. 2024; DeepSeek-V3 has 0.001).
-    Gradients and optimizers do not change biases. 0: biases that stay as they are. None: no biases."""
+    step the biases of experts with fewer tokens than the mean of their layer grow by this number, and the biases of
+    experts with more tokens fall by it, so that the load is balanced without a loss (Wang et al. 2024; DeepSeek-V3 has
+    0.001). Gradients and optimizers do not change biases. 0: biases that stay as they are. None: no biases."""
     router_aux_loss_weight: ClosedUnitFloat = 0.001
     """Weight of the load-balancing loss (Fedus et al. 2021), which is experts_per_token for a uniform distribution of
     tokens over experts."""
@@ -180,8 +180,8 @@ class StackConfig:
     norm_epsilon: PositiveFloat = 1e-6
     """Number that the norms add to the mean square, or to the variance, before the root."""
     norm_parameters: bool = True
-    """False: norms have neither a scale nor a bias, except that of the output of attention (normformer) and that of the
-    states of relative positions, as in LTG-BERT."""
+    """False: norms have neither a scale nor a bias, as in LTG-BERT. Exceptions are the norm of the output of attention
+    (normformer) and the norm of the states of relative positions."""
     norm_scale_plus_one: bool = False
     """Multiply by 1 + scale in the norms, as in Gemma, so that scale is initialized to 0 and weight decay pulls it to
     0."""

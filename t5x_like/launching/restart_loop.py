@@ -154,6 +154,7 @@ class Supervisor:
             os.killpg(child.pid, signal.SIGKILL)
 
     def stop(self, number: int) -> None:
+        """Begin no further run of the command, and send the signal to the one in progress."""
         self._loop.stop()
         if self._child is not None:
             self._child.send_signal(number)

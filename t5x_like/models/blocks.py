@@ -65,7 +65,7 @@ class Block(nnx.Module):
     Dropout is applied where T5 applies it: to attention probabilities, inside the MLP and to each branch.
 
     Attributes:
-      experts: In stacked blocks of which only some have experts: the experts, a row for each block that has them.
+      experts: Only in stacked blocks of which some have experts and others an MLP: a row for each block with experts.
     """
 
     experts: MixtureOfExperts

@@ -145,7 +145,7 @@ def _layers_flops(
 
 
 def _prefix_pairs(stack: StackConfig, kind: LayerKind, prefixes: Sequence[tuple[int, float]]) -> float:
-    """Return the mean number of pairs in a row of which the key is to the right of the query, in the same prefix."""
+    """Return the mean number of pairs in a row whose key is to the right of the query and in the same prefix."""
     return sum(
         share * (_pairs(stack, kind, length, causal=False) - _pairs(stack, kind, length, causal=True))
         for length, share in prefixes

@@ -215,7 +215,7 @@ def frozen(disk: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def slowed(disk: Path, seconds: float) -> Iterator[None]:
-    """Let a file system complete writes only for a moment after every so many seconds."""
+    """Freeze a file system for some seconds again and again, with a short time between, in which writes complete."""
     ended = threading.Event()
 
     def freeze() -> None:

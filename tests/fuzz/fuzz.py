@@ -62,7 +62,7 @@ class Progress:
 
 
 def run_child(names: list[str], seconds: list[float], found: Path, seed: int, progress: Progress) -> None:
-    """Read inputs of each kind for so many seconds; exit code 1 after an exception, which is kept."""
+    """Read inputs of each kind for its number of seconds; exit code 1 after an exception, whose input is kept."""
     logging.disable(logging.CRITICAL)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
@@ -158,7 +158,7 @@ class Fuzz:
         return {name: count - self._first for name, count in zip(self.names, self._progress.counts, strict=True)}
 
     def turn(self, seconds: float) -> None:
-        """Give each kind so many seconds."""
+        """Read inputs of each kind for this number of seconds."""
         left = [0.0 if len(self.findings[name]) >= MAX_FINDINGS else seconds for name in self.names]
         while any(left):
             self._progress.state[:] = (0.0, 0.0, 0.0, 0.0)
@@ -248,7 +248,7 @@ def _usage(pid: int | None) -> tuple[int, float] | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="time for each kind")
-    parser.add_argument("--inputs", type=int, default=0, help="go on until so many were read in all")
+    parser.add_argument("--inputs", type=int, default=0, help="go on until this number was read in all")
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--found", type=Path, default=Path("build/fuzz"), help="folder for what is found")

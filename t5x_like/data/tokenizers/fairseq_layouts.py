@@ -56,7 +56,7 @@ class FairseqLayout:
 _XLM_ROBERTA = FairseqLayout("<s> $A </s>", "<s> $A </s> </s> $B </s>", mask_takes_space=False)
 _LAYOUTS = {
     "XLMRobertaTokenizer": _XLM_ROBERTA,
-    # fairseq's own four tokens are there twice: the second <s> and </s> are those of the model.
+    # Tokens of fairseq's own come first. The <s> and </s> around texts are pieces of the model.
     "CamembertTokenizer": dataclasses.replace(
         _XLM_ROBERTA,
         first=("<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"),

@@ -32,8 +32,8 @@ class Rule:
         in_out: a matrix [inputs, outputs]; by_head: a matrix [outputs, inputs] with the query, key and value of
         one head after another, whose rotated pairs are neighbours, as in Meta's code of Llama.
       inputs: Number of a parameter's dimensions that are inputs; for matrices.
-      layers: Layers that have the tensor. In a stack of which only some layers have experts, these are a rule of their
-        own, and so are those of the other layers.
+      layers: Layers that have the tensor. If only some layers of a stack have experts, there is a rule for the layers
+        with experts and another one for the layers without.
     """
 
     tensor: str

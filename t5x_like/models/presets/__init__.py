@@ -1,7 +1,7 @@
 """Presets: published model families as configurations of the one model.
 
-No other module of the package branches on the name of a family. Each preset but those of LTG-BERT and GPT-BERT belongs
-to a family that `interop.huggingface.families` registers.
+No other module of the package branches on the name of a family. Each preset except `ltg_bert` and `gpt_bert` belongs to
+a family that `interop.huggingface.families` registers.
 """
 
 from t5x_like.models.presets.bart import bart, mbart

@@ -11,8 +11,8 @@ _BUCKETS, _MAX_POSITIONS = 32, 512
 
 
 def ltg_bert(size: Literal["small", "base"] = "base") -> ModelConfig:
-    """Return LTG-BERT (Samuel et al. 2023): disentangled attention, a gated MLP and the norms of NormFormer, of which
-    only those after attention and of the relative positions have parameters.
+    """Return LTG-BERT (Samuel et al. 2023): disentangled attention, a gated MLP and the norms of NormFormer. Only the
+    norm after attention and the norm of the relative positions have parameters.
 
     The published table of relative positions has 63 rows; here it has a 64th, for keys that are 512 or more tokens to
     the right.

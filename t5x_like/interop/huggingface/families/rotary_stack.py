@@ -51,9 +51,8 @@ def read_rotary_stack(fields: Fields, *, activation: str, default: str, epsilon:
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
     if activation == "hidden_activation":
-        fields.unused(
-            "hidden_act"
-        )  # Published files of Gemma 2 have both, of which transformers does not read this one.
+        # Published files of Gemma 2 have both fields, and transformers does not read this one.
+        fields.unused("hidden_act")
     if fields.flag("use_bidirectional_attention", False):
         raise fields.wrong("use_bidirectional_attention", "false: nothing else is supported")
     values: dict[str, Any] = {
