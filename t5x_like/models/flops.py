@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -78,7 +79,8 @@ def forward_flops_by_part(
         causal = name == "decoder"
         parts |= _layers_flops(name, stack, config, rows, length, causal=causal, all_pairs=all_pairs)
         if causal and prefixes and not all_pairs:
-            pairs = sum(_prefix_pairs(stack, kind, prefixes) for kind in stack.layer_kinds)
+            kinds = collections.Counter(stack.layer_kinds)
+            pairs = sum(count * _prefix_pairs(stack, kind, prefixes) for kind, count in kinds.items())
             parts[f"{name} scores"] += round(4 * stack.num_heads * stack.head_dim * rows * pairs)
     if config.decoder is not None and config.encoder is not None:
         parts |= _cross_flops(config.decoder, config.encoder.d_model, target[0], source[1], target[1])
