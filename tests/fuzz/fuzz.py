@@ -229,7 +229,9 @@ class Fuzz:
                 file, data = changed(files_of(Path(root)), Random(f"{self._seed} {name} {number}"))
             keep(self._found, name, number, file, data, reason)
         kept = folder_of(self._found, name, number) / "reason.txt"
-        self.findings[name].append(f"input {number}: {kept.read_text().splitlines()[-1]}")
+        # An exception outside the reader, such as one for lack of memory, leaves no input.
+        text = kept.read_text().splitlines()[-1] if kept.is_file() else f"no input, exit code {code}"
+        self.findings[name].append(f"input {number}: {text}")
         self._progress.counts[self.names.index(name)] = number + 1
         self.growth[name] = min(self.growth[name], MAX_GROWTH)
 
