@@ -291,6 +291,7 @@ _WHOLE = {"architecture", "config.json", "experts", "generator"}
 _OF_LM_HEAD = ("tie_embeddings", "scale_logits", "logits_softcap", "lm_head_transform", "head_bias")
 """Fields of the head over the vocabulary, which a task head replaces."""
 _FREE_OF_STACK = ("dropout_rate", "dropout_broadcast_length", "output_init_scale", "quantization")
+"""The same of a stack. transformers computes the products of `quantization` without rounding."""
 
 
 def _computed(model: ModelConfig) -> dict[str, object]:
