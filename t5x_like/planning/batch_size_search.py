@@ -110,7 +110,8 @@ def _try(run: RunConfig, batch_size: int, policy: Remat, topology: Topology, com
     changed = dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, remat=policy),
-        training=dataclasses.replace(run.training, global_batch_size=batch_size),
+        # Without smaller batches before: they need less memory, and must not be larger than this one.
+        training=dataclasses.replace(run.training, global_batch_size=batch_size, batch_size_ramp=()),
     )
     problems = validate(changed)
     if problems:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 from helpers.config_examples import example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t5x_like.config import RunConfig
+from t5x_like.config import BatchSizeStage, RunConfig
 from t5x_like.hardware.topologies import Topology, parse_topology
 from t5x_like.planning.batch_size_search import MAX_TRIALS, POLICIES, Trial, best, search
 from t5x_like.planning.xla.aot_compile import CompiledStep
@@ -75,8 +76,12 @@ def test_among_equal_throughputs_the_policy_that_recomputes_least_wins() -> None
     assert chosen is not None and chosen.remat == "none"
 
 
-def test_batch_is_halved_if_nothing_fits() -> None:
+@pytest.mark.parametrize("ramp", [False, True])
+def test_batch_is_halved_if_nothing_fits(ramp: bool) -> None:
     run = example()
+    if ramp:
+        stage = BatchSizeStage(until_step=1, batch_size=run.training.global_batch_size)
+        run = dataclasses.replace(run, training=dataclasses.replace(run.training, batch_size_ramp=(stage,)))
     found = trials(run, LinearMemory(dict.fromkeys(POLICIES, 1.0), run.training.global_batch_size / 4))
     assert [trial.batch_size for trial in found if trial.remat == "full"][1:] == [
         run.training.global_batch_size // 2,
