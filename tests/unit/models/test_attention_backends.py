@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.model_examples import EXAMPLES, parameters, tokens
 from jax import Array
 
 from t5x_like.config import ShardingConfig
@@ -41,6 +43,7 @@ from t5x_like.sharding.attention_choice import attention_uses, describe_attentio
 from t5x_like.sharding.constrain import activation_context
 from t5x_like.sharding.mesh import make_mesh
 from t5x_like.sharding.rules import default_rules
+from t5x_like.utils.tree_paths import by_path
 
 
 class DescribedMaskBackend(AttentionBackend):
@@ -117,6 +120,23 @@ def test_backend_that_never_gets_a_dense_mask_computes_the_same_logits(
     np.testing.assert_array_equal(logits(small("described", **stack_fields)), expected)
     np.testing.assert_allclose(logits(small("blockwise", **stack_fields)), expected, atol=1e-5)
     assert {request.bias for request in described.requests} <= {"relative", "none"}
+
+
+@pytest.mark.slow
+def test_sums_of_blocks_have_the_same_gradients_without_a_dense_mask() -> None:
+    """LongT5's transient global tokens: two sequences of keys, each with a table of relative bias of its own."""
+    config = EXAMPLES["blocks"]
+    batch = {"encoder_input_tokens": tokens(0, 2, 9), "decoder_input_tokens": tokens(1, 2, 5)}
+
+    def gradients(attention: str) -> dict[str, np.ndarray]:
+        graphdef = abstract_model(dataclasses.replace(config, attention=attention)).graphdef
+        total = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(bind_params(graphdef, params)(batch)))))
+        return {path: np.asarray(leaf) for path, leaf in by_path(total(parameters(config))).items()}
+
+    expected, found = gradients("reference"), gradients("blockwise")
+    assert np.any(expected["encoder/global_relative_bias/embedding"])
+    for path, gradient in expected.items():
+        np.testing.assert_allclose(found[path], gradient, rtol=1e-4, atol=1e-4 * np.abs(gradient).max(), err_msg=path)
 
 
 def test_unknown_backend_is_refused_with_the_registered_names() -> None:
