@@ -17,6 +17,7 @@ from t5x_like.checkpoints.interface import Checkpoints
 from t5x_like.checkpoints.opening import broadcast_warning, open_checkpoints
 from t5x_like.config import RunConfig
 from t5x_like.config.batch_sizes import batch_sizes
+from t5x_like.data.stream.continuation import require_windows
 from t5x_like.data.stream.data_source import DataSource, PreparedSource, open_data_source
 from t5x_like.data.tokenizers.loading import keep_tokenizer
 from t5x_like.distributed.coordination import on_process_0
@@ -82,6 +83,9 @@ def open_session(run: RunConfig, record: RunRecord, clock: TimeTracker) -> Itera
         sizes = batch_sizes(run.training)
         source = open_data_source(run.data, sizes, program.host_shard())
         _require_ids_of(source, run)
+        if run.evaluation.continuation is not None:
+            # Now, and not at the first evaluation.
+            require_windows(source.stores, run.evaluation.continuation)
         directory = workdir / run_directory.CHECKPOINTS
         size, steps = state_bytes(program.abstract_state), run.training.num_train_steps
         if mirror_of(workdir) is None:

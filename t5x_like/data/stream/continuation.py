@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from t5x_like.config.data import DataConfig
 from t5x_like.config.objectives import PrefixLM
 from t5x_like.data.objectives.examples import Examples, Tokens, scored_part, without_inputs
 from t5x_like.data.objectives.prefix_lm import split_at
-from t5x_like.data.store.token_store import Store
+from t5x_like.data.store.token_store import Split, Store
 from t5x_like.data.stream.feature_converters import RowIds
 from t5x_like.data.stream.heldout import (
     Batch,
@@ -40,12 +40,7 @@ def continuation_batches(
       DataError: the split is shorter than a window.
     """
     length = given + scored
-    text = store.split(split)
-    if text.num_tokens < length:
-        raise DataError(
-            f"{store.path}: found {text.num_tokens:,} tokens in the split {split!r}, expected at least {length}: one "
-            "window of evaluation.continuation. Lower it, or raise data.corpus.validation_fraction."
-        )
+    text = _split_of_windows(store, length, split)
     first = 0
     for tokens_NxL, window_N in cut_windows(text, length, batch_size, -(-windows // batch_size)):
         tokens, window_N = tokens_NxL[: windows - first].astype(np.int32), window_N[: windows - first]
@@ -56,6 +51,24 @@ def continuation_batches(
             batches = (_predicted_batch(store, data, batch_size, tokens, given),)
         first += len(window_N)
         yield WindowBatches.of(batches, store, tokens, window_N, given)
+
+
+def require_windows(stores: Sequence[Store], continuation: tuple[int, int]) -> None:
+    """Raise DataError if the held-out text of a store is shorter than a window of `evaluation.continuation`."""
+    for store in stores:
+        # Pairs and other examples of several texts have no continuation.
+        if store.sequences_per_document == 1:
+            _split_of_windows(store, sum(continuation), "validation")
+
+
+def _split_of_windows(store: Store, length: int, name: str) -> Split:
+    split = store.split(name)
+    if split.num_tokens < length:
+        raise DataError(
+            f"{store.path}: found {split.num_tokens:,} tokens in the split {name!r}, expected at least {length}: one "
+            "window of evaluation.continuation. Lower it, or raise data.corpus.validation_fraction."
+        )
+    return split
 
 
 def _predicted_batch(store: Store, data: DataConfig, batch_size: int, tokens_NxL: Tokens, given: int) -> Batch:

@@ -27,7 +27,7 @@ from t5x_like.config import (
 )
 from t5x_like.config.continuation import continuation_positions, continuation_problems
 from t5x_like.data.store.token_store import Store
-from t5x_like.data.stream.continuation import continuation_batches
+from t5x_like.data.stream.continuation import continuation_batches, require_windows
 from t5x_like.errors import DataError
 from t5x_like.evaluation.heldout_loss import evaluate_held_out, held_out_rows
 from t5x_like.evaluation.per_example_loss import held_out_draws
@@ -181,7 +181,11 @@ def test_rows_that_are_too_short_are_refused(store: Store, arm: str, positions: 
             next(iter(continuation_batches(store, short, 4, GIVEN, SCORED, WINDOWS)))
 
 
-def test_a_split_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
+def test_a_split_shorter_than_a_window_is_refused(store: Store, tmp_path: Path) -> None:
+    require_windows((store,), (GIVEN, SCORED))
     short = text_store(tmp_path / "short", ["x"], ["only this"])
     with pytest.raises(DataError, match="expected at least 21"):
         next(iter(continuation_batches(short, ARMS["causal_lm"], 4, GIVEN, SCORED, WINDOWS)))
+    # `train` asks before its first step.
+    with pytest.raises(DataError, match="expected at least 21"):
+        require_windows((store, short), (GIVEN, SCORED))
