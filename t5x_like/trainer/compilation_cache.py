@@ -28,8 +28,10 @@ _LOG = logging.getLogger(__name__)
 def compilation_cache(config: CompilationCacheConfig, run_dir: Path) -> Iterator[None]:
     """Keep compiled programs on disk within the context, and use those that earlier processes kept.
 
-    Process 0 writes; all processes read. An entry that cannot be read or written is reported by jax as a warning, and
-    the program is compiled. A cache directory that the user has set for jax itself is left as it is.
+    Process 0 writes, and every process looks for its programs. On CPUs the other processes of a run find none, because
+    jax's keys differ between processes there: they compile at each start. An entry that cannot be read or written is
+    reported by jax as a warning, and the program is compiled. A cache directory that the user has set for jax itself is
+    left as it is.
     """
     if not config.enabled or getattr(jax.config, _DIRECTORY) is not None:
         yield
