@@ -276,13 +276,14 @@ def claim_identity(
 def _traces(directory: Path, record: RunRecord | None, marker: str | None) -> str:
     """Return what shows that a run had checkpoints or steps here; empty for a new run."""
     if record is None:
-        return f"{METRICS} has records" if _has_records(directory) else ""
+        return f"{METRICS} has records" if has_records(directory) else ""
     if record.saved_step is not None:
         return f"step {record.saved_step} of run {record.run_id} was saved there"
     return "" if marker == record.run_id else f"it is not the folder that run {record.run_id} created"
 
 
-def _has_records(directory: Path) -> bool:
+def has_records(directory: Path) -> bool:
+    """Return whether a run has logged a step."""
     metrics = directory / METRICS
     return metrics.exists() and metrics.stat().st_size > 0
 
@@ -317,7 +318,7 @@ def claim_config(
     directory = record.directory
     path = directory / CONFIG
     kept = None
-    if path.exists() and (newest is not None or _has_records(directory)):
+    if path.exists() and (newest is not None or has_records(directory)):
         # The plug-ins of the run are compared with those that the recipe has imported, and not imported from here.
         kept = from_json(_read_text(directory), source=str(path))
     elif newest is not None:

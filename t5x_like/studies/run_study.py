@@ -44,8 +44,7 @@ def train(
     Raises:
       ConfigError: a run exists with another configuration.
     """
-    if isinstance(workdir, Path):
-        require_unchanged(runs, workdir)
+    require_unchanged(runs, workdir)
     return train_runs(runs, workdir, jobs=jobs, further=further)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from t5x_like.checkpoints.checkpoint_ref import CheckpointRef
 from t5x_like.config.serialization import diff_configs, to_dict, to_json
 from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, RESTART_CODES, ConfigError, ConfigProblem
 from t5x_like.evaluation import comparison
+from t5x_like.evaluation.best_checkpoints import early_stop
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.launching.restart_loop import RESTART_DELAY_SECONDS, Supervisor, forwarded_signals
 from t5x_like.storage import locations
@@ -25,7 +26,6 @@ from t5x_like.storage.locations import Location
 from t5x_like.storage.mirror import fetch, path_to_read
 from t5x_like.studies.study import StudyRun
 from t5x_like.utils import trusted_urls
-from t5x_like.utils.json_reader import read_json
 from t5x_like.utils.sanitize import say
 
 MAX_RESTARTS = 3
@@ -44,27 +44,34 @@ def run_path(workdir: Location, run: StudyRun) -> Path:
     return directory
 
 
-def require_unchanged(runs: Sequence[StudyRun], workdir: Path) -> None:
+def require_unchanged(runs: Sequence[StudyRun], workdir: Location) -> None:
     """Raise ConfigError, before anything is trained, if a run exists with another configuration.
 
-    What does not affect the training, such as the number of held-out batches, may differ.
+    What does not affect the training, such as the number of held-out batches, may differ. A run may go on to a later
+    step, but one that may have passed the step at which it has to end now is refused: its budget would be another one.
     """
     problems = []
     for run in runs:
-        directory = workdir / run.name
-        # As `train` has it: the configuration of a run that has saved nothing is replaced.
-        if not (directory / run_directory.CONFIG).is_file() or not any(
-            (directory / run_directory.CHECKPOINTS).glob("*")
-        ):
+        if not locations.exists(workdir / run.name):
+            continue
+        directory = run_path(workdir, run)
+        if not (directory / run_directory.CONFIG).is_file() or not _has_begun(directory):
             continue
         old = run_directory.read_config(directory)
         for field, (before, now) in diff_configs(old, run.run).items():
-            if not run_directory.may_change(field, old, run.run):
+            ends_earlier = field == "training.num_train_steps" and now < before
+            if ends_earlier or not run_directory.may_change(field, old, run.run):
                 expected = f"{before!r}, as in its directory"
                 fix = "give the arm another name, or remove its directory"
                 problems.append(ConfigProblem(f"{run.name}: {field}", repr(now), expected, fix))
     if problems:
         raise ConfigError(problems)
+
+
+def _has_begun(directory: Path) -> bool:
+    """Return whether a run has records or saved steps: without them, `train` replaces its configuration."""
+    saved = (directory / run_directory.CHECKPOINTS).glob("[0-9]*")
+    return run_directory.has_records(directory) or any(saved)
 
 
 def train_runs(
@@ -84,18 +91,18 @@ def train_runs(
     """
     waiting = [run for run in runs if finished_result(workdir, run) is None]
     with tempfile.TemporaryDirectory() as folder:
-        commands = [_train_words(run, workdir, Path(folder), further) for run in waiting]
-        codes = _run_all(commands, [run.name for run in waiting], jobs)
-    ended = dict(zip((run.name for run in waiting), codes, strict=False))
-    for name, code in ended.items():
+        commands = {run.name: _train_words(run, workdir, Path(folder), further) for run in waiting}
+        codes = _run_all(commands, jobs)
+    for name, code in codes.items():
         if code == EXIT_REFUSED:
             say(f"run {name} is left out of the comparison: exit code {code}")
         elif code != EXIT_OK:
             return code, []
-    finished = [run for run in runs if ended.get(run.name, EXIT_OK) == EXIT_OK]
+    finished = [run for run in runs if run.name not in commands or codes.get(run.name) == EXIT_OK]
     # Training evaluates the last step, but does not save the rows that intervals are computed from.
-    missing = [str(workdir / run.name) for run in finished if evaluated(workdir, run) is None]
-    code = run_command(["eval", *missing, *further]) if missing else EXIT_OK
+    missing = [run for run in finished if evaluated(workdir, run) is None]
+    directories = [str(workdir / run.name) for run in missing]
+    code = run_command(["eval", *directories, *further, *_trust_words(missing)]) if missing else EXIT_OK
     if code != EXIT_OK:
         return code, []
     return (EXIT_OK if len(finished) == len(runs) else EXIT_REFUSED), finished
@@ -109,11 +116,7 @@ def finished_result(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | N
     found = evaluated(workdir, run)
     if found is None or found.step >= run.run.training.num_train_steps:
         return found
-    try:
-        code = read_json(found.path / run_directory.EXIT).get("code")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if code == EXIT_OK else None
+    return found if early_stop(found.path, run.run, found.step) is not None else None
 
 
 def evaluated(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | None:
@@ -135,31 +138,45 @@ def _train_words(run: StudyRun, workdir: Location, folder: Path, further: Sequen
         return ["train", recipe, *directory, *further, "--", *overrides]
     path = folder / f"{run.name}.json"
     path.write_text(to_json(run.run), encoding="utf-8")
-    # The study is the user's own code, so the modules and URLs that it names are trusted.
-    document: dict[str, Any] = to_dict(run.run)
-    named = sorted(plugins.named_modules(document) | trusted_urls.urls_in(document))
-    return ["train", str(path), *directory, *further, *(word for name in named for word in ("--trust", name))]
+    return ["train", str(path), *directory, *further, *_trust_words([run])]
 
 
-def _run_all(commands: Sequence[Sequence[str]], names: Sequence[str], jobs: int) -> list[int]:
-    """Return the exit codes of the commands, in order, up to the first that ends with an error that is no refusal."""
-    codes: dict[int, int] = {}
-    waiting = list(range(len(commands)))
+def _trust_words(runs: Sequence[StudyRun]) -> list[str]:
+    """Return the options that trust the modules and URLs of runs without recipe: a study is the user's own code."""
+    documents: list[dict[str, Any]] = [to_dict(run.run) for run in runs if not run.recipe]
+    named = {name for one in documents for name in plugins.named_modules(one) | trusted_urls.urls_in(one)}
+    return [word for name in sorted(named) for word in ("--trust", name)]
 
-    def failed() -> bool:
-        return any(code not in (EXIT_OK, EXIT_REFUSED) for code in codes.values())
+
+def _run_all(commands: Mapping[str, Sequence[str]], jobs: int) -> dict[str, int]:
+    """Return the exit codes of the commands by name, in their order.
+
+    No command is begun after one that has ended with an error that is no refusal.
+    """
+    codes: dict[str, int] = {}
+    waiting = list(commands)
+    # Guards both, for several jobs.
+    changing = threading.Lock()
+
+    def next_command() -> str | None:
+        with changing:
+            has_failed = any(code not in (EXIT_OK, EXIT_REFUSED) for code in codes.values())
+            if has_failed or not waiting:
+                return None
+            say(f"run {len(commands) - len(waiting) + 1} of {len(commands)}: {waiting[0]}")
+            return waiting.pop(0)
 
     def work() -> None:
-        while waiting and not failed():
-            number = waiting.pop(0)
-            say(f"run {number + 1} of {len(commands)}: {names[number]}")
-            codes[number] = run_command(commands[number])
+        while (name := next_command()) is not None:
+            code = run_command(commands[name])
+            with changing:
+                codes[name] = code
 
     if jobs == 1:
         work()
     else:
         _in_threads([work] * min(jobs, len(commands)))
-    return [codes[number] for number in sorted(codes)]
+    return {name: codes[name] for name in commands if name in codes}
 
 
 _RUNNING: set[Supervisor] = set()

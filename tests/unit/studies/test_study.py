@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import pytest
 from helpers.config_examples import example
 
 from t5x_like import run_directory
-from t5x_like.config import EvaluationConfig
+from t5x_like.config import EvaluationConfig, ScheduleConfig
 from t5x_like.config.overrides import apply_overrides
 from t5x_like.config.serialization import to_json
 from t5x_like.errors import ConfigError, UserError
 from t5x_like.planning.estimate.flops import executed_flops, training_flops
 from t5x_like.studies.budgets import TOLERANCE, cost_of_step, study_runs
-from t5x_like.studies.runs import require_unchanged
-from t5x_like.studies.study import Arm, Budget, BudgetUnit, Prediction, Study, require_valid
+from t5x_like.studies.runs import finished_result, require_unchanged
+from t5x_like.studies.study import Arm, Budget, BudgetUnit, Prediction, Study, StudyRun, require_valid
 from t5x_like.studies.study_file import find_study, load_study, shipped_studies
 
 SCORED = EvaluationConfig(continuation=(8, 8))
@@ -116,6 +117,34 @@ def test_a_changed_arm_is_refused_with_the_difference(tmp_path: Path) -> None:
     # What is evaluated does not change what was trained.
     scored = dataclasses.replace(RUN, evaluation=dataclasses.replace(SCORED, num_batches=3))
     require_unchanged(study_runs(dataclasses.replace(STUDY, arms=(Arm("small", scored),))), tmp_path)
+
+
+def test_a_run_goes_on_to_a_later_step_but_does_not_end_earlier(tmp_path: Path) -> None:
+    def runs_of(steps: int) -> list[StudyRun]:
+        schedule = ScheduleConfig(kind="constant")
+        training = dataclasses.replace(RUN.training, schedule=schedule, num_train_steps=steps)
+        arm = Arm("small", dataclasses.replace(RUN, training=training))
+        return study_runs(dataclasses.replace(STUDY, arms=(arm,)))
+
+    directory = tmp_path / "small.seed-0"
+    directory.mkdir()
+    (directory / run_directory.CONFIG).write_text(to_json(runs_of(20)[0].run))
+    # Without records, `train` replaces the configuration.
+    require_unchanged(runs_of(10), tmp_path)
+    (directory / run_directory.METRICS).write_text("{}\n")
+    require_unchanged(runs_of(30), tmp_path)
+    with pytest.raises(ConfigError, match=r"small\.seed-0: training\.num_train_steps: found 10, expected 20"):
+        require_unchanged(runs_of(10), tmp_path)
+
+
+def test_a_run_with_steps_left_has_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it has ended without an error, at the step that was its last one before."""
+    run = study_runs(dataclasses.replace(STUDY, budget=Budget("steps", 20)))[0]
+    (tmp_path / run_directory.EXIT).write_text('{"code": 0}')
+    for step, is_finished in ((10, False), (20, True)):
+        found = types.SimpleNamespace(step=step, path=tmp_path)
+        monkeypatch.setattr("t5x_like.studies.runs.evaluated", lambda *_, found=found: found)
+        assert (finished_result(tmp_path, run) is found) == is_finished
 
 
 def test_files_of_studies_are_found_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
