@@ -24,6 +24,7 @@ from t5x_like.config import (
 )
 from t5x_like.config.layouts import Layout
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
+from t5x_like.utils.atomic_write import write_atomically
 
 WORDS = 12
 CEILING = (3 * WORDS + 1) / (4 * WORDS)
@@ -137,7 +138,7 @@ def _write(folder: Path) -> None:
     for name, texts in (("train", train), ("validation", held_out)):
         path = folder / f"{name}.jsonl"
         if not path.exists():
-            path.write_text("".join(_line(words) for words in texts), encoding="utf-8")
+            write_atomically(path, "".join(_line(words) for words in texts))
 
 
 def _both_cues(rng: random.Random, place: int) -> list[list[str]]:

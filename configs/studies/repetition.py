@@ -10,6 +10,7 @@ from t5x_like.data.sources.corpus_reader import read_corpus
 from t5x_like.data.sources.document import ReadStats
 from t5x_like.studies.byte_decoder import byte_run
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
+from t5x_like.utils.atomic_write import write_atomically
 
 UNIQUE, HELD_OUT = 64_000, 200_000
 EPOCHS = 64
@@ -62,4 +63,4 @@ def _write(folder: Path) -> None:
             text = next(documents).text[:size]
             size -= len(text.encode())
             lines.append(json.dumps({"text": text}) + "\n")
-        path.write_text("".join(lines), encoding="utf-8")
+        write_atomically(path, "".join(lines))

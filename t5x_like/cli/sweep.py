@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from t5x_like.cli.arguments import (
@@ -78,6 +79,13 @@ def _run(options: argparse.Namespace, overrides: list[str]) -> int:
     if len({run.arm for run in finished}) > 1:
         results = results_of(study, finished, workdir)
         sweep_report(results, Console())
-        command = f"t5x-like sweep {options.recipe} {' '.join(overrides)}"
-        say(write_page(f"{run.name}: a sweep", best_first(study, results), runs, results, workdir, command))
+        title, command = f"{run.name}: a sweep", _command(options, overrides)
+        say(write_page(title, best_first(study, results), runs, results, workdir, command))
     return code
+
+
+def _command(options: argparse.Namespace, overrides: list[str]) -> str:
+    """Return the command that makes the page, without the place of the runs."""
+    seeds = ["--seeds", *map(str, options.seeds)] if options.seeds else []
+    metric = ["--metric", options.metric] if options.metric else []
+    return shlex.join(["t5x-like", "sweep", options.recipe, *overrides, *seeds, *metric])

@@ -171,7 +171,10 @@ def _make_spec(options: EvalOptions, loaded: LoadedModel) -> EvalSpec:
     if not has_text and not tasks:
         fix = "name the data by --data RECIPE, or a seqio Task by --task"
         raise ConfigError([ConfigProblem(str(loaded.path), "nothing to evaluate", "held-out text or a Task", fix)])
-    if options.continuation is not None and has_text:
+    if options.continuation is not None:
+        if not has_text:
+            found, expected = f"{loaded.path} without held-out text", "a run with prepared text, or --data RECIPE"
+            raise ConfigError([ConfigProblem("--continuation", found, expected, "or leave the option out")])
         evaluation = dataclasses.replace(loaded.run.evaluation, continuation=options.continuation)
         problems = [*continuation_problems(dataclasses.replace(loaded.run, evaluation=evaluation))]
         if problems:

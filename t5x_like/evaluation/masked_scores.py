@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, assert_never, get_args
 
 import numpy as np
 
@@ -69,6 +69,8 @@ def default_scoring(loaded: LoadedModel) -> Scoring:
 
 def require_scoring(loaded: LoadedModel, scoring: Scoring, option: str) -> None:
     """Raise ConfigError if the model cannot score texts in this way. `option` is named in the message."""
+    if scoring not in get_args(Scoring):
+        raise ConfigError([ConfigProblem(option, repr(scoring), f"one of {', '.join(get_args(Scoring))}")])
     if loaded.model.task_head is not None:
         raise ConfigError([ConfigProblem(str(loaded.path), "a task head", "a head over the vocabulary")])
     if (scoring == "log_likelihood") == only_unmasks(loaded):
@@ -115,14 +117,19 @@ def _masked_rows(text: ScoredText, mask_id: int, scoring: Scoring) -> list[tuple
     count = text.length
     if not count:
         return []
-    if scoring == "pseudo_likelihood":
-        masks = np.eye(count, dtype=np.bool_)
-        weights = np.ones(count)
-    else:
-        # A text of fewer tokens has some of the numbers several times.
-        counts = ((np.arange(_BOUND_GRID) + 0.5) / _BOUND_GRID * count).astype(np.int64) + 1
-        masks = random_masks(rng.fold_in(rng.fold_in(_MASKS, count), np.arange(_BOUND_GRID)), counts, count)
-        weights = count / counts / _BOUND_GRID
+    match scoring:
+        case "pseudo_likelihood":
+            masks = np.eye(count, dtype=np.bool_)
+            weights = np.ones(count)
+        case "diffusion_bound":
+            # A text of fewer tokens has some of the numbers several times.
+            counts = ((np.arange(_BOUND_GRID) + 0.5) / _BOUND_GRID * count).astype(np.int64) + 1
+            masks = random_masks(rng.fold_in(rng.fold_in(_MASKS, count), np.arange(_BOUND_GRID)), counts, count)
+            weights = count / counts / _BOUND_GRID
+        case "log_likelihood":
+            raise ValueError("found log_likelihood, expected a score of masked tokens")
+        case unknown:
+            assert_never(unknown)
     made = []
     for mask, weight in zip(masks, weights.tolist(), strict=True):
         positions = (np.flatnonzero(mask) + text.start).tolist()

@@ -239,7 +239,7 @@ def _continuation(directory: Path, step: int) -> dict[str, object] | None:
 
 
 def _machine(results: Results) -> str:
-    """Return versions, kind of processor, and the time of all runs in their last processes."""
+    """Return versions, and the time of all runs in their last processes."""
     names = ("jax", "flax", "numpy")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     seconds = 0.0

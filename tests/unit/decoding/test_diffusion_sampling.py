@@ -274,7 +274,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
     program, params = program_of("encoder")
     with pytest.raises(ConfigError, match="repetition_penalty"):
         unmask_tokens(program, params, [], allowed_V=ALLOWED, sampling=Sampling(repetition_penalty=1.2))
-    with pytest.raises(ConfigError, match=r"num_steps.*\n.*block_length|block_length"):
+    with pytest.raises(ConfigError, match="num_steps and block_length: found 0, expected 1 or more"):
         DiffusionSampling(steps=0, block_length=0)
     with pytest.raises(ConfigError, match="an encoder and a decoder"):
         require_masked_model(model("encoder_decoder", "rope"))

@@ -103,3 +103,5 @@ def test_the_score_is_that_of_the_training() -> None:
     for loaded, scoring in ((masked_lm, "log_likelihood"), (causal, "diffusion_bound")):
         with pytest.raises(ConfigError, match=f"--scoring: found {scoring} with an? (en|de)coder"):
             require_scoring(loaded, scoring, "--scoring")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="scoring: found 'bound', expected one of log_likelihood, pseudo_likelihood"):
+        require_scoring(masked_lm, "bound", "scoring")  # type: ignore[arg-type]
