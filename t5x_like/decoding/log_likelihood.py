@@ -170,7 +170,7 @@ def score_masked_tokens(program: Program, params: PyTree | InferenceParams, rows
 
 
 def require_masked_model(config: ModelConfig) -> None:
-    """Raise ConfigError if the model has no one stack with a head that predicts masked tokens."""
+    """Raise ConfigError unless the model is a single stack with a head that predicts masked tokens."""
     if config.task_head is not None:
         found = "a task head"
     elif config.generator is not None:
@@ -184,11 +184,12 @@ def require_masked_model(config: ModelConfig) -> None:
 
 
 def in_place_features(tokens_RxL: ArrayT, lengths_R: ArrayT, config: ModelConfig) -> dict[str, ArrayT]:
-    """Return the features of rows whose position p predicts token p, given all tokens, as in training: those of an
-    encoder, or of a bidirectional stream that begins with the start token and ends before the last token.
+    """Return the features of rows whose position p predicts token p, given all tokens, as in training.
+
+    An encoder reads the tokens; a bidirectional stream begins with the start token and ends before the last token.
 
     Args:
-      tokens_RxL: int32, padded on the right; NumPy arrays or those of jax.
+      tokens_RxL: int32, padded on the right; an array of NumPy or of jax.
       lengths_R: Number of tokens of each row.
       config: A model with one stack.
     """

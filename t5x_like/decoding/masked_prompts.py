@@ -28,8 +28,8 @@ def mask_id(loaded: LoadedModel) -> int:
 
 
 def special_tokens(loaded: LoadedModel) -> tuple[list[int], list[int]]:
-    """Return the tokens before and after a text whose masked tokens are predicted: those of the tokenizer of an
-    imported encoder, and none for a run, whose rows are a part of the text."""
+    """Return the tokens before and after a text whose masked tokens are predicted: the special tokens of an imported
+    encoder's tokenizer, and none for a run, whose rows are a part of the text."""
     if loaded.trained_on is not None:
         return [], []
     tokens = loaded.tokenizer.encode_with_special_tokens([""], 8)[0]

@@ -2,7 +2,7 @@
 
 A request takes a slot when one is free, whatever block the others are at. The settings of requests are arrays with one
 value per slot, so that one program is compiled for each width. The result of a request depends on its text, its
-settings and its seed only, as that of `unmask_tokens`.
+settings and its seed only, as in `unmask_tokens`.
 """
 
 from __future__ import annotations

@@ -205,9 +205,9 @@ def held_out_rows(
     """Return the rows that the losses of `evaluate_held_out` are computed from.
 
     Each row has its objective, its index, and the entries of `row_losses`. The windows whose first half is given have
-    the objective "prefix_lm", or "diffusion_bound" where they are scored by that bound; those of
-    `evaluation.continuation` have "continuation". Texts with the labels of a head have those of `head_rows`. Other
-    task heads and preference pairs, which score no single tokens, and Tasks that are read live have no rows.
+    the objective "prefix_lm", or "diffusion_bound" where they are scored by that bound, and the windows of
+    `evaluation.continuation` have "continuation". Texts with the labels of a head have the entries of `head_rows`.
+    Other task heads and preference pairs, which score no single tokens, and Tasks that are read live have no rows.
     """
     data, rows = program.run.data, program.run.training.global_batch_size
     continuation = continuation or program.run.evaluation.continuation

@@ -44,7 +44,7 @@ class T5xLikeLM(LM):
       mode: Mode token R, S or X; by default S if it was trained.
       max_length: Number of tokens of context; by default that of training.
       scoring: Score of texts by a model that predicts masked tokens only: pseudo_likelihood or diffusion_bound; by
-        default that of `masked_scores.default_scoring`.
+        default `masked_scores.default_scoring`.
       cache: File of saved results, or "no"; by default a file in the run's folder `lm_eval`, named by checkpoint and
         settings.
       batch_size, max_batch_size, device: Accepted since lm-eval passes them, and ignored: batches have as many tokens

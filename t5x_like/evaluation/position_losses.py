@@ -37,12 +37,12 @@ def position_scores(
       `loss` (nats per token) and `tokens` (the sum of the loss weights).
 
     Raises:
-      ConfigError: the model is no run of objectives whose loss is that of tokens.
+      ConfigError: the model is not a run whose objectives predict tokens.
     """
     run, data = loaded.run, loaded.run.data
     if not loaded.has_data or data.labelled is not None or data.preference is not None or data.seqio is not None:
-        found = f"{loaded.path}, no run with prepared text whose loss is that of tokens"
-        raise ConfigError([ConfigProblem("--loss-by-position", found, "a run of language-model objectives")])
+        expected = "a run with prepared text and language-model objectives"
+        raise ConfigError([ConfigProblem("--loss-by-position", str(loaded.path), expected)])
     program, stores = loaded.program, loaded.stores
     found_step, params = loaded.params(step)
     batches, rows = num_batches or run.evaluation.num_batches, run.training.global_batch_size
