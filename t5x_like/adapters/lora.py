@@ -83,7 +83,7 @@ class LoraSpec:
     Attributes:
       kernels: Kernels by path.
       rank, scale: Rank and alpha / rank of all adapters.
-      quantized: Kernels, by path, that the base keeps in 8 bits: all of them or none.
+      quantized: Kernels, by path, that the base keeps in 8 bits: all of the layers but routers, or none.
     """
 
     kernels: Mapping[str, Kernel]
@@ -197,4 +197,7 @@ def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:
     if problems:
         raise ConfigError(problems)
     adapted = {path: there[path] for path in there if path in chosen}
-    return LoraSpec(adapted, config.rank, config.alpha / config.rank, there if config.base_type == "int8" else {})
+    # A router of 8 bits would send tokens to other experts; heads and projections of embeddings are outside the layers.
+    rounded = {path: kernel for path, kernel in there.items() if "layers" in kernel.axes and "router" not in kernel.axes}
+    quantized = rounded if config.base_type == "int8" else {}
+    return LoraSpec(adapted, config.rank, config.alpha / config.rank, quantized)

@@ -102,8 +102,8 @@ class LoraConfig:
     """Numerator of the factor alpha / rank on A B."""
     base_type: Literal["float32", "int8"] = "float32"
     """Type of the frozen kernels on the devices. int8: they are rounded when they are read, with a scale for each
-    output, and dequantized where they are used (QLoRA: Dettmers et al. 2023, which has 4 bits); embeddings, heads and
-    norms stay float32. Merging adds the adapters to the rounded kernels, to which they belong."""
+    output, and dequantized where they are used (QLoRA: Dettmers et al. 2023, which has 4 bits); embeddings, heads,
+    routers and norms stay float32. Merging adds the adapters to the rounded kernels, to which they belong."""
     paths: NonEmptyPatterns = (r".*attention/(query|value)/kernel",)
     """Regular expressions for whole paths of kernels, such as `decoder/layers/mlp/wo/kernel`. The kernels of all layers
     of a stack are one array, and so are the arrays of all experts."""

@@ -135,4 +135,8 @@ def held_out_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, FloatArray]:
             if all("correct" in row for row in some):
                 correct = np.array([float(row["correct"]) for row in some])
                 draws[f"accuracy/{name}"] = bootstrap.ratio_draws(correct, tokens)
+    # The windows of several corpora together, as in the score of the model.
+    if continued := [row for name, some in by_name.items() if name.endswith(f"/{CONTINUATION}") for row in some]:
+        sums, sizes = (np.array([float(row[key]) for row in continued]) for key in ("loss", "bytes"))
+        draws[BITS_OF_CONTINUATION] = bootstrap.ratio_draws(sums, sizes) / math.log(2)
     return draws

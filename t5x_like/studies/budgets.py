@@ -62,13 +62,17 @@ def study_runs(study: Study, seeds: Sequence[int] | None = None, only: Sequence[
       only: Names of arms; empty: all of them.
 
     Raises:
-      ConfigError: an arm does not fit the budget, or `only` names an arm that the study does not have.
+      ConfigError: an arm does not fit the budget, a seed is named twice, or `only` names an arm that the study does not
+        have.
     """
+    seeds = study.seeds if seeds is None else seeds
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError([ConfigProblem("--seeds", " ".join(map(str, seeds)), "different numbers")])
     names = [arm.name for arm in study.arms]
     if unknown := [name for name in only if name not in names]:
         raise ConfigError([ConfigProblem("--only", ", ".join(unknown), f"arms of the study: {', '.join(names)}")])
     runs = []
-    for seed in (study.seeds if seeds is None else seeds) or (None,):
+    for seed in seeds or (None,):
         for arm in study.arms:
             if not only or arm.name in only:
                 runs.append(_run_of(study, arm, seed))

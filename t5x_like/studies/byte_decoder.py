@@ -42,7 +42,7 @@ def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunC
         positions="rope",
     )
     return RunConfig(
-        name="exposure",
+        name="byte_decoder",
         model=ModelConfig(encoder=None, decoder=stack, vocab_size=384),
         data=DataConfig(
             tokenizer=TokenizerConfig(kind="bytes", num_sentinels=96),

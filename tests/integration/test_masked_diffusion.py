@@ -171,6 +171,7 @@ def test_the_server_completes_and_inserts_text(trained: Path) -> None:
             "POST",
             f"{url}/v1/completions",
             json={"prompt": "efghij", "max_tokens": 8, "temperature": 0, "stream": True},
+            timeout=120,
         ) as stream:
             events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
         pieces = [choice["text"] for event in events for choice in event["choices"]]
@@ -179,5 +180,5 @@ def test_the_server_completes_and_inserts_text(trained: Path) -> None:
         assert refused.status_code == 400
         assert "logprobs, repetition_penalty: this model fills masked positions" in refused.json()["error"]["message"]
         dialogue = {"messages": [{"role": "user", "content": "a"}]}
-        assert httpx.post(f"{url}/v1/chat/completions", json=dialogue).status_code == 404
+        assert httpx.post(f"{url}/v1/chat/completions", json=dialogue, timeout=120).status_code == 404
         assert _unmask._cache_size() == programs, "a program was compiled for a request"

@@ -181,6 +181,20 @@ def test_rows_that_are_too_short_are_refused(store: Store, arm: str, positions: 
             next(iter(continuation_batches(store, short, 4, GIVEN, SCORED, WINDOWS)))
 
 
+def test_windows_of_several_corpora_are_drawn_together() -> None:
+    """Their bits per byte are one score, whose differences need an interval."""
+    rows: list[dict[str, Any]] = [
+        {"objective": f"{corpus}/continuation", "loss": 1.0 + number, "tokens": 9.0, "bytes": 10 + 2 * number}
+        for corpus in "ab"
+        for number in range(5)
+    ]
+    draws = held_out_draws(rows)
+    together = held_out_draws([{**row, "objective": "continuation"} for row in rows])
+    name = "continuation_bits_per_byte"
+    assert set(draws) == {f"a/{name}", f"b/{name}", name} and set(together) == {name}
+    np.testing.assert_array_equal(draws[name], together[name])
+
+
 def test_a_split_shorter_than_a_window_is_refused(store: Store, tmp_path: Path) -> None:
     require_windows((store,), (GIVEN, SCORED))
     short = text_store(tmp_path / "short", ["x"], ["only this"])

@@ -59,6 +59,8 @@ def test_runs_are_the_product_of_arms_and_seeds() -> None:
     assert all(run.run.data.seed == run.run.training.seed == run.seed for run in runs)
     assert [run.name for run in study_runs(STUDY, [7], ["large"])] == ["large.seed-7"]
     assert [run.name for run in study_runs(dataclasses.replace(STUDY, seeds=()))] == ["small", "large"]
+    with pytest.raises(ConfigError, match="--seeds: found 7 7, expected different numbers"):
+        study_runs(STUDY, [7, 7])
     with pytest.raises(ConfigError, match="found huge, expected arms of the study: small, large"):
         study_runs(STUDY, only=["huge"])
 
