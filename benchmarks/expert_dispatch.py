@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from t5x_like.kernels.expert_dispatch import SLACK, _permute, _sort, _sorted_mlp
 from t5x_like.kernels.grouped_mlp import ExpertKernels
 
-MOVES = ("gather", "scatter", "scatter-add", "sort", "cumsum", "reshape", "concatenate")
+MOVES = ("gather", "scatter", "scatter-add", "sort")
 
 
 class Shape(NamedTuple):
@@ -63,7 +63,7 @@ def cost(function: Callable[..., Any], *arguments: Any) -> Cost:
             case "ragged_dot_general" | "ragged_dot":
                 # Each row is multiplied with the kernel of its own group.
                 flops += 2 * math.prod(inputs[0].shape) * inputs[1].shape[-1]
-            case name if name in MOVES[:4]:
+            case name if name in MOVES:
                 # A gather reads the rows that it returns, not its whole operand.
                 arrays = outputs * 2 if name == "gather" else [*inputs, *outputs]
                 moved += sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)

@@ -56,7 +56,11 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         print_plan(runs, workdir, options.tier, Console())
         return EXIT_OK
     from t5x_like.studies.run_study import prepare_data, report, results_of, train, write_page
+    from t5x_like.studies.runs import require_unchanged
 
+    # With --only, the arms that were trained before are on the page as well.
+    everyone = study_runs(study, options.seeds)
+    require_unchanged(everyone, workdir)
     code = EXIT_OK
     if not options.report:
         prepare_data(study, runs, workdir)
@@ -66,8 +70,6 @@ def _run(options: argparse.Namespace, _: list[str]) -> int:
         code, finished = train(runs, workdir, jobs=options.jobs, further=further)
         if not finished:
             return code
-    # With --only, the arms that were trained before are on the page as well.
-    everyone = study_runs(study, options.seeds)
     results = results_of(study, everyone, workdir)
     report(study, results, Console())
     say(write_page(path.stem, study, everyone, results, workdir, _command(options)))

@@ -78,7 +78,8 @@ class RequestScheduler(abc.ABC):
 
         Raises:
           ValueError: a prompt is empty or too long, too many tokens are requested, a prompt is to be scored by a model
-            that does not predict it, or the batcher is closed.
+            that does not predict it, a text follows the new tokens of a model that decodes from left to right, or the
+            scheduler is closed.
         """
         config = self.config
         for request in requests:
