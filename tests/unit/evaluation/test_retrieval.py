@@ -18,8 +18,10 @@ from t5x_like.config import CausalLM
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
 from t5x_like.decoding.log_likelihood import score_tokens
 from t5x_like.errors import DataError
+from t5x_like.evaluation.console_tables import retrieval_table
 from t5x_like.evaluation.retrieval import DEPTHS, retrieval_example, score_retrieval
 from t5x_like.program import build_program
+from t5x_like.utils.console import Console
 
 
 @given(st.integers(200, 2000), st.sampled_from(DEPTHS), st.integers(0, 10**6))
@@ -56,7 +58,7 @@ def loaded_model() -> Any:
     )
 
 
-def test_an_answer_is_right_if_its_likelihood_is_the_highest() -> None:
+def test_an_answer_is_right_if_its_likelihood_is_the_highest(capsys: pytest.CaptureFixture[str]) -> None:
     loaded = loaded_model()
     found = score_retrieval(loaded, [180], num_examples=2)
     assert [(cell["length"], cell["depth"]) for cell in found["cells"]] == [(180, depth) for depth in DEPTHS]
@@ -72,5 +74,10 @@ def test_an_answer_is_right_if_its_likelihood_is_the_highest() -> None:
     assert found["chance"] == 0.25 and found["scoring"] == "log_likelihood" and found["step"] == 5
     # The texts are the same for every model.
     assert found["digest"] == "ace5fc7ed48646fe"
+    Console(width=200).print(retrieval_table(found))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "step 5: retrieval by log likelihood" in shown and "2 examples per cell, chance 25.0%" in shown
+    for cell in found["cells"]:
+        assert f"depth {cell['depth']:g}" in shown and f"{cell['accuracy']:.1%} [" in shown
     with pytest.raises(DataError, match=r"a context of \d+ characters with \d+ tokens, expected at most 234, which"):
         score_retrieval(loaded, [180, 600], num_examples=1)
