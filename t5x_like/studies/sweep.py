@@ -56,8 +56,8 @@ def sweep_report(results: Results, console: Console) -> None:
         verdict = "worse" if differs(difference) else ""
         if not verdict and difference.interval is not None:
             close.append(name)
-        unpaired = "other text" if difference.interval is None and score.interval is not None else verdict
-        table.add_row(*row, f"{difference.value:+.4f}", around(difference.interval), unpaired)
+        note = "other text" if difference.interval is None and score.interval is not None else verdict
+        table.add_row(*row, f"{difference.value:+.4f}", around(difference.interval), note)
     console.print(table)
     best = results.score(order[0])
     assert best is not None
