@@ -144,7 +144,7 @@ def test_a_run_with_steps_left_has_no_result(tmp_path: Path, monkeypatch: pytest
     run = study_runs(dataclasses.replace(STUDY, budget=Budget("steps", 20)))[0]
     (tmp_path / run_directory.EXIT).write_text('{"code": 0}')
     for step, is_finished in ((10, False), (20, True)):
-        found = types.SimpleNamespace(step=step, path=tmp_path)
+        found: Any = types.SimpleNamespace(step=step, path=tmp_path)
         monkeypatch.setattr("t5x_like.studies.runs.evaluated", lambda *_, found=found: found)
         assert (finished_result(tmp_path, run) is found) == is_finished
 
