@@ -170,8 +170,10 @@ $(VENV)-buckets/.installed: tests/buckets/requirements.txt
 # Of t5 only the metrics are used, which need little of what it requires: gin, editdistance and babel.
 $(VENV)-external/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)-external
+# aiobotocore, which s3fs needs, is not yet compatible with python-dateutil 4.
+	grep -v '^python-dateutil==' constraints.txt >$(VENV)-external/constraints.txt
 	$(VENV)-external/bin/python -m pip --disable-pip-version-check install --quiet --no-compile \
-	  --constraint constraints.txt --editable '.[wandb,mlflow,metrics,serve,remote]' 'pytest>=9,<10' 'pytest-timeout>=2.4,<3' \
+	  --constraint $(VENV)-external/constraints.txt --editable '.[wandb,mlflow,metrics,serve,remote]' 'pytest>=9,<10' 'pytest-timeout>=2.4,<3' \
 	  'hypothesis>=6.140,<7' 'httpx>=0.28,<1' 'openai>=2,<4' 'seqeval==1.2.2' 'xprof>=2.20,<3' 'datasets>=4,<6' \
 	  'gin-config>=0.5,<1' 'editdistance>=0.8,<1' 'babel>=2.14,<3'
 	$(VENV)-external/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps t5==0.9.4

@@ -198,6 +198,6 @@ def lora_spec(config: LoraConfig, model: ModelConfig) -> LoraSpec:
         raise ConfigError(problems)
     adapted = {path: there[path] for path in there if path in chosen}
     # A router of 8 bits would send tokens to other experts; heads and projections of embeddings are outside the layers.
-    rounded = {path: kernel for path, kernel in there.items() if "layers" in kernel.axes and "router" not in kernel.axes}
+    rounded = {path: one for path, one in there.items() if "layers" in one.axes and "router" not in one.axes}
     quantized = rounded if config.base_type == "int8" else {}
     return LoraSpec(adapted, config.rank, config.alpha / config.rank, quantized)

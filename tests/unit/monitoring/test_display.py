@@ -77,6 +77,7 @@ def test_summary_shows_the_run():
         parts={"encoder": Part(5_242_880, 20_971_520), "decoder": Part(7_342_080, 29_368_320)},
         total_steps=2000,
         tokens_per_step=12_288,
+        total_tokens=24_576_000,
         flops_per_step=5.3e11,
         memory={"parameters": 50 * 2**20, "gradients": 50 * 2**20},
         devices="8 x cpu",
