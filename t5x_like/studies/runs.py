@@ -20,6 +20,7 @@ from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, RESTART_CODES
 from t5x_like.evaluation import comparison
 from t5x_like.evaluation.best_checkpoints import early_stop
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
+from t5x_like.evaluation.results_store import CONTINUATION, read_evaluations
 from t5x_like.launching.restart_loop import RESTART_DELAY_SECONDS, Supervisor, forwarded_signals
 from t5x_like.storage import locations
 from t5x_like.storage.locations import Location
@@ -120,14 +121,26 @@ def finished_result(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | N
 
 
 def evaluated(workdir: Location, run: StudyRun) -> EvaluatedCheckpoint | None:
-    """Return the newest evaluated step of a run; None if there is none, or if it has no rows for intervals."""
+    """Return the newest evaluated step of a run.
+
+    None: there is none, it has no rows for intervals, or its windows have other lengths than those of the study.
+    """
     if not locations.exists(workdir / run.name):
         return None
     try:
         found = comparison.read_checkpoint(CheckpointRef(run_path(workdir, run)))
     except ConfigError:
         return None
-    return found if found.draws else None
+    return found if found.draws and _has_windows(found, run) else None
+
+
+def _has_windows(found: EvaluatedCheckpoint, run: StudyRun) -> bool:
+    """Return whether a run was scored on the windows of `evaluation.continuation`, which may change after training."""
+    continuation = run.run.evaluation.continuation
+    if continuation is None or all(share.corpus.sequences_per_document > 1 for share in run.run.data.sources):
+        return True
+    scores = read_evaluations(found.path)[found.step].get(CONTINUATION, {})
+    return (scores.get("given"), scores.get("scored")) == continuation
 
 
 def _train_words(run: StudyRun, workdir: Location, folder: Path, further: Sequence[str]) -> list[str]:

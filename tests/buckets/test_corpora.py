@@ -18,7 +18,7 @@ import pytest
 from helpers.bucket_servers import Server, without_bucket_settings
 from helpers.hub_server import hub_serving
 
-pytestmark = pytest.mark.external
+pytestmark = [pytest.mark.external, pytest.mark.slow]
 
 PREPARE = """
 import json, sys

@@ -105,6 +105,7 @@ def reference(config, params, tokens, visible):
     return norm(hidden, epsilon) @ p["token_embedder/embedding"].T + p["head/bias"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [presets.ltg_bert, presets.gpt_bert])
 def test_logits_equal_the_definition(preset):
     config = small(preset())

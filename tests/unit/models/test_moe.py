@@ -91,6 +91,7 @@ def test_padding_is_not_computed_and_not_counted():
     np.testing.assert_allclose(routing.probability.sum(), 12, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segments", [None, [[1, 1, 1, 2, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3, 3, 3]]])
 def test_experts_take_the_first_tokens_of_a_text_up_to_their_capacity(segments):
     experts = MoEConfig(num_experts=3, experts_per_token=2, capacity=2)

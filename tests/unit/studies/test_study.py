@@ -16,11 +16,13 @@ from t5x_like.config import EvaluationConfig, ScheduleConfig
 from t5x_like.config.overrides import apply_overrides
 from t5x_like.config.serialization import to_json
 from t5x_like.errors import ConfigError, UserError
+from t5x_like.evaluation.results_store import EVALUATIONS
 from t5x_like.planning.estimate.flops import executed_flops, training_flops
 from t5x_like.studies.budgets import TOLERANCE, cost_of_step, study_runs
-from t5x_like.studies.runs import finished_result, require_unchanged
+from t5x_like.studies.runs import evaluated, finished_result, require_unchanged
 from t5x_like.studies.study import Arm, Budget, BudgetUnit, Prediction, Study, StudyRun, require_valid
 from t5x_like.studies.study_file import find_study, load_study, shipped_studies
+from t5x_like.utils.jsonl import encode_records
 
 SCORED = EvaluationConfig(continuation=(8, 8))
 RUN = dataclasses.replace(example(), evaluation=SCORED)
@@ -147,6 +149,19 @@ def test_a_run_with_steps_left_has_no_result(tmp_path: Path, monkeypatch: pytest
         found: Any = types.SimpleNamespace(step=step, path=tmp_path)
         monkeypatch.setattr("t5x_like.studies.runs.evaluated", lambda *_, found=found: found)
         assert (finished_result(tmp_path, run) is found) == is_finished
+
+
+def test_scores_of_windows_of_other_lengths_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = study_runs(STUDY)[0]
+    (tmp_path / run.name).mkdir()
+    record = {"step": 20, "continuation": {"given": 3, "scored": 5}}
+    (tmp_path / run.name / EVALUATIONS).write_text("".join(f"{line}\n" for line in encode_records([record])))
+    found: Any = types.SimpleNamespace(step=20, path=tmp_path / run.name, draws={"loss": [1.0]})
+    monkeypatch.setattr("t5x_like.studies.runs.comparison.read_checkpoint", lambda _: found)
+    for continuation, is_result in ((None, True), ((3, 5), True), ((4, 4), False)):
+        evaluation = dataclasses.replace(run.run.evaluation, continuation=continuation)
+        changed = dataclasses.replace(run, run=dataclasses.replace(run.run, evaluation=evaluation))
+        assert (evaluated(tmp_path, changed) is found) == is_result
 
 
 def test_files_of_studies_are_found_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,7 @@ def bias(state: PyTree) -> np.ndarray:
     return np.asarray(state["params"]["decoder"]["layers"]["mlp"]["router_bias"])
 
 
+@pytest.mark.slow
 def test_bias_moves_by_the_sign_of_the_load_of_the_whole_batch_once_it_is_not_frozen() -> None:
     freeze = (FreezeConfig(paths=(".*/router_bias",), until_step=1),)
     trained = Trained(run_of(optimizer=AdamWConfig(weight_decay=0.5), gradient_accumulation_steps=2, freeze=freeze))
