@@ -98,7 +98,21 @@ def run_for(
         unscaled_embedding_token_id=7,
         tie_embeddings=True,
     )
+    some_experts = MoEConfig(num_experts=4, experts_per_token=1, normalize_weights=False, layer_period=2, capacity=4)
+    models["blocks"] = ModelConfig(
+        encoder=dataclasses.replace(stack, layer_pattern=("local",), sliding_window=(3, 3), global_block_size=4),
+        decoder=dataclasses.replace(causal, experts=some_experts),
+        vocab_size=VOCABULARY,
+    )
+    models["gated"] = dataclasses.replace(
+        models["prefix_lm"],
+        decoder=dataclasses.replace(
+            stack, norm="layernorm", norm_placement="normformer", attention_gate=True, depth_weights=True
+        ),
+    )
     layouts: dict[str, tuple[Layout, Objective]] = {
+        "blocks": ("encoder_decoder", PrefixLM(name="s")),
+        "gated": ("prefix_lm", PrefixLM(name="s")),
         "experts": ("causal_lm", CausalLM()),
         "balanced_experts": ("causal_lm", CausalLM()),
         "distances": ("encoder", MaskedLM()),

@@ -138,10 +138,14 @@ def test_experts_are_split_over_their_axis(mesh: ShardingConfig, capfd: pytest.C
     assert shard_shape(kernel) == (2, 4 // mesh.expert, 64 // mesh.fsdp, 128 // mesh.tensor)
 
 
+@pytest.mark.parametrize("structure", ["merged", "blocks", "gated"])
 @pytest.mark.slow
-def test_layer_kinds_and_merged_attention_do_not_depend_on_the_mesh() -> None:
-    expected_state, expected = one_device("merged")
-    state, metrics = step_on(run_for("merged", MESHES["data_fsdp_tensor"]), start("merged"))
+def test_structures_do_not_depend_on_the_mesh(structure: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Merged attention over kinds of layers; sums of blocks and experts in some layers; gates and weights of depths."""
+    expected_state, expected = one_device(structure)
+    capfd.readouterr()
+    state, metrics = step_on(run_for(structure, MESHES["data_fsdp_tensor"]), start(structure))
+    assert RESHARDING_WARNING not in capfd.readouterr().err
     assert compute(metrics["loss"]) == pytest.approx(compute(expected["loss"]), rel=1e-5)
     assert_same(state["opt_state"].mu, expected_state["opt_state"].mu)
 
