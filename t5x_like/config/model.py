@@ -83,7 +83,8 @@ class MoEConfig:
     """Give each expert a bias that is added to its score when experts are chosen, and not to its weight. After each
     step the biases of experts with fewer tokens than the mean of their layer grow by this number, and the biases of
     experts with more tokens fall by it, so that the load is balanced without a loss (Wang et al. 2024; DeepSeek-V3 has
-    0.001). Gradients and optimizers do not change biases. 0: biases that stay as they are. None: no biases."""
+    0.001). Gradients and optimizers do not change biases, and adapters leave the biases of their base as they are.
+    0: biases that stay as they are. None: no biases."""
     router_aux_loss_weight: ClosedUnitFloat = 0.001
     """Weight of the load-balancing loss (Fedus et al. 2021), which is experts_per_token for a uniform distribution of
     tokens over experts."""

@@ -23,13 +23,10 @@ def inconsistent_model(model: ModelConfig) -> Problems:
         found = str(decoder.global_block_size)
         expected = "None: the sums of blocks contain tokens to the right, which a decoder must not see"
         yield ConfigProblem("model.decoder.global_block_size", found, expected)
-    if (
-        encoder
-        and encoder.global_block_size
-        and (encoder.positions != "relative_bias" or encoder.relative_bias_per_layer)
-    ):
-        expected = "None, or positions relative_bias with one table for all layers"
-        yield ConfigProblem("model.encoder.global_block_size", str(encoder.global_block_size), expected)
+    for name, one in (("encoder", encoder), ("generator", model.generator)):
+        if one and one.global_block_size and (one.positions != "relative_bias" or one.relative_bias_per_layer):
+            expected = "None, or positions relative_bias with one table for all layers"
+            yield ConfigProblem(f"model.{name}.global_block_size", str(one.global_block_size), expected)
     for field in ("attention_gate", "depth_weights") if encoder and decoder else ():
         if getattr(decoder, field):
             yield ConfigProblem(f"model.decoder.{field}", "True", "False in a decoder beside an encoder")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, assert_never
 
 import numpy as np
@@ -67,8 +66,6 @@ class LabeledRows(WholeExampleRows):
                 f"{store.path}: found {len(self._labels)} labels with {len(self._by_spelling)} spellings under the "
                 "tokenizer, expected one for each: it may lower-case, or have no piece for them; rename them"
             )
-        alternatives = "|".join(map(re.escape, sorted(self._by_spelling, key=len, reverse=True)))
-        self._first_label = re.compile(f"({alternatives})((?:{alternatives})*)")
 
     @property
     def identity(self) -> Any:
@@ -132,17 +129,7 @@ class LabeledRows(WholeExampleRows):
         names = text.split()
         if all(name in self._labels for name in names):
             return [self._labels.index(name) for name in names]
-        found, rest = [], _spelling(text)
-        while rest:
-            match = self._first_label.fullmatch(rest)
-            if match is None:
-                raise DataError(
-                    f"found the word labels {text!r} as the tokenizer decodes them, expected some of "
-                    f"{', '.join(self._by_spelling)}; rename the labels in the files"
-                )
-            found.append(self._by_spelling[match[1]])
-            rest = match[2]
-        return found
+        return split_labels(text, self._by_spelling)
 
     def _label_positions(self, row_text: list[int], num_labels: int) -> list[int]:
         """Return the positions of the first tokens of the words, without those that are truncated.
@@ -160,6 +147,35 @@ class LabeledRows(WholeExampleRows):
                 "sentencepiece, bpe or bytes"
             )
         return starts
+
+
+def split_labels(text: str, by_spelling: Mapping[str, int]) -> list[int]:
+    """Return the labels that a text consists of, whatever the spaces between them.
+
+    Args:
+      text: Decoded labels.
+      by_spelling: Index of each label by its spelling without spaces.
+
+    Raises:
+      DataError: the text is no sequence of these labels, or more than one.
+    """
+    rest = _spelling(text)
+    # From the end on: the number of sequences that spell the rest of the text, up to 2, and the first label of one.
+    ways, first = [*[0] * len(rest), 1], {}
+    for start in reversed(range(len(rest))):
+        for spelling, label in by_spelling.items():
+            stop = start + len(spelling)
+            if spelling and rest.startswith(spelling, start) and ways[stop]:
+                ways[start] = min(2, ways[start] + ways[stop])
+                first[start] = label, stop
+    if ways[0] != 1:
+        found = f"{'several sequences' if ways[0] else 'no sequence'} of {', '.join(by_spelling)}"
+        raise DataError(f"found {text!r}, which is {found}, as the tokenizer decodes word labels; rename the labels")
+    labels, start = [], 0
+    while start < len(rest):
+        label, start = first[start]
+        labels.append(label)
+    return labels
 
 
 def _spelling(text: str) -> str:

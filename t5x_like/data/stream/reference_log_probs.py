@@ -26,6 +26,7 @@ from t5x_like.data.stream import rng
 from t5x_like.data.stream.feature_converters import Features
 from t5x_like.data.stream.preference_rows import PreferenceRows
 from t5x_like.errors import SafetyError
+from t5x_like.faults import fault_of_os_error
 from t5x_like.utils.digests import json_digest
 from t5x_like.utils.json_reader import parse_json
 
@@ -68,6 +69,8 @@ def read_lines(path: Path, values: Values) -> dict[str, Any]:
             pairs = np.array([line["chosen"], line["rejected"]], np.float32).T
             values[line["split"]][line["first"] : line["first"] + len(pairs)] = pairs
     except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        if isinstance(error, OSError) and fault_of_os_error(error) is not None:
+            raise  # A fault of the storage has an exit code of its own: after a restart the file may be readable.
         raise SafetyError(
             f"{path}: cannot be read ({type(error).__name__}: {error}), expected the log-probabilities of the "
             "reference; bring the file back"

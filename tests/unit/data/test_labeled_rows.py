@@ -13,6 +13,7 @@ from t5x_like.config.validation import validate
 from t5x_like.data.inspection.console_view import inspect
 from t5x_like.data.store.prepare import prepare
 from t5x_like.data.stream import heldout
+from t5x_like.data.stream.labeled_rows import split_labels
 from t5x_like.data.stream.row_stream import TrainingStream
 from t5x_like.data.tokenizers.vocabulary import EOS_ID
 from t5x_like.decoding.prompt_format import prompt_format
@@ -194,6 +195,16 @@ def test_invalid_label_is_refused_with_its_line(tmp_path, kind, bad, message):
     good = {"regression": 1}.get(kind, "red")
     with pytest.raises(DataError, match=message):
         prepared(tmp_path, [("a", good)] * 30 + [bad], kind)
+
+
+def test_labels_are_read_without_their_spaces_if_only_one_sequence_spells_them():
+    names = {"o": 0, "b-per": 1, "i-per": 2, "oo": 3}
+    assert split_labels("b - per i - per o b - per", names) == [1, 2, 0, 1]
+    assert split_labels("", names) == []
+    with pytest.raises(DataError, match="'o o', which is several sequences of o, b-per, i-per, oo"):
+        split_labels("o o", names)
+    with pytest.raises(DataError, match="no sequence"):
+        split_labels("b - per" * 2000 + "x", names)
 
 
 def test_mode_token_precedes_the_text(tmp_path):
