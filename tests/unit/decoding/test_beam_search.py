@@ -254,4 +254,6 @@ def test_beams_read_their_past_where_it_was_written(name, dtype):
     tokens = random.integers(2, 60, (steps, 2 * count)).astype(np.int32)
     parents = random.integers(0, count, (steps, 2, count)).astype(np.int32)
     differences, spread = largest_difference(params, tokens, parents)
-    assert np.max(differences) < 1e-4 * np.max(spread)
+    # The products of the two differ by rounding, after which a slot of 8 bits can be one level off.
+    tolerance = 1e-2 if dtype == "int8" else 1e-4
+    assert np.max(differences) < tolerance * np.max(spread)
