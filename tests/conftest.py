@@ -23,7 +23,7 @@ EXTENDED = re.compile(
     r"|fault_at_every_start|local_launcher_restarts)"
     r"|faults/test_run_faults.*killed_run_ends.*\[prefix_lm\]"
     r"|faults/test_process_faults.*(\[save\]|\[15\]|\[abort\]|\[skip\]|killed_after_its_last_save|becomes_read_only"
-    r"|frozen_file_system|of_a_metric_writer|stacks_are_printed|on_a_full_disk|did_not_answer)"
+    r"|frozen_file_system|storage_that_is_slow|of_a_metric_writer|stacks_are_printed|on_a_full_disk|did_not_answer)"
     r"|faults/test_generate_faults.*two_killed_processes"
     r"|data/test_seqio_register_mixtures.*registered_mixture_read_live"
     r"|decoding/test_speculative.*\[((prefix_lm|learned|windows|decoder)-"
