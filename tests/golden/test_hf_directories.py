@@ -388,6 +388,10 @@ def test_gradients_equal_transformers(case):
     compared = 0
     for tensor in pending(rules, grads, np.dtype(np.float32)):
         expected = renamed.get(tensor.name)
+        if expected is None and tensor.name in renamed:
+            # An expert of Switch that no token was sent to has no gradient there.
+            assert name == "switch" and "experts" in tensor.name and not np.any(tensor.make())
+            continue
         if expected is None:
             # transformers keeps Mixtral's experts in one array, and BART's bias of the logits without a gradient.
             assert (name == "mixtral" and "block_sparse_moe" in tensor.name) or tensor.name == "final_logits_bias"
