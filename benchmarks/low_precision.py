@@ -2,7 +2,7 @@
 
     python benchmarks/low_precision.py [NAME ...] [--recipe smoke:decoder] [--steps 300] [--seeds 3]
 
-The options are those of `optimizer_quality.py`. 8 bits are those of `quantization` of a stack (the extra
+It takes the options of `optimizer_quality.py`. The 8-bit arms set `quantization` of a stack (the extra
 `quantization`), with activations in bfloat16. The script compares what is learned: on a CPU, 8 bits save no time.
 """
 

@@ -4,7 +4,7 @@
 
 Each candidate is the recipe with another optimizer, learning rate or initial values. All have the recipe's schedule
 over the given number of steps. A seed decides the initial values and the rows; it is the same for all candidates. CPU
-seconds are those of the steps, without compilation and evaluation. `--scale` multiplies all learning rates.
+seconds of the steps exclude compilation and evaluation. `--scale` multiplies all learning rates.
 """
 
 from __future__ import annotations

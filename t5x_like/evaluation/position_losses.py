@@ -24,7 +24,7 @@ def position_scores(
     loaded: LoadedModel, *, step: int | None = None, num_batches: int | None = None, split: str = "validation"
 ) -> dict[str, Any]:
     """Return the mean held-out loss of each objective in bins of the positions of its targets' stack: 0, 1, 2 to 3, 4
-    to 7, and so on. The rows are those of `eval`, with one example each.
+    to 7, and so on. It scores the same rows as `eval`, with one example each.
 
     Args:
       loaded: A training run.

@@ -46,7 +46,7 @@ def text_blocks(segment_ids_BxL: Array, block_size: int) -> TextBlocks:
     within = indices - jax.lax.cummax(jnp.where(starts, indices, 0), axis=1)
     is_last = (within % block_size == block_size - 1) & valid
     so_far = jnp.cumsum(is_last, axis=1)
-    # Counts grow along the row, so that the largest and the smallest are those of the nearest edge of a text.
+    # Counts grow along the row, so the largest and the smallest one belong to the nearest edge of a text.
     before = jax.lax.cummax(jnp.where(starts, so_far - is_last, 0), axis=1)
     up_to_end = jax.lax.cummin(jnp.where(ends, so_far, length), axis=1, reverse=True)
     block = before + jnp.minimum(within // block_size, up_to_end - before - 1)

@@ -74,7 +74,7 @@ class Results:
     def difference(self, arm: str, than: str | None, name: str | None = None) -> Estimate | None:
         """Return the score of an arm minus that of another one; None if they have no seed in common, or lack the score.
 
-        Seeds and windows are paired. Draws of the windows are those of `bootstrap.draws`, the same for all runs. Seeds
+        Seeds and windows are paired. `bootstrap.draws` draws the windows, the same for all runs. Seeds
         are drawn with replacement, and the deviations of their means are scaled so that the interval is as wide as
         Student's t has it: three seeds drawn from three vary too little for a 95 % interval.
         """

@@ -164,7 +164,7 @@ def _trust_words(runs: Sequence[StudyRun]) -> list[str]:
 def _run_all(commands: Mapping[str, Sequence[str]], jobs: int) -> dict[str, int]:
     """Return the exit codes of the commands by name, in their order.
 
-    No command is begun after one that has ended with an error that is no refusal.
+    After a command fails with any code but EXIT_REFUSED, no further command is started.
     """
     codes: dict[str, int] = {}
     waiting = list(commands)

@@ -307,7 +307,7 @@ class TrainSession:
         self.accumulated_metrics = {}
         seconds = self.clock.lap()
         sizes = batch_sizes(self.run.training)
-        # Tokens and FLOPs are those of batches of full size.
+        # Tokens and FLOPs refer to batches of full size.
         share = (sizes.in_full_batches(step) - sizes.in_full_batches(step - steps)) / steps if steps else 1.0
         flops_per_step = self.flops_per_step * share
         if self.peak is not None:

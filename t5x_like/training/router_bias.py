@@ -32,7 +32,7 @@ def moved(
 ) -> PyTree:
     """Return the parameters without a gradient after a step: b + rate * sign(mean load - load) for biases of routers.
 
-    Loads are those of the whole batch, over all its sub-batches, accumulation parts and devices. A bias that
+    Loads are summed over the whole batch: all its sub-batches, accumulation parts and devices. A bias that
     `training.freeze` names stays as it is.
 
     Args:

@@ -1,6 +1,6 @@
 """Corpora in buckets and on the Hugging Face Hub are prepared to the stores of the same files on a disk.
 
-The clients are those of the extra `remote`: gcsfs, s3fs and huggingface_hub. They talk to servers on this machine.
+The clients gcsfs, s3fs and huggingface_hub (the extra `remote`) talk to servers on this machine.
 """
 
 from __future__ import annotations

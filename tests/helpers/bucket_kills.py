@@ -1,7 +1,7 @@
 """Kills processes at random moments of saves to an object store: `python bucket_kills.py URL KILLS SEED`.
 
 Each round forks two processes, which is faster than to start them: one saves steps until it is killed, and one verifies
-what it has left. After the last round the data in the store are those of the checkpoints that are listed.
+what it has left. After the last round the store has the data of the listed checkpoints and nothing else.
 """
 
 from __future__ import annotations

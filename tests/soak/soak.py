@@ -268,7 +268,7 @@ def one_fault(soak: Soak, number: int, progress: float) -> tuple[str, str]:
     """
     name, phase = [*FAULTS][number % len(FAULTS)], PHASES[number % len(PHASES)]
     if name == "dropped volume" and phase is at_start:
-        phase = at_save  # Without its volume the folder is that of a new run.
+        phase = at_save  # Without its volume the folder looks like that of a new run.
     inject, codes = FAULTS[name]
     if phase is at_start and name.startswith("SIGTERM"):
         codes = KILLED  # Before Python runs, a signal ends the process.

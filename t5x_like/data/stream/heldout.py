@@ -64,7 +64,7 @@ class WindowBatches:
       window_N: Number of each window in the split: its first token is at this multiple of the length of a window.
       tokens_NxT: The scored tokens.
       texts: Exact bytes of each of them. An EOS between two documents is scored and has no bytes.
-      digests: Digest of each window, of the tokens that are given and of those that are scored.
+      digests: Digest of each window: of its given and its scored tokens.
     """
 
     batches: tuple[Batch, ...]
