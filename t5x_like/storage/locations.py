@@ -38,8 +38,8 @@ limit is that of a process without progress."""
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 CONTEXT = tensorstore.Context({"s3_request_retries": _RETRIES, "gcs_request_retries": _RETRIES})
 """Shared by all arrays, since the contents of `memory://` belong to a context."""
-_ANSWERED: set[str] = set()
-"""Buckets that have answered a request of this process."""
+_ANSWERED: set[tuple[str, str]] = set()
+"""Buckets that have answered a request of this process: `SCHEME://BUCKET` and the endpoint."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -136,7 +136,7 @@ def wait(path: Location, future: Any) -> Any:
       DataError: an object store has not answered the first request: its address may be wrong.
       ValueError: TensorStore reports an error.
     """
-    bucket = path.text.split("/")[2] if isinstance(path, Url) else None
+    bucket = ("/".join(path.text.split("/")[:3]), path.endpoint) if isinstance(path, Url) else None
     storage = "file system" if bucket is None else "object store"
     interval, limit = (FILE_WAIT_SECONDS, stall_seconds()) if bucket is None else (WAIT_SECONDS, REQUEST_SECONDS)
     waited = 0.0

@@ -101,6 +101,7 @@ def test_configuration_of_others_sends_no_request(
     port, seen = listener
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(locations, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(locations, "_ANSWERED", set())
     run = example()
     url = "s3://bucket/stores"
     if field == "data.corpus":
