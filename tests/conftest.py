@@ -36,7 +36,7 @@ EXTENDED = re.compile(
     r"|experts|some experts|gated prefix|blocks)\]"
     r"|models/test_seqio_rows.*\[(prefix_lm|causal_lm)-numbers\]"
     r"|models/test_electra.*outputs\[learned\]"
-    r"|models/test_model.py.*scan_unrolled.*\[changes[12]\]"
+    r"|models/test_model.py.*(scan_unrolled.*\[changes[12]\]|separate_ones\[)"
     r"|adapters/test_lora.*\[(bert|mixtral)\]"
     r"|parallel/test_products.*(slices|gathered|expert2xcontext2xtensor2|expert4|encoder-context)\]"
     r"|parallel/test_meshes.*(-data_tensor|-fsdp|\[fsdp|mesh1|\[experts|discriminator.*\[data_fsdp_tensor)\]"
