@@ -20,7 +20,7 @@ from t5x_like.evaluation import bootstrap
 from t5x_like.evaluation.results_store import BITS_BOUND, BITS_OF_CONTINUATION, CONTINUATION, DIFFUSION_BOUND
 from t5x_like.kernels.cross_entropy import cross_entropy
 from t5x_like.program import Program
-from t5x_like.training.losses import targets_and_weights
+from t5x_like.training.losses import is_best_token, targets_and_weights
 from t5x_like.utils.type_aliases import Features, FloatArray, PyTree
 
 HELD_OUT = "held_out.jsonl"
@@ -34,13 +34,15 @@ def row_losses(
     """Return the losses of all rows that have a weight above 0, in order.
 
     Returns:
-      For each row: `loss` (sum over tokens, in nats), `tokens` (sum of the weights), `bytes` (number of bytes of the
-      text of the scored tokens), and `digest` of these bytes, by which rows of the same text are found in two models.
+      For each row: `loss` (sum over tokens, in nats), `tokens` (sum of the weights), `correct` (the part of `tokens`
+      whose target has the largest logit), `bytes` (number of bytes of the text of the scored tokens), and `digest` of
+      these bytes, by which rows of the same text are found in two models.
     """
     rows = []
     for batch in batches:
         features = batch["main"]
-        sums_R, weights_R = jax.device_get(_row_losses(program, params, program.shard_global_batch(batch)["main"]))
+        placed = program.shard_global_batch(batch)["main"]
+        sums_R, weights_R, correct_R = jax.device_get(_row_losses(program, params, placed))
         targets, weights = targets_and_weights(features)  # type: ignore[arg-type]
         # Rows that only complete a batch have weight 0.
         for row in np.flatnonzero(weights_R):
@@ -50,6 +52,7 @@ def row_losses(
                 {
                     "loss": float(sums_R[row]),
                     "tokens": float(weights_R[row]),
+                    "correct": float(correct_R[row]),
                     "bytes": len(text),
                     "digest": _digest(text),
                 }
@@ -71,7 +74,7 @@ def window_losses(program: Program, params: PyTree, windows: Iterable[WindowBatc
             placed = program.shard_global_batch(batch)["main"]
             if not rows and not losses_R.size:
                 compile_on_all(_row_losses, program, params, placed)
-            sums_R, _ = jax.device_get(_row_losses(program, params, placed))
+            sums_R, *_ = jax.device_get(_row_losses(program, params, placed))
             losses_R = losses_R + sums_R if losses_R.size else sums_R.astype(np.float64)
         tokens = float(window.tokens_NxT.shape[1])
         # Rows that only complete a batch come last and have no text.
@@ -88,21 +91,34 @@ def _digest(text: bytes) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _row_losses(program: Program, params: PyTree, features: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Return (summed loss [R], summed weight [R]), replicated over the devices."""
+def _row_losses(
+    program: Program, params: PyTree, features: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (summed loss [R], summed weight [R], summed weight of correct tokens [R]), replicated over the devices."""
     with program.mesh_context():
-        loss_RxL, weights_RxL = token_losses(program, params, features)
-        sums = jnp.sum(loss_RxL * weights_RxL, axis=-1), jnp.sum(weights_RxL, axis=-1)
-        return jax.lax.with_sharding_constraint(sums, NamedSharding(program.mesh, PartitionSpec()))
+        loss_RxL, weights_RxL, is_best_RxL = _scored_tokens(program, params, features)
+        terms = (loss_RxL * weights_RxL, weights_RxL, is_best_RxL * weights_RxL)
+        loss_R, weight_R, correct_R = (jnp.sum(term, axis=-1) for term in terms)
+        return jax.lax.with_sharding_constraint(
+            (loss_R, weight_R, correct_R), NamedSharding(program.mesh, PartitionSpec())
+        )
 
 
 def token_losses(program: Program, params: PyTree, features: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Return (loss in nats [R, L], loss weights float32 [R, L]) of each target; call it in the program's mesh."""
+    loss_RxL, weights_RxL, _ = _scored_tokens(program, params, features)
+    return loss_RxL, weights_RxL
+
+
+def _scored_tokens(
+    program: Program, params: PyTree, features: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (loss in nats, loss weights, 1 where the target has the largest logit) of each target: [R, L] float32."""
     output = program.model(params).output(features)
     targets, weights = output.targets or targets_and_weights(features)
     # The plain loss, whatever training adds to it, so that models of different runs can be compared.
     loss_RxL, _ = cross_entropy(output.logits, targets, z_loss=0.0, label_smoothing=0.0)
-    return loss_RxL, weights.astype(jnp.float32)
+    return loss_RxL, weights.astype(jnp.float32), is_best_token(output.logits, targets)
 
 
 def held_out_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -111,7 +127,7 @@ def held_out_intervals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def held_out_draws(rows: Sequence[Mapping[str, Any]]) -> dict[str, FloatArray]:
-    """Return the loss of each objective ("loss/NAME"; of labels also "accuracy/NAME") and the bits per byte
+    """Return the loss and the accuracy of each objective ("loss/NAME", "accuracy/NAME") and the bits per byte
     ("bits_per_byte", or "bits_per_byte_bound", and "continuation_bits_per_byte") on each bootstrap draw of the rows:
     [draws].
 

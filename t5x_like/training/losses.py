@@ -69,7 +69,7 @@ def sub_batch_metrics(
     losses = _chunked_losses(output.projection, targets, weights, setting, chunk_tokens)
     if losses is None:
         loss, z_term = cross_entropy(output.logits, targets, z_loss=z_loss, label_smoothing=label_smoothing)
-        is_best, objective = _is_best(output.logits, targets), None
+        is_best, objective = is_best_token(output.logits, targets), None
     else:
         objective, loss, z_term, is_best = losses
     weight = jnp.sum(weights)
@@ -145,7 +145,8 @@ def is_of_logits(name: str) -> bool:
     return name in ("loss", "z_loss", "accuracy", "loss_tokens") or name.startswith("loss/")
 
 
-def _is_best(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def is_best_token(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return float32 [rows, length]: 1 where no other token has a larger logit than the target."""
     # The accuracy has no gradient. Stating this keeps it out of the backward pass.
     logits = jax.lax.stop_gradient(logits)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

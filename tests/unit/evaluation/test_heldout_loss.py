@@ -158,6 +158,7 @@ def test_scores_count_each_token_once(store):
     assert sum(row["bytes"] for row in rows if row["objective"] == "prefix_lm") == result["prefix_lm"]["bytes"]
     assert found["loss"] == pytest.approx(loss / tokens, rel=1e-5)
     assert found["accuracy"] == pytest.approx(right / tokens, rel=1e-6)
+    assert sum(row["correct"] for row in rows if row["objective"] == "R_3_0.15") == right
 
 
 def test_windows_are_bounded_at_a_grid_of_masked_counts(store):
@@ -201,7 +202,7 @@ def test_bounds_of_windows_are_the_weighted_losses_of_their_masked_tokens(store)
     assert [row["loss"] for row in own] == pytest.approx(expected, rel=1e-4)
     result = evaluate_held_out(program, placed(program, params), [store], step=0, num_batches=2)
     assert result["diffusion_bound"]["loss_per_token"] == pytest.approx(sum(expected) / tokens, rel=1e-4)
-    assert {"loss/masked_lm", "bits_per_byte_bound"} == set(held_out_intervals(rows))
+    assert {"loss/masked_lm", "accuracy/masked_lm", "bits_per_byte_bound"} == set(held_out_intervals(rows))
 
 
 @pytest.mark.slow
