@@ -13,7 +13,7 @@ from t5x_like.config import (
 )
 from t5x_like.config.layouts import Layout
 from t5x_like.config.mixtures import gpt_bert
-from t5x_like.studies.byte_decoder import byte_run
+from t5x_like.studies.byte_model import byte_run
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from t5x_like.config import Objective, ul2
 from t5x_like.config.objectives import MODES
-from t5x_like.studies.byte_decoder import byte_run
+from t5x_like.studies.byte_model import byte_run
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
 
 

@@ -8,7 +8,7 @@ from t5x_like.config import CausalLM, CorpusConfig, MaskedDiffusion, Objective, 
 from t5x_like.config.layouts import Layout
 from t5x_like.data.sources.corpus_reader import read_corpus
 from t5x_like.data.sources.document import ReadStats
-from t5x_like.studies.byte_decoder import byte_run
+from t5x_like.studies.byte_model import byte_run
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
 from t5x_like.utils.atomic_write import write_atomically
 

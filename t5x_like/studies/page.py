@@ -58,6 +58,7 @@ def render(title: str, study: Study, runs: Sequence[StudyRun], results: Results,
     order = [arm.name for arm in study.arms if arm.name in first_of]
     costs = {name: arm_cost(first_of[name]) for name in order}
     base = next((name for name in order if name in results.arms), order[0])
+    further = [*study.also, *(one.name for one in study.steps_to)]
     return (
         environment()
         .get_template("study.html")
@@ -77,7 +78,7 @@ def render(title: str, study: Study, runs: Sequence[StudyRun], results: Results,
             base=base,
             scores=_scores(results, order, None, results.measure),
             compared=_scores(results, [name for name in order if name != base], base, results.measure, order),
-            also=[(name, _scores(results, order, None, name)) for name in study.also],
+            also=[(name, _scores(results, order, None, name)) for name in further],
             windows=_windows(results),
             command=command,
             machine=_machine(results),
@@ -96,14 +97,17 @@ def _status(runs: Sequence[StudyRun], results: Results) -> str:
 
 
 def _expectation(prediction: Prediction, results: Results) -> Mapping[str, str]:
-    estimate = results.difference(prediction.arm, prediction.than, prediction.score)
+    estimate = results.predicted(prediction)
     found = verdict(prediction, estimate)
-    subject = prediction.arm if prediction.than is None else f"{prediction.arm} − {prediction.than}"
+    sign = "/" if prediction.is_ratio else "−"
+    subject = prediction.arm if prediction.than is None else f"{prediction.arm} {sign} {prediction.than}"
     return {
         "claim": prediction.claim,
         "source": prediction.source,
         "range": f"{subject} {_range(prediction.low, prediction.high)}",
-        "value": "no result" if estimate is None else _value(estimate, signed=prediction.than is not None),
+        "value": "no result"
+        if estimate is None
+        else _value(estimate, signed=sign == "−" and prediction.than is not None),
         "around": "" if estimate is None else _around(estimate),
         "verdict": found or "no verdict",
         "css": {"held": "better", "failed": "worse"}.get(found or "", "absent"),

@@ -13,6 +13,7 @@ from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.evaluation.bootstrap import interval
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint, lower_is_better
 from t5x_like.evaluation.results_store import BITS_BOUND
+from t5x_like.studies.steps_to import with_steps
 from t5x_like.studies.study import Prediction, Study, StudyRun
 from t5x_like.utils.type_aliases import FloatArray
 
@@ -24,6 +25,7 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.22
 _NORMAL = 1.960
 
 Verdict = Literal["held", "failed", "not told"]
+Side = Literal["", "at most", "at least"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +38,13 @@ class Estimate:
         scored on the same windows, or their rows are missing.
       by_seed: Value of each seed.
       side: The exact value is at most ("at most") or at least ("at least") this one, because one of the scores is an
-        upper bound; "" otherwise.
+        upper bound, or the steps of a run that does not reach its target; "" otherwise.
     """
 
     value: float
     interval: tuple[float, float] | None
     by_seed: tuple[float, ...]
-    side: Literal["", "at most", "at least"] = ""
+    side: Side = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +54,12 @@ class Results:
     Attributes:
       runs: The result of each run, by arm and seed.
       measure: Name of the score of the study.
+      unreached: Names of the scores of `Study.steps_to` that a run of each arm does not reach.
     """
 
     runs: Mapping[tuple[str, int | None], EvaluatedCheckpoint]
     measure: str
+    unreached: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -71,25 +75,50 @@ class Results:
         """Return the score of an arm; None if a run of it does not have the score."""
         return self.difference(arm, None, name)
 
-    def difference(self, arm: str, than: str | None, name: str | None = None) -> Estimate | None:
-        """Return the score of an arm minus that of another one; None if they have no seed in common, or lack the score.
+    def predicted(self, prediction: Prediction) -> Estimate | None:
+        """Return what a prediction is about; None if there is no result."""
+        return self.difference(prediction.arm, prediction.than, prediction.score, is_ratio=prediction.is_ratio)
+
+    def difference(
+        self, arm: str, than: str | None, name: str | None = None, *, is_ratio: bool = False
+    ) -> Estimate | None:
+        """Return the score of an arm minus that of another one, or divided by it.
+
+        None: they have no seed in common, lack the score, or both have a run that does not reach the target of the
+        score.
 
         Seeds and windows are paired. `bootstrap.draws` draws the windows, the same for all runs. Seeds
         are drawn with replacement, and the deviations of their means are scaled so that the interval is as wide as
         Student's t has it: three seeds drawn from three vary too little for a 95 % interval.
         """
         name = name or self.measure
+        combine, neutral = (np.divide, 1.0) if is_ratio else (np.subtract, 0.0)
         seeds = self.seeds(*[arm] if than is None else [arm, than])
         pairs = [(self.runs[arm, seed], None if than is None else self.runs[than, seed]) for seed in seeds]
         everyone = [one for pair in pairs for one in pair if one is not None]
         if not everyone or any(name not in one.values for one in everyone):
             return None
-        values = np.array([first.values[name] - (second.values[name] if second else 0.0) for first, second in pairs])
+        sides = [self._side(name, each, one) for each, one in zip((arm, than), pairs[0], strict=True)]
+        if sides == ["at least", "at least"]:
+            return None
+        values = np.array(
+            [combine(first.values[name], second.values[name] if second else neutral) for first, second in pairs]
+        )
         drawn = None
         if all(name in one.draws and one.examples.get(name) == everyone[0].examples.get(name) for one in everyone):
-            drawn = np.array([first.draws[name] - (second.draws[name] if second else 0.0) for first, second in pairs])
+            drawn = np.array(
+                [combine(first.draws[name], second.draws[name] if second else neutral) for first, second in pairs]
+            )
         around = None if drawn is None else interval(_both(values, drawn))
-        return Estimate(float(values.mean()), around, tuple(values.tolist()), _side(name, *pairs[0]))
+        return Estimate(float(values.mean()), around, tuple(values.tolist()), _joined(sides))
+
+    def _side(self, name: str, arm: str | None, run: EvaluatedCheckpoint | None) -> Side:
+        """Return on which side of the score of an arm its exact value can be."""
+        if arm is None or run is None:
+            return ""
+        if arm in self.unreached.get(name, ()):
+            return "at least"
+        return "at most" if name in run.bounds or name == BITS_BOUND else ""
 
 
 def _both(values_S: FloatArray, windows_SxD: FloatArray) -> FloatArray:
@@ -106,13 +135,17 @@ def _both(values_S: FloatArray, windows_SxD: FloatArray) -> FloatArray:
     return by_windows + scale * by_seeds
 
 
-def _side(
-    name: str, first: EvaluatedCheckpoint, second: EvaluatedCheckpoint | None
-) -> Literal["", "at most", "at least"]:
-    bounds = [one is not None and (name in one.bounds or name == BITS_BOUND) for one in (first, second)]
-    if bounds == [True, False]:
-        return "at most"
-    return "at least" if bounds == [False, True] else ""
+def _joined(sides: Sequence[Side]) -> Side:
+    """Return on which side of a difference, or of a ratio, its exact value can be."""
+    match sides:
+        case [side, ""]:
+            return side
+        case ["", "at most"]:
+            return "at least"
+        case ["", "at least"]:
+            return "at most"
+        case _:
+            return ""
 
 
 def verdict(prediction: Prediction, estimate: Estimate | None) -> Verdict | None:
@@ -139,7 +172,7 @@ def collect(study: Study, runs: Sequence[tuple[StudyRun, EvaluatedCheckpoint]]) 
     Raises:
       ConfigError: the runs do not all have the score.
     """
-    found = {(run.arm, run.seed): checkpoint for run, checkpoint in runs}
+    found, unreached = with_steps({(run.arm, run.seed): checkpoint for run, checkpoint in runs}, study.steps_to)
     everyone = list(found.values())
     shared = [name for name in everyone[0].values if all(name in one.values for one in everyone)]
     usual = [name for name in ("bits_per_byte", BITS_BOUND) if name in shared]
@@ -148,7 +181,7 @@ def collect(study: Study, runs: Sequence[tuple[StudyRun, EvaluatedCheckpoint]]) 
     if chosen is None or chosen not in shared:
         missing = "no score that is the usual one" if chosen is None else f"{chosen}, which not all runs have"
         raise ConfigError([ConfigProblem("measure", missing, f"one of {', '.join(shared) or 'none'}")])
-    return Results(found, chosen)
+    return Results(found, chosen, unreached)
 
 
 def ordered_arms(results: Results) -> list[str]:

@@ -77,7 +77,7 @@ def report(study: Study, results: Results, console: Console) -> None:
             table.add_row(*row, f"{difference.value:+.4f}", around(difference.interval))
     console.print(table)
     for prediction in study.predictions:
-        found = verdict(prediction, results.difference(prediction.arm, prediction.than, prediction.score))
+        found = verdict(prediction, results.predicted(prediction))
         say(f"{found or 'no verdict'}: {prediction.claim} ({prediction.source})")
 
 

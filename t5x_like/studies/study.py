@@ -62,6 +62,7 @@ class Prediction:
       than: The score of this arm is subtracted from that of `arm`; None: the claim is about the score itself.
       low, high: The claim holds if the difference, or the score, is in this range; at least one of them is finite.
       score: Name of the score; None: that of the study.
+      is_ratio: The score of `arm` is divided by that of `than`, in place of a difference.
     """
 
     claim: str
@@ -71,6 +72,24 @@ class Prediction:
     low: float = -math.inf
     high: float = math.inf
     score: str | None = None
+    is_ratio: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StepsTo:
+    """Score of a run: the first evaluated step at which another score of it is as good as a target.
+
+    A run that does not reach the target has its last step as a lower bound.
+
+    Attributes:
+      name: Name of this score.
+      score: Name of the other score, which training evaluates.
+      target: Its value, or the name of the arm whose last value is the target for runs of the same seed.
+    """
+
+    name: str
+    score: str
+    target: float | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +106,7 @@ class Study:
       predictions: What was expected.
       cannot_show: What such runs cannot tell, one sentence each.
       also: Names of further scores that the page has.
+      steps_to: Further scores, computed from the curves of the runs, which the page has as well.
       description: A few sentences on the task and the arms.
       write_files: Writes the files that the arms read into a folder; it is called with that of the study before the
         stores are prepared.
@@ -100,6 +120,7 @@ class Study:
     predictions: tuple[Prediction, ...] = ()
     cannot_show: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    steps_to: tuple[StepsTo, ...] = ()
     description: str = ""
     write_files: Callable[[Path], None] | None = None
 
@@ -161,8 +182,13 @@ def _problems(study: Study) -> Iterator[ConfigProblem]:
                 yield ConfigProblem(f"{where}.{field}", repr(named), f"one of {', '.join(names)}")
         if not prediction.low <= prediction.high or math.isinf(prediction.low) and math.isinf(prediction.high):
             yield ConfigProblem(where, f"low {prediction.low}, high {prediction.high}", "a range with a finite end")
+        if prediction.is_ratio and prediction.than is None:
+            yield ConfigProblem(f"{where}.than", "None", "the arm whose score is the divisor of the ratio")
         if not prediction.source.strip():
             yield ConfigProblem(f"{where}.source", "nothing", "where the prediction comes from")
+    for number, one in enumerate(study.steps_to):
+        if isinstance(one.target, str) and one.target not in names:
+            yield ConfigProblem(f"study.steps_to.{number}.target", repr(one.target), f"one of {', '.join(names)}")
     if study.measure == BITS_OF_CONTINUATION:
         yield from _continuation_problems(study.arms)
     for arm in study.arms:

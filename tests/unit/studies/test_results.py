@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from t5x_like.evaluation import bootstrap
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
+from t5x_like.evaluation.results_store import CONTINUATION, record
 from t5x_like.studies.results import Results, differs, ordered_arms, verdict
-from t5x_like.studies.study import Prediction
+from t5x_like.studies.steps_to import with_steps
+from t5x_like.studies.study import Prediction, StepsTo
 
 BITS = "continuation_bits_per_byte"
 WINDOWS, DRAWS = 200, 300
@@ -135,3 +138,57 @@ def test_a_bound_is_judged_on_the_side_that_it_limits(
         for seed in range(3)
     }
     assert verdict(prediction, Results(runs, BITS).difference("b", "a")) == expected
+
+
+def test_ratios_have_the_interval_of_the_divided_draws() -> None:
+    found = results({"a": 0.0, "b": 2.0}, 3)
+    ratio = found.difference("b", "a", is_ratio=True)
+    assert ratio is not None and ratio.interval is not None
+    assert ratio.interval[0] < ratio.value < ratio.interval[1] and ratio.value == pytest.approx(2.0, rel=0.05)
+    twice = Prediction("", "a calculation", "b", "a", 1.9, 2.1, is_ratio=True)
+    assert verdict(twice, found.predicted(twice)) == "held"
+    assert verdict(dataclasses.replace(twice, is_ratio=False), ratio) == "held"
+
+
+STEPS = StepsTo("steps", BITS, 1.5)
+
+
+def curves(tmp_path: Path, values: Mapping[str, tuple[float, ...]], steps_to: StepsTo) -> Results:
+    """Return runs of three seeds, evaluated every 10 steps."""
+    runs = {}
+    for arm, curve in values.items():
+        for seed in range(3):
+            path = tmp_path / f"{arm}.{seed}"
+            path.mkdir()
+            for number, value in enumerate(curve, start=1):
+                record(path, {"step": 10 * number, CONTINUATION: {"bits_per_byte": value + 0.001 * seed}})
+            last = checkpoint(np.full(WINDOWS, curve[-1] + 0.001 * seed))
+            runs[arm, seed] = dataclasses.replace(last, path=path, step=10 * len(curve))
+    found, unreached = with_steps(runs, [steps_to])
+    return Results(found, BITS, unreached)
+
+
+def test_steps_to_a_score_are_those_of_the_first_evaluation_that_has_it(tmp_path: Path) -> None:
+    found = curves(tmp_path, {"a": (2.0, 1.7, 1.4, 1.3), "b": (1.6, 1.2, 1.1, 1.0)}, STEPS)
+    assert [found.score(arm, "steps").value for arm in "ab"] == [30, 20]  # type: ignore[union-attr]
+    ratio = Prediction("", "a guess", "a", "b", low=1.4, score="steps", is_ratio=True)
+    assert verdict(ratio, found.predicted(ratio)) == "held"
+
+
+def test_steps_of_a_run_that_does_not_reach_the_score_are_a_lower_bound(tmp_path: Path) -> None:
+    found = curves(tmp_path, {"a": (2.0, 1.9), "b": (1.4, 1.3), "c": (2.0, 1.8)}, STEPS)
+    score, ratio = found.score("a", "steps"), found.difference("a", "b", "steps", is_ratio=True)
+    assert score is not None and (score.value, score.side) == (20, "at least")
+    assert ratio is not None and (ratio.value, ratio.side) == (2, "at least")
+    inverse = found.difference("b", "a", "steps", is_ratio=True)
+    assert inverse is not None and (inverse.value, inverse.side) == (0.5, "at most")
+    # It may be any number above its bound: what is beyond is not told, and of two such runs nothing is known.
+    above = Prediction("", "a guess", "a", "b", low=3.0, score="steps", is_ratio=True)
+    assert verdict(above, ratio) == "not told" and verdict(dataclasses.replace(above, low=1.9), ratio) == "held"
+    assert found.difference("a", "c", "steps") is None
+
+
+def test_the_target_can_be_the_last_score_of_an_arm_with_the_same_seed(tmp_path: Path) -> None:
+    found = curves(tmp_path, {"a": (2.0, 1.7, 1.4), "b": (1.6, 1.39, 1.1)}, StepsTo("steps", BITS, "a"))
+    b = found.score("b", "steps")
+    assert b is not None and b.by_seed == (20, 20, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 from pathlib import Path
@@ -20,7 +21,16 @@ from t5x_like.evaluation.results_store import EVALUATIONS
 from t5x_like.planning.estimate.flops import executed_flops, training_flops
 from t5x_like.studies.budgets import TOLERANCE, cost_of_step, study_runs
 from t5x_like.studies.runs import evaluated, finished_result, require_unchanged
-from t5x_like.studies.study import Arm, Budget, BudgetUnit, Prediction, Study, StudyRun, require_valid
+from t5x_like.studies.study import (
+    Arm,
+    Budget,
+    BudgetUnit,
+    Prediction,
+    StepsTo,
+    Study,
+    StudyRun,
+    require_valid,
+)
 from t5x_like.studies.study_file import find_study, load_study, shipped_studies
 from t5x_like.utils.jsonl import encode_records
 
@@ -85,6 +95,8 @@ def test_the_words_of_a_recipe_give_the_configuration_of_a_run() -> None:
         ({"predictions": (Prediction("", "a guess", "small"),)}, "expected a range with a finite end"),
         ({"predictions": (Prediction("", "a guess", "small", low=1, high=0),)}, "expected a range with a finite end"),
         ({"predictions": (Prediction("", " ", "small", low=0),)}, "where the prediction comes from"),
+        ({"predictions": (Prediction("", "a guess", "small", low=1, is_ratio=True),)}, "the divisor of the ratio"),
+        ({"steps_to": (StepsTo("steps", "loss", "huge"),)}, "'huge', expected one of small, large"),
         ({"arms": (Arm("a", example()),)}, "evaluation.continuation: found None"),
         (
             {
@@ -194,3 +206,22 @@ def test_shipped_studies_are_valid_and_keep_their_budgets(name: str, tier: Any, 
     if study.budget is not None:
         costs = [run.run.training.num_train_steps * cost_of_step(run.run, study.budget.unit) for run in runs]
         assert max(costs) / min(costs) <= 1 + 2 * TOLERANCE
+
+
+def test_texts_of_the_question_study_have_one_answer_in_each_order(tmp_path: Path) -> None:
+    """And no text is held out that is trained on."""
+    study = load_study(shipped_studies()["question_place"], "cpu", tmp_path)
+    assert study.write_files is not None
+    study.write_files(tmp_path)
+    for order in ("kvq", "vkq", "qkv", "qvk"):
+        texts = []
+        for line in (tmp_path / f"{order}.validation.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            question = row["text"][-1] if order.endswith("q") else row["text"][1]
+            pairs = row["text"].replace(f"?{question}", "")
+            facts = [(pairs[at], pairs[at + 1]) for at in range(0, 8, 2)]
+            digits = dict(facts) if "kv" in order else {key: value for value, key in facts}
+            assert digits[question] == row["answer"] and len({*digits.values()}) == 4
+            texts.append(row["text"])
+        trained = {json.loads(line)["text"] for line in (tmp_path / f"{order}.train.jsonl").read_text().splitlines()}
+        assert not trained & {*texts} and len(texts) == 1_000

@@ -1,4 +1,4 @@
-"""Decoder of bytes that the shipped studies of objectives train: its rows execute the same FLOPs in every layout.
+"""Model of bytes that the shipped studies of text train: rows of a single stack execute the same FLOPs in every layout.
 
 With bytes the head is a small part of them. A vocabulary of pieces would make a study at equal FLOPs one of heads.
 """
@@ -19,7 +19,7 @@ from t5x_like.config import (
     TokenizerConfig,
     TrainingConfig,
 )
-from t5x_like.config.layouts import Layout
+from t5x_like.config.layouts import Layout, architecture_of
 from t5x_like.studies.study import Tier
 
 CONTINUATION = (128, 128)
@@ -29,7 +29,10 @@ ROW = 260
 
 
 def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunConfig:
-    """Return a run of 0.9M parameters for two cores, or of 25M for an accelerator."""
+    """Return a run of 0.9M parameters for two cores, or of 25M for an accelerator.
+
+    An encoder-decoder has two of the stacks.
+    """
     width, layers, batch = (128, 4, 16) if tier == "cpu" else (512, 8, 128)
     stack = StackConfig(
         num_layers=layers,
@@ -42,14 +45,14 @@ def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunC
         positions="rope",
     )
     return RunConfig(
-        name="byte_decoder",
-        model=ModelConfig(encoder=None, decoder=stack, vocab_size=384),
+        name="byte_model",
+        model=byte_model(stack, layout),
         data=DataConfig(
             tokenizer=TokenizerConfig(kind="bytes", num_sentinels=96),
             layout=layout,
             mixture=mixture,
-            inputs_length=ROW // 2,
-            targets_length=ROW // 2,
+            inputs_length=ROW if layout == "encoder" else ROW // 2,
+            targets_length=0 if layout == "encoder" else ROW // 2,
         ),
         training=TrainingConfig(
             num_train_steps=1,
@@ -60,4 +63,14 @@ def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunC
         checkpoints=CheckpointConfig(save_every_steps=200),
         evaluation=EvaluationConfig(every_steps=100, num_batches=4, continuation=CONTINUATION),
         monitoring=MonitoringConfig(writers=(), num_decoded_samples=0),
+    )
+
+
+def byte_model(stack: StackConfig, layout: Layout) -> ModelConfig:
+    """Return the model that reads a layout, all of whose stacks are the same."""
+    architecture = architecture_of(layout)
+    return ModelConfig(
+        encoder=None if architecture == "decoder" else stack,
+        decoder=None if architecture == "encoder" else stack,
+        vocab_size=384,
     )

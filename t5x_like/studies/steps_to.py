@@ -1,0 +1,62 @@
+"""Number of steps after which a run has reached a score: a score that is computed from the curve of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from t5x_like.evaluation.bootstrap import DRAWS
+from t5x_like.evaluation.comparison import EvaluatedCheckpoint, lower_is_better
+from t5x_like.evaluation.results_store import read_evaluations, scalars
+from t5x_like.studies.study import StepsTo
+
+RunKey = tuple[str, int | None]
+"""Arm and seed of a run."""
+
+
+def with_steps(
+    runs: Mapping[RunKey, EvaluatedCheckpoint], wanted: Sequence[StepsTo]
+) -> tuple[dict[RunKey, EvaluatedCheckpoint], dict[str, frozenset[str]]]:
+    """Return the runs with the scores of `StepsTo`, and the arms with a run that does not reach them by name.
+
+    A run without the other score, or of a seed that the arm of the target does not have, has no such score.
+    """
+    found, unreached = dict(runs), {}
+    for one in wanted:
+        arms = set()
+        for (arm, seed), run in runs.items():
+            target = one.target
+            if isinstance(target, str):
+                of_target = runs.get((target, seed))
+                if of_target is None or one.score not in of_target.values:
+                    continue
+                target = of_target.values[one.score]
+            if one.score not in run.values:
+                continue
+            steps = _first_step(run, one.score, target)
+            if steps is None:
+                arms.add(arm)
+            found[arm, seed] = _with_score(found[arm, seed], one.name, run.step if steps is None else steps)
+        unreached[one.name] = frozenset(arms)
+    return found, unreached
+
+
+def _first_step(run: EvaluatedCheckpoint, score: str, target: float) -> int | None:
+    sign = -1 if lower_is_better(score) else 1
+    for step, result in sorted(read_evaluations(run.path).items()):
+        value = scalars(result).get(score)
+        if value is not None and sign * value >= sign * target:
+            return step
+    return None
+
+
+def _with_score(run: EvaluatedCheckpoint, name: str, value: float) -> EvaluatedCheckpoint:
+    # The number does not vary with the windows: its draws are constant, and intervals cover the seeds.
+    return dataclasses.replace(
+        run,
+        values={**run.values, name: value},
+        draws={**run.draws, name: np.full(DRAWS, value)},
+        examples={**run.examples, name: name},
+    )
