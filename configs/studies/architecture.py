@@ -5,7 +5,7 @@ from pathlib import Path
 
 from t5x_like.config import ModelConfig, PrefixLM, RunConfig
 from t5x_like.config.layouts import Layout
-from t5x_like.studies.byte_model import byte_run
+from t5x_like.studies.byte_model import byte_run, with_merged_attention
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
 
 OBJECTIVE = PrefixLM(name="prefix", min_target_fraction=0.5, max_target_fraction=0.5)
@@ -28,7 +28,7 @@ def study(tier: Tier, folder: Path) -> Study:
             Arm("causal", run("causal_lm")),
             Arm("prefix", run("prefix_lm")),
             Arm("encdec", both),
-            Arm("merged", dataclasses.replace(both, model=_merged(both.model))),
+            Arm("merged", dataclasses.replace(both, model=with_merged_attention(both.model))),
             Arm("half", dataclasses.replace(both, model=_with_half_of_the_layers(both.model))),
         ),
         seeds=(0, 1, 2),
@@ -53,11 +53,6 @@ def study(tier: Tier, folder: Path) -> Study:
             "Generation, where an encoder-decoder reads a cached source.",
         ),
     )
-
-
-def _merged(model: ModelConfig) -> ModelConfig:
-    assert model.decoder is not None
-    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, cross_attention="merged"))
 
 
 def _with_half_of_the_layers(model: ModelConfig) -> ModelConfig:

@@ -43,11 +43,11 @@ def register(commands: Any) -> None:
 
 def _run(options: argparse.Namespace, _: list[str]) -> int:
     from t5x_like.studies.budgets import study_runs
-    from t5x_like.studies.study_file import find_study, load_study
+    from t5x_like.studies.study_file import find_study, load_study, study_folder
     from t5x_like.utils.console import Console
 
     path = find_study(options.study)
-    workdir = options.workdir or Path(f"runs/{path.stem}-study")
+    workdir = study_folder(options.workdir or Path(f"runs/{path.stem}-study"))
     study = load_study(path, options.tier, workdir)
     runs = study_runs(study, options.seeds, options.only)
     if options.plan:

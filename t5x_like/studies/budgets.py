@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import assert_never
 
 from t5x_like.config import RunConfig
@@ -59,7 +60,7 @@ def study_runs(study: Study, seeds: Sequence[int] | None = None, only: Sequence[
     Args:
       study: A valid study.
       seeds: Seeds in place of those of the study.
-      only: Names of arms; empty: all of them.
+      only: Names of arms, whose parents are added; empty: all of them.
 
     Raises:
       ConfigError: an arm does not fit the budget, a seed is named twice, or `only` names an arm that the study does not
@@ -71,19 +72,19 @@ def study_runs(study: Study, seeds: Sequence[int] | None = None, only: Sequence[
     names = [arm.name for arm in study.arms]
     if unknown := [name for name in only if name not in names]:
         raise ConfigError([ConfigProblem("--only", ", ".join(unknown), f"arms of the study: {', '.join(names)}")])
-    runs = []
-    for seed in seeds or (None,):
-        for arm in study.arms:
-            if not only or arm.name in only:
-                runs.append(_run_of(study, arm, seed))
-    return runs
+    wanted = {*only, *(arm.parent for arm in study.arms if arm.name in only)} if only else {*names}
+    return [_run_of(study, arm, seed) for seed in seeds or (None,) for arm in study.arms if arm.name in wanted]
+
+
+def _run_name(arm: str, seed: int | None) -> str:
+    return arm if seed is None else f"{arm}.seed-{seed}"
 
 
 def _run_of(study: Study, arm: Arm, seed: int | None) -> StudyRun:
     run, changes = arm.run, {}
-    name = arm.name if seed is None else f"{arm.name}.seed-{seed}"
-    if study.budget is not None:
-        steps = steps_within(arm, study.budget)
+    name = _run_name(arm.name, seed)
+    if (budget := arm.budget or study.budget) is not None:
+        steps = steps_within(arm, budget)
         run = dataclasses.replace(run, training=dataclasses.replace(run.training, num_train_steps=steps))
         changes["training.num-train-steps"] = steps
     if seed is not None:
@@ -93,6 +94,10 @@ def _run_of(study: Study, arm: Arm, seed: int | None) -> StudyRun:
             training=dataclasses.replace(run.training, seed=seed),
         )
         changes |= {"data.seed": seed, "training.seed": seed}
+    parent = None if arm.parent is None else _run_name(arm.parent, seed)
+    if parent is not None and run.initialize_from is not None:
+        start = dataclasses.replace(run.initialize_from, directory=str(Path(run.initialize_from.directory) / parent))
+        run = dataclasses.replace(run, initialize_from=start)
     words = [word for field, value in changes.items() for word in (f"--{field}", str(value))]
     recipe = (*arm.recipe, *words, "--name", name) if arm.recipe else ()
-    return StudyRun(arm.name, seed, dataclasses.replace(run, name=name), recipe)
+    return StudyRun(arm.name, seed, dataclasses.replace(run, name=name), recipe, parent)

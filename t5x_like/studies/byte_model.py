@@ -5,6 +5,8 @@ With bytes the head is a small part of them. A vocabulary of pieces would make a
 
 from __future__ import annotations
 
+import dataclasses
+
 from t5x_like.config import (
     AdamWConfig,
     CheckpointConfig,
@@ -74,3 +76,9 @@ def byte_model(stack: StackConfig, layout: Layout) -> ModelConfig:
         decoder=None if architecture == "encoder" else stack,
         vocab_size=384,
     )
+
+
+def with_merged_attention(model: ModelConfig) -> ModelConfig:
+    """Return an encoder-decoder whose cross-attention shares the projections and the softmax of self-attention."""
+    assert model.decoder is not None
+    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, cross_attention="merged"))

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.table import Table
@@ -61,7 +62,7 @@ def arm_cost(run: RunConfig) -> ArmCost:
 def arm_differences(runs: Sequence[StudyRun]) -> dict[str, list[str]]:
     """Return for each arm the fields in which it differs from the first arm, with their values, without seeds.
 
-    A mixture is one field, and so is a stack that only one of the two has.
+    A mixture is one field, and so are a stack and an initialization that only one of the two has.
     """
     first_of: dict[str, RunConfig] = {}
     for each in runs:
@@ -81,6 +82,9 @@ def _differences(base: RunConfig, run: RunConfig) -> list[str]:
             hidden.append(f"model.{name}")
             layers = "none" if now is None else f"{now.num_layers} layers of width {now.d_model}"
             found.append(f"model.{name} {layers}")
+    if base.initialize_from is None and run.initialize_from is not None:
+        hidden.append("initialize_from")
+        found.append(f"initialize_from {Path(run.initialize_from.directory).name}")
     fields = diff_configs(base, run)
     others = [f"{field} {value}" for field, (_, value) in fields.items() if not field.startswith(tuple(hidden))]
     return [*others, *found]

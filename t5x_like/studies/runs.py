@@ -88,12 +88,16 @@ def train_runs(
 
     Returns:
       The exit code of the first command that fails, or 0; and the runs with results. A run that ends with EXIT_REFUSED,
-      as one whose loss is no longer finite, is left out, and the others are trained. None are left after another error.
+      as one whose loss is no longer finite, is left out with those that start from it, and the others are trained.
+      None are left after another error.
     """
     waiting = [run for run in runs if finished_result(workdir, run) is None]
     with tempfile.TemporaryDirectory() as folder:
         commands = {run.name: _train_words(run, workdir, Path(folder), further) for run in waiting}
-        codes = _run_all(commands, jobs)
+        codes = _run_all({run.name: commands[run.name] for run in waiting if run.parent is None}, jobs)
+        if all(code in (EXIT_OK, EXIT_REFUSED) for code in codes.values()):
+            ready = [run for run in waiting if run.parent and codes.get(run.parent, EXIT_OK) == EXIT_OK]
+            codes |= _run_all({run.name: commands[run.name] for run in ready}, jobs)
     for name, code in codes.items():
         if code == EXIT_REFUSED:
             say(f"run {name} is left out of the comparison: exit code {code}")

@@ -30,11 +30,16 @@ class Arm:
       run: Configuration, whose seeds, and with a budget the number of steps, are set for each run.
       recipe: RECIPE with overrides, from which `train` makes the same configuration: for a sweep, whose recipe may
         register plug-ins. Empty: the configuration itself is handed to `train`.
+      parent: Name of the arm from whose run of the same seed this one starts. `initialize_from.directory` of `run` is
+        the directory of the study; it becomes that of the run.
+      budget: Amount of each run, in place of that of the study: for an arm from which others start.
     """
 
     name: str
     run: RunConfig
     recipe: tuple[str, ...] = ()
+    parent: str | None = None
+    budget: Budget | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +143,14 @@ class StudyRun:
       seed: Its seed; None: those of the arm's configuration.
       run: Its configuration, whose name is that of its directory.
       recipe: RECIPE with overrides for `train`; empty: the configuration itself.
+      parent: Name of the run that it starts from, which is trained first; None: of none.
     """
 
     arm: str
     seed: int | None
     run: RunConfig
     recipe: tuple[str, ...] = ()
+    parent: str | None = None
 
     @property
     def name(self) -> str:
@@ -168,13 +175,7 @@ def _problems(study: Study) -> Iterator[ConfigProblem]:
         yield ConfigProblem("study.arms", f"{name!r} more than once", "arms of different names")
     if len(set(study.seeds)) < len(study.seeds) or any(not 0 <= seed < 2**31 for seed in study.seeds):
         yield ConfigProblem("study.seeds", repr(study.seeds), "different numbers from 0 to 2^31 - 1")
-    if study.budget is not None:
-        if study.budget.unit not in get_args(BudgetUnit):
-            yield ConfigProblem(
-                "study.budget.unit", repr(study.budget.unit), f"one of {', '.join(get_args(BudgetUnit))}"
-            )
-        if not 0 < study.budget.amount < math.inf:
-            yield ConfigProblem("study.budget.amount", repr(study.budget.amount), "a number above 0")
+    yield from _budget_problems("study.budget", study.budget)
     for number, prediction in enumerate(study.predictions):
         where = f"study.predictions.{number}"
         for field, named in (("arm", prediction.arm), ("than", prediction.than)):
@@ -192,11 +193,35 @@ def _problems(study: Study) -> Iterator[ConfigProblem]:
     if study.measure == BITS_OF_CONTINUATION:
         yield from _continuation_problems(study.arms)
     for arm in study.arms:
+        yield from _budget_problems(f"arm {arm.name}: budget", arm.budget)
+        yield from _parent_problems(arm, study.arms)
         for problem in validate(arm.run):
             yield dataclasses.replace(problem, where=f"arm {arm.name}: {problem.where}")
         if arm.run.plugins and not arm.recipe:
             expected = "none: an arm of a study is handed to `train` as a configuration without code"
             yield ConfigProblem(f"arm {arm.name}: plugins", ", ".join(arm.run.plugins), expected)
+
+
+def _budget_problems(where: str, budget: Budget | None) -> Iterator[ConfigProblem]:
+    if budget is None:
+        return
+    if budget.unit not in get_args(BudgetUnit):
+        yield ConfigProblem(f"{where}.unit", repr(budget.unit), f"one of {', '.join(get_args(BudgetUnit))}")
+    if not 0 < budget.amount < math.inf:
+        yield ConfigProblem(f"{where}.amount", repr(budget.amount), "a number above 0")
+
+
+def _parent_problems(arm: Arm, arms: Sequence[Arm]) -> Iterator[ConfigProblem]:
+    if arm.parent is None:
+        return
+    where = f"arm {arm.name}: parent"
+    if arm.parent not in [other.name for other in arms if other.parent is None]:
+        yield ConfigProblem(where, repr(arm.parent), "the name of an arm without a parent")
+    if arm.recipe:
+        yield ConfigProblem(where, repr(arm.parent), "None for an arm with a recipe")
+    if arm.run.initialize_from is None:
+        expected = "an InitializeFrom whose directory is that of the study"
+        yield ConfigProblem(f"arm {arm.name}: initialize_from", "None", expected)
 
 
 def _continuation_problems(arms: Sequence[Arm]) -> Iterator[ConfigProblem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from t5x_like.config.recipes import call_function
@@ -41,6 +42,16 @@ def shipped_studies() -> dict[str, Path]:
         for path in sorted(folder.glob("*.py")):
             found.setdefault(path.stem, path)
     return found
+
+
+def study_folder(path: Path) -> Path:
+    """Return the one spelling of the directory of a study: relative below the current folder, otherwise absolute.
+
+    The configurations of its runs hold the paths of its files, and a run with another configuration is refused.
+    """
+    whole = os.path.abspath(path)
+    below = os.path.relpath(whole)
+    return Path(whole if below.startswith(os.pardir) else below)
 
 
 def load_study(path: Path, tier: Tier, folder: Path) -> Study:

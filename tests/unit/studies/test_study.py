@@ -13,14 +13,17 @@ import pytest
 from helpers.config_examples import example
 
 from t5x_like import run_directory
-from t5x_like.config import EvaluationConfig, ScheduleConfig
+from t5x_like.config import EvaluationConfig, InitializeFrom, ScheduleConfig
 from t5x_like.config.overrides import apply_overrides
 from t5x_like.config.serialization import to_json
-from t5x_like.errors import ConfigError, UserError
+from t5x_like.errors import EXIT_OK, EXIT_REFUSED, EXIT_RESUMABLE, ConfigError, UserError
 from t5x_like.evaluation.results_store import EVALUATIONS
+from t5x_like.interop.warm_start import plan_mapping
+from t5x_like.models.factory import abstract_model
 from t5x_like.planning.estimate.flops import executed_flops, training_flops
 from t5x_like.studies.budgets import TOLERANCE, cost_of_step, study_runs
-from t5x_like.studies.runs import evaluated, finished_result, require_unchanged
+from t5x_like.studies.plan import arm_differences
+from t5x_like.studies.runs import evaluated, finished_result, require_unchanged, train_runs
 from t5x_like.studies.study import (
     Arm,
     Budget,
@@ -31,7 +34,7 @@ from t5x_like.studies.study import (
     StudyRun,
     require_valid,
 )
-from t5x_like.studies.study_file import find_study, load_study, shipped_studies
+from t5x_like.studies.study_file import find_study, load_study, shipped_studies, study_folder
 from t5x_like.utils.jsonl import encode_records
 
 SCORED = EvaluationConfig(continuation=(8, 8))
@@ -40,6 +43,17 @@ TWICE = dataclasses.replace(
     RUN, training=dataclasses.replace(RUN.training, global_batch_size=2 * RUN.training.global_batch_size)
 )
 STUDY = Study(question="Are large batches better?", arms=(Arm("small", RUN), Arm("large", TWICE)), seeds=(0, 1))
+FROM_FOLDER = dataclasses.replace(RUN, initialize_from=InitializeFrom(directory="study"))
+FAMILY = Study(
+    question="What does a parent save?",
+    arms=(
+        Arm("child", FROM_FOLDER, parent="parent"),
+        Arm("parent", RUN, budget=Budget("steps", 40)),
+        Arm("other", RUN),
+    ),
+    seeds=(0, 1),
+    budget=Budget("steps", 10),
+)
 
 
 @pytest.mark.parametrize("unit", ["executed_flops", "model_flops", "loss_tokens", "raw_tokens"])
@@ -77,6 +91,61 @@ def test_runs_are_the_product_of_arms_and_seeds() -> None:
         study_runs(STUDY, only=["huge"])
 
 
+def test_runs_start_from_the_run_of_their_parent_with_the_same_seed() -> None:
+    require_valid(FAMILY)
+    runs = {run.name: run for run in study_runs(FAMILY)}
+    for seed in (0, 1):
+        child, parent = runs[f"child.seed-{seed}"], runs[f"parent.seed-{seed}"]
+        assert child.parent == parent.name and parent.parent is None
+        assert child.run.initialize_from == InitializeFrom(directory=f"study/parent.seed-{seed}")
+        assert (child.run.training.num_train_steps, parent.run.training.num_train_steps) == (10, 40)
+    assert [run.name for run in study_runs(FAMILY, [0], ["child"])] == ["child.seed-0", "parent.seed-0"]
+    assert [run.name for run in study_runs(FAMILY, [0], ["other"])] == ["other.seed-0"]
+    assert arm_differences([*runs.values()])["child"] == []
+    assert arm_differences([runs["parent.seed-0"], runs["child.seed-0"]])["child"] == ["initialize_from parent.seed-0"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "code", "trained"),
+    [
+        (
+            {},
+            EXIT_OK,
+            ["parent.seed-0", "other.seed-0", "parent.seed-1", "other.seed-1", "child.seed-0", "child.seed-1"],
+        ),
+        (
+            {"parent.seed-0": EXIT_REFUSED},
+            EXIT_REFUSED,
+            ["parent.seed-0", "other.seed-0", "parent.seed-1", "other.seed-1", "child.seed-1"],
+        ),
+        ({"other.seed-0": EXIT_RESUMABLE}, EXIT_RESUMABLE, ["parent.seed-0", "other.seed-0"]),
+    ],
+)
+def test_parents_are_trained_first(
+    failing: dict[str, int], code: int, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose parent has diverged is left out, and no run follows another error."""
+    found: list[str] = []
+
+    def run(arguments: list[str]) -> int:
+        if arguments[0] == "eval":
+            return EXIT_OK
+        found.append(Path(arguments[3]).name)
+        return failing.get(found[-1], EXIT_OK)
+
+    monkeypatch.setattr("t5x_like.studies.runs.run_command", run)
+    assert train_runs(study_runs(FAMILY), Path("w"))[0] == code
+    assert found == trained
+
+
+def test_the_directory_of_a_study_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of its files are in the configurations of its runs, which must not change."""
+    monkeypatch.chdir(tmp_path)
+    spellings = ("runs/x", "./runs/x", "runs/../runs/x/", str(tmp_path / "runs/x"))
+    assert {study_folder(Path(one)) for one in spellings} == {Path("runs/x")}
+    assert study_folder(Path("..") / "x") == tmp_path.parent / "x"
+
+
 def test_the_words_of_a_recipe_give_the_configuration_of_a_run() -> None:
     study = dataclasses.replace(STUDY, arms=(Arm("a", RUN, ("smoke",)),), budget=Budget("steps", 30))
     for run in study_runs(study):
@@ -97,6 +166,11 @@ def test_the_words_of_a_recipe_give_the_configuration_of_a_run() -> None:
         ({"predictions": (Prediction("", " ", "small", low=0),)}, "where the prediction comes from"),
         ({"predictions": (Prediction("", "a guess", "small", low=1, is_ratio=True),)}, "the divisor of the ratio"),
         ({"steps_to": (StepsTo("steps", "loss", "huge"),)}, "'huge', expected one of small, large"),
+        ({"arms": (Arm("a", RUN, budget=Budget("steps", 0)),)}, "arm a: budget.amount: found 0"),
+        ({"arms": (Arm("a", FROM_FOLDER, parent="b"),)}, "'b', expected the name of an arm without a parent"),
+        ({"arms": (Arm("a", FROM_FOLDER, parent="a"),)}, "'a', expected the name of an arm without a parent"),
+        ({"arms": (Arm("a", RUN), Arm("b", RUN, parent="a"))}, "arm b: initialize_from: found None"),
+        ({"arms": (Arm("a", RUN), Arm("b", FROM_FOLDER, ("smoke",), parent="a"))}, "None for an arm with a recipe"),
         ({"arms": (Arm("a", example()),)}, "evaluation.continuation: found None"),
         (
             {
@@ -203,9 +277,23 @@ def test_shipped_studies_are_valid_and_keep_their_budgets(name: str, tier: Any, 
         prediction.claim and math.isfinite(min(abs(prediction.low), abs(prediction.high)))
         for prediction in study.predictions
     )
-    if study.budget is not None:
-        costs = [run.run.training.num_train_steps * cost_of_step(run.run, study.budget.unit) for run in runs]
-        assert max(costs) / min(costs) <= 1 + 2 * TOLERANCE
+    for run in runs:
+        if (budget := study.arm(run.arm).budget or study.budget) is not None:
+            cost = run.run.training.num_train_steps * cost_of_step(run.run, budget.unit)
+            assert abs(cost / budget.amount - 1) <= TOLERANCE
+
+
+def test_arms_of_the_adaptation_study_have_a_source_for_each_parameter(tmp_path: Path) -> None:
+    """All parameters are the decoder's, but for those of a new cross-attention."""
+    study = load_study(shipped_studies()["adaptation"], "cpu", tmp_path)
+    decoder = abstract_model(study.arm("decoder").run.model)
+    fresh = {}
+    for arm in study.arms:
+        if arm.parent is not None and arm.run.initialize_from is not None:
+            mapping = plan_mapping(arm.run.initialize_from, decoder, abstract_model(arm.run.model))
+            fresh[arm.name] = {path for path, source in mapping.items() if source is None}
+    assert {name for name, paths in fresh.items() if paths} == {"new", "new_alone"}
+    assert all("/cross_attention" in path for path in fresh["new"]) and len(fresh) == 6
 
 
 def test_texts_of_the_question_study_have_one_answer_in_each_order(tmp_path: Path) -> None:
