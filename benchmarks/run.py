@@ -2,8 +2,8 @@
 
     pip install -e '.[hf]'
     python benchmarks/run.py --output results.json
-    python benchmarks/run.py --compare benchmarks/baselines/amd-epyc-25-17.json
-    python benchmarks/run.py --results results.json --compare benchmarks/baselines/amd-epyc-25-17.json
+    python benchmarks/run.py --compare benchmarks/baselines/intel-xeon-6-167.json
+    python benchmarks/run.py --results results.json --compare benchmarks/baselines/intel-xeon-6-167.json
 
 Each row runs this project and its peers (eager transformers and, for training steps, torch.compile) on the same shapes,
 one process each, in turns. The table has medians with the smallest and largest value. `--output` writes the results as
