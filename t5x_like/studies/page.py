@@ -58,7 +58,9 @@ def render(title: str, study: Study, runs: Sequence[StudyRun], results: Results,
     order = [arm.name for arm in study.arms if arm.name in first_of]
     costs = {name: arm_cost(first_of[name]) for name in order}
     base = next((name for name in order if name in results.arms), order[0])
-    further = [*study.also, *(one.name for one in study.steps_to)]
+    summaries = [one.name for one in study.summaries]
+    of_summaries = dict.fromkeys(name for one in results.summaries.values() for name in one.values)
+    further = [*study.also, *(one.name for one in study.steps_to), *of_summaries]
     return (
         environment()
         .get_template("study.html")
@@ -78,7 +80,7 @@ def render(title: str, study: Study, runs: Sequence[StudyRun], results: Results,
             base=base,
             scores=_scores(results, order, None, results.measure),
             compared=_scores(results, [name for name in order if name != base], base, results.measure, order),
-            also=[(name, _scores(results, order, None, name)) for name in further],
+            also=[(name, _scores(results, [*order, *summaries], None, name)) for name in further],
             windows=_windows(results),
             command=command,
             machine=_machine(results),

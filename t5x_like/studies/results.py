@@ -13,7 +13,7 @@ from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.evaluation.bootstrap import interval
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint, lower_is_better
 from t5x_like.evaluation.results_store import BITS_BOUND
-from t5x_like.studies.steps_to import with_steps
+from t5x_like.studies.derived_scores import summaries_of, with_steps
 from t5x_like.studies.study import Prediction, Study, StudyRun
 from t5x_like.utils.type_aliases import FloatArray
 
@@ -54,12 +54,14 @@ class Results:
     Attributes:
       runs: The result of each run, by arm and seed.
       measure: Name of the score of the study.
-      unreached: Names of the scores of `Study.steps_to` that a run of each arm does not reach.
+      unreached: For each score of `Study.steps_to`, the arms with a run that does not reach its target.
+      summaries: Scores of `Study.summaries` by name and seed.
     """
 
     runs: Mapping[tuple[str, int | None], EvaluatedCheckpoint]
     measure: str
     unreached: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)
+    summaries: Mapping[tuple[str, int | None], EvaluatedCheckpoint] = dataclasses.field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -67,12 +69,15 @@ class Results:
         return list(dict.fromkeys(arm for arm, _ in self.runs))
 
     def seeds(self, *arms: str) -> list[int | None]:
-        """Return the seeds that all the arms have a result of."""
+        """Return the seeds that all the arms, or summaries, have a result of."""
         seeds = dict.fromkeys(seed for _, seed in self.runs)
-        return [seed for seed in seeds if all((arm, seed) in self.runs for arm in arms)]
+        return [seed for seed in seeds if all(self._of(arm, seed) is not None for arm in arms)]
+
+    def _of(self, arm: str, seed: int | None) -> EvaluatedCheckpoint | None:
+        return self.runs.get((arm, seed)) or self.summaries.get((arm, seed))
 
     def score(self, arm: str, name: str | None = None) -> Estimate | None:
-        """Return the score of an arm; None if a run of it does not have the score."""
+        """Return the score of an arm or a summary; None if a run of it does not have the score."""
         return self.difference(arm, None, name)
 
     def predicted(self, prediction: Prediction) -> Estimate | None:
@@ -93,8 +98,11 @@ class Results:
         """
         name = name or self.measure
         combine, neutral = (np.divide, 1.0) if is_ratio else (np.subtract, 0.0)
-        seeds = self.seeds(*[arm] if than is None else [arm, than])
-        pairs = [(self.runs[arm, seed], None if than is None else self.runs[than, seed]) for seed in seeds]
+        pairs = []
+        for seed in self.seeds(*[arm] if than is None else [arm, than]):
+            first, second = self._of(arm, seed), None if than is None else self._of(than, seed)
+            assert first is not None
+            pairs.append((first, second))
         everyone = [one for pair in pairs for one in pair if one is not None]
         if not everyone or any(name not in one.values for one in everyone):
             return None
@@ -181,7 +189,7 @@ def collect(study: Study, runs: Sequence[tuple[StudyRun, EvaluatedCheckpoint]]) 
     if chosen is None or chosen not in shared:
         missing = "no score that is the usual one" if chosen is None else f"{chosen}, which not all runs have"
         raise ConfigError([ConfigProblem("measure", missing, f"one of {', '.join(shared) or 'none'}")])
-    return Results(found, chosen, unreached)
+    return Results(found, chosen, unreached, summaries_of(found, study.summaries))
 
 
 def ordered_arms(results: Results) -> list[str]:

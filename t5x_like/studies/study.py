@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from t5x_like.config import RunConfig
 from t5x_like.config.validation import validate
 from t5x_like.errors import ConfigError, ConfigProblem
+from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.evaluation.results_store import BITS_OF_CONTINUATION
 
 Tier = Literal["cpu", "gpu"]
@@ -98,6 +99,23 @@ class StepsTo:
 
 
 @dataclasses.dataclass(frozen=True)
+class Summary:
+    """Scores that are computed from several runs of a seed, such as the exponents of a fit.
+
+    Predictions name a summary as they name an arm. Its intervals cover the seeds.
+
+    Attributes:
+      name: Its name among those of the arms.
+      arms: Names of the arms; a seed without a result of one of them has no summary.
+      compute: Returns the scores by name from the runs by arm.
+    """
+
+    name: str
+    arms: tuple[str, ...]
+    compute: Callable[[Mapping[str, EvaluatedCheckpoint]], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """A question that several runs answer.
 
@@ -112,6 +130,7 @@ class Study:
       cannot_show: What such runs cannot tell, one sentence each.
       also: Names of further scores that the page has.
       steps_to: Further scores, computed from the curves of the runs, which the page has as well.
+      summaries: Scores of several runs together, which the page has as well.
       description: A few sentences on the task and the arms.
       write_files: Writes the files that the arms read into a folder; it is called with that of the study before the
         stores are prepared.
@@ -126,6 +145,7 @@ class Study:
     cannot_show: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     steps_to: tuple[StepsTo, ...] = ()
+    summaries: tuple[Summary, ...] = ()
     description: str = ""
     write_files: Callable[[Path], None] | None = None
 
@@ -179,8 +199,8 @@ def _problems(study: Study) -> Iterator[ConfigProblem]:
     for number, prediction in enumerate(study.predictions):
         where = f"study.predictions.{number}"
         for field, named in (("arm", prediction.arm), ("than", prediction.than)):
-            if named is not None and named not in names:
-                yield ConfigProblem(f"{where}.{field}", repr(named), f"one of {', '.join(names)}")
+            if named is not None and named not in (known := [*names, *(one.name for one in study.summaries)]):
+                yield ConfigProblem(f"{where}.{field}", repr(named), f"one of {', '.join(known)}")
         if not prediction.low <= prediction.high or math.isinf(prediction.low) and math.isinf(prediction.high):
             yield ConfigProblem(where, f"low {prediction.low}, high {prediction.high}", "a range with a finite end")
         if prediction.is_ratio and prediction.than is None:
@@ -190,6 +210,11 @@ def _problems(study: Study) -> Iterator[ConfigProblem]:
     for number, one in enumerate(study.steps_to):
         if isinstance(one.target, str) and one.target not in names:
             yield ConfigProblem(f"study.steps_to.{number}.target", repr(one.target), f"one of {', '.join(names)}")
+    for number, summary in enumerate(study.summaries):
+        if summary.name in names:
+            yield ConfigProblem(f"study.summaries.{number}.name", repr(summary.name), "another name than those of arms")
+        if unknown := [name for name in summary.arms if name not in names]:
+            yield ConfigProblem(f"study.summaries.{number}.arms", ", ".join(unknown), f"of {', '.join(names)}")
     if study.measure == BITS_OF_CONTINUATION:
         yield from _continuation_problems(study.arms)
     for arm in study.arms:

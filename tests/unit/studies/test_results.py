@@ -12,9 +12,9 @@ import pytest
 from t5x_like.evaluation import bootstrap
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.evaluation.results_store import CONTINUATION, record
+from t5x_like.studies.derived_scores import summaries_of, with_steps
 from t5x_like.studies.results import Results, differs, ordered_arms, verdict
-from t5x_like.studies.steps_to import with_steps
-from t5x_like.studies.study import Prediction, StepsTo
+from t5x_like.studies.study import Prediction, StepsTo, Summary
 
 BITS = "continuation_bits_per_byte"
 WINDOWS, DRAWS = 200, 300
@@ -192,3 +192,17 @@ def test_the_target_can_be_the_last_score_of_an_arm_with_the_same_seed(tmp_path:
     found = curves(tmp_path, {"a": (2.0, 1.7, 1.4), "b": (1.6, 1.39, 1.1)}, StepsTo("steps", BITS, "a"))
     b = found.score("b", "steps")
     assert b is not None and b.by_seed == (20, 20, 20)
+
+
+def test_summaries_are_computed_for_each_seed_and_judged_as_arms_are() -> None:
+    found = results({"a": 0.0, "b": 0.5}, 4)
+    runs = {key: run for key, run in found.runs.items() if key != ("b", 3)}
+    gap = Summary("gap", ("a", "b"), lambda of: {"bits": of["b"].values[BITS] - of["a"].values[BITS]})
+    both = Results(runs, BITS, summaries=summaries_of(runs, [gap]))
+    estimate = both.score("gap", "bits")
+    assert estimate is not None and estimate.interval is not None and len(estimate.by_seed) == 3
+    assert estimate.value == pytest.approx(0.5, abs=0.05)
+    prediction = Prediction("", "a calculation", "gap", low=0.4, high=0.6, score="bits")
+    assert verdict(prediction, both.predicted(prediction)) == "held"
+    # A summary is no arm: the pages of runs do not look for its directory.
+    assert both.arms == ["a", "b"] and ordered_arms(both) == ["a", "b"]

@@ -21,8 +21,9 @@ from t5x_like.evaluation.results_store import EVALUATIONS
 from t5x_like.interop.warm_start import plan_mapping
 from t5x_like.models.factory import abstract_model
 from t5x_like.planning.estimate.flops import executed_flops, training_flops
+from t5x_like.planning.estimate.scaling_laws import ScalingFit
 from t5x_like.studies.budgets import TOLERANCE, cost_of_step, study_runs
-from t5x_like.studies.plan import arm_differences
+from t5x_like.studies.plan import arm_cost, arm_differences
 from t5x_like.studies.runs import evaluated, finished_result, require_unchanged, train_runs
 from t5x_like.studies.study import (
     Arm,
@@ -32,6 +33,7 @@ from t5x_like.studies.study import (
     StepsTo,
     Study,
     StudyRun,
+    Summary,
     require_valid,
 )
 from t5x_like.studies.study_file import find_study, load_study, shipped_studies, study_folder
@@ -166,6 +168,8 @@ def test_the_words_of_a_recipe_give_the_configuration_of_a_run() -> None:
         ({"predictions": (Prediction("", " ", "small", low=0),)}, "where the prediction comes from"),
         ({"predictions": (Prediction("", "a guess", "small", low=1, is_ratio=True),)}, "the divisor of the ratio"),
         ({"steps_to": (StepsTo("steps", "loss", "huge"),)}, "'huge', expected one of small, large"),
+        ({"summaries": (Summary("small", ("large",), dict),)}, "another name than those of arms"),
+        ({"summaries": (Summary("fit", ("huge",), dict),)}, "found huge, expected of small, large"),
         ({"arms": (Arm("a", RUN, budget=Budget("steps", 0)),)}, "arm a: budget.amount: found 0"),
         ({"arms": (Arm("a", FROM_FOLDER, parent="b"),)}, "'b', expected the name of an arm without a parent"),
         ({"arms": (Arm("a", FROM_FOLDER, parent="a"),)}, "'a', expected the name of an arm without a parent"),
@@ -302,14 +306,30 @@ def test_texts_of_the_question_study_have_one_answer_in_each_order(tmp_path: Pat
     assert study.write_files is not None
     study.write_files(tmp_path)
     for order in ("kvq", "vkq", "qkv", "qvk"):
-        texts = []
-        for line in (tmp_path / f"{order}.validation.jsonl").read_text().splitlines():
+        lines = (tmp_path / f"{order}.validation.jsonl").read_text().splitlines()
+        for line in lines:
             row = json.loads(line)
             question = row["text"][-1] if order.endswith("q") else row["text"][1]
             pairs = row["text"].replace(f"?{question}", "")
             facts = [(pairs[at], pairs[at + 1]) for at in range(0, 8, 2)]
             digits = dict(facts) if "kv" in order else {key: value for value, key in facts}
             assert digits[question] == row["answer"] and len({*digits.values()}) == 4
-            texts.append(row["text"])
-        trained = {json.loads(line)["text"] for line in (tmp_path / f"{order}.train.jsonl").read_text().splitlines()}
-        assert not trained & {*texts} and len(texts) == 1_000
+        trained = {*(tmp_path / f"{order}.train.jsonl").read_text().splitlines()}
+        assert not trained & {*lines} and len(lines) == 1_000
+
+
+def test_the_scaling_study_recovers_the_law_that_its_results_follow(tmp_path: Path) -> None:
+    """And predicts its largest run, which it does not fit."""
+    study = load_study(shipped_studies()["scaling"], "cpu", tmp_path)
+    law = ScalingFit(1.2, 40.0, 300.0, 0.35, 0.45, "made up")
+    results: Any = {}
+    for arm in study.arms:
+        cost = arm_cost(arm.run)
+        bits = law.loss(cost.parameters, cost.raw_tokens)
+        results[arm.name] = types.SimpleNamespace(values={"continuation_bits_per_byte": bits})
+    assert len(study.summaries) == 2 and len({*study.summaries[0].arms} & {*study.summaries[1].arms}) == 0
+    for summary in study.summaries:
+        found = summary.compute({name: results[name] for name in summary.arms})
+        assert found["alpha"] == pytest.approx(law.alpha, rel=0.01)
+        assert found["beta"] == pytest.approx(law.beta, rel=0.01)
+        assert abs(found["error_of_largest"]) < 1e-4

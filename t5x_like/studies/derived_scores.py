@@ -1,4 +1,4 @@
-"""Number of steps after which a run has reached a score: a score that is computed from the curve of the run."""
+"""Scores that are computed from the results of runs: the steps to another score, and summaries of several runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from t5x_like.evaluation.bootstrap import DRAWS
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint, lower_is_better
 from t5x_like.evaluation.results_store import read_evaluations, scalars
-from t5x_like.studies.study import StepsTo
+from t5x_like.studies.study import StepsTo, Summary
 
 RunKey = tuple[str, int | None]
 """Arm and seed of a run."""
@@ -38,7 +38,8 @@ def with_steps(
             steps = _first_step(run, one.score, target)
             if steps is None:
                 arms.add(arm)
-            found[arm, seed] = _with_score(found[arm, seed], one.name, run.step if steps is None else steps)
+            score = {one.name: float(run.step if steps is None else steps)}
+            found[arm, seed] = _with_scores(found[arm, seed], score)
         unreached[one.name] = frozenset(arms)
     return found, unreached
 
@@ -52,11 +53,25 @@ def _first_step(run: EvaluatedCheckpoint, score: str, target: float) -> int | No
     return None
 
 
-def _with_score(run: EvaluatedCheckpoint, name: str, value: float) -> EvaluatedCheckpoint:
-    # The number does not vary with the windows: its draws are constant, and intervals cover the seeds.
+def summaries_of(
+    runs: Mapping[RunKey, EvaluatedCheckpoint], summaries: Sequence[Summary]
+) -> dict[RunKey, EvaluatedCheckpoint]:
+    """Return the scores of each summary by its name and seed, for the seeds of which all its arms have results."""
+    found = {}
+    for summary in summaries:
+        for seed in dict.fromkeys(seed for _, seed in runs):
+            if all((arm, seed) in runs for arm in summary.arms):
+                of_seed = {arm: runs[arm, seed] for arm in summary.arms}
+                empty = dataclasses.replace(of_seed[summary.arms[0]], values={}, draws={}, examples={})
+                found[summary.name, seed] = _with_scores(empty, summary.compute(of_seed))
+    return found
+
+
+def _with_scores(run: EvaluatedCheckpoint, scores: Mapping[str, float]) -> EvaluatedCheckpoint:
+    # The numbers do not vary with the windows: their draws are constant, and intervals cover the seeds.
     return dataclasses.replace(
         run,
-        values={**run.values, name: value},
-        draws={**run.draws, name: np.full(DRAWS, value)},
-        examples={**run.examples, name: name},
+        values={**run.values, **scores},
+        draws={**run.draws, **{name: np.full(DRAWS, value) for name, value in scores.items()}},
+        examples={**run.examples, **{name: name for name in scores}},
     )
