@@ -220,8 +220,8 @@ class LoadedModel:
 
     @property
     def abstract_params(self) -> PyTree:
-        """The whole parameters as `jax.ShapeDtypeStruct`s with the shardings of `program`."""
-        return self.program.abstract_params if self.program.lora is None else self.program.abstract_base_params
+        """The whole parameters, float32, as `jax.ShapeDtypeStruct`s with the shardings of `program`."""
+        return self.program.abstract_whole_params
 
     def params(
         self, step: int | None = None, abstract_params: PyTree | None = None, *, check_data: bool = True

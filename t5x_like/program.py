@@ -33,6 +33,7 @@ from t5x_like.training.losses import ModelApply
 from t5x_like.training.optimizers.make_optimizer import make_optimizer, state_logical_axes
 from t5x_like.training.preference import preference_apply
 from t5x_like.training.schedules import make_schedule
+from t5x_like.training.stochastic_rounding import widened
 from t5x_like.training.train_step import init_state, make_eval_step, make_train_step
 from t5x_like.utils.type_aliases import PyTree
 
@@ -84,6 +85,16 @@ class Program:
         return self.abstract_state["params"]
 
     @property
+    def abstract_whole_params(self) -> PyTree:
+        """The whole parameters, float32, as `jax.ShapeDtypeStruct`s with shardings, for reading them from a
+        checkpoint."""
+        if self.abstract_base_params is not None:
+            return self.abstract_base_params
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), self.abstract_params
+        )
+
+    @property
     def attention(self) -> str:
         """Backends that run the attentions of a training step, in words."""
         platform = self.mesh.devices.flat[0].platform
@@ -123,7 +134,7 @@ class Program:
 
     def with_new_average(self, state: PyTree) -> PyTree:
         """Return a state whose average, if it has one, begins at its parameters."""
-        return state | {"ema": jax.tree.map(jnp.copy, state["params"])} if "ema" in state else state
+        return state | {"ema": widened(jax.tree.map(jnp.copy, state["params"]))} if "ema" in state else state
 
     def model(self, params: PyTree) -> Model:
         """Return the model with these parameters; call it within `mesh_context()`."""
@@ -181,7 +192,7 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
     sharding, mesh_reason = run.sharding, None
     if sharding.auto:
         # The choice counts everything that stays on the devices during a step, frozen base parameters among it.
-        trees = {"state": state, "gradients": trained} | ({} if lora is None else {"base": base})
+        trees = {"state": state, "gradients": state["params"]} | ({} if lora is None else {"base": base})
         names = {"state": axes, "gradients": trained_axes} | ({} if lora is None else {"base": base_axes})
         params = (spec.logical_axes, spec.params)
         sharding, mesh_reason = choose_sharding(run, rules, devices, params, (names, trees))
@@ -270,7 +281,14 @@ def _with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
 
 def _new_state(run: RunConfig, optimizer: optax.GradientTransformationExtraArgs, params: PyTree) -> PyTree:
     training = run.training
-    return init_state(params, optimizer, training.seed, averaged=training.ema_decay is not None, guard=training.guard)
+    return init_state(
+        params,
+        optimizer,
+        training.seed,
+        parameter_type=training.parameter_type,
+        averaged=training.ema_decay is not None,
+        guard=training.guard,
+    )
 
 
 def init_program_state(program: Program) -> PyTree:

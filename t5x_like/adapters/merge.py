@@ -61,13 +61,14 @@ def write_whole(directory: Path, run: RunConfig, out: Path, step: int, params: P
       run: Configuration of that run.
       out: Directory to write, which must not exist.
       step: Step of the checkpoint.
-      params: Whole parameters: without adapters.
+      params: Whole parameters, float32, without adapters.
       meta: Meta of the checkpoint.
 
     Raises:
       SafetyError: `out` exists or cannot be written.
     """
-    plain = dataclasses.replace(run, training=dataclasses.replace(run.training, lora=None, ema_decay=None))
+    training = dataclasses.replace(run.training, lora=None, ema_decay=None, parameter_type="float32")
+    plain = dataclasses.replace(run, training=training)
     source = directory if run.training.lora is None else local_copy(run.training.lora.base, BASE)
     with model_dir.made_whole(out) as partial:
         if (source / model_dir.MODEL).is_file():

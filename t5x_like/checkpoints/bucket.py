@@ -33,6 +33,7 @@ from t5x_like.checkpoints.commit_record import Record, decoded, encoded
 from t5x_like.checkpoints.fingerprints import FINGERPRINTS, begin_fingerprints, changes
 from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require, error_of_save
 from t5x_like.checkpoints.retention import removable
+from t5x_like.checkpoints.stored_types import as_stored, as_wanted
 from t5x_like.config.run import CheckpointConfig
 from t5x_like.distributed.coordination import on_process_0, set_value, unique_key, wait_for_value
 from t5x_like.errors import ConfigError, SafetyError, UserError
@@ -140,7 +141,7 @@ class BucketCheckpoints(Checkpoints):
     ) -> tuple[int, dict[str, Any], dict[str, Any]]:
         wanted = {_PARAMS: abstract_params}
         step, state, meta = self._restore(
-            wanted, step, lambda path, meta: None, lambda name: name.startswith("params/")
+            wanted, step, lambda path, meta: None, lambda name: name.startswith("params/"), widens=True
         )
         return step, state[_PARAMS], meta
 
@@ -242,12 +243,21 @@ class BucketCheckpoints(Checkpoints):
                 locations.remove(self._data(record))
 
     def _restore(
-        self, abstract: Mapping[str, Any], step: int | None, require: Require, is_wanted: Callable[[str], bool]
+        self,
+        abstract: Mapping[str, Any],
+        step: int | None,
+        require: Require,
+        is_wanted: Callable[[str], bool],
+        *,
+        widens: bool = False,
     ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Restore `step`, or the newest intact checkpoint. Process 0 chooses; every process verifies what it reads."""
+        """Restore `step`, or the newest intact checkpoint. Process 0 chooses; every process verifies what it reads.
+
+        Args:
+          widens: Convert arrays that are stored in bfloat16 if float32 is wanted.
+        """
         self.wait()
         leaves = tree_paths.by_path(abstract)
-        expected = tree_paths.describe(leaves)
         problems: dict[int, list[str]] = {}
 
         def choose() -> Record:
@@ -263,6 +273,7 @@ class BucketCheckpoints(Checkpoints):
                     continue
                 require(self.directory / str(candidate), record["meta"])
                 saved = {path: text for path, text in record["state"].items() if is_wanted(path)}
+                expected = tree_paths.describe(as_stored(leaves, saved) if widens else leaves)
                 tree_paths.require_same(saved, expected, f"the checkpoint {self._key('committed', candidate)}")
                 return record
             raise SafetyError(self._none_left(problems))
@@ -270,15 +281,17 @@ class BucketCheckpoints(Checkpoints):
         while True:
             record = on_process_0(choose)
             is_broadcast = self._config.load_and_broadcast
-            parts, found = bucket_arrays.read(self._data(record), record["arrays"], leaves, is_broadcast=is_broadcast)
+            stored = as_stored(leaves, record["state"]) if widens else leaves
+            parts, found = bucket_arrays.read(self._data(record), record["arrays"], stored, is_broadcast=is_broadcast)
             found = self._in_any_process(found + (self._files_of(record)[1] if is_wanted(_FILES) else []))
             if not found:
-                by_path = bucket_arrays.assemble(leaves, parts, is_broadcast=is_broadcast)
+                by_path = bucket_arrays.assemble(stored, parts, is_broadcast=is_broadcast)
                 found = [changed] if (changed := changes(by_path, record)) else []
             if not found:
                 break
             problems[record["step"]] = found
         on_process_0(lambda: self._pass_over(problems, record["step"]))
+        by_path = as_wanted(by_path, leaves)
         state = jax.tree.unflatten(jax.tree.structure(abstract), [by_path[path] for path in leaves])
         return record["step"], state, record["meta"]
 

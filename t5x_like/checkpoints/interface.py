@@ -112,7 +112,10 @@ class Checkpoints(ABC):
     def restore_params(
         self, abstract_params: Mapping[str, Any], step: int | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        """Restore the parameters only, as `restore` does; nothing else is read or verified."""
+        """Restore the parameters only, as `restore` does; nothing else is read or verified.
+
+        Parameters that the checkpoint holds in bfloat16 are converted if `abstract_params` has float32.
+        """
 
     @abstractmethod
     def read_files(self, step: int) -> dict[str, bytes]:

@@ -41,6 +41,7 @@ from t5x_like.checkpoints.fingerprints import FINGERPRINTS, begin_fingerprints, 
 from t5x_like.checkpoints.interface import FORMAT, Checkpoints, Kept, Require, error_of_save
 from t5x_like.checkpoints.orbax_arrays import PARAMS, TRAINING
 from t5x_like.checkpoints.retention import removable
+from t5x_like.checkpoints.stored_types import as_stored, as_wanted
 from t5x_like.config.run import CheckpointConfig
 from t5x_like.distributed.coordination import barrier, on_process_0
 from t5x_like.errors import ConfigError, SafetyError
@@ -170,6 +171,7 @@ class CheckpointManager(Checkpoints):
             step,
             lambda name: not name.startswith((f"{TRAINING}/", f"{_FILES}/")),
             below=f"{PARAMS}/",
+            widens=True,
         )
         return chosen, loaded[PARAMS], meta
 
@@ -251,16 +253,19 @@ class CheckpointManager(Checkpoints):
         needed: Callable[[str], bool],
         *,
         below: str = "",
+        widens: bool = False,
         require: Require = lambda path, meta: None,
     ) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """Restore `step`, or the newest intact checkpoint.
 
         Process 0 chooses, and verifies the checksums of small files. Each process compares the arrays that it reads
         with their fingerprints.
+
+        Args:
+          widens: Convert arrays that are stored in bfloat16 if float32 is wanted.
         """
         self.wait()
         leaves = tree_paths.by_path(abstract)
-        expected = tree_paths.describe(leaves)
         problems: dict[int, list[str]] = {}
 
         def choose() -> int:
@@ -276,7 +281,8 @@ class CheckpointManager(Checkpoints):
                     record = self._record(candidate)
                     require(path, record["meta"])
                     saved = {p: text for p, text in record["state"].items() if p.startswith(below)}
-                    tree_paths.require_same(saved, expected, f"the checkpoint {path}")
+                    expected = as_stored(leaves, saved) if widens else leaves
+                    tree_paths.require_same(saved, tree_paths.describe(expected), f"the checkpoint {path}")
                     found = checksums.verify_checksums(path, needed)
                 if not found:
                     return candidate
@@ -286,13 +292,14 @@ class CheckpointManager(Checkpoints):
         while True:
             chosen = on_process_0(choose)
             record = self._record(chosen)
-            by_path, problem = self._load(chosen, leaves, record)
+            by_path, problem = self._load(chosen, as_stored(leaves, record["state"]) if widens else leaves, record)
             if problem is None:
                 break
             if step is not None:
                 raise SafetyError(f"{self._path(chosen)}: {problem}. Name another step.")
             problems[chosen] = [problem]
         on_process_0(lambda: self._pass_over(problems, chosen))
+        by_path = as_wanted(by_path, leaves)
         state = jax.tree.unflatten(jax.tree.structure(abstract), [by_path[path] for path in leaves])
         return chosen, state, record["meta"]
 

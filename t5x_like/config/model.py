@@ -343,7 +343,7 @@ class ModelConfig:
     """Weight of the discriminator's cross-entropy, averaged over all tokens. The generator's loss, averaged over the
     masked tokens, has weight 1."""
     dtype: Dtype = "float32"
-    """Type of activations and matrix products. Parameters are always float32."""
+    """Type of activations and matrix products. That of the parameters is `training.parameter_type`."""
     attention: str = "auto"
     """Name of an attention backend: reference, xla, cudnn (NVIDIA), blockwise, flash and splash (TPU), or one of a
     plug-in. auto chooses by platform, length and features from the table of `kernels.auto_attention`. The name is

@@ -20,6 +20,7 @@ from t5x_like.config.dataclass import config_dataclass
 from t5x_like.config.model import ModelConfig
 from t5x_like.config.optimizers import AdafactorConfig, Optimizer
 
+ParameterType = Literal["float32", "bfloat16"]
 NonEmptyPatterns = Annotated[
     tuple[str, ...], pydantic.Field(min_length=1, description="one regular expression or more")
 ]
@@ -173,7 +174,11 @@ class TrainingConfig:
     optimizer_state_type: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrices of the optimizer's state, such as Adam's moments. bfloat16 halves their memory: the update
     is computed in float32, and the new state is rounded stochastically, so that changes that are smaller than the
-    distance of two numbers are kept on average. Parameters stay float32."""
+    distance of two numbers are kept on average."""
+    parameter_type: ParameterType = "float32"
+    """Type of the parameters, and of their gradients on the devices. bfloat16 halves the memory of both: the update is
+    computed in float32, and the new parameters are rounded stochastically. Sums over the parts of
+    gradient_accumulation_steps and the average of `ema_decay` stay float32."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate as a function of the step."""
     max_gradient_norm: PositiveFloat | None = 1.0

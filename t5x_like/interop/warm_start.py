@@ -280,7 +280,7 @@ def apply_mapping(assignment: Assignment, old: PyTree, new: PyTree, spec: ModelS
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
             value = grown(value, fresh.shape, axes[name].index("vocab"), key)
         # A source parameter that is used twice must not be one array, which a training step would donate twice.
-        return jnp.copy(value)
+        return jnp.copy(value).astype(fresh.dtype)
 
     return tree_paths.map_by_path(one, new)
 

@@ -148,8 +148,9 @@ def _run(
     *,
     with_gradients: bool,
 ) -> tuple[TokenLosses, _Gradients | None]:
-    # The products read the kernel in the type of the states; its gradient has the kernel's own type.
-    local = functools.partial(_on_device, setting, kernel.dtype, kernel.shape[1], with_gradients)
+    # The products read the kernel in the type of the states; its gradient is added up in float32, and then has the
+    # kernel's own type.
+    local = functools.partial(_on_device, setting, kernel.shape[1], with_gradients)
     bias = jnp.zeros(kernel.shape[1], jnp.float32) if bias is None else bias.astype(jnp.float32)
     arrays = (states, kernel.astype(states.dtype), bias, targets, weights)
     sharding = setting.sharding
@@ -165,13 +166,14 @@ def _run(
             check_vma=False,
         )
     (loss, z_term, is_best), gradients = local(*arrays)
+    if gradients is not None:
+        gradients = gradients._replace(kernel=gradients.kernel.astype(kernel.dtype))
     objective = jnp.sum(weights * (setting.coefficient * loss + z_term))
     return TokenLosses(objective, loss, z_term, is_best), gradients
 
 
 def _on_device(
     setting: LossSetting,
-    kernel_dtype: jnp.dtype,
     vocabulary: int,
     with_gradients: bool,
     states: Array,
@@ -195,7 +197,7 @@ def _on_device(
     def joined(x: Array) -> Array:
         return x.reshape(chunks * size, *x.shape[2:])[:count].reshape(rows, length, *x.shape[2:])
 
-    zeros = (jnp.zeros(kernel.shape, kernel_dtype), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else None
+    zeros = (jnp.zeros(kernel.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else None
 
     def step(
         sums: tuple[Array, Array] | None, chunk: tuple[Array, Array, Array]
@@ -206,7 +208,7 @@ def _on_device(
         d_kernel, d_bias = sums
         rounded = d_logits.astype(states.dtype)
         d_states = _dot(rounded, kernel, 1, 1, states.dtype)
-        d_kernel = d_kernel + _dot(chunk[0], rounded, 0, 0, kernel_dtype)
+        d_kernel = d_kernel + _dot(chunk[0], rounded, 0, 0, jnp.dtype(jnp.float32))
         return (d_kernel, d_bias + jnp.sum(d_logits, axis=0)), (*losses, d_states)
 
     arrays = split(states), split(targets), split(weights)

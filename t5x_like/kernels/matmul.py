@@ -29,7 +29,7 @@ def matmul(
       kernel: [inputs, outputs], float32 or the type of x; cast to the type of x.
       contracted: Number of contracted dimensions.
       dtype: Type of the result. The result's cotangent is cast to the type of x for the backward products; the kernel's
-        gradient is accumulated and returned in the kernel's own type.
+        gradient is accumulated in float32 and returned in the kernel's own type.
       quantization: Round the operands of the product, and of that with the cotangent which is the gradient of x, to 8
         bits by qwix. Each token and each output (in the gradient each token and each input) has a scale, its largest
         absolute value. The gradient of the kernel is computed from operands that are not rounded, since errors in it
@@ -107,7 +107,8 @@ def _backward(
     else:
         forward, gradient = _types(quantization)
         d_x = _quantized_dot(g, kernel.astype(x.dtype), g_dims, kernel_dims, (gradient, forward)).astype(x.dtype)
-    return d_x, _dot(x, g, tokens, tokens, kernel.dtype)
+    # Rounded after the sum over the tokens of all devices.
+    return d_x, _dot(x, g, tokens, tokens, jnp.dtype(jnp.float32)).astype(kernel.dtype)
 
 
 matmul.defvjp(_forward, _backward)

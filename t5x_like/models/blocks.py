@@ -317,7 +317,9 @@ def relative_bias_table(config: StackConfig, *, rngs: nnx.Rngs) -> Embedding:
 
 def relative_bias_of(config: StackConfig, table: Embedding) -> RelativeBias:
     """Return the description of a table's bias for the attention backend."""
-    return RelativeBias(table.embedding[...], config.relative_bias_bidirectional, config.relative_bias_max_distance)
+    # In float32, in which the gradient of a bucket is added up over all pairs of tokens.
+    values = table.embedding[...].astype(jnp.float32)
+    return RelativeBias(values, config.relative_bias_bidirectional, config.relative_bias_max_distance)
 
 
 def stacked_blocks(config: StackConfig, *, encoder_width: int | None, rngs: nnx.Rngs) -> Block:

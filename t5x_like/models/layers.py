@@ -1,6 +1,7 @@
 """Dense, embedding, norm, MLP, language-model head and dropout layers.
 
-Parameters are float32; each layer computes in the type of its input.
+Parameters are float32 or bfloat16; each layer computes in the type of its input. The gradient of a parameter is added
+up over the tokens in float32 and has the type of the parameter.
 """
 
 from __future__ import annotations
@@ -124,7 +125,28 @@ class Embedding(nnx.Module):
         # up.
         # The table is an activation here: see the conventions of `sharding.rules.ACTIVATIONS`.
         table = constrain(self.embedding[...], self.axes)
-        return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
+        return _rows(table, ids).astype(dtype)
+
+
+@jax.custom_vjp
+def _rows(table: Array, ids: Array) -> Array:
+    """Return the rows of a table. The gradients of a row are added up in float32, whatever the type of the table."""
+    return jnp.take(table, ids, axis=0, mode="clip")
+
+
+def _rows_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rows(table, ids), (table, ids)
+
+
+def _rows_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+    table, ids = residuals
+    wide = jax.ShapeDtypeStruct(table.shape, jnp.float32)
+    added = jax.linear_transpose(lambda table: jnp.take(table, ids, axis=0, mode="clip"), wide)
+    (gradient,) = added(cotangent.astype(jnp.float32))
+    return gradient.astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Norm(nnx.Module):
@@ -159,7 +181,7 @@ class Norm(nnx.Module):
             y = x.astype(jnp.float32)
             if self.offset and scale is not None:
                 # Gemma stores scale - 1. The sum is in float32, where 1 + a small number is not rounded away.
-                scale = scale + self.offset
+                scale = scale.astype(jnp.float32) + self.offset
             if self.centered:
                 y = y - jnp.mean(y, axis=-1, keepdims=True)
             # With centering this is LayerNorm, without it RMSNorm: the mean square is then the variance.

@@ -307,7 +307,7 @@ class Stack(nnx.Module):
             max_distance=config.relative_bias_max_distance,
         )
         buckets = constrain(buckets, ("batch", "length", None))
-        return Distances(self.distance_norm(self.distance_embedder.embedding[...]), buckets)
+        return Distances(self.distance_norm(self.distance_embedder.embedding[...].astype(jnp.float32)), buckets)
 
     def embed_positions(self, x: Array, positions: Array, token_types: Array | None = None) -> Array:
         """Return embedded tokens with token types and learned positions added and normalized, where the stack has them.

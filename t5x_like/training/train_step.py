@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from t5x_like.config import GuardConfig, RunConfig
+from t5x_like.config.training import ParameterType
 from t5x_like.monitoring.metrics import WeightedMean, add
 from t5x_like.sharding.constrain import constrain
 from t5x_like.training import freezing, router_bias
@@ -23,6 +24,7 @@ from t5x_like.training.norms import PREFIXES, norm_metrics
 from t5x_like.training.optimizers.make_optimizer import takes_step
 from t5x_like.training.optimizers.schedule_free import gradient_point
 from t5x_like.training.schedules import ScheduleFn
+from t5x_like.training.stochastic_rounding import rounded_like, widened
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
 
@@ -31,6 +33,9 @@ State = dict[str, PyTree]
 
 _DROPOUT = 0xD509
 """Number folded into the key of the seed. It is part of the meaning of a seed: do not change it."""
+_ROUNDING = 0xB1600000
+"""Number folded into the run's key for the rounding of parameters; above all numbers of steps, which are folded into
+the same key. It is part of the meaning of a seed, too."""
 
 
 def init_state(
@@ -38,31 +43,34 @@ def init_state(
     optimizer: optax.GradientTransformationExtraArgs,
     seed: int,
     *,
+    parameter_type: ParameterType = "float32",
     averaged: bool = False,
     guard: GuardConfig | None = None,
 ) -> State:
     """Return the state before the first step.
 
     Args:
-      params: Initial parameters.
+      params: Initial parameters, float32.
       optimizer: Optimizer of the run.
       seed: Seed of the run.
+      parameter_type: Type that the parameters are kept in.
       guard: Guard of the run; None: steps are not compared with earlier ones.
       averaged: True if the run keeps an average of its parameters (`training.ema_decay`).
 
     Returns:
       A dict of "params"; "opt_state"; "step", int32 [], the number of steps taken; and "rng", uint32 [2], the data of
-      the key of all dropout masks; "ema", the average, if there is one; and "guard" (`init_guard`) if steps are
-      compared with earlier ones. The key never changes: the key of a step is folded from it and the step.
+      the key of all dropout masks; "ema", the average in float32, if there is one; and "guard" (`init_guard`) if steps
+      are compared with earlier ones. The key never changes: the key of a step is folded from it and the step.
     """
     # A stream of its own: fold_in(key, n) of the seed's own key is also the key of the n-th parameter's initial values.
     rng = jax.random.fold_in(jax.random.key(seed), _DROPOUT)
+    kept = jax.tree.map(lambda x: x.astype(parameter_type), params)
     return {
-        "params": params,
+        "params": kept,
         "opt_state": optimizer.init(params),
         "step": jnp.zeros((), jnp.int32),
         "rng": jax.random.key_data(rng),
-        **({"ema": params} if averaged else {}),
+        **({"ema": widened(kept)} if averaged else {}),
         **({} if guard is None or guard.spike_threshold is None else {"guard": init_guard(guard)}),
     }
 
@@ -81,7 +89,7 @@ def make_train_step(
       learning_rate: That of the schedule.
       grad_norm: Global norm of the gradient of the mean loss before clipping, without frozen parameters; finite steps
         only.
-      update_norm: Global norm of the change of the parameters; applied steps only.
+      update_norm: Global norm of the change of the parameters, before they are rounded; applied steps only.
       skipped_steps: Fraction of steps that were not applied.
       spikes: Fraction of steps that were not applied because they were spikes; with `guard.spike_threshold` only.
       param_norm/..., gradient_norm/..., update_norm/...: Norms by module and layer (`norms.norm_metrics`) at multiples
@@ -140,13 +148,13 @@ def make_train_step(
         ) -> tuple[tuple[PyTree, Metrics], None]:
             index, batch_part = part
             grads, metrics = part_gradient(params, frozen, batch_part, rng, index, of_batch)
-            return (jax.tree.map(jnp.add, total[0], grads), add(total[1], metrics)), None
+            return (jax.tree.map(jnp.add, total[0], widened(grads)), add(total[1], metrics)), None
 
         split = jax.tree.map(lambda x: split_rows(x, parts), batch)
         # The scan's carry needs zeros of the shapes of a part's gradient and metrics. `eval_shape` finds them without
         # computing.
         shapes = jax.eval_shape(part_gradient, params, frozen, jax.tree.map(lambda x: x[0], split), rng, 0)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = widened(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
         return jax.lax.scan(add_part, zeros, (jnp.arange(parts), split))[0]
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -158,6 +166,8 @@ def make_train_step(
         trained, frozen = freezing.split(state["params"], of)
         grads, metrics = summed_gradient(gradient_point(optimizer, trained, state["opt_state"]), frozen, batch, rng)
         metrics, loads = router_bias.without_counts(metrics)
+        # Gradients have the type of their parameters. What is computed from them is float32.
+        grads = widened(grads)
         # Parameters that are frozen until a later step have gradients, which are 0 until then: one compiled step serves
         # the whole run.
         grads = freezing.mask_frozen_grads(grads, of, state["step"])
@@ -175,16 +185,19 @@ def make_train_step(
         # The schedule reads the trainer's step, not the optimizer's count of updates: a skipped update does not shift
         # it.
         learning_rate = schedule(state["step"])
+        wide = widened(trained)
         at_step = {"step": state["step"]} if takes_step(training, state["params"]) else {}
         updates, opt_state = optimizer.update(
             jax.tree.map(lambda g: g * scale, grads),
             state["opt_state"],
-            trained,
+            wide,
             learning_rate=learning_rate,
             **at_step,
         )
         frozen = router_bias.moved(frozen, loads, run, paths, state["step"])
-        params = freezing.joined(optax.apply_updates(trained, updates), frozen)
+        params = freezing.joined(optax.apply_updates(wide, updates), frozen)
+        rounding = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), _ROUNDING)
+        params = rounded_like(params, state["params"], jax.random.fold_in(rounding, state["step"]))
         watched = {"loss": metrics["loss"].sum * per_token, "update_norm": optax.tree.norm(updates)}
         applied = jnp.isfinite(norm) & jnp.isfinite(watched["loss"]) & jnp.isfinite(watched["update_norm"])
         guarded: State = {}

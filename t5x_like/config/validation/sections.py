@@ -168,6 +168,11 @@ def inconsistent_training(training: TrainingConfig) -> Problems:
             f"{training.global_batch_size} rows in {parts} parts",
             f"a multiple of gradient_accumulation_steps, {parts}",
         )
+    if training.parameter_type != "float32" and training.lora is not None:
+        expected = (
+            "float32 with training.lora, whose adapters are small; the type of its base is training.lora.base_type"
+        )
+        yield ConfigProblem("training.parameter_type", training.parameter_type, expected)
     yield from _batch_size_ramp(training)
     yield from training.optimizer.problems("training.optimizer")
     yield from _schedule("training.schedule", training.schedule)

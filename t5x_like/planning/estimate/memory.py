@@ -11,7 +11,7 @@ step, and the highest of them is the estimate:
                layer's parameters gathered over fsdp; with a tied table also the logits, whose gradient is computed last
   embeddings   all gradients, and those of the token table and of an untied head, in float32 and whole over fsdp before
                they are reduced: one of the table for each stack that reads it, and the zeros that they are added to
-  update       gradients and the updates computed from them
+  update       gradients and the updates computed from them, which are float32 whatever the type of the parameters
 
 How much memory XLA's scheduler and fusions save is known only after compilation.
 """
@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 
 from t5x_like.config import RunConfig
@@ -48,7 +49,7 @@ class MemoryEstimate:
     Attributes:
       state: Exact bytes that persist between steps: parameters, optimizer state, frozen parameters of a base or a
         teacher; and the padding of a TPU's tiles.
-      gradients: Bytes of the gradients of trained parameters.
+      gradients: Bytes of the gradients of trained parameters, in the type of these.
       moments: Moment -> part -> bytes, without `state`.
       usable_bytes: Memory that a program can use; 0 if unknown.
     """
@@ -99,8 +100,11 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
         state["padding of tiles"] = padding_per_device(arrays)
     parts = program.run.training.gradient_accumulation_steps
     trained = trained_params(program)
-    gradients = bytes_per_device(trained) + (padding_per_device(trained) if is_tiled(program) else 0)
-    sums = {"sums of gradients": gradients} if parts > 1 else {}
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding), trained)
+    gradients, sum_of_gradients = (
+        bytes_per_device(tree) + (padding_per_device(tree) if is_tiled(program) else 0) for tree in (trained, wide)
+    )
+    sums = {"sums of gradients": sum_of_gradients} if parts > 1 else {}
     batch = {"batches": activations.batch_bytes()}
     # Memory peaks at one of four moments of a step. What is alive at each of them is listed, and the largest sum is the
     # estimate.
@@ -108,7 +112,7 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
         "head": {**sums, "saved activations": sum(activations.saved()), **activations.head(), **batch},
         "layers": {"gradients": gradients, **sums, **activations.layers(), **activations.tied_logits(), **batch},
         "embeddings": {"gradients": gradients, **sums, **activations.tables(), **batch},
-        "update": {"gradients": gradients, "updates": _largest(trained), **batch},
+        "update": {"gradients": gradients, "updates": _largest(wide), **batch},
     }
     return MemoryEstimate(
         state={name: size for name, size in state.items() if size},

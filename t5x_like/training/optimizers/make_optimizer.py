@@ -42,6 +42,9 @@ def make_optimizer(config: TrainingConfig, logical_axes: PyTree) -> optax.Gradie
     if config.optimizer_state_type != "float32" and isinstance(config.optimizer, ScheduleFreeConfig):
         expected = "float32: the state of schedule-free AdamW has parameters, at which gradients are taken"
         raise ConfigError([ConfigProblem("training.optimizer_state_type", config.optimizer_state_type, expected)])
+    if config.parameter_type != "float32" and isinstance(config.optimizer, ScheduleFreeConfig):
+        expected = "float32: schedule-free AdamW returns an average, whose changes are much smaller than the rounding"
+        raise ConfigError([ConfigProblem("training.parameter_type", config.parameter_type, expected)])
     if has_groups(config, tree_paths.paths(logical_axes)):
         of = group_of_each(config, tree_paths.paths(logical_axes))
         optimizer = per_group_optimizer(lambda axes: _build(config.optimizer, axes), logical_axes, of)
