@@ -21,6 +21,7 @@ from helpers.published_models import (  # noqa: E402
     TOPICS,
     byte_level_bpe,
     sentencepiece_model,
+    sentencepiece_reference,
     unigram,
     write_model,
     write_sentencepiece,
@@ -29,13 +30,12 @@ from helpers.published_models import (  # noqa: E402
 from t5x_like.cli.main import main  # noqa: E402
 from t5x_like.config.tokenizer import TRAINED_KINDS, TokenizerConfig  # noqa: E402
 from t5x_like.config.validation import validate  # noqa: E402
-from t5x_like.data.tokenizers import sentencepiece_proto  # noqa: E402
 from t5x_like.data.tokenizers.loading import keep_tokenizer, kept_tokenizer, load_tokenizer  # noqa: E402
 from t5x_like.data.tokenizers.published import load_published  # noqa: E402
 from t5x_like.data.tokenizers.tokenizer import Tokenizer, have_same_pieces  # noqa: E402
 from t5x_like.data.tokenizers.train_vocabulary import train_vocabulary  # noqa: E402
 from t5x_like.data.tokenizers.vocabulary import Vocabulary  # noqa: E402
-from t5x_like.errors import DataError  # noqa: E402
+from t5x_like.errors import ConfigError, DataError  # noqa: E402
 from t5x_like.interop.huggingface.continued_run import continued_run  # noqa: E402
 from t5x_like.interop.huggingface.tokenizer_export import write_tokenizer  # noqa: E402
 
@@ -43,14 +43,18 @@ pytestmark = pytest.mark.hf
 TEXTS = [*ODD, *TOPICS[::8]]
 
 
-def write_llama(folder: Path) -> Any:
-    write_sentencepiece(folder, "llama")
-    return transformers.AutoTokenizer.from_pretrained(folder)
+def published(layout: str) -> Any:
+    """Return a function that writes the SentencePiece model that a family was published with."""
+
+    def write(folder: Path) -> Any:
+        write_sentencepiece(folder, layout)
+        return sentencepiece_reference(folder)
+
+    write.__name__ = f"write_{layout}"
+    return write
 
 
-def write_gemma(folder: Path) -> Any:
-    write_sentencepiece(folder, "gemma")
-    return transformers.AutoTokenizer.from_pretrained(folder)
+write_llama = published("llama")
 
 
 def fairseq(kind: str, model_type: str) -> Any:
@@ -61,12 +65,7 @@ def fairseq(kind: str, model_type: str) -> Any:
         (folder / "sentencepiece.bpe.model").write_bytes(fairseq_model())
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-        reference = transformers.AutoTokenizer.from_pretrained(folder)
-        if kind == "MBartTokenizer":
-            # transformers 5 leaves out the normalization, which the published tokenizer.json and SentencePiece have.
-            charsmap = sentencepiece_proto.settings(fairseq_model()).charsmap
-            reference.backend_tokenizer.normalizer = tokenizers.normalizers.Precompiled(charsmap)
-        return reference
+        return sentencepiece_reference(folder)
 
     write.__name__ = f"write_{kind}"
     return write
@@ -105,7 +104,7 @@ def write_gpt2(folder: Path) -> Any:
     return transformers.GPT2Tokenizer(*files)
 
 
-def write_t5(folder: Path) -> Any:
+def write_t5_json(folder: Path) -> Any:
     unigram(pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -116,7 +115,8 @@ FAIRSEQ = [
     fairseq("MBartTokenizer", "mbart"),
     fairseq("MBart50Tokenizer", "mbart"),
 ]
-WRITERS = [write_llama, write_gemma, *FAIRSEQ, write_llama_json, write_bert, write_gpt2, write_t5]
+SENTENCEPIECE = [write_llama, *map(published, ("gemma", "t5", "deberta"))]
+WRITERS = [*SENTENCEPIECE, *FAIRSEQ, write_llama_json, write_bert, write_gpt2, write_t5_json]
 
 
 @pytest.fixture(scope="module", params=WRITERS, ids=lambda writer: writer.__name__)
@@ -133,7 +133,7 @@ def test_ids_and_texts_equal_those_of_transformers(case: tuple[Path, Tokenizer, 
     assert tokenizer.eos_id == (reference.sep_token_id if reference.eos_token_id is None else reference.eos_token_id)
     vocabulary = tokenizer.vocabulary
     assert vocabulary.pad_id == (tokenizer.eos_id if reference.pad_token_id is None else reference.pad_token_id)
-    assert vocabulary.own_mask_id == reference.mask_token_id or not hasattr(tokenizer, "contents")
+    assert vocabulary.own_mask_id == reference.mask_token_id
     for text in ["def f(x):\n    return x\n", "The function returns a list.", "naive cafe"]:
         ids = tokenizer.encode(text)
         decoded = reference.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -150,20 +150,82 @@ def test_tokenizer_is_kept_and_exported_with_its_added_tokens(
     kept = kept_tokenizer(tmp_path / "kept")
     assert kept is not None and kept.vocabulary == tokenizer.vocabulary and kept.fingerprint == tokenizer.fingerprint
     assert kept.encode(ODD[-2]) == tokenizer.encode(ODD[-2])
-    assert tokenizer.sentinel_id(6) == tokenizer.vocabulary.base_size
+    if tokenizer.vocabulary.num_sentinels == 7:
+        assert tokenizer.sentinel_id(6) == tokenizer.vocabulary.base_size
     assert tokenizer.encode_marked("a<extra_id_6>") == [*tokenizer.encode("a"), tokenizer.sentinel_id(6)]
     (tmp_path / "out").mkdir()
-    if not write_tokenizer(tmp_path / "out", kept, "decoder"):
-        written = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-        for text in TEXTS:
-            if "<extra_id_0>" not in text:
-                wanted = reference(text)["input_ids"]
-                assert written(text)["input_ids"] == wanted, text
-        assert written.convert_tokens_to_ids("<extra_id_6>") == tokenizer.sentinel_id(6)
+    assert write_tokenizer(tmp_path / "out", kept, "decoder") == []
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        if "<extra_id_0>" not in text:
+            wanted = reference(text)["input_ids"]
+            assert written(text)["input_ids"] == wanted, text
+    assert written.convert_tokens_to_ids("<extra_id_6>") == tokenizer.sentinel_id(6)
+    for name in ("spiece.model", "tokenizer.model", "spm.model"):
+        if (folder / name).exists() and not (folder / "tokenizer.json").exists():
+            assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     model = (tmp_path / "kept" / "model").read_bytes()
     (tmp_path / "kept" / "model").write_bytes(model[:-9])
     with pytest.raises(DataError, match="found"):
         kept_tokenizer(tmp_path / "kept")
+
+
+def appended(model: bytes, names: list[str]) -> bytes:
+    """Return a SentencePiece model with user-defined pieces at its end, as mT5's and umT5's were published with."""
+    for name in names:
+        fields = b"\n" + bytes([len(name.encode())]) + name.encode() + b"\x15" + bytes(4) + b"\x18\x04"
+        model += b"\n" + bytes([len(fields)]) + fields
+    return model
+
+
+def test_bytes_and_sentinels_of_mt5_are_those_of_the_file(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    lines = [line for topic in TOPICS for line in topic.split("\n") if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=out, vocab_size=700, byte_fallback=True, pad_id=0, eos_id=1,
+        bos_id=2, unk_id=3, minloglevel=2,
+    )  # fmt: skip
+    model = appended(out.getvalue(), [f"▁<extra_id_{index}>" for index in reversed(range(7))])
+    (tmp_path / "spiece.model").write_bytes(model)
+    tokenizer = load_published(tmp_path, 0)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    for text in TEXTS:
+        if text != ODD[-2]:
+            assert tokenizer.encode(text) == reference.encode(text), text
+    assert tokenizer.vocabulary == Vocabulary(700, 7, unk_id=3, start_id=2)
+    assert tokenizer.byte_ids is not None and tokenizer.to_bytes(tokenizer.byte_ids) == bytes(range(256))
+    assert tokenizer.encode_marked("a <extra_id_6>") == [*tokenizer.encode("a "), 700]
+    # Sentinels in front of other pieces are tokens of text; no others can be added.
+    (tmp_path / "spiece.model").write_bytes(appended(model, ["<hl>"]))
+    assert load_published(tmp_path, 0).vocabulary == Vocabulary(708, 0, unk_id=3, start_id=2, has_modes=False)
+    with pytest.raises(ConfigError, match="num_sentinels: found 5, expected 0, since the <extra_id_"):
+        load_published(tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config.json": {"tokenizer_class": "AlbertTokenizer"}}, "the ids of T5Tokenizer, .* are known"),
+        ({"added_tokens.json": {"<new>": 701}}, "ids do not follow the 700 pieces"),
+        ({"special_tokens_map.json": {"pad_token": "<none>"}}, "no piece for pad_token '<none>'"),
+    ],
+)
+def test_sentencepiece_files_that_do_not_fit_are_refused(
+    files: dict[str, dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    write_sentencepiece(tmp_path, "llama")
+    for name, contents in files.items():
+        (tmp_path / name).write_text(json.dumps(contents))
+    with pytest.raises(DataError, match=message):
+        load_published(tmp_path, 0)
+
+
+def test_added_tokens_of_a_sentencepiece_model_have_their_ids(tmp_path: Path) -> None:
+    write_sentencepiece(tmp_path, "llama")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 700, "<|im_end|>": 701}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    tokenizer = load_published(tmp_path, 0)
+    assert tokenizer.pad_id == 700 and tokenizer.encode("a<|im_end|>") == [*tokenizer.encode("a"), 701]
 
 
 @pytest.mark.parametrize("kind", TRAINED_KINDS[1:])

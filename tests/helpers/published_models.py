@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pydoc_data.topics
@@ -12,6 +13,8 @@ import sentencepiece
 import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from t5x_like.data.tokenizers import sentencepiece_proto
 
 TOPICS = list(pydoc_data.topics.topics.values())[:40]
 ODD = [
@@ -33,30 +36,68 @@ ODD = [
 _SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 
+_BPE: dict[str, Any] = {
+    "model_type": "bpe", "vocab_size": 700, "byte_fallback": True, "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}  # fmt: skip
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "llama": {**_BPE, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
+    "gemma": {
+        **_BPE, "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "eos_piece": "<eos>", "bos_piece": "<bos>",
+        "add_dummy_prefix": False,
+        "user_defined_symbols": ["<mask>", "<start_of_turn>", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁"],
+    },
+    "t5": {"vocab_size": 500, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+    "deberta": {
+        "vocab_size": 500, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3,
+        **{f"{name}_piece": piece for name, piece in zip(
+            ("pad", "bos", "eos", "unk"), ("[PAD]", "[CLS]", "[SEP]", "[UNK]"), strict=True)},
+    },
+}  # fmt: skip
+_FILES = {
+    "llama": ("tokenizer.model", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}),
+    "gemma": ("tokenizer.model", {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}),
+    "t5": ("spiece.model", {"tokenizer_class": "T5Tokenizer"}),
+    "deberta": ("spm.model", {"tokenizer_class": "DebertaV2Tokenizer"}),
+}
+
+
+@functools.cache
 def sentencepiece_model(layout: str) -> bytes:
-    """Return a BPE model with the special pieces of Llama or of Gemma."""
-    layouts: dict[str, dict[str, Any]] = {
-        "llama": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
-        "gemma": {
-            "pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3,
-            "eos_piece": "<eos>", "bos_piece": "<bos>", "add_dummy_prefix": False,
-        },
-    }  # fmt: skip
+    """Return a SentencePiece model with the special pieces of a published one."""
     out = io.BytesIO()
     lines = [line for topic in TOPICS for line in topic.split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=out, vocab_size=700, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, **layouts[layout],
-    )  # fmt: skip
+        sentence_iterator=iter(lines), model_writer=out, minloglevel=2, **_LAYOUTS[layout]
+    )
     return out.getvalue()
 
 
 def write_sentencepiece(folder: Path, layout: str) -> None:
-    """Write tokenizer.model as Llama and Gemma were published with, without tokenizer.json."""
-    (folder / "tokenizer.model").write_bytes(sentencepiece_model(layout))
-    kind = {"llama": "LlamaTokenizer", "gemma": "GemmaTokenizer"}[layout]
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
-    (folder / "config.json").write_text(json.dumps({"model_type": layout}))
+    """Write the files that a model was published with, without tokenizer.json."""
+    name, config = _FILES[layout]
+    (folder / name).write_bytes(sentencepiece_model(layout))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if not (folder / "config.json").exists():
+        kind = {"deberta": "deberta-v2"}.get(layout, layout)
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+
+
+def sentencepiece_reference(folder: Path) -> Any:
+    """Return the tokenizer of transformers for such files, with the normalization of the model itself.
+
+    transformers 5 leaves it out for mBART and replaces it by NFC for DeBERTa, whose models were trained with it.
+    """
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    kinds = {"MBartTokenizer": "sentencepiece.bpe.model", "DebertaV2Tokenizer": "spm.model"}
+    if type(reference).__name__ in kinds:
+        model = (folder / kinds[type(reference).__name__]).read_bytes()
+        charsmap = normalizers.Precompiled(sentencepiece_proto.settings(model).charsmap)
+        one_space = normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
+        parts = [charsmap, one_space, normalizers.Strip()]
+        own = type(reference).__name__ == "MBartTokenizer"
+        reference.backend_tokenizer.normalizer = charsmap if own else normalizers.Sequence(parts)
+    return reference
 
 
 def byte_level_bpe(**special: str) -> Any:

@@ -14,10 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_like.data.store.token_store import Split, Store
-from t5x_like.data.tokenizers import sentencepiece_proto
-from t5x_like.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from t5x_like.data.tokenizers.tokenizer import Tokenizer
-from t5x_like.data.tokenizers.vocabulary import NUM_SPECIAL
 
 Ids = npt.NDArray[Any]
 
@@ -178,26 +174,15 @@ def token_usage(store: Store, split_name: str, max_tokens: int = MAX_TOKENS, max
         for token in order.tolist()
         if token != eos_id and counts[token]
     ]
-    fallback = fallback_ids(tokenizer)
     return TokenUsage(
         tokens=int(counts.sum()) - num_eos,
         unknown=0 if vocabulary.unk_id is None else int(counts[vocabulary.unk_id]),
-        byte_fallback=None if fallback is None else int(counts[fallback].sum()),
+        byte_fallback=None if tokenizer.byte_ids is None else int(counts[tokenizer.byte_ids].sum()),
         unused=int((counts[vocabulary.first_text_id : base] == 0).sum()),
         pieces=base - vocabulary.first_text_id,
         frequent=tuple(frequent[:max_frequent]),
         words=(words, text_tokens),
     )
-
-
-def fallback_ids(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:
-    """Return the ids of single bytes in a vocabulary of pieces; None for a vocabulary of bytes."""
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        return None
-    if tokenizer.is_published:
-        return np.flatnonzero([piece.is_byte for piece in sentencepiece_proto.pieces(tokenizer.model)])
-    text_pieces = [piece for piece in sentencepiece_proto.pieces(tokenizer.model) if piece.holds_text]
-    return NUM_SPECIAL + np.flatnonzero([piece.is_byte for piece in text_pieces])
 
 
 def _chunks(split: Split, max_tokens: int) -> Iterator[Ids]:

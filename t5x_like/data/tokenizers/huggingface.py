@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers as library
 
+from t5x_like.config.objectives import MODES
 from t5x_like.data.tokenizers.tokenizer import Ids, Tokenizer
 from t5x_like.data.tokenizers.vocabulary import Vocabulary
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
@@ -44,7 +45,8 @@ class HuggingFaceTokenizer(Tokenizer):
     the ids of the file.
 
     Attributes:
-      model: JSON with the file ("tokenizer"), tokenizer_config.json ("config") and other files to export ("files").
+      model: JSON with the file ("tokenizer"), tokenizer_config.json ("config") and other files to export ("files" and,
+        in base64, "binary_files").
       ends_in_eos: The tokenizer puts EOS at the end of a text by itself.
     """
 
@@ -73,6 +75,9 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._vocabulary(num_sentinels, source)
         decoder = self.contents.get("decoder")
         self._byte_level = _byte_level_table() if "ByteLevel" in json.dumps(decoder) else None
+        if self.contents["model"].get("byte_fallback"):
+            found = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+            self.byte_ids = np.array([token for token in found if token is not None], np.int32)
         kind = self.contents["model"].get("type")
         is_wordpiece = kind == "WordPiece" or (kind is None and "continuing_subword_prefix" in self.contents["model"])
         self._prefix = self.contents["model"].get("continuing_subword_prefix") if is_wordpiece else None
@@ -100,15 +105,16 @@ class HuggingFaceTokenizer(Tokenizer):
         pad, eos, start, unk, mask = (self._token_of(role) for role in ("pad", "eos", "start", "unk", "mask"))
         if eos is None:
             raise ValueError("no end-of-sequence token: eos_token or sep_token of tokenizer_config.json")
-        first, count = self._tokenizer.token_to_id("<extra_id_0>"), 0
-        while first is not None and self._tokenizer.token_to_id(f"<extra_id_{count}>") == first - count:
-            count += 1
+        first, count = self._sentinels(size)
+        if first is not None and count == 0 < num_sentinels:
+            expected = f"0, since the <extra_id_*> tokens of {source} do not end its ids, counting down"
+            raise ConfigError([ConfigProblem("data.tokenizer.num_sentinels", str(num_sentinels), expected)])
         if 0 < count < num_sentinels:
             expected = f"at most the {count} <extra_id_*> tokens of {source}"
             raise ConfigError([ConfigProblem("data.tokenizer.num_sentinels", str(num_sentinels), expected)])
         pad = eos if pad is None else pad
         return Vocabulary(
-            base_size=first - count + 1 if count else size,
+            base_size=size if first is None or count == 0 else first - count + 1,
             num_sentinels=count or num_sentinels,
             pad_id=pad,
             eos_id=eos,
@@ -117,6 +123,23 @@ class HuggingFaceTokenizer(Tokenizer):
             own_mask_id=mask,
             has_modes=(count or num_sentinels) > 0,
         )
+
+    def _sentinels(self, size: int) -> tuple[int | None, int]:
+        """Return the id of `<extra_id_0>` and the number of sentinels, whose ids count down from it.
+
+        The number is 0 if they do not, or if other tokens than those of modes follow. The id is None without one.
+        """
+        named = self._tokenizer.token_to_id
+        # mT5's pieces begin with a space.
+        forms = [form for form in ("<extra_id_%d>", "▁<extra_id_%d>") if named(form % 0) is not None]
+        if not forms:
+            return None, 0
+        first, count = named(forms[0] % 0), 1
+        while named(forms[0] % count) == first - count:
+            count += 1
+        following = [self._tokenizer.id_to_token(token) for token in range(first + 1, min(size, first + 5))]
+        is_last = following in ([], [f"[{mode}]" for mode in MODES]) and named(forms[0] % count) is None
+        return first, count if is_last else 0
 
     def _token_of(self, role: str) -> int | None:
         """Return the id of the token with a role, or None."""

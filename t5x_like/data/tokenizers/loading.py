@@ -108,8 +108,6 @@ def tokenizer_from_model(config: TokenizerConfig, model: bytes | None, source: s
 def _from_model(config: TokenizerConfig, model: bytes, source: str) -> Tokenizer:
     if config.kind in ("sentencepiece", "task"):
         return SentencePieceTokenizer(model, config.num_sentinels, source)
-    if not model.startswith(b"{"):
-        return SentencePieceTokenizer(model, config.num_sentinels, source, published=True)
     # Imported on use: the package is large, and other tokenizers do not need it.
     from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer
 
@@ -119,8 +117,10 @@ def _from_model(config: TokenizerConfig, model: bytes, source: str) -> Tokenizer
 def stored_config(tokenizer: Tokenizer) -> TokenizerConfig:
     """Return the configuration that recreates the tokenizer from `Tokenizer.model`, which may have no sentinels."""
     kind = "published"
-    if isinstance(tokenizer, SentencePieceTokenizer | ByteTokenizer) and not tokenizer.is_published:
-        kind = "bytes" if isinstance(tokenizer, ByteTokenizer) else "sentencepiece"
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        kind = "sentencepiece"
+    if isinstance(tokenizer, ByteTokenizer) and not tokenizer.is_published:
+        kind = "bytes"
     return TokenizerConfig(kind=kind, num_sentinels=tokenizer.vocabulary.num_sentinels)  # type: ignore[arg-type]
 
 
@@ -185,7 +185,9 @@ def load_directory_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
         found = f"neither {JSON_FILE} nor a SentencePiece model ({', '.join(SENTENCEPIECE_FILES)}) nor vocab.txt"
         raise DataError(f"{folder}: found {found}, expected the model's tokenizer")
     tokenizer = load_published(folder, 0)
-    if isinstance(tokenizer, SentencePieceTokenizer) and model.decoder and tokenizer.eos_id not in model.eos_ids:
+    names = (JSON_FILE, *SENTENCEPIECE_FILES)
+    first = next((name for name in names if (folder / name).is_file()), None)
+    if first in SENTENCEPIECE_FILES and model.decoder and tokenizer.eos_id not in model.eos_ids:
         found = f"a SentencePiece model whose end-of-sequence id is {tokenizer.eos_id}"
         raise DataError(f"{folder}: found {found}, expected the model's, {', '.join(map(str, model.eos_ids))}")
     return _require_fit(tokenizer, folder, model)

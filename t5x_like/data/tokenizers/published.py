@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
 
-from t5x_like.data.tokenizers import fairseq_layouts, sentencepiece_proto
+from t5x_like.data.tokenizers import fairseq_layouts, sentencepiece_json, sentencepiece_proto
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
-from t5x_like.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.errors import DataError
 from t5x_like.utils.json_reader import parse_json, read_json
@@ -20,6 +20,7 @@ WORDPIECE_FILE = "vocab.txt"
 BPE_FILES = ("vocab.json", "merges.txt")
 _CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
+_ADDED_TOKENS = "added_tokens.json"
 _KEPT = ("chat_template.jinja", "generation_config.json")
 _BYTE_CLASS = "ByT5Tokenizer"
 _OFFSET_FILE = "sentencepiece.bpe.model"
@@ -46,16 +47,13 @@ def load_published(path: Path, num_sentinels: int) -> Tokenizer:
     """
     folder = path if path.is_dir() else path.parent
     # The files become a part of stores, runs and exports.
-    read = (JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, *BPE_FILES, _OFFSET_FILE, _CONFIG, _SPECIAL_TOKENS, *_KEPT)
-    require_links_inside(folder, read)
+    read = (JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, *BPE_FILES, _OFFSET_FILE)
+    require_links_inside(folder, (*read, _CONFIG, _SPECIAL_TOKENS, _ADDED_TOKENS, *_KEPT))
     names = [path.name] if path.is_file() else [JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, BPE_FILES[0]]
     name = next((name for name in names if (folder / name).is_file()), None)
     try:
         if name is None and _is_byt5(folder):
             return ByteTokenizer.published()
-        if name in SENTENCEPIECE_FILES:
-            model = (folder / str(name)).read_bytes()
-            return SentencePieceTokenizer(model, num_sentinels, str(folder / str(name)), published=True)
         # The package is imported on use: other tokenizers do not need it.
         from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer, library_errors_as
 
@@ -69,8 +67,13 @@ def load_published(path: Path, num_sentinels: int) -> Tokenizer:
 def _wrapped(folder: Path, name: str | None) -> bytes:
     """Return the contents of `HuggingFaceTokenizer.model` from the files of a folder."""
     config = _json(folder / _SPECIAL_TOKENS) | _json(folder / _CONFIG)
+    binary = {}
     if name == JSON_FILE:
         contents = parse_json((folder / JSON_FILE).read_bytes())
+    elif name in SENTENCEPIECE_FILES:
+        model = (folder / name).read_bytes()
+        contents, config = sentencepiece_json.published_json(model, name, config, _json(folder / _ADDED_TOKENS))
+        binary = {name: base64.b64encode(model).decode()}
     elif name == WORDPIECE_FILE:
         contents = _wordpiece(folder / WORDPIECE_FILE, config)
         config = {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]"} | config
@@ -84,7 +87,8 @@ def _wrapped(folder: Path, name: str | None) -> bytes:
         expected = ", ".join((JSON_FILE, *SENTENCEPIECE_FILES, WORDPIECE_FILE, " and ".join(BPE_FILES)))
         raise ValueError(f"none of {expected}")
     files = {kept: (folder / kept).read_text(encoding="utf-8") for kept in _KEPT if (folder / kept).is_file()}
-    return json.dumps({"tokenizer": contents, "config": config, "files": files}, ensure_ascii=False).encode()
+    document = {"tokenizer": contents, "config": config, "files": files, "binary_files": binary}
+    return json.dumps(document, ensure_ascii=False).encode()
 
 
 def _wordpiece(path: Path, config: dict[str, Any]) -> dict[str, Any]:

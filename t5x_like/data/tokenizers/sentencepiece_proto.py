@@ -93,11 +93,6 @@ def arranged(model: bytes) -> bytes:
     return b"".join([*(raws[0] for raws in special), *text, *rest, _OUR_IDS])
 
 
-def without_dummy_prefix(model: bytes) -> bytes:
-    """Return the model without a space in front of a text (`normalizer_spec.add_dummy_prefix = 3`)."""
-    return model + bytes.fromhex("1a021800")
-
-
 _OUR_IDS = bytes.fromhex("1215c00202c802ffffffffffffffffff01d00201d80200")
 """Serialized trainer_spec, merged with the one before it: unk_id 2, bos_id -1, eos_id 1, pad_id 0."""
 

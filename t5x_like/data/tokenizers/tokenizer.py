@@ -113,6 +113,8 @@ class Tokenizer(abc.ABC):
     ends_in_eos: bool | None = None
     model: bytes | None = None
     """Contents of the file that the tokenizer is loaded from; None if it needs none."""
+    byte_ids: Ids | None = None
+    """Ids of single bytes, for text that no other piece covers; None if there are none or no others."""
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "spiece.model",
+    "spm.model",
     "sentencepiece.bpe.model",
     "vocab.txt",
     "vocab.json",

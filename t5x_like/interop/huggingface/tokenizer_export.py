@@ -18,15 +18,15 @@ from typing import Any
 
 from t5x_like.config.model import Architecture
 from t5x_like.config.objectives import MODES
-from t5x_like.data.tokenizers import sentencepiece_proto
+from t5x_like.data.tokenizers import sentencepiece_json, sentencepiece_proto
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
 from t5x_like.data.tokenizers.loading import stored_config
 from t5x_like.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from t5x_like.data.tokenizers.sentencepiece_json import PLAIN_TOKEN
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.data.tokenizers.vocabulary import EOS_ID, PAD_ID, UNK_ID
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
-_SPACE = "▁"
 _UNIGRAM = 1
 _USER_DEFINED_MALUS = 0.1
 """SentencePiece scores a user-defined symbol by its bytes times the best score, minus this number."""
@@ -89,17 +89,13 @@ def _write_published(directory: Path, tokenizer: Tokenizer) -> list[str]:
         _write(directory / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125})
         return []
     assert tokenizer.model is not None
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        (directory / "tokenizer.model").write_bytes(tokenizer.model)
-        return ["tokenizer.json: the tokenizer was a SentencePiece model alone, which is tokenizer.model now"]
     document = json.loads(tokenizer.model)
     contents, vocabulary = document["tokenizer"], tokenizer.vocabulary
     known = {entry["id"] for entry in contents["added_tokens"]}
     pieces = contents["model"]["vocab"]
     size = max(*known, *(pieces.values() if isinstance(pieces, dict) else range(len(pieces))), -1) + 1
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     more = [(token, vocabulary.special_name(token)) for token in range(size, vocabulary.vocab_size)]
-    contents["added_tokens"] += [{"id": token, "content": name, **plain} for token, name in more]
+    contents["added_tokens"] += [{"id": token, "content": name, **PLAIN_TOKEN} for token, name in more]
     _write(directory / "tokenizer.json", contents)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | document["config"]
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -107,6 +103,8 @@ def _write_published(directory: Path, tokenizer: Tokenizer) -> list[str]:
     _write(directory / "tokenizer_config.json", config)
     for name, text in document.get("files", {}).items():
         (directory / name).write_text(text, encoding="utf-8")
+    for name, encoded in document.get("binary_files", {}).items():
+        (directory / name).write_bytes(base64.b64decode(encoded))
     return []
 
 
@@ -132,17 +130,16 @@ def tokenizer_json(tokenizer: Tokenizer, architecture: Architecture) -> dict[str
     scored = _scored(tokenizer)
     vocabulary = tokenizer.vocabulary
     special_ids = [PAD_ID, EOS_ID, UNK_ID, *range(vocabulary.base_size, vocabulary.vocab_size)]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     settings = _settings(tokenizer)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": token, "content": scored[token][0], **plain} for token in special_ids],
-        "normalizer": _normalizer(settings),
-        "pre_tokenizer": _pre_tokenizer(settings),
+        "added_tokens": [{"id": token, "content": scored[token][0], **PLAIN_TOKEN} for token in special_ids],
+        "normalizer": sentencepiece_json.normalizer(settings),
+        "pre_tokenizer": sentencepiece_json.pre_tokenizer(settings),
         "post_processor": _post_processor(architecture),
-        "decoder": _decoder(settings),
+        "decoder": sentencepiece_json.decoder(settings),
         "model": {
             "type": "Unigram",
             "unk_id": UNK_ID,
@@ -182,36 +179,6 @@ def _scored(tokenizer: Tokenizer) -> list[tuple[str, float]]:
     ]
 
 
-def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def _sequence(kind: str, parts: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return {"type": "Sequence", kind: parts} if parts else None
-
-
-def _normalizer(settings: sentencepiece_proto.Settings) -> dict[str, Any] | None:
-    parts: list[dict[str, Any]] = []
-    if settings.charsmap:
-        table = base64.b64encode(settings.charsmap).decode()
-        parts.append({"type": "Precompiled", "precompiled_charsmap": table})
-    if settings.one_space:
-        parts += [_replace({"Regex": r"\A +| +\z"}, ""), _replace({"Regex": " {2,}"}, " ")]
-    if settings.dummy_prefix:
-        parts.append({"type": "Prepend", "prepend": _SPACE})
-    if settings.escape_whitespace:
-        parts.append(_replace({"String": " "}, _SPACE))
-    return _sequence("normalizers", parts)
-
-
-def _pre_tokenizer(settings: sentencepiece_proto.Settings) -> dict[str, Any] | None:
-    """Return a split after the first character of text that spells a byte's piece, which would become that byte."""
-    if not settings.byte_fallback:
-        return None
-    pattern = {"Regex": "<(?=0x[0-9A-F]{2}>)"}
-    return {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
-
-
 def _post_processor(architecture: Architecture) -> dict[str, Any]:
     """Return a template: EOS after a text that an encoder reads, as T5's tokenizers have it; for a decoder, which goes
     on with the text, nothing after it and in front the token that its rows begin with, which is pad."""
@@ -224,16 +191,6 @@ def _post_processor(architecture: Architecture) -> dict[str, Any]:
         "pair": [added, one, other] if architecture == "decoder" else [one, added, other, added],
         "special_tokens": {token: {"id": token, "ids": [token_id], "tokens": [token]}},
     }
-
-
-def _decoder(settings: sentencepiece_proto.Settings) -> dict[str, Any] | None:
-    parts = [_replace({"String": _SPACE}, " ")] if settings.escape_whitespace else []
-    if settings.byte_fallback:
-        parts += [{"type": "ByteFallback"}]
-    parts.append({"type": "Fuse"})
-    if settings.dummy_prefix:
-        parts.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return _sequence("decoders", parts)
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
