@@ -3,17 +3,17 @@
 import dataclasses
 from pathlib import Path
 
-from t5x_like.config import CausalLM, FreezeConfig, InitializeFrom, MaskedDiffusion, MaskedLM, PrefixLM, RunConfig
+from t5x_like.config import CausalLM, FreezeConfig, InitializeFrom, MaskedDiffusion, MaskedLM, RunConfig
 from t5x_like.config.initialization import (
     ALL_BUT_CROSS_ATTENTION,
     decoder_to_encoder,
     decoder_to_encoder_decoder,
 )
 from t5x_like.evaluation.results_store import BITS_OF_CONTINUATION
-from t5x_like.studies.byte_model import byte_run, with_merged_attention
+from t5x_like.studies.byte_model import HALF_GIVEN, byte_run, with_merged_attention
 from t5x_like.studies.study import Arm, Budget, Prediction, StepsTo, Study, Tier
 
-ALONE = 30
+ALONE = {"cpu": 30, "gpu": 300}
 """Steps for which a new cross-attention trains alone."""
 STEPS = "steps_to_the_decoder"
 
@@ -23,13 +23,7 @@ def study(tier: Tier, folder: Path) -> Study:
     further = 4e12 if tier == "cpu" else 2e17
     decoder, total = Budget("executed_flops", 4 * further), Budget("executed_flops", 5 * further)
     causal = byte_run(tier, "causal_lm", (CausalLM(),))
-    both = _short(
-        byte_run(
-            tier,
-            "encoder_decoder",
-            (PrefixLM(name="prefix", min_target_fraction=0.5, max_target_fraction=0.5),),
-        )
-    )
+    both = _short(byte_run(tier, "encoder_decoder", (HALF_GIVEN,)))
     merged = dataclasses.replace(both, model=with_merged_attention(both.model))
     encoder = byte_run(tier, "encoder", (MaskedLM(name="mlm", mask_rate=0.3),))
     diffusion = byte_run(tier, "prefix_lm", (MaskedDiffusion(),))
@@ -49,7 +43,7 @@ def study(tier: Tier, folder: Path) -> Study:
             Arm("decoder", causal, budget=decoder),
             from_decoder("copied", both, copied),
             from_decoder("new", both, fresh),
-            from_decoder("new_alone", _with_warm_up(both), fresh),
+            from_decoder("new_alone", _with_warm_up(both, ALONE[tier]), fresh),
             from_decoder(
                 "merged",
                 merged,
@@ -104,6 +98,6 @@ def _short(run: RunConfig) -> RunConfig:
     )
 
 
-def _with_warm_up(run: RunConfig) -> RunConfig:
-    freeze = (FreezeConfig(paths=(ALL_BUT_CROSS_ATTENTION,), until_step=ALONE),)
+def _with_warm_up(run: RunConfig, steps: int) -> RunConfig:
+    freeze = (FreezeConfig(paths=(ALL_BUT_CROSS_ATTENTION,), until_step=steps),)
     return dataclasses.replace(run, training=dataclasses.replace(run.training, freeze=freeze))

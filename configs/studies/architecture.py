@@ -3,20 +3,17 @@
 import dataclasses
 from pathlib import Path
 
-from t5x_like.config import ModelConfig, PrefixLM, RunConfig
+from t5x_like.config import ModelConfig, RunConfig
 from t5x_like.config.layouts import Layout
-from t5x_like.studies.byte_model import byte_run, with_merged_attention
+from t5x_like.studies.byte_model import HALF_GIVEN, byte_run, with_merged_attention
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
-
-OBJECTIVE = PrefixLM(name="prefix", min_target_fraction=0.5, max_target_fraction=0.5)
-"""Half of each window is given: no arm has positions that others do not use."""
 
 
 def study(tier: Tier, folder: Path) -> Study:
     """Return the study: two masks of one stack, and three encoder-decoders."""
 
     def run(layout: Layout) -> RunConfig:
-        return byte_run(tier, layout, (OBJECTIVE,))
+        return byte_run(tier, layout, (HALF_GIVEN,))
 
     both = run("encoder_decoder")
     return Study(

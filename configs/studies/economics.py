@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5x_like.config import CausalLM, PrefixLM, RunConfig
+from t5x_like.config import CausalLM, RunConfig
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
-from t5x_like.studies.byte_model import byte_run, with_merged_attention
+from t5x_like.studies.byte_model import HALF_GIVEN, byte_run, with_merged_attention
 from t5x_like.studies.inference_measures import measure_decoding, measure_speculation
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Summary, Tier
 
@@ -18,9 +18,7 @@ ROWS = (1, 16)
 def study(tier: Tier, folder: Path) -> Study:
     """Return the study: three decoders with fewer and fewer key heads, two encoder-decoders, and a draft."""
     decoder = byte_run(tier, "causal_lm", (CausalLM(),))
-    both = byte_run(
-        tier, "encoder_decoder", (PrefixLM(name="prefix", min_target_fraction=0.5, max_target_fraction=0.5),)
-    )
+    both = byte_run(tier, "encoder_decoder", (HALF_GIVEN,))
     arms = {
         "mha": decoder,
         "gqa": _with_decoder(decoder, num_kv_heads=2),

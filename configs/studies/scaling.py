@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from t5x_like.config import CausalLM, Objective, PrefixLM, RunConfig
+from t5x_like.config import CausalLM, Objective, RunConfig
 from t5x_like.config.layouts import Layout
 from t5x_like.config.model import StackConfig
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.evaluation.results_store import BITS_OF_CONTINUATION
 from t5x_like.planning.estimate.scaling_fit import fit_scaling
-from t5x_like.studies.byte_model import byte_run
+from t5x_like.studies.byte_model import HALF_GIVEN, byte_run
 from t5x_like.studies.plan import arm_cost
 from t5x_like.studies.study import Arm, Prediction, Study, Summary, Tier
 
@@ -22,7 +22,7 @@ FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 STEPS = {"cpu": (80, 160, 320), "gpu": (2_500, 5_000, 10_000)}
 MODELS: dict[str, tuple[Layout, Objective]] = {
     "decoder": ("causal_lm", CausalLM()),
-    "encdec": ("encoder_decoder", PrefixLM(name="prefix", min_target_fraction=0.5, max_target_fraction=0.5)),
+    "encdec": ("encoder_decoder", HALF_GIVEN),
 }
 
 

@@ -15,6 +15,7 @@ from t5x_like.config import (
     ModelConfig,
     MonitoringConfig,
     Objective,
+    PrefixLM,
     RunConfig,
     ScheduleConfig,
     StackConfig,
@@ -28,6 +29,8 @@ CONTINUATION = (128, 128)
 """Given and scored bytes."""
 ROW = 260
 """Positions of a row: the continuation with mode token and EOS, and a little more."""
+HALF_GIVEN = PrefixLM(name="prefix", min_target_fraction=0.5, max_target_fraction=0.5)
+"""Prefix LM whose windows fill the rows of both stacks: no arm has positions that others do not use."""
 
 
 def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunConfig:

@@ -118,7 +118,7 @@ def test_eval_of_older_steps_keeps_the_newest_as_the_result(trained, tmp_path, c
     assert [result["step"] for result in results] == [80, 160]
     intervals = results[1].pop("intervals")
     assert results[1] == before, "the same scores as during training"
-    assert set(intervals) == {"loss/R", "loss/S", "bits_per_byte"}
+    assert set(intervals) == {"loss/R", "loss/S", "accuracy/R", "accuracy/S", "bits_per_byte"}
     for name, value in {
         "loss/S": before["objectives"]["S"]["loss"],
         "bits_per_byte": before["prefix_lm"]["bits_per_byte"],
