@@ -78,7 +78,9 @@ def t5x_like_step(options: argparse.Namespace) -> Callable[[], float]:
         nonlocal state, compiled
         state, metrics = program.train_step(state, batch)
         jax.block_until_ready(state)
-        if not compiled:
+        if compiled:
+            cpu_allocator.limit_growth()
+        else:
             cpu_allocator.compilation_ended()
             compiled = True
         loss = metrics["loss"]

@@ -4,8 +4,10 @@ XLA's CPU programs allocate one temporary buffer per call and free it at the end
 to the kernel, which fills its pages with zeros again in the next step: an eighth of a small model's step. With these
 settings the buffer stays in the process.
 
-The price is that the process holds on to its largest use of memory. `check` bounds it: where memory becomes scarce, the
-free pages go back to the kernel and glibc's usual behaviour returns.
+The price is that the process holds on to its largest use of memory, and that a small block which comes to lie where the
+buffer was makes the heap grow by another buffer. `limit_growth` returns the free pages to the kernel if the process has
+grown since its first steps. `check` bounds what it holds: where memory becomes scarce, the free pages go back to the
+kernel and glibc's usual behaviour returns.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ SHARE_OF_MEMORY = 0.5
 """Share of the machine's memory, or of the limit of the process's control group, that the process may hold."""
 LEAST_AVAILABLE = 0.1
 """Share of the machine's memory that must be available to other processes."""
+MAX_GROWTH = 1.5
+"""Memory that the process may hold, relative to that after its first steps."""
+_FIRST_STEPS = 3
+"""Steps that set what the process needs."""
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
@@ -42,6 +48,7 @@ _USUAL = (
 _LOG = logging.getLogger(__name__)
 _status = "glibc's defaults"
 _keeps = False
+_first_steps: list[int] = []  # Resident bytes after each of the first steps.
 
 
 def status() -> str:
@@ -70,6 +77,23 @@ def compilation_ended() -> None:
     """Return the free pages that compilation has left in the heap, which the steps would not use again."""
     if _keeps:
         _libc().malloc_trim(ctypes.c_size_t(0))
+        _first_steps.clear()
+
+
+def limit_growth() -> bool:
+    """Return free pages to the kernel if the process has grown since its first steps; return whether it had.
+
+    Call it after each step. The next steps get the pages that they use from the kernel again.
+    """
+    if not _keeps:
+        return False
+    held = _resident_bytes()
+    if len(_first_steps) < _FIRST_STEPS:
+        _first_steps.append(held)
+    elif held > MAX_GROWTH * max(_first_steps):
+        _libc().malloc_trim(ctypes.c_size_t(0))
+        return True
+    return False
 
 
 def check() -> bool:

@@ -131,7 +131,9 @@ class TrainSession:
                     self.state, metrics = self.replay.run(self.step + 1, self.state, batch)
                 else:
                     self.state, metrics = self.program.train_step(self.state, batch)
-            if not is_compiled:
+            if is_compiled:
+                cpu_allocator.limit_growth()
+            else:
                 cpu_allocator.compilation_ended()
                 self.compiled.add(size)
         self.step += 1

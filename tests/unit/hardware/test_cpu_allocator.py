@@ -60,6 +60,41 @@ def test_freed_memory_is_kept_until_memory_is_scarce() -> None:
     assert "scarce" in found["status"]
 
 
+def test_small_blocks_between_the_buffers_do_not_make_the_process_grow() -> None:
+    program = """
+import ctypes
+from t5x_like.hardware import cpu_allocator
+assert cpu_allocator.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+SIZE = 64 * 2**20
+
+def step(small_blocks):
+    block = libc.malloc(ctypes.c_size_t(SIZE))
+    ctypes.memset(block, 1, SIZE)
+    # One small block behind the buffer and one in its place, which is too small for the next buffer then.
+    for _ in range(small_blocks // 2):
+        libc.malloc(ctypes.c_size_t(2**20))
+    libc.free(block)
+    for _ in range(small_blocks // 2):
+        libc.malloc(ctypes.c_size_t(2**20))
+
+def held():
+    for _ in range(4):
+        step(2)
+    return cpu_allocator._resident_bytes()
+
+for _ in range(3):
+    step(0)
+    assert not cpu_allocator.limit_growth()
+first, without = cpu_allocator._resident_bytes(), held()
+assert cpu_allocator.limit_growth()
+assert cpu_allocator._resident_bytes() < first < without - 0.9 * SIZE
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_a_process_with_threads_keeps_the_usual_settings() -> None:
     program = """
 import threading
