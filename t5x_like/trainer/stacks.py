@@ -21,7 +21,7 @@ GRACE_SECONDS = 60.0
 _DUMP_SECONDS = 5.0
 """Time for the C library to print the stacks before the process ends."""
 _WRITE_SECONDS = 10.0
-"""Limit of each write: the storage of the run directory may be what hangs."""
+"""Limit of each access to the run directory: its storage may be what hangs."""
 
 
 def stacks_name(process: int | str) -> str:
@@ -32,7 +32,7 @@ def stacks_name(process: int | str) -> str:
 def report_hang(message: str, stacks: Path, record: Callable[[str], None]) -> None:
     """Write the stacks to standard error and to a file, and record the message as the reason of the exit."""
     dump_stacks(message, stacks)
-    _within_limit(lambda: record(message))
+    within_limit(lambda: record(message))
 
 
 def dump_stacks(message: str, stacks: Path | None) -> None:
@@ -42,7 +42,7 @@ def dump_stacks(message: str, stacks: Path | None) -> None:
         say(f"t5x-like: {message}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
     if stacks is not None:
-        _within_limit(lambda: _write(message, stacks))
+        within_limit(lambda: _write(message, stacks))
 
 
 def end_later(seconds: float | None) -> None:
@@ -69,7 +69,9 @@ def _write(message: str, stacks: Path) -> None:
         faulthandler.dump_traceback(file, all_threads=True)
 
 
-def _within_limit(action: Callable[[], object]) -> None:
+def within_limit(action: Callable[[], object]) -> None:
+    """Run an action that may hang, for at most 10 s; a failure is ignored."""
+
     def attempt() -> None:
         with contextlib.suppress(Exception):
             action()

@@ -35,6 +35,7 @@ from t5x_like.monitoring.writers import TENSORBOARD
 from t5x_like.planning.plan_file import PLAN, read_plan, save_plan
 from t5x_like.reports.run_report import write_report
 from t5x_like.run_directory import RunRecord
+from t5x_like.storage.mirror import mirror_of
 from t5x_like.trainer.compilation_cache import compilation_cache
 from t5x_like.trainer.open_session import open_session
 from t5x_like.trainer.run_exit import RunExit, recorded_exit
@@ -181,7 +182,9 @@ def _train(run: RunConfig, record: RunRecord, stop: StopRequest, end: RunExit) -
     end.limit.set("start", None)
     # Waits that bound themselves must not end before the stage does.
     set_stall_seconds(max(STALL_SECONDS, *(limit or _NO_LIMIT for limit in stage_limits(run.timeouts).values())))
-    watchdog = Watchdog(run.timeouts, clock, stacks, lambda reason: end.record(EXIT_RESUMABLE, reason))
+    # The copy of a run directory in a bucket has its files in process 0 only.
+    require = record.require_present if mirror_of(record.directory) is None else lambda: None
+    watchdog = Watchdog(run.timeouts, clock, stacks, end.record, require)
     try:
         with open_session(run, record, clock) as session:
             loop(session, stop)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from t5x_like.config import TimeoutsConfig
 from t5x_like.distributed.startup import announce_exit, before_following
-from t5x_like.errors import EXIT_RESUMABLE
+from t5x_like.errors import EXIT_RESUMABLE, UserError
 from t5x_like.monitoring.time_tracker import State, TimeTracker
-from t5x_like.trainer.stacks import GRACE_SECONDS, dump_stacks, end_later, report_hang
+from t5x_like.trainer.stacks import GRACE_SECONDS, dump_stacks, end_later, report_hang, within_limit
 
 _POLL_SECONDS = 1.0
 MEASURED_VISITS = 20
@@ -41,14 +41,20 @@ class Watchdog:
     """Thread that compares the time in the current state of the clock with its limit.
 
     Beyond the limit it writes the stacks of all threads to the run directory and to standard error, makes the other
-    processes do the same, and ends all of them with EXIT_RESUMABLE.
+    processes do the same, and ends all of them with EXIT_RESUMABLE, or with the code of what a restart cannot help
+    against.
 
     A thread that holds the interpreter's lock forever would stop the watchdog as well. For that case a timer of the C
     library (`faulthandler`) prints the stacks a minute later, and another one ends the process with EXIT_RESUMABLE.
     """
 
     def __init__(
-        self, timeouts: TimeoutsConfig, clock: TimeTracker, stacks: Path, on_timeout: Callable[[str], None]
+        self,
+        timeouts: TimeoutsConfig,
+        clock: TimeTracker,
+        stacks: Path,
+        on_timeout: Callable[[int, str], None],
+        require: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the watchdog.
 
@@ -56,10 +62,12 @@ class Watchdog:
           timeouts: Limits of the stages.
           clock: Clock of the run, whose state is the stage.
           stacks: File for the stacks of this process.
-          on_timeout: Called with the reason before the process ends.
+          on_timeout: Called with the exit code and the reason before the process ends.
+          require: Called before that; raises UserError if a restart would not help, because the run directory is gone:
+            the processes may wait for each other in a save that one of them cannot write.
         """
         self._limits, self._factor = stage_limits(timeouts), timeouts.measured_factor
-        self._clock, self._stacks, self._on_timeout = clock, stacks, on_timeout
+        self._clock, self._stacks, self._on_timeout, self._require = clock, stacks, on_timeout, require
         self._stop = threading.Event()
         self._dump_only = before_following(lambda: dump_stacks("another process of the run ended", stacks))
         self._thread = threading.Thread(target=self._work, name="watchdog", daemon=True)
@@ -94,6 +102,21 @@ class Watchdog:
             f"the stage {state!r} takes longer than {limit:g} seconds, its limit (`timeouts`); the stacks of all "
             f"threads are in {self._stacks}"
         )
-        report_hang(message, self._stacks, self._on_timeout)
-        announce_exit(EXIT_RESUMABLE)
-        os._exit(EXIT_RESUMABLE)
+        code = EXIT_RESUMABLE
+        if (refusal := self._refusal()) is not None:
+            code, message = refusal.exit_code, f"{message}. {refusal}"
+        report_hang(message, self._stacks, lambda reason: self._on_timeout(code, reason))
+        announce_exit(code)
+        os._exit(code)
+
+    def _refusal(self) -> UserError | None:
+        refusals: list[UserError] = []
+
+        def check() -> None:
+            try:
+                self._require()
+            except UserError as error:
+                refusals.append(error)
+
+        within_limit(check)
+        return refusals[0] if refusals else None

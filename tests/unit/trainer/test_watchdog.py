@@ -12,7 +12,7 @@ import pytest
 from helpers.config_examples import REPOSITORY
 
 from t5x_like.config import TimeoutsConfig
-from t5x_like.errors import EXIT_RESUMABLE
+from t5x_like.errors import EXIT_REFUSED, EXIT_RESUMABLE
 from t5x_like.monitoring.time_tracker import STATES, TimeTracker
 from t5x_like.trainer.watchdog import FLOORS, MEASURED_VISITS, Watchdog, stage_limits
 
@@ -23,7 +23,11 @@ from t5x_like.monitoring.time_tracker import TimeTracker
 from t5x_like.trainer.watchdog import Watchdog
 clock = TimeTracker()
 timeouts = TimeoutsConfig(step=3.0)
-watchdog = Watchdog(timeouts, clock, pathlib.Path(sys.argv[1]), lambda message: print("last words:", message, flush=True))
+def ended(code, reason):
+    print(code, reason, flush=True)
+def require():
+    {require}
+watchdog = Watchdog(timeouts, clock, pathlib.Path(sys.argv[1]), ended, require)
 clock.enter("step")
 def hangs_here():
     threading.Event().wait(100)
@@ -33,11 +37,11 @@ for _ in range(4):
         pass
 print("alive", flush=True)
 {end}
-"""  # noqa: E501
+"""
 
 
-def run(end: str, stacks: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", SCRIPT.format(end=end), str(stacks)]
+def run(end: str, stacks: Path, require: str = "pass") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT.format(end=end, require=require), str(stacks)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -47,6 +51,13 @@ def test_a_hung_process_ends_with_its_stacks_and_a_code_that_restarts_it(tmp_pat
     assert "alive" in result.stdout and "the stage 'step' takes longer than 3 seconds" in result.stdout
     for text in (result.stderr, (tmp_path / "stacks.0.txt").read_text()):
         assert "in hangs_here" in text and "takes longer than 3 seconds" in text
+
+
+def test_a_hung_process_whose_run_directory_is_gone_ends_with_a_code_that_does_not_restart_it(tmp_path: Path) -> None:
+    gone = 'from t5x_like.errors import SafetyError; raise SafetyError("the directory is gone")'
+    result = run("hangs_here()", tmp_path / "stacks.0.txt", gone)
+    assert result.returncode == EXIT_REFUSED
+    assert f"{EXIT_REFUSED} the stage 'step' takes longer" in result.stdout and "the directory is gone" in result.stdout
 
 
 @pytest.mark.slow
@@ -66,7 +77,9 @@ def test_every_state_of_the_clock_has_a_limit() -> None:
 def test_limit_of_a_step_follows_from_the_longest_measured_one(tmp_path: Path, longest: float) -> None:
     now = 0.0
     clock = TimeTracker(now=lambda: now)
-    watchdog = Watchdog(TimeoutsConfig(step=1000.0, measured_factor=20.0), clock, tmp_path / "s", lambda reason: None)
+    watchdog = Watchdog(
+        TimeoutsConfig(step=1000.0, measured_factor=20.0), clock, tmp_path / "s", lambda code, reason: None
+    )
     try:
         for visit in range(MEASURED_VISITS):
             assert watchdog.limit("step") == 1000.0
