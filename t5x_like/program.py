@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from t5x_like.sharding.attention_choice import describe_attention, runs_as_ring
 from t5x_like.sharding.auto_mesh import choose_sharding
 from t5x_like.sharding.batch_placement import local_rows, row_groups, shard_batch, shard_global_batch
 from t5x_like.sharding.constrain import activation_context
+from t5x_like.sharding.host_memory import host_shardings, on_device
 from t5x_like.sharding.mesh import make_mesh
 from t5x_like.sharding.rules import Rules, default_rules
 from t5x_like.sharding.shardings import batch_shardings, tree_shardings
@@ -201,6 +202,13 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
     if problems:
         raise ConfigError(problems)
     shardings = tree_shardings(mesh, rules, axes, state)
+    match run.sharding.optimizer_state_memory:
+        case "device":
+            pass
+        case "host":
+            shardings["opt_state"] = host_shardings(shardings["opt_state"], state["opt_state"])
+        case unknown:
+            assert_never(unknown)
     abstract_state = _with_shardings(state, shardings)
     abstract_base_params = abstract_base = None
     carried = shardings
@@ -225,6 +233,9 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
         # Frozen parameters enter by closure: they are neither differentiated nor updated.
         trainable = {name: part for name, part in state.items() if name not in FROZEN}
         frozen = {name: part for name, part in state.items() if name in FROZEN}
+        if run.sharding.optimizer_state_memory == "host":
+            # The shardings of the result send it back.
+            trainable["opt_state"] = on_device(trainable["opt_state"])
 
         def apply_trained(params: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> ModelOutput:
             return apply(params if lora is None else lora.joined(frozen["base"], params), batch, dropout_rng)

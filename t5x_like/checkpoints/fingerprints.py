@@ -22,6 +22,7 @@ import numpy.typing as npt
 from jax.experimental import multihost_utils
 
 from t5x_like.sharding.batch_placement import on_host
+from t5x_like.sharding.host_memory import on_device
 
 FINGERPRINTS = "fingerprints_2"
 """Entry of meta.json: the fingerprint of each array when it was saved."""
@@ -131,7 +132,7 @@ def changes(leaves: Mapping[str, jax.Array], record: Mapping[str, Any]) -> str |
 @functools.partial(jax.jit, static_argnums=1)
 def fingerprints_of_whole_arrays(leaves: list[jax.Array], summand: Summand) -> jax.Array:
     """Return the fingerprints of arrays as accelerators compute them, uint32 [N]."""
-    return jnp.stack([_of_whole(leaf, summand) for leaf in leaves])
+    return jnp.stack([_of_whole(leaf, summand) for leaf in on_device(leaves)])
 
 
 def _on_cpus(leaves: Sequence[jax.Array], summand: Summand) -> Callable[[], npt.NDArray[np.uint32]]:

@@ -23,7 +23,7 @@ NormPlacement = Literal["pre", "post", "both", "normformer", "sub"]
 Positions = Literal["relative_bias", "rope", "learned", "disentangled", "none"]
 LayerKind = Literal["global", "local"]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "full", "offload"]
 Pooling = Literal["cls", "mean", "last"]
 HeadKind = Literal["classification", "token_classification", "regression", "embedding"]
 
@@ -351,7 +351,8 @@ class ModelConfig:
     scan_layers: bool = True
     """Run the stacked layers by `lax.scan`. False unrolls them, for debugging; the parameters are the same."""
     remat: Remat = "none"
-    """Recomputation in the backward pass, by layer: nothing, everything but matrix products, or everything."""
+    """Recomputation in the backward pass, by layer: nothing, everything but matrix products, or everything. offload:
+    everything, and the inputs of the layers are kept in the memory of the host."""
 
     @property
     def architecture(self) -> Architecture:

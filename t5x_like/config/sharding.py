@@ -61,6 +61,9 @@ class ShardingConfig:
     context_attention: ContextAttention = "ring"
     """Attention with context parallelism. ring: blocks of keys and values circulate, and no device holds more than two.
     all_gather: each device gathers all keys and values, which has less overhead if those of a row are small."""
+    optimizer_state_memory: Literal["device", "host"] = "device"
+    """Memory that holds the matrices of the optimizer's state between the updates. host: that of the host, from where
+    each step copies them to the devices and back."""
     topology: str | None = None
     """Machine that the run is meant for, as in `v5e:16x16`, or `2 x v5e:16x16` for two slices: the default of `plan`
     and `launch`. Training uses the devices that exist."""

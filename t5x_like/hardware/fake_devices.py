@@ -11,9 +11,29 @@ import itertools
 from t5x_like.hardware.topologies import Topology
 
 
+class FakeMemory(str):
+    """Memory that a device reaches: JAX's name of its kind, with which JAX compares it, and for which it asks."""
+
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        return str(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeClient:
+    """Process of a device's client, which JAX asks for before it asks for memories."""
+
+    process: int
+
+    def process_index(self) -> int:
+        return self.process
+
+
 @dataclasses.dataclass(frozen=True)
 class FakeDevice:
-    """Attributes that `jax.sharding.Mesh` and the layout of a mesh along physical links read from a device.
+    """Attributes that `jax.sharding.Mesh`, shardings and the layout of a mesh along physical links read from a device.
 
     Attributes:
       slice_index: Index of the slice; None without slices.
@@ -27,6 +47,17 @@ class FakeDevice:
     slice_index: int | None
     coords: tuple[int, int, int] | None
     core_on_chip: int
+
+    @property
+    def client(self) -> FakeClient:
+        """Client whose process is that of the device, which makes each device a local one."""
+        return FakeClient(self.process_index)
+
+    def default_memory(self) -> FakeMemory:
+        return FakeMemory("device")
+
+    def addressable_memories(self) -> list[FakeMemory]:
+        return [FakeMemory("device"), FakeMemory("pinned_host")]
 
     def __str__(self) -> str:
         return f"{self.device_kind} {self.id}"

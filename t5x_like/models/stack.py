@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
 from t5x_like.errors import ConfigError, ConfigProblem
@@ -33,7 +34,10 @@ from t5x_like.models.layers import Dense, Embedding, Norm, dropout, param
 from t5x_like.models.moe import Routing
 from t5x_like.models.rotary import CosSin, rope
 from t5x_like.sharding.constrain import constrain
+from t5x_like.sharding.host_memory import HOST
 
+_LAYER_INPUT = "layer_input"
+"""Name of the states between two layers for the remat policy that keeps them in host memory."""
 Carry = tuple[Array, DepthStates | None]
 """States between two layers, and those before them that further sums read."""
 
@@ -351,6 +355,8 @@ class Stack(nnx.Module):
 
         def run(carry: Carry, layer: Any) -> tuple[Carry, tuple[KeysValues, Routing | None]]:
             x, depth = carry
+            if self.remat == "offload":
+                x = checkpoint_name(x, _LAYER_INPUT)
             block, (number, kind, layer_cross) = layer
             inputs = shared
             if by_kind is not None:
@@ -377,6 +383,14 @@ class Stack(nnx.Module):
                 run = jax.checkpoint(run, prevent_cse=not scans, policy=policy)
             case "full":
                 run = jax.checkpoint(run, prevent_cse=not scans)
+            case "offload":
+                policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                    names_which_can_be_saved=[],
+                    names_which_can_be_offloaded=[_LAYER_INPUT],
+                    offload_src="device",
+                    offload_dst=HOST,
+                )
+                run = jax.checkpoint(run, prevent_cse=not scans, policy=policy)
             case unknown:
                 assert_never(unknown)
         carry: Carry = (x, self._depth_states(x))

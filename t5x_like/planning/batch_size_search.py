@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any
 
 from t5x_like.config import RunConfig
 from t5x_like.config.model import Remat
@@ -24,8 +24,8 @@ from t5x_like.planning.xla.roofline import roofline
 from t5x_like.utils import formatting
 from t5x_like.utils.console import Console
 
-POLICIES: tuple[Remat, ...] = get_args(Remat)
-"""Remat policies, those that recompute least first."""
+POLICIES: tuple[Remat, ...] = ("none", "dots", "full")
+"""Remat policies, those that recompute least first. The time that "offload" spends on copies is not known."""
 MAX_TRIALS = 12
 CompileStep = Callable[[RunConfig, Topology], CompiledStep]
 

@@ -123,6 +123,8 @@ class Plan:
                 "fits": self.memory.fits,
                 "moment": self.memory.moment,
                 "parts": self.memory.parts,
+                "host_parts": dict(self.memory.host),
+                "host_bytes": self.host_bytes,
                 "moments": {
                     name: sum(self.memory.state.values()) + sum(parts.values())
                     for name, parts in self.memory.moments.items()
@@ -133,6 +135,11 @@ class Plan:
             "cache": self.cache(),
             "scaling": self.scaling(),
         }
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in the memory of each host, of all its devices."""
+        return sum(self.memory.host.values()) * self.machine.devices // self.machine.processes
 
     @property
     def full_steps(self) -> float:

@@ -168,6 +168,9 @@ def _print_verdict(plan: Plan, console: Console) -> None:
             f"{verdict}: {formatting.size(memory.peak_bytes)} of {formatting.size(memory.usable_bytes)}, "
             f"{formatting.size(abs(left))} {'left' if left >= 0 else 'too much'} (compile for the exact number)"
         )
+    if memory.host:
+        parts = ", ".join(f"{name} {formatting.size(size)}" for name, size in memory.host.items())
+        lines.append(f"memory of the host for each device: {parts}; {formatting.size(plan.host_bytes)} for each host")
     _print_lines(lines, console)
 
 

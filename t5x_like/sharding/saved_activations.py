@@ -10,6 +10,7 @@ B x S with the source length S):
 
   remat   saved by a pre-norm layer                                            numbers per token position
   full    its input                                                            d
+  offload nothing: its input is in host memory
   dots    its input; results of the products with parameters: attention        2 d + (H + 2 G) h + 2 f
           output, queries, keys, values, both inner products of a gated MLP
   none    inputs and results of each operation: two branch inputs and their    4 d + (2 H + 2 G) h + 3 f
@@ -134,6 +135,18 @@ def saved_activations(
     return saved
 
 
+def offloaded_activations(config: ModelConfig, features: Mapping[str, ArraySpec]) -> list[SavedArray]:
+    """Return the arrays of a sub-batch that are kept in host memory for the backward pass: with the remat policy
+    "offload" the inputs of all layers."""
+    if config.remat != "offload":
+        return []
+    return [
+        array.times(stack.num_layers)
+        for _, stack, inputs in _stacks(config, features)
+        for array in layer_activations(config, stack, inputs, "full")
+    ]
+
+
 def activation_kinds(config: ModelConfig, features: Mapping[str, ArraySpec]) -> dict[str, list[SavedArray]]:
     """Return one array of each kind that a sub-batch computes, by stack, whatever `remat` saves of them.
 
@@ -174,6 +187,8 @@ def layer_activations(config: ModelConfig, stack: StackConfig, inputs: StackInpu
         case "full":
             # The input of a layer is saved between blocks, where the length is split over "tensor" too.
             return [dataclasses.replace(states, axes=("batch", "residual_length", "embed"))]
+        case "offload":
+            return []
         case "dots":
             # If norms follow the residual sum, the result of each branch is saved for them as well.
             last = 1 if stack.norm_placement in ("post", "both") else 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+from jax.sharding import Mesh
+
 from t5x_like.config import RunConfig, batch_spec
 from t5x_like.config.batch_spec import rows_per_sub_batch
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.kernels.attention import get_backend
 from t5x_like.kernels.attention_backend import AttentionRequest
 from t5x_like.kernels.auto_attention import choose
+from t5x_like.sharding.host_memory import host_memory_problems
 from t5x_like.sharding.rules import AnyMesh, Rules, problems, spec
 from t5x_like.sharding.saved_activations import accumulation_part, activation_kinds
 from t5x_like.sharding.shardings import LogicalArray, logical_leaves
@@ -28,7 +31,8 @@ def validate_sharding(
     The checks: each logical axis has a rule, no mesh axis splits an array twice, mesh axes divide the dimensions that
     they split (except key/value heads, see `rules.MAY_STAY_WHOLE`), no large parameter is replicated on a mesh that
     shards parameters, every mesh axis splits something, the rows of every sub-batch are divisible by the data axes and
-    its lengths by the context axis, and no mesh axis splits an activation twice.
+    its lengths by the context axis, no mesh axis splits an activation twice, and the devices reach the host memory that
+    arrays are to be kept in.
 
     Args:
       run: The run.
@@ -57,6 +61,7 @@ def validate_sharding(
         *_batch_problems(run, mesh, rules),
         *_length_problems(run, mesh, rules),
         *_activation_problems(run, mesh, rules),
+        *(host_memory_problems(run, mesh) if isinstance(mesh, Mesh) else ()),
     ]
 
 

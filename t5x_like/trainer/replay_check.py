@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from t5x_like.checkpoints.fingerprints import fingerprint
 from t5x_like.errors import SafetyError
 from t5x_like.sharding.batch_placement import on_host
+from t5x_like.sharding.host_memory import on_device
 from t5x_like.utils import tree_paths
 
 _LOG = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def _on_each_device(leaves: Mapping[str, jax.Array], mesh: Mesh) -> Callable[...
     specs = tuple(sharding.spec for sharding in shardings if isinstance(sharding, NamedSharding))
     rows = PartitionSpec(mesh.axis_names)
     # Without the check that copies are equal, which assumes what is to be found out.
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return jax.jit(lambda *leaves: mapped(*on_device(leaves)))
 
 
 def _differing(

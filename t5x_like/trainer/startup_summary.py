@@ -87,13 +87,14 @@ def show(
     run = program.run
     total = run.training.num_train_steps
     devices = program.mesh.devices.flatten()
+    size = jnp.dtype(run.training.parameter_type).itemsize
     summary = StartSummary(
         name=run.name,
         model=_model(run),
         attention=program.attention,
         run_dir=str(workdir),
         resume=f"resumes from step {step} of {total}" if step else f"new run of {total} steps",
-        parts={name: Part(part.count, 4 * part.count) for name, part in parameter_parts(program).items()},
+        parts={name: Part(part.count, size * part.count) for name, part in parameter_parts(program).items()},
         total_steps=total,
         tokens_per_step=tokens_per_step(run),
         total_tokens=tokens_per_step(run) * batch_sizes(run.training).in_full_batches(total),

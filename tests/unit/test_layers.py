@@ -64,7 +64,11 @@ ONLY_LIBRARIES: dict[str, tuple[str, ...]] = {
 # The only modules of another package that a package may import: models name logical axes and ask for the attention of
 # the devices, and nothing else of sharding, and the training step needs the metric tree of monitoring.
 ONLY_MODULES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("models", "sharding"): ("t5x_like.sharding.constrain", "t5x_like.sharding.attention_choice"),
+    ("models", "sharding"): (
+        "t5x_like.sharding.attention_choice",
+        "t5x_like.sharding.constrain",
+        "t5x_like.sharding.host_memory",
+    ),
     ("training", "monitoring"): ("t5x_like.monitoring.metrics",),
 }
 

@@ -34,6 +34,10 @@ def inconsistent_model(model: ModelConfig) -> Problems:
         yield from _unequal_widths(model, encoder, decoder)
     if encoder and encoder.positions == "relative_bias" and not encoder.relative_bias_bidirectional:
         yield degenerate_buckets("model.encoder", "an encoder attends to")
+    for name, stack in model.stacks.items():
+        if stack.depth_weights and model.remat == "offload":
+            expected = "none, dots or full: the layers read the states of all layers below, which stay on the devices"
+            yield ConfigProblem("model.remat", f"'offload' with model.{name}.depth_weights", expected)
     yield from _embedding_width(model)
     yield from _generator(model)
     yield from _task_head(model)

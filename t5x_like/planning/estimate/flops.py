@@ -127,7 +127,7 @@ def _recomputed(config: ModelConfig, forward: Mapping[str, int]) -> float:
             return attention
         case "dots":
             return attention + scores
-        case "full":
+        case "full" | "offload":
             layers = sum(
                 count for part, count in forward.items() if part.split()[-1] in ("projections", "scores", "mlp")
             )

@@ -11,7 +11,8 @@ step, and the highest of them is the estimate:
                layer's parameters gathered over fsdp; with a tied table also the logits, whose gradient is computed last
   embeddings   all gradients, and those of the token table and of an untied head, in float32 and whole over fsdp before
                they are reduced: one of the table for each stack that reads it, and the zeros that they are added to
-  update       gradients and the updates computed from them, which are float32 whatever the type of the parameters
+  update       gradients and the updates computed from them, which are float32 whatever the type of the parameters; an
+               optimizer state that is kept in host memory, all of which may have arrived
 
 How much memory XLA's scheduler and fusions save is known only after compilation.
 """
@@ -33,6 +34,7 @@ from t5x_like.config.batch_spec import ArraySpec
 from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.program import Program
 from t5x_like.sharding import saved_activations
+from t5x_like.sharding.host_memory import is_on_host
 from t5x_like.sharding.rules import spec
 from t5x_like.sharding.saved_activations import SavedArray, accumulation_part
 from t5x_like.sharding.shardings import logical_leaves
@@ -51,12 +53,14 @@ class MemoryEstimate:
         teacher; and the padding of a TPU's tiles.
       gradients: Bytes of the gradients of trained parameters, in the type of these.
       moments: Moment -> part -> bytes, without `state`.
+      host: Bytes in the memory of the host, for each device.
       usable_bytes: Memory that a program can use; 0 if unknown.
     """
 
     state: Mapping[str, int]
     gradients: int
     moments: Mapping[str, Mapping[str, int]]
+    host: Mapping[str, int]
     usable_bytes: int = 0
 
     @property
@@ -86,17 +90,19 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
       program: The program.
       usable_bytes: Memory of a device that a program can use; 0 if unknown.
     """
+    of_optimizer = [x for x in jax.tree.leaves(program.abstract_state["opt_state"]) if not is_on_host(x)]
+    fetched = [x for x in jax.tree.leaves(program.abstract_state["opt_state"]) if is_on_host(x)]
     state = {
         "parameters": bytes_per_device(program.abstract_params),
         "frozen base": bytes_per_device(program.abstract_base),
         "frozen teacher": bytes_per_device(program.abstract_teacher_params),
-        "optimizer state": bytes_per_device(program.abstract_state["opt_state"]),
+        "optimizer state": bytes_per_device(of_optimizer),
     }
     if "ema" in program.abstract_state:
         state["average of parameters"] = bytes_per_device(program.abstract_state["ema"])
     activations = ActivationMemory(program)
     if is_tiled(program):
-        arrays = (program.abstract_params, program.abstract_base, program.abstract_state["opt_state"])
+        arrays = (program.abstract_params, program.abstract_base, of_optimizer)
         state["padding of tiles"] = padding_per_device(arrays)
     parts = program.run.training.gradient_accumulation_steps
     trained = trained_params(program)
@@ -112,12 +118,19 @@ def estimate(program: Program, usable_bytes: int = 0) -> MemoryEstimate:
         "head": {**sums, "saved activations": sum(activations.saved()), **activations.head(), **batch},
         "layers": {"gradients": gradients, **sums, **activations.layers(), **activations.tied_logits(), **batch},
         "embeddings": {"gradients": gradients, **sums, **activations.tables(), **batch},
-        "update": {"gradients": gradients, "updates": _largest(wide), **batch},
+        "update": {
+            "gradients": gradients,
+            "optimizer state from the host": bytes_per_device(fetched),
+            "updates": _largest(wide),
+            **batch,
+        },
     }
+    host = {"optimizer state": bytes_per_device(fetched), "saved activations": activations.offloaded()}
     return MemoryEstimate(
         state={name: size for name, size in state.items() if size},
         gradients=gradients,
         moments={name: {part: size for part, size in sizes.items() if size} for name, sizes in moments.items()},
+        host={name: size for name, size in host.items() if size},
         usable_bytes=usable_bytes,
     )
 
@@ -203,6 +216,12 @@ class ActivationMemory:
     def saved(self) -> list[int]:
         """Return the bytes of saved activations of each sub-batch, over its stacks."""
         return [sum(self._saved_by_stack(features).values()) for features in self.sub_batches]
+
+    def offloaded(self) -> int:
+        """Return the bytes of activations that are kept in host memory."""
+        return sum(
+            self.bytes_of(saved_activations.offloaded_activations(self.config, each)) for each in self.sub_batches
+        )
 
     def _saved_by_stack(self, features: Mapping[str, ArraySpec]) -> dict[str, int]:
         by_stack = saved_activations.saved_activations(self.config, features, self.platform)
