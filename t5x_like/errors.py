@@ -116,6 +116,10 @@ def _places(where: Sequence[str]) -> str:
     return " and ".join([", ".join(where[:-1]), where[-1]] if len(where) > 1 else where)
 
 
+PIPE_CLOSED = "the reader of the output closed the pipe"
+"""What ended a command for which `is_broken_pipe` holds."""
+
+
 def is_broken_pipe(error: BaseException) -> bool:
     """Return True if a closed pipe ended the command; rich turns the error into an exit with code 1."""
     found = error.__context__ if isinstance(error, SystemExit) else error

@@ -47,6 +47,7 @@ from t5x_like.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_UNEXPECTED,
+    PIPE_CLOSED,
     UserError,
     exit_code_of,
     is_broken_pipe,
@@ -135,8 +136,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_broken_pipe(error):
             raise
         # The reader of stdout (`| head`) has closed it. Python still flushes stdout at exit: discard that output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        say("t5x-like: the reader of the output closed the pipe", file=sys.stderr)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        try:
+            say(f"t5x-like: {PIPE_CLOSED}", file=sys.stderr)
+        except BrokenPipeError:
+            # The same reader has read standard error as well (`2>&1 | head`).
+            os.dup2(nowhere, sys.stderr.fileno())
         return EXIT_BROKEN_PIPE
     except Exception as found:
         fault = _fault_error(found)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from t5x_like.config import RunConfig
 from t5x_like.config.recipes import BASE
+from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.utils.trusted_urls import scheme_of
 
 CONTINUE = "from:"
@@ -50,12 +51,29 @@ def recipe_run(reference: str) -> RunConfig:
     if is_continued:
         from t5x_like.interop.huggingface.continued_run import continued_run
 
+        _require_huggingface(Path(base))
         run = continued_run(Path(base))
     else:
         from t5x_like.config.recipes import load_recipe
 
         run = load_recipe(f"{recipe}{separator}{base}")
     return _with_urls(run) if is_url else run
+
+
+def _require_huggingface(directory: Path) -> None:
+    """Raise ConfigError if a directory is missing or is not that of a Hugging Face model."""
+    from t5x_like.model_loading import model_kind
+
+    kind = model_kind(directory)
+    match kind:
+        case "huggingface":
+            return
+        case "run" | "imported":
+            found = f"{directory}, {'a run' if kind == 'run' else 'an imported model'}"
+            fix = "a recipe begins with its parameters by `--initialize-from.directory`"
+            raise ConfigError([ConfigProblem("--from", found, "a Hugging Face directory", fix)])
+        case _:
+            assert_never(kind)
 
 
 def _with_urls(run: RunConfig) -> RunConfig:

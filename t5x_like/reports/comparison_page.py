@@ -54,9 +54,8 @@ def write_comparison(references: Sequence[CheckpointRef], output: Path, *, sampl
     for one in references:
         each += [CheckpointRef(one.path, (step,)) for step in one.steps] or [one]
     if not 2 <= len(each) <= comparison.MAX_RUNS:
-        raise ConfigError(
-            [ConfigProblem("MODEL", f"{len(each)} checkpoints", f"2 to {comparison.MAX_RUNS} to compare")]
-        )
+        found = "1 checkpoint" if len(each) == 1 else f"{len(each)} checkpoints"
+        raise ConfigError([ConfigProblem("MODEL", found, f"2 to {comparison.MAX_RUNS} to compare")])
     subjects = [comparison.read_checkpoint(reference) for reference in each]
     repeated = [
         name for name, count in Counter(f"{one.path.resolve()}:{one.step}" for one in subjects).items() if count > 1

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Protocol
 
 from t5x_like import run_directory
-from t5x_like.errors import EXIT_RESUMABLE, UserError, exit_code_of
+from t5x_like.errors import EXIT_RESUMABLE, PIPE_CLOSED, UserError, exit_code_of, is_broken_pipe
 from t5x_like.trainer.process_limit import ProcessLimit
 from t5x_like.utils.sanitize import say
 
@@ -68,7 +68,8 @@ class RunExit:
 
     def failed(self, error: BaseException) -> None:
         """Record that `error` ends the process."""
-        self.record(exit_code_of(error), "stopped by SIGTERM" if self.terminated else str(error) or repr(error))
+        reason = PIPE_CLOSED if is_broken_pipe(error) else str(error) or repr(error)
+        self.record(exit_code_of(error), "stopped by SIGTERM" if self.terminated else reason)
 
     def _as_owner(self, action: Callable[[], object]) -> None:
         with contextlib.ExitStack() as stack:

@@ -198,7 +198,11 @@ def _train(run: RunConfig, record: RunRecord, stop: StopRequest, end: RunExit) -
     if jax.process_index() == 0:
         if early is not None:
             say(f"{record.directory}: step {step} of {run.training.num_train_steps}: {early}")
-        end.record(code, early or ("finished" if stop.reason is None else f"stopped by {stop.reason}"), step)
+        reason = early or ("finished" if stop.reason is None else f"stopped by {stop.reason}")
+        if not is_over:
+            last = run.training.num_train_steps
+            say(f"{record.directory}: {reason} after step {step} of {last}; the same command continues the run")
+        end.record(code, reason, step)
         _report(record.directory)
     return code
 

@@ -45,6 +45,7 @@ NOT_EXECUTED = {
     "t5x-like convert --from hf all-MiniLM-L6-v2 minilm": "needs a download: tests/golden/test_sentence_encoder.py",
     "t5x-like embed minilm --input docstrings.jsonl --output vectors.parquet": "needs the model before it",
     "t5x-like eval runs/smoke --retrieval 220,400": "needs rows of 100 tokens: tests/unit/evaluation/test_retrieval.py",
+    "t5x-like prepare ul2:ul2_20b --data.store-dir /shared/stores": "needs the recipe's corpus",
     "sbatch ul2/train.sbatch": "needs SLURM: tests/launch/test_slurm.py",
 }  # fmt: skip
 

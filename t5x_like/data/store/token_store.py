@@ -406,7 +406,8 @@ class Store:
         if info is None:
             is_partial = locations.exists(path) or locations.exists(partial_of(path))
             found = "an incomplete token store" if is_partial else "no token store"
-            raise DataError(f"{path}: found {found}, expected a complete one; run `t5x-like prepare RECIPE` first")
+            fix = "run `t5x-like prepare RECIPE` with the same options first"
+            raise DataError(f"{path}: found {found}, expected a complete one; {fix}")
         return Store(path, info, options)
 
     @property

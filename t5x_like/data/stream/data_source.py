@@ -118,7 +118,8 @@ class PreparedSource:
     def describe(self, first_row: int, rows: int, max_tokens: int) -> list[Any]:
         from t5x_like.data.inspection.console_view import describe_rows, mixture_table
 
-        note = f"rows after the first {first_row}, each cut at {max_tokens} tokens; `t5x-like inspect` shows more"
+        which = f"rows from row {first_row} on" if first_row else "the first rows"
+        note = f"{which}, each cut at {max_tokens} tokens; `t5x-like inspect` shows more"
         return [mixture_table(self.stream), note, *describe_rows(self.stream, first_row, rows, max_tokens)]
 
     def start(

@@ -344,6 +344,35 @@ def test_closed_pipe_is_not_an_unexpected_error(program: list[str]) -> None:
     assert process.returncode == 141 and "Traceback" not in error
 
 
+def test_reader_of_both_outputs_that_ends() -> None:
+    command = [sys.executable, "-m", "t5x_like", "train", "configs/runs/smoke.py", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=REPOSITORY) as process:
+        assert process.stdout
+        process.stdout.close()
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("kind", ["missing", "run", "imported"])
+def test_from_without_a_recipe_names_what_it_found(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    match kind:
+        case "run":
+            Path("base", "checkpoints").mkdir(parents=True)
+        case "imported":
+            Path("base").mkdir()
+            Path("base", "model.json").touch()
+    assert main(["train", "--from", "base", "--workdir", "run"]) == 2
+    error = capsys.readouterr().err
+    expected = {
+        "missing": "base: found no such directory",
+        "run": "--from: found base, a run, expected a Hugging Face directory",
+        "imported": "--from: found base, an imported model, expected a Hugging Face directory",
+    }
+    assert expected[kind] in error
+
+
 def test_simulated_devices(config: str) -> None:
     code = """
 import sys, types

@@ -145,7 +145,7 @@ def test_checkpoints_without_evaluation_are_refused(tmp_path):
     run = write_run(tmp_path / "a", "a", 0.0)
     with pytest.raises(ConfigError, match="found steps 7, expected an evaluated step"):
         comparison.read_checkpoint(CheckpointRef(run, (8,)))
-    with pytest.raises(ConfigError, match="found 1 checkpoints, expected 2 to 6"):
+    with pytest.raises(ConfigError, match="found 1 checkpoint, expected 2 to 6"):
         write_comparison([CheckpointRef(run)], tmp_path / "page.html")
     with pytest.raises(ConfigError, match="found no evaluation"):
         comparison.read_checkpoint(CheckpointRef(tmp_path))
