@@ -61,8 +61,8 @@ ONLY_LIBRARIES: dict[str, tuple[str, ...]] = {
     "errors": ("pydantic", "pydantic_core"),
     "kernels": ("jax", "numpy", "qwix"),
 }
-# The only modules of another package that a package may import: models name logical axes and ask for the attention of
-# the devices, and nothing else of sharding, and the training step needs the metric tree of monitoring.
+# The only modules of another package that a package may import: models name logical axes and host memory, ask for the
+# attention of the devices, and read nothing else of sharding; the training step needs the metric tree of monitoring.
 ONLY_MODULES: dict[tuple[str, str], tuple[str, ...]] = {
     ("models", "sharding"): (
         "t5x_like.sharding.attention_choice",

@@ -49,6 +49,7 @@ class CompiledStep:
       limit_bytes: Memory of a device that a program can use.
       peak_bytes: Memory at the peak; for a refused program the memory that it would need.
       argument_bytes: State and batch, which are in memory before the step; 0 for a refused program.
+      host_bytes: Bytes in the memory of the host, of arguments and in between; 0 for a refused program.
       error: XLA's error of a refused program; "" if it fits.
       buffers: Buffers that are alive at the peak, largest first.
       collectives: Collectives by kind and axes; empty for a refused program.
@@ -67,6 +68,7 @@ class CompiledStep:
     limit_bytes: int
     peak_bytes: int
     argument_bytes: int = 0
+    host_bytes: int = 0
     error: str = ""
     buffers: tuple[Buffer, ...] = ()
     collectives: tuple[Collective, ...] = ()
@@ -152,6 +154,7 @@ def compile_lowered(step: str, lowered: Any, program: Program, topology: Topolog
         compiled,
         peak_bytes=memory.peak_memory_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
+        host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         collectives=tuple(collectives(module, mesh, slices)),
         traffic_bytes=memory_traffic(module),
     )

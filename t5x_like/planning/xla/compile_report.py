@@ -41,6 +41,8 @@ def print_compiled(run: RunConfig, compiled: CompiledStep, console: Console) -> 
             "arguments",
             highlight=False,
         )
+        if compiled.host_bytes:
+            console.print(f"memory of the host: {formatting.size(compiled.host_bytes)} per device", highlight=False)
     else:
         console.print(
             f"[bold red]does not fit[/]: needs {formatting.size(compiled.peak_bytes)} of "
@@ -123,6 +125,7 @@ def as_dict(compiled: CompiledStep) -> dict[str, Any]:
         "limit_bytes": compiled.limit_bytes,
         "peak_bytes": compiled.peak_bytes,
         "argument_bytes": compiled.argument_bytes,
+        "host_bytes": compiled.host_bytes,
         "error": compiled.error,
         "buffers": [dataclasses.asdict(buffer) for buffer in compiled.buffers[:_BUFFERS]],
         "collectives": [dataclasses.asdict(each) for each in compiled.collectives],

@@ -48,6 +48,15 @@ def flip(key: Url, position: int = 0) -> None:
     locations.write_bytes(key, bytes(data))
 
 
+def test_parameters_in_bfloat16_are_read_in_float32(url: Url) -> None:
+    checkpoints = opened(url)
+    values = jax.random.normal(jax.random.key(0), (8, 4)).astype(jax.numpy.bfloat16)
+    assert checkpoints.save(7, {"params": {"kernel": values}, "step": jax.numpy.int32(7)}, {})
+    wanted = {"kernel": jax.ShapeDtypeStruct((8, 4), np.float32, sharding=values.sharding)}
+    _, found, _ = checkpoints.restore_params(wanted)
+    assert_same_bits(found, {"kernel": values.astype(np.float32)})
+
+
 def test_restored_state_is_the_saved_one(url: Url) -> None:
     checkpoints = opened(url)
     state = make_state(7)

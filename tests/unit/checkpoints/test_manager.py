@@ -43,6 +43,20 @@ def test_restored_state_is_the_saved_one(manager: CheckpointManager):
     assert manager.read_meta() == meta
 
 
+def test_parameters_in_bfloat16_are_read_in_float32(manager: CheckpointManager):
+    values = jax.random.normal(jax.random.key(0), (8, 4)).astype(jnp.bfloat16)
+    state = {"params": {"kernel": values, "count": jnp.int32(3)}, "step": jnp.int32(7)}
+    manager.save(7, state, {})
+    same = abstract(state)["params"]
+    wide = same | {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=values.sharding)}
+    for wanted, expected in ((same, values), (wide, values.astype(jnp.float32))):
+        _, found, _ = manager.restore_params(wanted)
+        assert_same_bits(found, {"kernel": expected, "count": jnp.int32(3)})
+    # Training goes on with the very state.
+    with pytest.raises(SafetyError, match="kernel: found bfloat16"):
+        manager.restore({"params": wide, "step": abstract(state)["step"]})
+
+
 def test_metadata_may_hold_values_that_are_not_numbers(manager: CheckpointManager):
     """A loss that is not finite must not end the run in the middle of a save."""
     manager.save(1, make_state(), {"interval": {"loss": [float("nan"), 3.0]}})
