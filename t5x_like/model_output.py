@@ -52,15 +52,22 @@ class OutputProjection(NamedTuple):
 
     Attributes:
       states: float [rows, length, d].
-      kernel: float [d, vocabulary].
-      bias: float [vocabulary]; None: no bias.
+      kernel: float [d, vocabulary and its padding].
+      bias: float [vocabulary and its padding]; None: no bias.
       softcap: Soft cap; None: the logits are states @ kernel + bias.
+      vocab_size: Number of token ids. Further columns of the kernel are padding, for which there are no logits. None:
+        the kernel has no padding.
     """
 
     states: Any
     kernel: Any
     bias: Any = None
     softcap: float | None = None
+    vocab_size: int | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        return self.vocab_size is not None and self.vocab_size < self.kernel.shape[1]
 
 
 class ModelOutput(NamedTuple):

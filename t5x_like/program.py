@@ -26,7 +26,7 @@ from t5x_like.sharding.batch_placement import local_rows, row_groups, shard_batc
 from t5x_like.sharding.constrain import activation_context
 from t5x_like.sharding.host_memory import host_shardings, on_device
 from t5x_like.sharding.mesh import make_mesh
-from t5x_like.sharding.rules import Rules, default_rules
+from t5x_like.sharding.rules import FOREIGN_MAY_STAY_WHOLE, Rules, default_rules
 from t5x_like.sharding.shardings import batch_shardings, tree_shardings
 from t5x_like.sharding.validation import validate_sharding
 from t5x_like.training.distillation import distillation_apply
@@ -220,8 +220,10 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
     if distillation is not None and distillation.top_k is None:
         assert distillation.model is not None
         teacher = abstract_model(distillation.model)
-        carried = carried | {"teacher": tree_shardings(mesh, rules, teacher.logical_axes, teacher.params)}
-        abstract_teacher = _with_shardings(teacher.params, carried["teacher"])
+        placed = tree_shardings(
+            mesh, rules, teacher.logical_axes, teacher.params, may_stay_whole=FOREIGN_MAY_STAY_WHOLE
+        )
+        carried, abstract_teacher = carried | {"teacher": placed}, _with_shardings(teacher.params, placed)
 
     def output(params: PyTree, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None) -> ModelOutput:
         return bind_params(spec.graphdef, params).output(batch, dropout_rng=dropout_rng)

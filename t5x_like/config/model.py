@@ -297,7 +297,12 @@ class ModelConfig:
     decoder: StackConfig | None
     """Decoder; None: the model is an encoder alone."""
     vocab_size: PositiveInt
-    """Rows of the token embedding table: the tokenizer's ids, usually rounded up for the hardware."""
+    """Number of token ids that the model has logits for: at least those of the tokenizer."""
+    pad_vocab_to_multiple_of: PositiveInt = 1
+    """Add rows of zeros to the token tables and to the output projection until their number is a multiple of this one:
+    of the tensor degree, which must divide it, or of 128 for fast products on accelerators. These rows stay zero, have
+    no logits and are no part of an exported model, so that the model computes the same with and without them. Only
+    Adafactor differs slightly: it divides the mean squares of a table and of its update by the number of all rows."""
     pad_token_id: int | None = 0
     """Padding id, used when the batch has no segment ids. None: the model has no padding id."""
     decoder_start_token_id: int = 0
@@ -359,6 +364,11 @@ class ModelConfig:
         if self.encoder is not None and self.decoder is not None:
             return "encoder_decoder"
         return "decoder" if self.encoder is None else "encoder"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token tables: `vocab_size`, and the rows of zeros of `pad_vocab_to_multiple_of`."""
+        return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
 
     @property
     def stacks(self) -> dict[str, StackConfig]:

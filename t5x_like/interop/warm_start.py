@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from t5x_like.adapters.restore import restore_whole
 from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.interface import Checkpoints
 from t5x_like.checkpoints.opening import open_checkpoints
-from t5x_like.config import CheckpointConfig, InitializeFrom, RunConfig
+from t5x_like.config import CheckpointConfig, InitializeFrom, ModelConfig, RunConfig
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.tokenizers.loading import has_tokenizer, kept_tokenizer, load_directory_tokenizer, stored_config
 from t5x_like.data.tokenizers.published import load_published
@@ -23,8 +24,10 @@ from t5x_like.data.tokenizers.tokenizer import Tokenizer, have_same_pieces
 from t5x_like.errors import ConfigError, ConfigProblem, SafetyError
 from t5x_like.interop.huggingface.checkpoint import HuggingFaceModel, open_directory
 from t5x_like.interop.weight_files import has_weights
+from t5x_like.models import vocab_padding
 from t5x_like.models.factory import ModelSpec, abstract_model
 from t5x_like.program import Program
+from t5x_like.sharding.rules import FOREIGN_MAY_STAY_WHOLE
 from t5x_like.sharding.shardings import tree_shardings
 from t5x_like.storage.mirror import local_copy
 from t5x_like.utils import tree_paths
@@ -56,40 +59,57 @@ def initial_state(program: Program, report: Callable[[str], None]) -> PyTree:
     directory = local_copy(source.directory, SOURCE)
     published = _published(directory)
     old_model = model_dir.read_model(directory)[0] if published is None else published.model
-    spec = abstract_model(old_model)
-    shardings = tree_shardings(program.mesh, program.rules, spec.logical_axes, spec.params)
-    wanted = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), spec.params, shardings
+    stored = abstract_model(old_model)
+    shardings = tree_shardings(
+        program.mesh, program.rules, stored.logical_axes, stored.params, may_stay_whole=FOREIGN_MAY_STAY_WHOLE
     )
-    assignment = plan_mapping(source, spec, program.spec)
+    wanted = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), stored.params, shardings
+    )
+    # The models may be padded to different multiples: their parameters are compared without padding.
+    specs = _without_padding(old_model, stored), _without_padding(program.run.model, program.spec)
+    assignment = plan_mapping(source, *specs)
+    adapted = functools.partial(_adapted, program, assignment, old_model, *specs, report=report)
     if published is not None:
-        return _adapted(program, assignment, spec, published.params(wanted), f"parameters of {directory}", report)
+        return adapted(published.params(wanted), f"parameters of {directory}")
     manager = open_checkpoints(directory, CheckpointConfig(), read_only=True)
     if source.restore_optimizer:
         return _with_optimizer(program, manager, directory, source, report)
     step, params, _ = restore_whole(directory, old_model, source.step, wanted)
-    return _adapted(program, assignment, spec, params, f"parameters of step {step} of {directory}", report)
+    return adapted(params, f"parameters of step {step} of {directory}")
+
+
+def _without_padding(model: ModelConfig, spec: ModelSpec) -> ModelSpec:
+    """Return the specification of the model without padding of its vocabulary; `spec` is that of the model itself."""
+    is_padded = model.padded_vocab_size != model.vocab_size
+    return abstract_model(vocab_padding.without_padding(model)) if is_padded else spec
 
 
 def _adapted(
     program: Program,
     assignment: Assignment,
-    spec: ModelSpec,
+    source: ModelConfig,
+    old_spec: ModelSpec,
+    new_spec: ModelSpec,
     params: PyTree,
     title: str,
+    *,
     report: Callable[[str], None],
 ) -> PyTree:
-    """Return the state with the parameters of the source, and print where each is from."""
+    """Return the state with the parameters of the source, and print where each is from. The specifications, of the
+    source and of the new model, are without padding of their vocabularies."""
     state = program.init()
-    shapes = tree_paths.shapes(spec.params)
+    model, seed = program.run.model, program.run.training.seed
     report(f"{title}:")
-    for line in table(assignment, shapes, tree_paths.shapes(program.spec.params)):
+    for line in table(assignment, tree_paths.shapes(old_spec.params), tree_paths.shapes(new_spec.params)):
         report(line)
+
+    def adapted(old: PyTree, new: PyTree) -> PyTree:
+        old, new = vocab_padding.cut(old, source), vocab_padding.cut(new, model)
+        return vocab_padding.padded(apply_mapping(assignment, old, new, new_spec, seed), model)
+
     out = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_params)
-    adapted = jax.jit(
-        lambda old, new: apply_mapping(assignment, old, new, program.spec, program.run.training.seed), out_shardings=out
-    )
-    return {**state, "params": adapted(params, state["params"])}
+    return {**state, "params": jax.jit(adapted, out_shardings=out)(params, state["params"])}
 
 
 def _published(directory: Path) -> HuggingFaceModel | None:

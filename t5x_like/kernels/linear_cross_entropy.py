@@ -66,6 +66,8 @@ class LossSetting(NamedTuple):
       softcap: Logits x become softcap * tanh(x / softcap); None: no soft cap.
       chunk_tokens: Number of tokens per device whose logits exist at once.
       sharding: Placement of the arrays; None: one device.
+      vocab_size: Number of token ids. Further columns of the kernel are padding: they have probability 0 and no
+        gradient. None: the kernel has no padding.
     """
 
     z_loss: float = 0.0
@@ -74,6 +76,7 @@ class LossSetting(NamedTuple):
     softcap: float | None = None
     chunk_tokens: int = 512
     sharding: LossSharding | None = None
+    vocab_size: int | None = None
 
 
 class _Gradients(NamedTuple):
@@ -97,8 +100,8 @@ def linear_cross_entropy(
 
     Args:
       states_BxTxd: float [rows, length, d].
-      kernel_dxV: float [d, vocabulary].
-      bias_V: float [vocabulary]; None: no bias.
+      kernel_dxV: float [d, vocabulary and its padding].
+      bias_V: float [vocabulary and its padding]; None: no bias.
       targets_BxT: int [rows, length], in [0, vocabulary).
       weights_BxT: float32 [rows, length], weights of the objective; they have no gradient.
       setting: Constants.
@@ -148,9 +151,11 @@ def _run(
     *,
     with_gradients: bool,
 ) -> tuple[TokenLosses, _Gradients | None]:
+    vocabulary = kernel.shape[1] if setting.vocab_size is None else setting.vocab_size
+    is_padded = vocabulary < kernel.shape[1]
     # The products read the kernel in the type of the states; its gradient is added up in float32, and then has the
     # kernel's own type.
-    local = functools.partial(_on_device, setting, kernel.shape[1], with_gradients)
+    local = functools.partial(_on_device, setting, vocabulary, is_padded, with_gradients)
     bias = jnp.zeros(kernel.shape[1], jnp.float32) if bias is None else bias.astype(jnp.float32)
     arrays = (states, kernel.astype(states.dtype), bias, targets, weights)
     sharding = setting.sharding
@@ -175,6 +180,7 @@ def _run(
 def _on_device(
     setting: LossSetting,
     vocabulary: int,
+    is_padded: bool,
     with_gradients: bool,
     states: Array,
     kernel: Array,
@@ -202,7 +208,7 @@ def _on_device(
     def step(
         sums: tuple[Array, Array] | None, chunk: tuple[Array, Array, Array]
     ) -> tuple[tuple[Array, Array] | None, tuple[Array, ...]]:
-        losses, d_logits = _chunk(setting, vocabulary, kernel, bias, *chunk)
+        losses, d_logits = _chunk(setting, vocabulary, is_padded, kernel, bias, *chunk)
         if sums is None:
             return None, losses
         d_kernel, d_bias = sums
@@ -244,6 +250,7 @@ def _summed(sharding: LossSharding | None, d_states: Array, d_kernel: Array, d_b
 def _chunk(
     setting: LossSetting,
     vocabulary: int,
+    is_padded: bool,
     kernel: Array,
     bias: Array,
     states: Array,
@@ -259,8 +266,13 @@ def _chunk(
         squashed = jnp.tanh(logits / setting.softcap)
         logits, slope = setting.softcap * squashed, 1.0 - jnp.square(squashed)
     # Index of the target among the logits of this device; of no logit if another device has it.
-    ids = targets - kernel.shape[1] * (jax.lax.axis_index(axes) if axes else 0)
-    is_target = jax.lax.broadcasted_iota(ids.dtype, logits.shape, 1) == ids[:, None]
+    first = kernel.shape[1] * (jax.lax.axis_index(axes) if axes else 0)
+    ids = targets - first
+    columns = jax.lax.broadcasted_iota(ids.dtype, logits.shape, 1)
+    is_target = columns == ids[:, None]
+    is_token = columns < vocabulary - first if is_padded else None
+    if is_token is not None:
+        logits = jnp.where(is_token, logits, -jnp.inf)
     maximum = jnp.max(logits, axis=-1)
     if axes:
         maximum = jax.lax.pmax(maximum, axes)
@@ -268,7 +280,9 @@ def _chunk(
     high, low, entropy = target_distribution(vocabulary, setting.label_smoothing)
     inside = jnp.take_along_axis(logits, jnp.clip(ids, 0, kernel.shape[1] - 1)[:, None], axis=-1)[:, 0]
     inside = jnp.where((ids >= 0) & (ids < kernel.shape[1]), inside, 0.0)
-    sums = [jnp.sum(exponentials, axis=-1), inside, *([jnp.sum(logits, axis=-1)] if low else [])]
+    sums = [jnp.sum(exponentials, axis=-1), inside]
+    if low:
+        sums.append(jnp.sum(logits if is_token is None else jnp.where(is_token, logits, 0.0), axis=-1))
     if axes:
         sums = list(jax.lax.psum(jnp.stack(sums), axes))
     total, at_target, *all_logits = sums
@@ -280,7 +294,8 @@ def _chunk(
     # As in `cross_entropy`, with the weights as cotangents.
     coefficient = weights * setting.coefficient
     of_softmax = (coefficient + 2.0 * setting.z_loss * log_z * weights) / total
-    d_logits = of_softmax[:, None] * exponentials - coefficient[:, None] * jnp.where(is_target, high, low)
+    others = low if is_token is None else jnp.where(is_token, low, 0.0)
+    d_logits = of_softmax[:, None] * exponentials - coefficient[:, None] * jnp.where(is_target, high, others)
     return losses, d_logits if slope is None else d_logits * slope
 
 

@@ -115,16 +115,31 @@ class FusedDense(nnx.Module):
 class Embedding(nnx.Module):
     """Table of vectors, looked up by id."""
 
-    def __init__(self, rows: tuple[str, int], columns: tuple[str, int], *, stddev: float, rngs: nnx.Rngs):
+    def __init__(
+        self, rows: tuple[str, int], columns: tuple[str, int], *, stddev: float, rngs: nnx.Rngs, padding: int = 0
+    ):
+        """Create the table.
+
+        Args:
+          rows: Logical axis and number of the ids.
+          columns: Logical axis and size of a vector.
+          stddev: Standard deviation of the initial values.
+          rngs: Source of the initial values.
+          padding: Number of rows of zeros after those of the ids.
+        """
         self.axes = (rows[0], columns[0])
-        self.embedding = param(stddev * jax.random.normal(rngs.params(), (rows[1], columns[1])), self.axes)
+        self.last_id = rows[1] - 1
+        values = stddev * jax.random.normal(rngs.params(), (rows[1], columns[1]))
+        self.embedding = param(_with_zeros(values, padding, 0), self.axes)
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
-        """Return the vectors [..., columns] of ids [...]. Ids beyond the table take its last row."""
+        """Return the vectors [..., columns] of ids [...]. Ids beyond the table take the row of the last id."""
         # Gather the table over fsdp before the lookup; without the constraint XLA replicates the rows that it looked
         # up.
         # The table is an activation here: see the conventions of `sharding.rules.ACTIVATIONS`.
         table = constrain(self.embedding[...], self.axes)
+        if self.last_id < table.shape[0] - 1:
+            ids = jnp.minimum(ids, self.last_id)
         return _rows(table, ids).astype(dtype)
 
 
@@ -252,11 +267,13 @@ class LMHead(nnx.Module):
             self.transform = Dense([embed], [("mlp", width)], stddev=stddev, use_bias=stack.use_bias, rngs=rngs)
             self.transform_norm = Norm(stack, ("norm", width))
         if not config.tie_embeddings:
-            shape = (width, config.vocab_size)
             stddev = config.head_init_scale * width**-0.5
-            self.kernel = param(stddev * jax.random.normal(rngs.params(), shape), ("embed", "vocab"))
+            values = stddev * jax.random.normal(rngs.params(), (width, config.vocab_size))
+            self.kernel = param(
+                _with_zeros(values, config.padded_vocab_size - config.vocab_size, 1), ("embed", "vocab")
+            )
         if config.head_bias:
-            self.bias = param(jnp.zeros(config.vocab_size), ("vocab",))
+            self.bias = param(jnp.zeros(config.padded_vocab_size), ("vocab",))
 
     def __call__(self, x_BxLxd: Array, table_Vxd: Array) -> Array:
         """Return the logits, float32 [B, L, V]; `table_Vxd` is read if the embeddings are tied."""
@@ -273,7 +290,7 @@ class LMHead(nnx.Module):
             x = x * x.shape[-1] ** -0.5
         kernel = table_Vxd.T if self.config.tie_embeddings else self.kernel[...]
         bias = self.bias[...] if self.config.head_bias else None
-        return OutputProjection(x, kernel, bias, self.config.logits_softcap)
+        return OutputProjection(x, kernel, bias, self.config.logits_softcap, self.config.vocab_size)
 
     def logits(self, projection: OutputProjection) -> Array:
         """Return the logits, float32 [B, L, V], of their factors."""
@@ -284,7 +301,14 @@ class LMHead(nnx.Module):
             logits = logits + projection.bias
         if projection.softcap is not None:
             logits = projection.softcap * jnp.tanh(logits / projection.softcap)
-        return constrain(logits, ("batch", "length", "vocab"))
+        logits = constrain(logits, ("batch", "length", "vocab"))
+        # Padding has no logits: nothing that reads them, such as sampling or a divergence, needs to know of it.
+        return logits[..., : projection.vocab_size] if projection.is_padded else logits
+
+
+def _with_zeros(values: Array, count: int, axis: int) -> Array:
+    """Return `values` with `count` zeros after the others along an axis."""
+    return jnp.pad(values, [(0, count if dim == axis else 0) for dim in range(values.ndim)]) if count else values
 
 
 def activate(x: Array, activation: Activation) -> Array:

@@ -10,6 +10,7 @@ With segment ids, queries attend to the keys of their own segment, also from dec
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -49,11 +50,11 @@ class Model(nnx.Module):
         # The last stack has the head: the decoder where there is one.
         output = next(reversed(config.stacks.values()))
         # As wide as the head, which reads the same table if the embeddings are tied.
-        table = ("vocab", config.vocab_size), ("embed", config.lm_head_width)
-        self.token_embedder = Embedding(*table, stddev=config.embedding_stddev, rngs=rngs)
+        rows, padding = ("vocab", config.vocab_size), config.padded_vocab_size - config.vocab_size
+        make_table = functools.partial(Embedding, rows, stddev=config.embedding_stddev, rngs=rngs, padding=padding)
+        self.token_embedder = make_table(("embed", config.lm_head_width))
         if config.encoder is not None and config.separate_encoder_embeddings:
-            table = ("vocab", config.vocab_size), ("embed", config.encoder.d_model)
-            self.encoder_token_embedder = Embedding(*table, stddev=config.embedding_stddev, rngs=rngs)
+            self.encoder_token_embedder = make_table(("embed", config.encoder.d_model))
         if config.unscaled_embedding_token_id is not None:
             self.unscaled_embedding = param(jnp.zeros(config.lm_head_width), ("embed",))
         if config.encoder is not None:

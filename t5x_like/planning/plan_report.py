@@ -91,8 +91,8 @@ def _table(*left: str, right: Sequence[str] = (), footer: bool = False) -> Table
 
 def _parameters(plan: Plan) -> Table:
     sums = total(plan.parts)
-    experts = sums.active != sums.count
-    table = _table("parameters", right=("count", "", *(("active",) if experts else ()), "bytes per device"))
+    has_inactive = sums.active != sums.count
+    table = _table("parameters", right=("count", "", *(("active",) if has_inactive else ()), "bytes per device"))
 
     def order(name: str) -> tuple[int, str]:
         stack = name.split()[0]
@@ -100,17 +100,19 @@ def _parameters(plan: Plan) -> Table:
 
     for name in sorted(plan.parts, key=order):
         part = plan.parts[name]
-        active = (f"{part.active:,}",) if experts else ()
+        active = (f"{part.active:,}",) if has_inactive else ()
         table.add_row(
             name, f"{part.count:,}", formatting.count(part.count), *active, formatting.size(part.bytes_per_device)
         )
-    active = (f"{sums.active:,}",) if experts else ()
+    active = (f"{sums.active:,}",) if has_inactive else ()
     table.add_section()
     table.add_row(
         "total", f"{sums.count:,}", formatting.count(sums.count), *active, formatting.size(sums.bytes_per_device)
     )
     if plan.trained != sums.count:
-        table.add_row("trained", f"{plan.trained:,}", formatting.count(plan.trained), *(("",) if experts else ()), "")
+        table.add_row(
+            "trained", f"{plan.trained:,}", formatting.count(plan.trained), *(("",) if has_inactive else ()), ""
+        )
     return table
 
 
@@ -124,11 +126,13 @@ def _print_compute(plan: Plan, console: Console) -> None:
     table.add_row("total", formatting.flops(step), "")
     console.print(table)
     positions = sum(plan.tokens()["positions"].values())
+    model = plan.run.model
+    padded = "" if model.padded_vocab_size == model.vocab_size else ", padding of the vocabulary"
     lines = [
         f"{formatting.flops(compute['flops_per_token'])} per token, with {positions:,} token positions per step; the "
         f"rule 6 N D gives {formatting.flops(compute['six_n_d'])} per step ({compute['six_n_d'] / step:.0%})",
         f"the devices execute {formatting.flops(compute['executed_flops_per_step'])} per step "
-        f"({compute['executed_flops_per_step'] / step:.0%}), with masked query-key pairs and recomputation",
+        f"({compute['executed_flops_per_step'] / step:.0%}), with masked query-key pairs{padded} and recomputation",
     ]
     if compute["min_seconds_per_step"] is not None:
         seconds = compute["min_seconds_per_step"]

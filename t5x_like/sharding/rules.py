@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -73,6 +73,9 @@ ACTIVATIONS: Table = {
 MAY_STAY_WHOLE = frozenset({"kv_heads"})
 """Parameter axes that may stay whole, without an error, if the mesh does not divide them: grouped-query and multi-query
 attention has fewer key heads than a large tensor degree, and each device then keeps all of them."""
+FOREIGN_MAY_STAY_WHOLE = MAY_STAY_WHOLE | {"vocab"}
+"""The same for the parameters of another model than the run's, a teacher or the source of a warm start, whose
+vocabulary need not be padded for this mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +152,15 @@ def spec(names: LogicalAxes, table: Table, shape: Sequence[int], mesh: AnyMesh) 
     return PartitionSpec(*(None if not axes else axes[0] if len(axes) == 1 else axes for axes in dimensions))
 
 
-def problems(path: str, names: LogicalAxes, table: Table, shape: Sequence[int], mesh: AnyMesh) -> list[ConfigProblem]:
+def problems(
+    path: str,
+    names: LogicalAxes,
+    table: Table,
+    shape: Sequence[int],
+    mesh: AnyMesh,
+    *,
+    may_stay_whole: Set[str] = MAY_STAY_WHOLE,
+) -> list[ConfigProblem]:
     """Return all problems of the sharding of the parameter, or the array of optimizer state, at `path`."""
     if len(names) != len(shape):
         raise ValueError(f"{path}: {len(names)} logical axes {names} for an array of shape {tuple(shape)}")
@@ -163,10 +174,12 @@ def problems(path: str, names: LogicalAxes, table: Table, shape: Sequence[int], 
         # For an activation, a dimension that does not divide stays whole without an error. A parameter that stays whole
         # costs memory on every device, so that it is reported.
         wanted = _rule(name, table, mesh)
-        if axes != wanted and name not in MAY_STAY_WHOLE:
+        if axes != wanted and name not in may_stay_whole:
             shards = math.prod(mesh.shape[axis] for axis in wanted)
             product = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)
             fix = f"choose other degrees, or leave the axis whole: sharding.parameter_rules ('{name}', None)"
+            if name == "vocab":
+                fix = f"set model.pad_vocab_to_multiple_of to a multiple of {shards}, or {fix}"
             errors.append(ConfigProblem(f"{path}, axis {name}", str(size), f"a multiple of {shards} ({product})", fix))
     return errors + _repeated(path, used)
 

@@ -341,7 +341,7 @@ def logits(config: ModelConfig, features: Mapping[str, ArraySpec], size: int) ->
     """Return the logits of a sub-batch, with `size` bytes per number."""
     stack = "encoder" if config.decoder is None else "decoder"
     rows, length = features[f"{stack}_input_tokens"].shape
-    return SavedArray("logits", ("batch", "length", "vocab"), (rows, length, config.vocab_size), size)
+    return SavedArray("logits", ("batch", "length", "vocab"), (rows, length, config.padded_vocab_size), size)
 
 
 def _outside_layers(config: ModelConfig, stack: StackConfig, inputs: StackInput) -> Iterator[SavedArray]:

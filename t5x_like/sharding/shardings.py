@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from t5x_like.errors import ConfigError
-from t5x_like.sharding.rules import LogicalAxes, Rules, problems, spec
+from t5x_like.sharding.rules import MAY_STAY_WHOLE, LogicalAxes, Rules, problems, spec
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
 
@@ -34,7 +34,9 @@ def logical_leaves(logical_axes: PyTree, abstract: PyTree) -> list[LogicalArray]
     return jax.tree.leaves(tree_paths.map_by_path(leaf, abstract, logical_axes))
 
 
-def tree_shardings(mesh: Mesh, rules: Rules, logical_axes: PyTree, abstract: PyTree) -> PyTree:
+def tree_shardings(
+    mesh: Mesh, rules: Rules, logical_axes: PyTree, abstract: PyTree, *, may_stay_whole: Set[str] = MAY_STAY_WHOLE
+) -> PyTree:
     """Return the shardings of parameters, optimizer state, or a whole training state.
 
     Args:
@@ -42,6 +44,7 @@ def tree_shardings(mesh: Mesh, rules: Rules, logical_axes: PyTree, abstract: PyT
       rules: The rules; the parameter table is used.
       logical_axes: A tree like `abstract` with a tuple of names (or None) in place of each array.
       abstract: A tree of arrays or of their shapes.
+      may_stay_whole: Logical axes that stay whole if the mesh does not divide them.
 
     Raises:
       ConfigError: An axis has no rule, a mesh axis splits an array twice, or mesh axes do not divide a dimension that
@@ -52,7 +55,7 @@ def tree_shardings(mesh: Mesh, rules: Rules, logical_axes: PyTree, abstract: PyT
     all_problems = [
         problem
         for leaf in logical_leaves(logical_axes, abstract)
-        for problem in problems(leaf.path, leaf.axes, table, leaf.array.shape, mesh)
+        for problem in problems(leaf.path, leaf.axes, table, leaf.array.shape, mesh, may_stay_whole=may_stay_whole)
     ]
     if all_problems:
         raise ConfigError(all_problems)

@@ -144,7 +144,10 @@ def _model(run: RunConfig) -> str:
         for name, stack in {**run.model.stacks, "generator": run.model.generator}.items()
         if stack is not None
     ]
-    return f"{run.model.architecture} ({'; '.join(stacks)}), vocabulary {run.model.vocab_size}, {run.data.layout}"
+    rows = run.model.padded_vocab_size
+    padded = "" if rows == run.model.vocab_size else f" (padded to {rows})"
+    vocabulary = f"vocabulary {run.model.vocab_size}{padded}"
+    return f"{run.model.architecture} ({'; '.join(stacks)}), {vocabulary}, {run.data.layout}"
 
 
 @dataclasses.dataclass(frozen=True)

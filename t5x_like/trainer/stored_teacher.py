@@ -63,9 +63,11 @@ def attach_stored_teacher(
     if recorded is None:
         teacher = read_teacher(program, spec, stream.stores, None)
         recorded = teacher.record
+    # The distributions of a teacher do not depend on the padding of its tables.
+    fields = {name: x for name, x in dataclasses.asdict(config.model).items() if name != "pad_vocab_to_multiple_of"}
     identity = {
         "teacher": recorded["fingerprint"],
-        "model": json_digest(dataclasses.asdict(config.model))[:32],
+        "model": json_digest(fields)[:32],
         "rows": stream.fingerprint,
         "top_k": config.top_k,
         "temperature": config.temperature,

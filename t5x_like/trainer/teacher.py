@@ -17,6 +17,7 @@ from t5x_like.errors import SafetyError
 from t5x_like.interop.warm_start import require_tokenizer_of
 from t5x_like.models.factory import ModelSpec, abstract_model
 from t5x_like.program import Program
+from t5x_like.sharding.rules import FOREIGN_MAY_STAY_WHOLE
 from t5x_like.sharding.shardings import tree_shardings
 from t5x_like.storage.mirror import local_copy
 from t5x_like.utils.type_aliases import PyTree
@@ -69,7 +70,9 @@ def read_teacher(
     checkpoints = open_checkpoints(directory, CheckpointConfig(), read_only=True)
     step = recorded["step"] if recorded is not None and recorded["step"] in checkpoints.steps() else None
     checkpoints.close()
-    shardings = tree_shardings(program.mesh, program.rules, spec.logical_axes, spec.params)
+    shardings = tree_shardings(
+        program.mesh, program.rules, spec.logical_axes, spec.params, may_stay_whole=FOREIGN_MAY_STAY_WHOLE
+    )
     shapes = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), spec.params, shardings
     )

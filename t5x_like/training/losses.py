@@ -134,9 +134,14 @@ def _chunked_losses(
         tokens //= math.prod(degree[axis] for axis in (*sharding.batch, *sharding.length))
         vocabulary //= math.prod(degree[axis] for axis in sharding.vocab)
     count = loss_chunk_tokens(chunk_tokens, tokens, width, vocabulary)
+    if not count and projection.is_padded:
+        # One chunk of all tokens. The logits without padding, whose number no mesh axis may divide, would be gathered.
+        count = tokens
     if not count:
         return None
-    setting = setting._replace(softcap=projection.softcap, chunk_tokens=count, sharding=sharding)
+    setting = setting._replace(
+        softcap=projection.softcap, chunk_tokens=count, sharding=sharding, vocab_size=projection.vocab_size
+    )
     return linear_cross_entropy(projection.states, projection.kernel, projection.bias, targets, weights, setting)
 
 

@@ -29,6 +29,7 @@ from t5x_like.interop.huggingface.config_reader import Fields
 from t5x_like.interop.huggingface.weight_map import tensors
 from t5x_like.interop.safetensors_file import Pending, TensorFile, write, write_sharded
 from t5x_like.interop.weight_files import Weights
+from t5x_like.models import vocab_padding
 from t5x_like.models.factory import abstract_model
 from t5x_like.utils import tree_paths
 from t5x_like.utils.links import require_links_inside
@@ -145,6 +146,8 @@ def write_directory(
 ) -> None:
     """Write config.json, generation_config.json (unless it exists) and tensors, which `from_pretrained` reads.
 
+    Tensors are written without the padding of the vocabulary.
+
     Args:
       directory: Existing directory.
       model: Configuration of the model.
@@ -174,7 +177,7 @@ def write_directory(
     if model.decoder is not None and not generation.exists():
         ids = {name: value for name, value in special_tokens.write(model).items() if value is not None}
         generation.write_text(json.dumps(ids, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    pending = list(state_dict.pending(family.rules, params, _DTYPES[dtype]))
+    pending = list(state_dict.pending(family.rules, vocab_padding.cut(params, model), _DTYPES[dtype]))
     if family.masked_lm_head and model.decoder is None and not model.lm_head_transform:
         # Files of an encoder without its head omit the prefix.
         pending = [dataclasses.replace(tensor, name=tensor.name.removeprefix(family.prefix)) for tensor in pending]

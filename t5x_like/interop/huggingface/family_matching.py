@@ -275,6 +275,7 @@ def require_family(model: ModelConfig, name: str | None) -> Family:
 # Fields that a config.json may leave open: they do not change the logits of a given batch, or the checkpoint has its
 # own values.
 _FREE = (
+    "pad_vocab_to_multiple_of",
     "pad_token_id",
     "decoder_start_token_id",
     "eos_ids",

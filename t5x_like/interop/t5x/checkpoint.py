@@ -21,6 +21,7 @@ from t5x_like.interop.t5x.checkpoint_reader import Arrays
 from t5x_like.interop.t5x.weight_map import Tensor, scan_axis, tensors
 from t5x_like.models.factory import abstract_model
 from t5x_like.models.presets.by_name import preset
+from t5x_like.models.vocab_padding import without_padding
 from t5x_like.utils import tree_paths
 from t5x_like.utils.sanitize import say
 from t5x_like.utils.type_aliases import PyTree
@@ -101,7 +102,7 @@ def import_directory(
       SafetyError: `out` exists already.
     """
     config, of_run = model_of(model)
-    source = open_directory(directory, config)
+    source = open_directory(directory, without_padding(config))
     spec = abstract_model(source.model)
     state: dict[str, PyTree] = {}
     if loss_scale is not None:

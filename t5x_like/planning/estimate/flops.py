@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -33,6 +34,8 @@ def _teacher_flops(run: RunConfig, *, all_pairs: bool = False) -> int:
     teacher = None if distillation is None or distillation.top_k is not None else distillation.model
     if teacher is None:
         return 0
+    if all_pairs:
+        teacher = _with_padding(teacher)
     prefixes = prefix_lengths(run)
     return sum(
         sum(forward_flops_by_part(teacher, features, all_pairs=all_pairs, prefixes=prefixes).values())
@@ -55,19 +58,24 @@ def forward_flops(run: RunConfig) -> dict[str, int]:
 def executed_flops(run: RunConfig) -> float:
     """Return the FLOPs of matrix products that the devices execute in a training step.
 
-    They exceed the model's FLOPs for two reasons. All pairs of a query and a key are counted, masked or not; this is an
-    upper bound, because backends that work in blocks skip masked blocks. The backward pass recomputes what was not
-    saved: with attention by "reference" the scores; with `remat` of "dots" both products of attention as well; with
-    "full" the whole forward pass of the layers, except a last product whose result is not needed. The products of the
-    optimizer (Muon) are added. Elementwise operations are not counted, and neither is the padding of groups of experts
-    on devices other than TPUs (`kernels.grouped_mlp`).
+    They exceed the model's FLOPs for these reasons. The padding of a vocabulary is multiplied as its tokens are. All
+    pairs of a query and a key are counted, masked or not; this is an upper bound, because backends that work in blocks
+    skip masked blocks. The backward pass recomputes what was not saved: with attention by "reference" the scores; with
+    `remat` of "dots" both products of attention as well; with "full" the whole forward pass of the layers, except a
+    last product whose result is not needed. The products of the optimizer (Muon) are added. Elementwise operations are
+    not counted, and neither is the padding of groups of experts on devices other than TPUs (`kernels.grouped_mlp`).
     """
     config = run.model
     forward: Counter[str] = Counter()
     for features in batch_spec(run).values():
-        forward.update(forward_flops_by_part(config, features, all_pairs=True))
+        forward.update(forward_flops_by_part(_with_padding(config), features, all_pairs=True))
     teacher = _teacher_flops(run, all_pairs=True)
     return float((1 + BACKWARD) * sum(forward.values()) + _recomputed(config, forward) + optimizer_flops(run) + teacher)
+
+
+def _with_padding(config: ModelConfig) -> ModelConfig:
+    """Return the model with the padding of its vocabulary counted as tokens."""
+    return dataclasses.replace(config, vocab_size=config.padded_vocab_size)
 
 
 def optimizer_flops(run: RunConfig) -> int:
@@ -92,7 +100,7 @@ def optimizer_flops(run: RunConfig) -> int:
 
 
 def decode_flops(config: ModelConfig, *, rows: int, length: int, encoder_length: int = 0) -> float:
-    """Return the FLOPs of matrix products in a decoding step of one token per row.
+    """Return the FLOPs of matrix products in a decoding step of one token per row, with the padding of the vocabulary.
 
     Args:
       config: Model with a decoder.
@@ -108,7 +116,7 @@ def decode_flops(config: ModelConfig, *, rows: int, length: int, encoder_length:
         "encoder_input_tokens": ArraySpec((rows, 0), "int32"),
         "decoder_input_tokens": ArraySpec((rows, 1), "int32"),
     }
-    parts = forward_flops_by_part(config, features, all_pairs=True)
+    parts = forward_flops_by_part(_with_padding(config), features, all_pairs=True)
     products = sum(
         count for part, count in parts.items() if not part.startswith("encoder ") and not part.endswith(" scores")
     )

@@ -233,7 +233,7 @@ class ActivationMemory:
         if config.task_head is not None:
             return {}
         largest = max(self.sub_batches, key=lambda features: self.bytes_of([self._logits(features, 4)]))
-        axes, shape = ("vocab", "embed"), (config.vocab_size, config.lm_head_width)
+        axes, shape = ("vocab", "embed"), (config.padded_vocab_size, config.lm_head_width)
         # A teacher has logits of the same size, in float32.
         distillation = self.run.training.distillation
         teacher = 0 if distillation is None or distillation.top_k is not None else 4
@@ -344,7 +344,7 @@ class ActivationMemory:
 
     def _whole_table(self, width: int) -> int:
         """Return the bytes of a table or head in float32, whole over fsdp."""
-        return self.bytes_of([SavedArray("table", ("vocab", "embed"), (self.config.vocab_size, width), 4)])
+        return self.bytes_of([SavedArray("table", ("vocab", "embed"), (self.config.padded_vocab_size, width), 4)])
 
     def _trains(self, name: str) -> bool:
         return name in trained_params(self.program)

@@ -27,6 +27,7 @@ _KINDS = {
     "token_type_embedder": "token types",
     "embedding_projection": "embedding projection",
 }
+_PADDING = "vocabulary padding"
 _TABLES = {
     "token_embedder": "embedding",
     "encoder_token_embedder": "encoder embedding",
@@ -40,7 +41,7 @@ class ParameterCount:
 
     Attributes:
       count: Number of all parameters.
-      active: Number of parameters that one token uses: fewer than `count` in a mixture of experts.
+      active: Number of parameters that one token uses: fewer than `count` in a mixture of experts, 0 for padding.
       bytes_per_device: Bytes of the parameters alone.
     """
 
@@ -52,8 +53,9 @@ class ParameterCount:
 def parameter_parts(program: Program) -> dict[str, ParameterCount]:
     """Count the parameters by part.
 
-    The parts are the embedding; of each stack attention, cross-attention, MLP or experts, positions and norms; and the
-    head. A tied table is counted once, as embedding. The sum of `count` is the number of parameters.
+    The parts are the embedding; of each stack attention, cross-attention, MLP or experts, positions and norms; the
+    head; and the padding of the vocabulary in tables and head, if there is any. A tied table is counted once, as
+    embedding. The sum of `count` is the number of parameters.
     """
     params = program.abstract_params if program.lora is None else program.abstract_base_params
     leaves = logical_leaves(program.spec.logical_axes, params)
@@ -80,15 +82,19 @@ def _parts(
     model: ModelConfig, leaves: Iterable[LogicalArray], bytes_of: Callable[[LogicalArray], int]
 ) -> dict[str, ParameterCount]:
     parts: dict[str, ParameterCount] = {}
+
+    def add(name: str, more: ParameterCount) -> None:
+        parts[name] = total({"before": parts[name], "more": more}) if name in parts else more
+
+    rows, padding = model.padded_vocab_size, model.padded_vocab_size - model.vocab_size
     for leaf in leaves:
-        name = part_of(leaf.path, leaf.axes)
-        count = math.prod(leaf.array.shape)
-        part = parts.get(name, ParameterCount(0, 0, 0))
-        parts[name] = ParameterCount(
-            part.count + count,
-            part.active + _active(count, leaf.path, leaf.axes, model),
-            part.bytes_per_device + bytes_of(leaf),
-        )
+        count, size = math.prod(leaf.array.shape), bytes_of(leaf)
+        # No token uses the zeros of a padded table.
+        unused, unused_size = (x * padding // rows if "vocab" in leaf.axes else 0 for x in (count, size))
+        active = _active(count - unused, leaf.path, leaf.axes, model)
+        add(part_of(leaf.path, leaf.axes), ParameterCount(count - unused, active, size - unused_size))
+        if unused:
+            add(_PADDING, ParameterCount(unused, 0, unused_size))
     return parts
 
 

@@ -93,6 +93,31 @@ def test_values_and_gradients_equal_those_of_whole_logits(name: str, chunk: int)
     )
 
 
+def padded_and_whole(parameters: Any, targets: jax.Array, vocab_size: int) -> tuple[Any, Any, jax.Array]:
+    """Return parameters whose columns from `vocab_size` on are zeros, those without these columns, and targets."""
+    states, kernel, bias = parameters
+    is_token = jnp.arange(VOCABULARY) < vocab_size
+    padded = (states, kernel * is_token, bias * is_token)
+    return padded, (states, kernel[:, :vocab_size], bias[:vocab_size]), targets % vocab_size
+
+
+def assert_padding_has_no_part(found: Any, whole: Any, vocab_size: int) -> None:
+    """Compare values and gradients of a padded kernel with those of the kernel without padding."""
+    values, (states, kernel, bias) = found
+    assert not np.any(kernel[:, vocab_size:]) and not np.any(bias[vocab_size:])
+    assert_equal((values, (states, kernel[:, :vocab_size], bias[:vocab_size])), whole)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_padding_has_neither_probability_nor_gradient(name: str) -> None:
+    setting, vocab_size = SETTINGS[name]._replace(chunk_tokens=5), 19
+    parameters, targets, weights = example()
+    padded, whole, targets = padded_and_whole(parameters, targets, vocab_size)
+    expected = values_and_gradients(dense, whole, targets, weights, setting)
+    found = values_and_gradients(chunked, padded, targets, weights, setting._replace(vocab_size=vocab_size))
+    assert_padding_has_no_part(found, expected, vocab_size)
+
+
 def test_bfloat16_states_round_as_with_whole_logits() -> None:
     setting = LossSetting(z_loss=1e-2, chunk_tokens=5)
     example_16 = example(jnp.bfloat16)
@@ -121,6 +146,21 @@ def test_losses_do_not_depend_on_the_mesh(name: str) -> None:
     found = values_and_gradients(chunked, placed, targets, weights, on_mesh)
     assert_equal(found, expected)
     assert found[1][1].sharding.is_equivalent_to(kernel, 2), "the gradient is split as the parameter"
+
+
+def test_a_device_may_have_padding_alone() -> None:
+    """The last of four devices has the columns 18 to 23."""
+    vocab_size = 17
+    degrees, batch, length, vocab, embed = MESHES["rows_and_vocabulary"]
+    mesh = Mesh(np.array(jax.devices()).reshape(tuple(degrees.values())), tuple(degrees))
+    parameters, targets, weights = example()
+    padded, whole, targets = padded_and_whole(parameters, targets, vocab_size)
+    setting = SETTINGS["smoothing_and_softcap"]._replace(chunk_tokens=5)
+    expected = values_and_gradients(dense, whole, targets, weights, setting)
+    sharding = LossSharding(mesh, batch, length, vocab, embed)
+    on_mesh = setting._replace(sharding=sharding, vocab_size=vocab_size)
+    found = values_and_gradients(chunked, padded, targets, weights, on_mesh)
+    assert_padding_has_no_part(found, expected, vocab_size)
 
 
 def temporary_bytes(function: Any, tokens: int, vocabulary: int, setting: LossSetting) -> int:

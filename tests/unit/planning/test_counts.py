@@ -18,8 +18,9 @@ from t5x_like.hardware.fake_devices import fake_devices
 from t5x_like.hardware.topologies import parse_topology
 from t5x_like.models import presets
 from t5x_like.models.model import Model
+from t5x_like.planning.estimate import flops
 from t5x_like.planning.estimate.kv_cache_bytes import cache_bytes, cache_per_token
-from t5x_like.planning.estimate.parameters import cross_attention_share, parameter_parts, total
+from t5x_like.planning.estimate.parameters import cross_attention_share, model_parts, parameter_parts, total
 from t5x_like.planning.estimate.scaling_laws import BESIROGLU, HOFFMANN, compute_optimal, tokens_for
 from t5x_like.planning.estimate.tokens import denoiser_tokens, token_positions, tokens_per_step
 from t5x_like.planning.sharding_table import activation_shardings, parameter_shardings
@@ -39,6 +40,23 @@ def test_parts_sum_to_all_parameters_and_name_the_stacks(family: str) -> None:
     assert total(parts).bytes_per_device == sum(row.bytes_per_device for row in parameter_shardings(program))
     has_cross = run.model.architecture == "encoder_decoder"
     assert (cross_attention_share(parts) > 0) == has_cross == ("decoder cross-attention" in parts)
+
+
+def test_padding_of_the_vocabulary_is_executed_and_not_used() -> None:
+    plain = small_run("llama_3")
+    ids = plain.model.vocab_size - 3
+    runs = [
+        dataclasses.replace(plain, model=dataclasses.replace(plain.model, vocab_size=ids, pad_vocab_to_multiple_of=one))
+        for one in (1, plain.model.vocab_size)
+    ]
+    whole, padded = (model_parts(run.model) for run in runs)
+    padding = padded.pop("vocabulary padding")
+    assert padded == whole
+    rows = 1 if plain.model.tie_embeddings else 2
+    assert (padding.count, padding.active) == (3 * rows * plain.model.lm_head_width, 0)
+    assert flops.training_flops(runs[0]) == flops.training_flops(runs[1])
+    # As many as with a token for each row.
+    assert flops.executed_flops(runs[1]) == flops.executed_flops(plain) > flops.executed_flops(runs[0])
 
 
 def test_active_parameters_are_those_of_the_chosen_experts() -> None:
