@@ -26,8 +26,9 @@ from t5x_like.config import DcnConfig, RunConfig, ShardingConfig, batch_spec
 from t5x_like.config.sharding import AXES
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.hardware.topologies import accelerator_of
+from t5x_like.sharding.loss_chunks import chunk_share
 from t5x_like.sharding.mesh import known_slices
-from t5x_like.sharding.rules import LogicalAxes, Rules, Table, spec
+from t5x_like.sharding.rules import LogicalAxes, Rules, Table, spec, split_axes
 from t5x_like.sharding.saved_activations import (
     SavedArray,
     accumulation_part,
@@ -229,7 +230,7 @@ def choose_sharding(
     accelerator = accelerator_of(devices[0].device_kind)
     usable = 0 if accelerator is None else accelerator.usable_bytes // accelerator.devices_per_chip
     pool = DevicePool(len(devices), known_slices(devices) or 1, usable)
-    activations = _activations(run, devices[0].platform)
+    activations, all_logits = _activations(run, devices[0].platform)
     # The degree must divide the number of experts of every stack that has experts; a dense stack does not limit it.
     experts = math.gcd(*(stack.experts.num_experts for stack in run.model.stacks.values() if stack.experts)) or 1
 
@@ -257,6 +258,17 @@ def choose_sharding(
             array.count * bytes_per_device(array.axes, rules.activations, array.shape, array.itemsize)
             for array in activations
         )
+        for array in all_logits:
+            rows, length, vocabulary = (
+                count // math.prod(mesh.shape[axis] for axis in split_axes(name, rules.activations, count, mesh))
+                for name, count in zip(array.axes, array.shape, strict=True)
+            )
+            share = chunk_share(run, rows * length, vocabulary)
+            activation_bytes += (share or 1.0) * rows * length * vocabulary * array.itemsize
+            if share is not None:
+                # The gradient of the head is added up, chunk by chunk, in float32.
+                table = run.model.padded_vocab_size, run.model.lm_head_width
+                activation_bytes += bytes_per_device(("vocab", "embed"), rules.activations, table, 4)
         return MeshEstimate((), int(state_bytes), int(activation_bytes))
 
     choice = choose_degrees(pool, experts, estimate)
@@ -265,15 +277,16 @@ def choose_sharding(
     return config, choice.reason
 
 
-def _activations(run: RunConfig, platform: str) -> list[SavedArray]:
-    """Return the saved activations of one accumulation step, and the logits in float32 with their cotangents."""
+def _activations(run: RunConfig, platform: str) -> tuple[list[SavedArray], list[SavedArray]]:
+    """Return the saved activations of one accumulation step, and the logits of its sub-batches: in float32, with their
+    cotangents."""
     parts = run.training.gradient_accumulation_steps
-    arrays = []
+    saved, all_logits = list[SavedArray](), list[SavedArray]()
     for sub_batch in batch_spec(run).values():
         features = accumulation_part(sub_batch, parts)
-        for saved in saved_activations(run.model, features, platform).values():
-            arrays += saved
+        for arrays in saved_activations(run.model, features, platform).values():
+            saved += arrays
         if run.model.stacks and run.model.task_head is None:
             # The largest arrays of a step with a large vocabulary: logits in float32, cotangents in the model's type.
-            arrays.append(logits(run.model, features, 4 + itemsize(run.model)))
-    return arrays
+            all_logits.append(logits(run.model, features, 4 + itemsize(run.model)))
+    return saved, all_logits

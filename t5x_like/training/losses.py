@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from t5x_like.config import RunConfig
 from t5x_like.kernels.cross_entropy import cross_entropy
 from t5x_like.kernels.linear_cross_entropy import LossSetting, TokenLosses, linear_cross_entropy
 from t5x_like.model_output import ModelOutput, OutputProjection
 from t5x_like.monitoring.metrics import WeightedMean, add
 from t5x_like.sharding.constrain import loss_sharding
+from t5x_like.sharding.loss_chunks import loss_chunk_tokens
 
 Params = Mapping[str, object]
 SubBatch = Mapping[str, jax.Array]
@@ -23,10 +23,6 @@ Apply = Callable[[Params, SubBatch, jax.Array | None], jax.Array | ModelOutput]
 The key is that of dropout and of samples; None: neither."""
 ModelApply = Callable[[Params, SubBatch, jax.Array | None], ModelOutput]
 """The same of a model that returns a `ModelOutput`."""
-MAX_LOGITS_BYTES = 256 * 2**20
-"""Bytes of float32 logits per device up to which the loss is computed from all of them, if the run does not choose."""
-CHUNK_BYTES = 64 * 2**20
-"""Bytes of the float32 logits of a chunk beyond that, unless it would have fewer tokens than the head is wide."""
 
 
 def targets_and_weights(batch: SubBatch) -> tuple[jax.Array, jax.Array]:
@@ -92,27 +88,6 @@ def sub_batch_metrics(
     sums = jnp.sum(loss[:, :, None] * is_of, axis=(0, 1))
     counts = jnp.sum(is_of, axis=(0, 1))
     return metrics | {f"loss/{name}": WeightedMean(sums[i], counts[i]) for i, name in enumerate(denoisers)}
-
-
-def loss_chunk_tokens(chosen: int | None, tokens: int, width: int, vocabulary: int) -> int:
-    """Return the number of tokens whose logits exist at once on a device; 0: those of all.
-
-    Args:
-      chosen: `TrainingConfig.loss_chunk_tokens`.
-      tokens: Tokens of a sub-batch on the device.
-      width: Width of the head.
-      vocabulary: Size of the vocabulary on the device.
-    """
-    if chosen is not None:
-        return chosen
-    # Each chunk adds its gradient of the kernel to that of all. With fewer tokens than the head is wide, this takes
-    # more memory traffic than the products.
-    return max(width, CHUNK_BYTES // (4 * vocabulary)) if 4 * tokens * vocabulary > MAX_LOGITS_BYTES else 0
-
-
-def needs_all_logits(run: RunConfig) -> bool:
-    """Return whether something other than the cross-entropy of targets reads the logits of a run's model."""
-    return run.model.generator is not None or run.training.distillation is not None or run.data.preference is not None
 
 
 def _chunked_losses(

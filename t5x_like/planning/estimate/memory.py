@@ -35,11 +35,11 @@ from t5x_like.config.model import ModelConfig, StackConfig
 from t5x_like.program import Program
 from t5x_like.sharding import saved_activations
 from t5x_like.sharding.host_memory import is_on_host
+from t5x_like.sharding.loss_chunks import chunk_share
 from t5x_like.sharding.rules import spec
 from t5x_like.sharding.saved_activations import SavedArray, accumulation_part
 from t5x_like.sharding.shardings import logical_leaves
 from t5x_like.training import freezing
-from t5x_like.training.losses import loss_chunk_tokens, needs_all_logits
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
 
@@ -251,17 +251,12 @@ class ActivationMemory:
 
     def _chunk_share(self, features: Mapping[str, ArraySpec]) -> float | None:
         """Return the share of a sub-batch's tokens whose logits exist at once; None if they all do."""
-        if needs_all_logits(self.run):
-            return None
         logits = self._logits(features, 4)
         sharding = NamedSharding(
             self.program.mesh, spec(logits.axes, self.program.rules.activations, logits.shape, self.program.mesh)
         )
         rows, length, vocabulary = sharding.shard_shape(logits.shape)
-        chosen = self.run.training.loss_chunk_tokens
-        chunk = loss_chunk_tokens(chosen, rows * length, self.config.lm_head_width, vocabulary)
-        # With a single chunk the gradient of the head takes the place of the logits.
-        return chunk / (rows * length) if 0 < chunk < rows * length else None
+        return chunk_share(self.run, rows * length, vocabulary)
 
     def tied_logits(self) -> dict[str, int]:
         """Return the bytes of the logits that a tied table keeps alive.

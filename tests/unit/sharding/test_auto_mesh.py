@@ -173,3 +173,23 @@ def test_dense_stack_beside_a_stack_of_experts_leaves_the_experts_divided() -> N
     devices = [FakeDevice(n, 0) for n in range(8)]
     config, _ = choose_sharding(run, default_rules(run.sharding), devices, (axes, shapes), (axes, shapes))
     assert config.expert == 4
+
+
+def test_logits_count_as_many_tokens_as_the_loss_has_at_once() -> None:
+    """A device has 128 rows of 128 tokens, and 4 bytes of logits and of their cotangents for each of 32,000 ids."""
+    axes, shapes = {"head": ("embed", "vocab")}, {"head": jax.ShapeDtypeStruct((64, 32_000), "float32")}
+    estimates = {}
+    for chunk in (0, 512, None):
+        run = a_run(1024, 128, 64, 4)
+        training = dataclasses.replace(run.training, loss_chunk_tokens=chunk)
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=32_000), training=training)
+        devices = [FakeDevice(n, 0) for n in range(8)]
+        config, reason = choose_sharding(run, default_rules(run.sharding), devices, (axes, shapes), (axes, shapes))
+        assert config.tensor == config.context == 1
+        number, unit = reason.partition(" of state and ")[2].split()[:2]
+        estimates[chunk] = float(number) * {"MiB": 2**20, "GiB": GIB}[unit]
+    head_gradient = 4 * 64 * 32_000
+    saved = (128 * 128 - 512) * 32_000 * 8 - head_gradient
+    assert estimates[0] - estimates[512] == pytest.approx(saved, rel=0.01)
+    # 64 MiB of logits are those of 524 tokens.
+    assert estimates[None] - estimates[512] == pytest.approx((524 - 512) * 32_000 * 8, abs=2**20)

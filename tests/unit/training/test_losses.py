@@ -11,10 +11,9 @@ import pytest
 
 from t5x_like.model_output import ModelOutput, OutputProjection
 from t5x_like.monitoring.metrics import WeightedMean, add, compute
+from t5x_like.sharding.loss_chunks import MAX_LOGITS_BYTES, loss_chunk_tokens
 from t5x_like.training.losses import (
-    MAX_LOGITS_BYTES,
     batch_metrics,
-    loss_chunk_tokens,
     sub_batch_metrics,
     summed_loss,
 )
