@@ -19,7 +19,7 @@ from helpers.published_models import (  # noqa: E402
     KINDS,
     ODD,
     TOPICS,
-    byte_level_bpe,
+    save_bpe,
     sentencepiece_model,
     sentencepiece_reference,
     unigram,
@@ -96,12 +96,21 @@ def write_bert(folder: Path) -> Any:
 
 
 def write_gpt2(folder: Path) -> Any:
-    byte_level_bpe(eos_token="<|endoftext|>").backend_tokenizer.model.save(str(folder))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({name: "<|endoftext|>" for name in ("eos_token", "bos_token", "unk_token")})
-    )
-    files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
-    return transformers.GPT2Tokenizer(*files)
+    save_bpe(folder, ["<|endoftext|>"])
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    return transformers.GPT2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+
+
+def write_gpt2_json(folder: Path) -> Any:
+    reference = write_gpt2(folder)
+    (folder / "tokenizer.json").write_text(reference.backend_tokenizer.to_str(), encoding="utf-8")
+    return reference
+
+
+def write_roberta(folder: Path) -> Any:
+    save_bpe(folder, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    mask = tokenizers.AddedToken("<mask>", lstrip=True, special=True)
+    return transformers.RobertaTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), mask_token=mask)
 
 
 def write_t5_json(folder: Path) -> Any:
@@ -116,7 +125,16 @@ FAIRSEQ = [
     fairseq("MBart50Tokenizer", "mbart"),
 ]
 SENTENCEPIECE = [write_llama, *map(published, ("gemma", "t5", "deberta"))]
-WRITERS = [*SENTENCEPIECE, *FAIRSEQ, write_llama_json, write_bert, write_gpt2, write_t5_json]
+WRITERS = [
+    *SENTENCEPIECE,
+    *FAIRSEQ,
+    write_llama_json,
+    write_bert,
+    write_gpt2,
+    write_gpt2_json,
+    write_roberta,
+    write_t5_json,
+]
 
 
 @pytest.fixture(scope="module", params=WRITERS, ids=lambda writer: writer.__name__)

@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import pydoc_data.topics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ def byte_level_bpe(**special: str) -> Any:
     library.train_from_iterator(TOPICS, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
     library.add_special_tokens(list(dict.fromkeys(special.values())))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=library, **special)
+
+
+def save_bpe(folder: Path, names: Sequence[str]) -> None:
+    """Write vocab.json, with special tokens as its last pieces, and merges.txt: all that GPT-2 was published with."""
+    byte_level_bpe(eos_token="</s>").backend_tokenizer.model.save(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    vocab |= {name: len(vocab) + index for index, name in enumerate(names)}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
 
 
 def unigram(**special: str) -> Any:

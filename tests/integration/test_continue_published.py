@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -12,7 +13,14 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="the models are written by transformers (the hf extra)")
 
-from helpers.published_models import TOPICS, write_model  # noqa: E402
+from helpers.published_models import (  # noqa: E402
+    ODD,
+    TOPICS,
+    save_bpe,
+    sentencepiece_reference,
+    write_model,
+    write_sentencepiece,
+)
 
 from t5x_like.cli.main import main  # noqa: E402
 from t5x_like.data.store.prepare import open_stores  # noqa: E402
@@ -74,6 +82,50 @@ def test_commands_of_the_page(kind: str, tmp_path: Path, monkeypatch: pytest.Mon
     _, trained = loaded.params()
     for one, other in zip(*(sorted_leaves(tree) for tree in (params, trained)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+PUBLISHED = {"gpt2": "GPT2LMHeadModel", "t5": "T5ForConditionalGeneration", "umt5": "UMT5ForConditionalGeneration"}
+PUBLISHED["deberta"] = "DebertaV2ForMaskedLM"
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_models_with_the_files_that_they_were_published_with(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte-level BPE without tokenizer_config.json, and SentencePiece models; no tokenizer.json. With a learning rate
+    of nearly 0, an export after two steps has the published parameters."""
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("MODEL_DIR"), kind)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        Path("MODEL_DIR", name).unlink(missing_ok=True)
+    if kind == "gpt2":
+        save_bpe(Path("MODEL_DIR"), ["<|endoftext|>"])
+    else:
+        write_sentencepiece(Path("MODEL_DIR"), {"umt5": "t5"}.get(kind, kind))
+    reference = sentencepiece_reference(Path("MODEL_DIR"))
+    Path("text.txt").write_text("\n".join([*TOPICS[:8], *ODD]), encoding="utf-8")
+    lengths = SMALL if kind != "deberta" else SMALL.replace("targets-length 24", "targets-length 0")
+    train = f"train --from MODEL_DIR --workdir RUN --data.corpus.files text.txt --data.store-dir stores {lengths}"
+    rates = "--training.num-train-steps 2 --training.schedule.learning-rate 1e-30"
+    assert main(shlex.split(f"{train} {rates}")) == 0
+    losses = [json.loads(line) for line in Path("RUN/metrics.jsonl").read_text().splitlines()]
+    assert losses
+    assert main(["convert", "--to", "hf", "RUN", "OUT"]) == 0
+    assert "not written" not in capsys.readouterr().out
+
+    tokenizer = open_model("RUN").tokenizer
+    written = transformers.AutoTokenizer.from_pretrained("OUT")
+    for text in ODD:
+        ids = reference(text)["input_ids"]
+        assert tokenizer.encode(text) == reference(text, add_special_tokens=False)["input_ids"], text
+        assert written(text)["input_ids"] == ids, text
+    architecture = getattr(transformers, PUBLISHED[kind])
+    model, report = architecture.from_pretrained("OUT", output_loading_info=True)
+    assert not any(report.values()), report
+    before = architecture.from_pretrained("MODEL_DIR").state_dict()
+    for name, tensor in model.state_dict().items():
+        # A token table has grown by sentinels and mode tokens.
+        np.testing.assert_allclose(tensor[: len(before[name])].numpy(), before[name].numpy(), rtol=1e-7, atol=1e-20)
 
 
 def sorted_leaves(tree: object) -> list[np.ndarray]:

@@ -27,14 +27,6 @@ ROLES: dict[str, tuple[str, ...]] = {
     "mask": ("mask_token",),
 }
 """Fields of tokenizer_config.json that give the token of a role; the first one that is set applies."""
-_USUAL: dict[str, tuple[str, ...]] = {
-    "pad": ("<pad>", "[PAD]", "<|padding|>"),
-    "eos": ("</s>", "<eos>", "[SEP]", "<|endoftext|>", "<|end_of_text|>"),
-    "start": ("<s>", "<bos>", "[CLS]", "<|begin_of_text|>"),
-    "unk": ("<unk>", "[UNK]"),
-    "mask": ("[MASK]", "<mask>"),
-}
-"""Usual names of the tokens, for a tokenizer.json without tokenizer_config.json."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -145,8 +137,6 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the id of the token with a role, or None."""
         stated = [self.config[field] for field in ROLES[role] if self.config.get(field) is not None]
         names = [value["content"] if isinstance(value, dict) else value for value in stated[:1]]
-        if not self.config:
-            names = list(_USUAL[role])
         found = (self._tokenizer.token_to_id(name) for name in names)
         return next((token for token in found if token is not None), None)
 

@@ -8,12 +8,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from helpers.config_examples import shipped_recipes
 from helpers.model_examples import parameters
 
 from t5x_like.checkpoints import model_dir
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.cli.main import main
 from t5x_like.config import CheckpointConfig, ModelConfig
+from t5x_like.config.recipes import load_recipe
 from t5x_like.errors import EXIT_OK, EXIT_USAGE, ConfigError, DataError
 from t5x_like.export.huggingface_directory import export_directory
 from t5x_like.interop.huggingface import families as registry
@@ -387,3 +389,17 @@ def test_export_description_names_the_family():
     assert "causally to the prefix" in describe_export(presets.llama_3(), "prefix_lm")
     described = describe_export(presets.smoke(), "encoder_decoder")
     assert described.startswith("no Hugging Face export: the nearest family, ") and "differs in encoder." in described
+
+
+@pytest.mark.parametrize("reference", shipped_recipes(), ids=lambda reference: reference.rpartition("/")[2])
+def test_every_shipped_recipe_exports_or_says_at_its_start_why_not(reference: str) -> None:
+    run = load_recipe(reference)
+    said = describe_export(run.model, run.data.layout)
+    if run.data.layout == "prefix_lm":
+        assert said.startswith("no Hugging Face export: ") and "causally to the prefix" in said
+    elif said.startswith("exports to Hugging Face as "):
+        assert said.endswith(f" {require_family(run.model, None).model_type}")
+    else:
+        assert "the nearest family, " in said and " differs in " in said
+        with pytest.raises(ConfigError, match="no matching Hugging Face family"):
+            require_family(run.model, None)
