@@ -89,7 +89,9 @@ def sentencepiece_reference(folder: Path) -> Any:
 
     transformers 5 leaves it out for mBART and replaces it by NFC for DeBERTa, whose models were trained with it.
     """
-    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    # AutoTokenizer reads umT5 from tokenizer.json only.
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    reference = getattr(transformers, config["tokenizer_class"]).from_pretrained(folder)
     kinds = {"MBartTokenizer": "sentencepiece.bpe.model", "DebertaV2Tokenizer": "spm.model"}
     if type(reference).__name__ in kinds:
         model = (folder / kinds[type(reference).__name__]).read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -100,16 +99,15 @@ def test_models_with_the_files_that_they_were_published_with(
         Path("MODEL_DIR", name).unlink(missing_ok=True)
     if kind == "gpt2":
         save_bpe(Path("MODEL_DIR"), ["<|endoftext|>"])
+        reference = transformers.AutoTokenizer.from_pretrained("MODEL_DIR")
     else:
         write_sentencepiece(Path("MODEL_DIR"), {"umt5": "t5"}.get(kind, kind))
-    reference = sentencepiece_reference(Path("MODEL_DIR"))
+        reference = sentencepiece_reference(Path("MODEL_DIR"))
     Path("text.txt").write_text("\n".join([*TOPICS[:8], *ODD]), encoding="utf-8")
     lengths = SMALL if kind != "deberta" else SMALL.replace("targets-length 24", "targets-length 0")
     train = f"train --from MODEL_DIR --workdir RUN --data.corpus.files text.txt --data.store-dir stores {lengths}"
     rates = "--training.num-train-steps 2 --training.schedule.learning-rate 1e-30"
     assert main(shlex.split(f"{train} {rates}")) == 0
-    losses = [json.loads(line) for line in Path("RUN/metrics.jsonl").read_text().splitlines()]
-    assert losses
     assert main(["convert", "--to", "hf", "RUN", "OUT"]) == 0
     assert "not written" not in capsys.readouterr().out
 
