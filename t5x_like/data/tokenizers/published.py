@@ -154,8 +154,8 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     tokenizer.add_special_tokens(added)
     start, end = names.get("bos_token"), names.get("eos_token")
     if mask is not None and start is not None and end is not None:
-        around = [(name, tokenizer.token_to_id(name)) for name in (end, start)]
-        tokenizer.post_processor = processors.RobertaProcessing(*around)
+        ids: Any = tokenizer.get_vocab(with_added_tokens=True)
+        tokenizer.post_processor = processors.RobertaProcessing((end, ids[end]), (start, ids[start]))
     result: dict[str, Any] = json.loads(tokenizer.to_str())
     return result
 
