@@ -33,7 +33,7 @@ _AXES = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Row of a table of scores: texts of value, interval and seeds, and whether it is told from 0."""
+    """Row of a table of scores: texts of value, interval and seeds, and whether it differs from 0."""
 
     arm: str
     css: str

@@ -24,7 +24,7 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.22
 """The 97.5 % points of Student's t with 1 to 15 degrees of freedom."""
 _NORMAL = 1.960
 
-Verdict = Literal["held", "failed", "not told"]
+Verdict = Literal["held", "failed", "undecided"]
 Side = Literal["", "at most", "at least"]
 
 
@@ -171,7 +171,7 @@ def verdict(prediction: Prediction, estimate: Estimate | None) -> Verdict | None
         return "held"
     if high < prediction.low or low > prediction.high:
         return "failed"
-    return "not told"
+    return "undecided"
 
 
 def collect(study: Study, runs: Sequence[tuple[StudyRun, EvaluatedCheckpoint]]) -> Results:

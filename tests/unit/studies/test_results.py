@@ -54,32 +54,32 @@ BETTER = Prediction("b is better than a", "a guess", "b", "a", high=0.0)
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_an_arm_against_itself_is_not_told(seeds: int) -> None:
-    """At most 2 of 20 repetitions are told, where 95 % intervals have one on average; here of five times as many."""
+def test_an_arm_against_itself_is_undecided(seeds: int) -> None:
+    """At most 2 of 20 repetitions are decided, where 95 % intervals have one on average; here of five times as many."""
     found = [
         verdict(BETTER, results({"a": 0.0, "b": 0.0}, seeds, repetition).difference("b", "a"))
         for repetition in range(100)
     ]
-    assert found.count("not told") >= 90
-    assert seeds > 3 or found[:20].count("not told") >= 18
+    assert found.count("undecided") >= 90
+    assert seeds > 3 or found[:20].count("undecided") >= 18
 
 
 def test_swapped_labels_have_no_effect() -> None:
-    """With the labels of the arms swapped for every other seed, an effect that is told before is told no longer."""
-    told = results({"a": 0.0, "b": -0.06}, 4)
-    assert verdict(BETTER, told.difference("b", "a")) == "held"
+    """With the labels of the arms swapped for every other seed, a prediction that was held becomes undecided."""
+    before = results({"a": 0.0, "b": -0.06}, 4)
+    assert verdict(BETTER, before.difference("b", "a")) == "held"
     other = {"a": "b", "b": "a"}
-    swapped = {(other[arm] if seed and seed % 2 else arm, seed): run for (arm, seed), run in told.runs.items()}
+    swapped = {(other[arm] if seed and seed % 2 else arm, seed): run for (arm, seed), run in before.runs.items()}
     estimate = Results(swapped, BITS).difference("b", "a")
-    assert verdict(BETTER, estimate) == "not told" and not differs(estimate)
+    assert verdict(BETTER, estimate) == "undecided" and not differs(estimate)
 
 
-def test_predictions_are_held_failed_or_not_told() -> None:
+def test_predictions_are_held_failed_or_undecided() -> None:
     found = results({"a": 0.0, "b": -0.1, "c": 0.1}, 3)
     by_much = {arm: Prediction("", "a guess", arm, "a", high=-0.02) for arm in "bc"}
     assert [verdict(by_much[arm], found.difference(arm, "a")) for arm in "bc"] == ["held", "failed"]
     at_the_effect = Prediction("", "a guess", "b", "a", low=-0.1, high=0.0)
-    assert verdict(at_the_effect, found.difference("b", "a")) == "not told"
+    assert verdict(at_the_effect, found.difference("b", "a")) == "undecided"
     itself = Prediction("", "a calculation", "a", low=1.5, high=2.5)
     assert verdict(itself, found.score("a")) == "held"
     assert ordered_arms(found) == ["b", "a", "c"]
@@ -121,11 +121,11 @@ def test_only_seeds_of_both_arms_are_compared() -> None:
     [
         # The exact value of b is at most its bound: below a for certain, or anywhere.
         ("b", -0.2, Prediction("", "a guess", "b", "a", high=0.0), "held"),
-        ("b", 0.2, Prediction("", "a guess", "b", "a", high=0.0), "not told"),
-        ("b", 0.2, Prediction("", "a guess", "b", "a", low=0.0), "not told"),
+        ("b", 0.2, Prediction("", "a guess", "b", "a", high=0.0), "undecided"),
+        ("b", 0.2, Prediction("", "a guess", "b", "a", low=0.0), "undecided"),
         ("b", -0.2, Prediction("", "a guess", "b", "a", low=0.0), "failed"),
         ("a", 0.2, Prediction("", "a guess", "b", "a", low=0.0), "held"),
-        ("a", -0.2, Prediction("", "a guess", "b", "a", low=0.0), "not told"),
+        ("a", -0.2, Prediction("", "a guess", "b", "a", low=0.0), "undecided"),
     ],
 )
 def test_a_bound_is_judged_on_the_side_that_it_limits(
@@ -182,9 +182,9 @@ def test_steps_of_a_run_that_does_not_reach_the_score_are_a_lower_bound(tmp_path
     assert ratio is not None and (ratio.value, ratio.side) == (2, "at least")
     inverse = found.difference("b", "a", "steps", is_ratio=True)
     assert inverse is not None and (inverse.value, inverse.side) == (0.5, "at most")
-    # It may be any number above its bound: what is beyond is not told, and of two such runs nothing is known.
+    # It may be any number above its bound: two such runs cannot be compared.
     above = Prediction("", "a guess", "a", "b", low=3.0, score="steps", is_ratio=True)
-    assert verdict(above, ratio) == "not told" and verdict(dataclasses.replace(above, low=1.9), ratio) == "held"
+    assert verdict(above, ratio) == "undecided" and verdict(dataclasses.replace(above, low=1.9), ratio) == "held"
     assert found.difference("a", "c", "steps") is None
 
 
