@@ -1,4 +1,4 @@
-"""64 kB of text, read up to 64 times: which objective goes on learning from the same text?"""
+"""64 kB of text, read up to 64 times: which objective continues to learn from the same text?"""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ def study(tier: Tier, folder: Path) -> Study:
         "diffusion": ("prefix_lm", (MaskedDiffusion(),)),
     }
     return Study(
-        question="Which objective goes on learning from text that it has read before?",
+        question="Which objective continues to learn from text that it has read before?",
         description=f"{UNIQUE // 1000} kB of text are read {EPOCHS} times. The curves against raw tokens show where "
         "each objective begins to forget what it does not read. Diffusion has an upper bound.",
         arms=tuple(Arm(name, _run(tier, folder, *arm)) for name, arm in arms.items()),

@@ -87,8 +87,8 @@ def register(commands: Any) -> None:
         type=positive,
         nargs=2,
         metavar=("GIVEN", "SCORED"),
-        help="score so many tokens after so many given ones, in windows that are the same for every architecture and "
-        "row length, so that `compare` can tell the models apart (default: evaluation.continuation of the run)",
+        help="score SCORED tokens after GIVEN ones, in windows that are the same for every architecture and "
+        "row length, so that `compare` can distinguish the models (default: evaluation.continuation of the run)",
     )
 
     tasks = parser.add_argument_group("seqio Tasks", "in addition to those of a run's own evaluation.tasks")
