@@ -4,9 +4,9 @@ XLA's CPU programs allocate one temporary buffer per call and free it at the end
 to the kernel, which fills its pages with zeros again in the next step: an eighth of a small model's step. With these
 settings the buffer stays in the process.
 
-The price is that the process holds on to its largest use of memory, and that a small block which comes to lie where the
-buffer was makes the heap grow by another buffer. `limit_growth` returns the free pages to the kernel if the process has
-grown since its first steps. `check` bounds what it holds: where memory becomes scarce, the free pages go back to the
+The price is that the process holds on to its largest use of memory, and that the heap grows by another buffer where the
+place of the last one has become too small, by a block behind it or by its alignment. `limit_growth` returns the free
+pages to the kernel if the process has grown since its first steps. `check` bounds what it holds: where memory becomes scarce, the free pages go back to the
 kernel and glibc's usual behaviour returns.
 """
 
@@ -25,8 +25,8 @@ LEAST_AVAILABLE = 0.1
 """Share of the machine's memory that must be available to other processes."""
 MAX_GROWTH = 1.5
 """Memory that the process may hold, relative to that after its first steps."""
-_FIRST_STEPS = 3
-"""Steps that set what the process needs."""
+_SKIPPED_STEPS = 1
+"""Steps after free pages were returned that may not have used their memory again when they are looked at."""
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
@@ -48,7 +48,8 @@ _USUAL = (
 _LOG = logging.getLogger(__name__)
 _status = "glibc's defaults"
 _keeps = False
-_first_steps: list[int] = []  # Resident bytes after each of the first steps.
+_needed: int | None = None  # Smallest resident memory after a step, in bytes.
+_skip = 0  # Steps that are not looked at.
 
 
 def status() -> str:
@@ -75,25 +76,29 @@ def keep_freed_memory() -> bool:
 
 def compilation_ended() -> None:
     """Return the free pages that compilation has left in the heap, which the steps would not use again."""
+    global _needed
     if _keeps:
-        _libc().malloc_trim(ctypes.c_size_t(0))
-        _first_steps.clear()
+        _needed = None
+        _return_free_pages()
 
 
 def limit_growth() -> bool:
     """Return free pages to the kernel if the process has grown since its first steps; return whether it had.
 
-    Call it after each step. The next steps get the pages that they use from the kernel again.
+    Call it after each step. The next step gets the pages that it uses from the kernel again.
     """
+    global _needed, _skip
     if not _keeps:
         return False
+    if _skip:
+        _skip -= 1
+        return False
     held = _resident_bytes()
-    if len(_first_steps) < _FIRST_STEPS:
-        _first_steps.append(held)
-    elif held > MAX_GROWTH * max(_first_steps):
-        _libc().malloc_trim(ctypes.c_size_t(0))
-        return True
-    return False
+    _needed = held if _needed is None else min(_needed, held)
+    if held <= MAX_GROWTH * _needed:
+        return False
+    _return_free_pages()
+    return True
 
 
 def check() -> bool:
@@ -118,6 +123,12 @@ def check() -> bool:
         available // 2**20,
     )
     return True
+
+
+def _return_free_pages() -> None:
+    global _skip
+    _libc().malloc_trim(ctypes.c_size_t(0))
+    _skip = _SKIPPED_STEPS
 
 
 def _libc() -> ctypes.CDLL:

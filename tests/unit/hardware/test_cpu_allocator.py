@@ -87,7 +87,7 @@ def held():
 
 for _ in range(3):
     step(0)
-    assert not cpu_allocator.limit_growth()
+    assert not cpu_allocator.limit_growth()  # The first one sets what a step needs.
 first, without = cpu_allocator._resident_bytes(), held()
 assert cpu_allocator.limit_growth()
 assert cpu_allocator._resident_bytes() < first < without - 0.9 * SIZE
