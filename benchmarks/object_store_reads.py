@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--batch", type=int, default=256, help="rows of a host and step")
     parser.add_argument("--chunk", type=int, default=2**14, help="tokens of a chunk")
+    parser.add_argument("--cache", type=int, default=2**29, help="bytes of the cache; small: each window is a request")
     options = parser.parse_args()
     os.environ.setdefault("AWS_ACCESS_KEY_ID", "key")
     os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "secret")
@@ -159,7 +160,13 @@ def main() -> None:
 
     token_arrays.CHUNK_TOKENS = options.chunk
     token_store.IN_MEMORY_BYTES = 0
-    now = DataConfig(layout="causal_lm", mixture=(CausalLM(),), inputs_length=0, targets_length=options.length)
+    now = DataConfig(
+        layout="causal_lm",
+        mixture=(CausalLM(),),
+        inputs_length=0,
+        targets_length=options.length,
+        store_cache_bytes=options.cache,
+    )
     before = dataclasses.replace(now, prefetch_threads=1, store_request_concurrency=32, store_cache_bytes=2**28)
     with tempfile.TemporaryDirectory() as temporary:
         write_store(Path(temporary) / "store", options.tokens)

@@ -6,8 +6,8 @@ settings the buffer stays in the process.
 
 The price is that the process holds on to its largest use of memory, and that the heap grows by another buffer where the
 place of the last one has become too small, by a block behind it or by its alignment. `limit_growth` returns the free
-pages to the kernel if the process has grown since its first steps. `check` bounds what it holds: where memory becomes scarce, the free pages go back to the
-kernel and glibc's usual behaviour returns.
+pages to the kernel if the process has grown since its first steps. `check` bounds what it holds: where memory becomes
+scarce, the free pages go back to the kernel and glibc's usual behaviour returns.
 """
 
 from __future__ import annotations
