@@ -143,25 +143,24 @@ class Embedding(nnx.Module):
         return _rows(table, ids).astype(dtype)
 
 
-@jax.custom_vjp
 def _rows(table: Array, ids: Array) -> Array:
     """Return the rows of a table. The gradients of a row are added up in float32, whatever the type of the table."""
-    return jnp.take(table, ids, axis=0, mode="clip")
+    wide, dtype = jax.ShapeDtypeStruct(table.shape, jnp.float32), table.dtype
 
+    def looked_up(table: Array, ids: Array) -> Array:
+        return jnp.take(table, ids, axis=0, mode="clip")
 
-def _rows_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _rows(table, ids), (table, ids)
+    rows = jax.custom_vjp(looked_up)
 
+    def forward(table: Array, ids: Array) -> tuple[Array, Array]:
+        return rows(table, ids), ids
 
-def _rows_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
-    table, ids = residuals
-    wide = jax.ShapeDtypeStruct(table.shape, jnp.float32)
-    added = jax.linear_transpose(lambda table: jnp.take(table, ids, axis=0, mode="clip"), wide)
-    (gradient,) = added(cotangent.astype(jnp.float32))
-    return gradient.astype(table.dtype), None
+    def backward(ids: Array, cotangent: Array) -> tuple[Array, None]:
+        (gradient,) = jax.linear_transpose(lambda table: looked_up(table, ids), wide)(cotangent.astype(jnp.float32))
+        return gradient.astype(dtype), None
 
-
-_rows.defvjp(_rows_forward, _rows_backward)
+    rows.defvjp(forward, backward)
+    return rows(table, ids)
 
 
 class Norm(nnx.Module):
