@@ -152,7 +152,7 @@ def register(commands: Any) -> None:
     files.add_argument(
         "--target-field",
         metavar="NAME",
-        help="(default: that of the run's data; with --predictions target, targets, answers or reference)",
+        help="(default: that of the run's data; with --predictions target, targets, answers, reference or references)",
     )
     files.add_argument("--prediction-field", metavar="NAME", help="(default: prediction or output)")
     parser.set_defaults(overrides=False)
