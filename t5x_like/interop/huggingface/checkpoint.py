@@ -91,6 +91,8 @@ def open_directory(directory: Path, *, scale_logits: bool | None = None) -> Hugg
       DataError: something is missing, malformed, unknown or of another shape; the message names it.
       SafetyError: a symbolic link leads out of the directory.
     """
+    if not directory.is_dir():
+        raise DataError(f"{directory}: found no such directory, expected that of a Hugging Face model")
     require_links_inside(directory)
     fields = Fields.read(directory / "config.json")
     weights = Weights(directory)

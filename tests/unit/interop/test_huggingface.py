@@ -162,6 +162,11 @@ def test_convert_command_imports_and_exports(directory, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "half", "imported", "source"]
 
 
+def test_a_directory_that_does_not_exist_is_named(tmp_path, capsys):
+    assert main(["convert", "--from", "hf", str(tmp_path / "missing"), str(tmp_path / "imported")]) == EXIT_USAGE
+    assert f"{tmp_path}/missing: found no such directory" in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite_are_not_exported(directory, tmp_path):
     params = jax.tree.map(lambda leaf: leaf, parameters(small()))  # A copy: other tests share these parameters.
     params["decoder"]["final_norm"]["scale"] = params["decoder"]["final_norm"]["scale"].at[0].set(np.inf)
