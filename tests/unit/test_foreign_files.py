@@ -74,6 +74,8 @@ FOUND: dict[str, tuple[str, str, str, str]] = {
         "5",
     ),
     "text without a fingerprint": ("evaluated checkpoint", "evaluations.jsonl", '"fingerprint": "f"', '"x": "f"'),
+    "huge id": ("vocab.json and merges.txt", "vocab.json", '"ab": 2', '"ab": 2147483648'),
+    "huge id of a tokenizer.json": ("tokenizer.json", "tokenizer.json", '"<pad>": 0', '"<pad>": 2147483648'),
     "id that is a text": ("vocab.json and merges.txt", "vocab.json", '"a": 0', '"a": "x"'),
 }
 """Name -> kind of files, file, its text and what replaces it: each once raised another exception."""

@@ -19,6 +19,8 @@ from t5x_like.data.tokenizers.vocabulary import Vocabulary
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.utils.json_reader import parse_json
 
+MAX_TOKENS = 2**22
+"""Largest number of ids, several times that of the largest published vocabularies: the table of all ids is made."""
 ROLES: dict[str, tuple[str, ...]] = {
     "pad": ("pad_token",),
     "eos": ("eos_token", "sep_token"),
@@ -94,6 +96,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _vocabulary(self, num_sentinels: int, source: str) -> Vocabulary:
         size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if size > MAX_TOKENS:
+            raise ValueError(f"a token has the id {size - 1}, expected an id below {MAX_TOKENS}")
         pad, eos, start, unk, mask = (self._token_of(role) for role in ("pad", "eos", "start", "unk", "mask"))
         if eos is None:
             raise ValueError("no end-of-sequence token: eos_token or sep_token of tokenizer_config.json")
