@@ -254,9 +254,7 @@ FAULTS: dict[str, tuple[Callable[[Soak, Start], None], tuple[int, ...]]] = {
     "SIGTERM of one": (_signal(signal.SIGTERM), (EXIT_RESUMABLE,)),
     "SIGSTOP of one": (_signal(signal.SIGSTOP), KILLED),
     "full disk": (fill_disk, (EXIT_REFUSED,)),
-    # A save that had just begun may leave the processes waiting for each other, which its limit ends. The next start
-    # is refused as long as the volume is missing.
-    "dropped volume": (drop_volume, (EXIT_REFUSED, EXIT_RESUMABLE)),
+    "dropped volume": (drop_volume, (EXIT_REFUSED,)),
     "flipped bit": (flip_bit, KILLED),
 }
 # The numbers of faults and of phases have no common factor, so that each fault meets each phase.
@@ -281,9 +279,6 @@ def one_fault(soak: Soak, number: int, progress: float) -> tuple[str, str]:
     code = start.finish(SECONDS)
     (soak.volume / "filler").unlink(missing_ok=True)
     if not soak.workdir.is_mount():
-        if code == EXIT_RESUMABLE:
-            refused = soak.disturbed()
-            assert refused.finish(SECONDS) == EXIT_REFUSED, refused.output
         soak.mount_run()
     left = [pid for pid in start.pids if _is_alive(pid)]
     assert code in (*codes, EXIT_OK) and not left, f"{name} {where}: {code} {left}\n{start.output}"
