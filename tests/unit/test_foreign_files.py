@@ -74,6 +74,12 @@ FOUND: dict[str, tuple[str, str, str, str]] = {
         "5",
     ),
     "text without a fingerprint": ("evaluated checkpoint", "evaluations.jsonl", '"fingerprint": "f"', '"x": "f"'),
+    "root of zero": (
+        "config.json of a Gemma 3",
+        "config.json",
+        '"query_pre_attn_scalar": 256',
+        '"query_pre_attn_scalar": 0',
+    ),
     "huge id": ("vocab.json and merges.txt", "vocab.json", '"ab": 2', '"ab": 2147483648'),
     "huge id of a tokenizer.json": ("tokenizer.json", "tokenizer.json", '"<pad>": 0', '"<pad>": 2147483648'),
     "id that is a text": ("vocab.json and merges.txt", "vocab.json", '"a": 0', '"a": "x"'),

@@ -162,6 +162,13 @@ class Fields:
             raise self.wrong(name, "a number")
         return float(value)
 
+    def inverse_root(self, name: str, default: float) -> float:
+        """Return 1 / sqrt of a positive number."""
+        value = self.number(name, default)
+        if not value > 0:
+            raise self.wrong(name, "a positive number")
+        return value**-0.5
+
     def optional(self, name: str, default: float | None = None) -> float | None:
         """Return a number, None if the field is null, or the default if it is missing."""
         return default if name not in self.values else self.number(name) if self.has(name) else None

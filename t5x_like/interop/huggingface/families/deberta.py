@@ -50,7 +50,7 @@ def read_deberta(fields: Fields, present: Present) -> ModelConfig:
         positions="disentangled",
         relative_bias_buckets=fields.integer("position_buckets"),
         relative_bias_max_distance=distance,
-        attention_scale=(3 * (width // max(heads, 1))) ** -0.5,
+        attention_scale=(3 * max(width // max(heads, 1), 1)) ** -0.5,
         norm_epsilon=fields.number("layer_norm_eps", 1e-7),
     )
     return bert_model(stack, fields, present)

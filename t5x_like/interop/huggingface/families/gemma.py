@@ -44,7 +44,7 @@ def read_gemma_2_stack(fields: Fields) -> StackConfig:
         rope_scaling=scaling,
         local_rope_scaling=scaling,
         attention_softcap=fields.optional("attn_logit_softcapping", 50.0),
-        attention_scale=fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        attention_scale=fields.inverse_root("query_pre_attn_scalar", 256.0),
         layer_pattern=fields.layer_kinds(num_layers, full_every=2, first_full=1),
         sliding_window=(window - 1, window - 1),
         **_GEMMA_STACK,
@@ -108,7 +108,7 @@ def read_gemma_3_stack(fields: Fields, **more: Any) -> StackConfig:
         "local_rope_base": local,
         "local_rope_scaling": local_scaling,
         # A softcap of the scores can be written in config.json; transformers does not read it.
-        "attention_scale": fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        "attention_scale": fields.inverse_root("query_pre_attn_scalar", 256.0),
         "layer_pattern": fields.layer_kinds(num_layers, full_every=max(every, 1), first_full=max(every, 1) - 1),
         "sliding_window": (window - 1, window - 1),
         "qk_norm": True,
