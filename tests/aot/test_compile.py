@@ -18,6 +18,7 @@ from t5x_like.config.recipes import load_recipe
 from t5x_like.errors import ConfigError
 from t5x_like.hardware.topologies import Topology, parse_topology
 from t5x_like.planning.estimate.kv_cache_bytes import cache_bytes
+from t5x_like.planning.estimate.memory import estimate
 from t5x_like.planning.xla.aot_compile import CompiledStep, compile_lowered, compile_train_step
 from t5x_like.planning.xla.aot_decode import compile_decode_step
 from t5x_like.planning.xla.compile_report import print_compiled
@@ -100,6 +101,23 @@ def test_decode_step_holds_parameters_and_caches() -> None:
     assert roofline(compiled).compute > 0
     with pytest.raises(ConfigError, match="decoder"):
         compile_decode_step(recipe("smoke:encoder"), topology)
+
+
+def test_state_and_layer_inputs_move_to_the_host() -> None:
+    """What a run keeps in host memory is not among the arguments on the devices, and is counted apart."""
+    topology = parse_topology("v5e:2x2")
+    rows = ("--training.global-batch-size", "64", "--model.remat")
+    device = recipe("smoke:decoder", *rows, "full")
+    host = recipe("smoke:decoder", *rows, "offload", "--sharding.optimizer-state-memory", "host")
+    compiled = {name: compile_train_step(run, topology) for name, run in (("device", device), ("host", host))}
+    for each in compiled.values():
+        assert each.fits and not each.warnings, each.error
+    assert compiled["device"].host_bytes == 0
+    planned = estimate(build_program(host, compiler_devices(topology))).host
+    moved = compiled["device"].argument_bytes - compiled["host"].argument_bytes
+    # The tiles of these small matrices are half padding on the devices.
+    assert planned["optimizer state"] <= moved <= 2 * planned["optimizer state"]
+    assert compiled["host"].host_bytes >= moved
 
 
 def test_oversized_run_is_refused_with_xlas_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Growing batches, balanced experts, rounded moments: resumed within the ramp, a run is the uninterrupted one."""
+"""Growing batches, balanced experts, rounded parameters and moments: a resumed run is the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def test_run_is_resumed_within_the_ramp(tmp_path: Path) -> None:
             "global_batch_size": 32,
             "batch_size_ramp": stages,
             "optimizer_state_type": "bfloat16",
+            "parameter_type": "bfloat16",
         },
         compilation_cache=CompilationCacheConfig(directory=str(tmp_path / "compiled")),
         monitoring=MonitoringConfig(writers=(), num_decoded_samples=0, log_every_steps=1, record_rows=True),
@@ -61,7 +62,8 @@ def test_run_is_resumed_within_the_ramp(tmp_path: Path) -> None:
         path: leaf.tobytes() for path, leaf in undisturbed.items()
     }
     bias = undisturbed["params/decoder/layers/mlp/router_bias"]
-    assert np.any(bias) and np.abs(bias).max() <= 6 * 0.01 + 1e-6
+    # Each of the six steps is rounded, by 2**-7 of the value at most.
+    assert np.any(bias) and np.abs(bias.astype(np.float32)).max() <= 6 * 0.01 * (1 + 2.0**-7) ** 6
 
     for workdir in ("undisturbed", "resumed"):
         rows = [record["main"]["indices"] for record in records(tmp_path / workdir / "rows.jsonl")]
