@@ -118,8 +118,8 @@ def _expectation(prediction: Prediction, results: Results) -> Mapping[str, str]:
 
 def _range(low: float, high: float) -> str:
     if math.isinf(high):
-        return f"at least {low:g}"
-    return f"at most {high:g}" if math.isinf(low) else f"from {low:g} to {high:g}"
+        return f"at least {low:.4g}"
+    return f"at most {high:.4g}" if math.isinf(low) else f"from {low:.4g} to {high:.4g}"
 
 
 def _value(estimate: Estimate, *, signed: bool) -> str:
