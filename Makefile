@@ -64,6 +64,12 @@ FUZZ_SECONDS ?= 60
 fuzz: install-dev
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
+# The same, guided by the code that each input reaches, for so many seconds each.
+.PHONY: fuzz-coverage
+fuzz-coverage: install-dev
+	$(PIP) install --quiet --upgrade --target build/atheris 'atheris>=3,<4'
+	PYTHONPATH=build/atheris $(BIN)/python tests/fuzz/coverage_fuzz.py --seconds $(FUZZ_SECONDS)
+
 # Random faults over one run of two processes, which must end as the undisturbed run; needs root for its file systems.
 .PHONY: soak
 MINUTES ?= 30
