@@ -79,9 +79,9 @@ def t5x_like_step(options: argparse.Namespace) -> Callable[[], float]:
         state, metrics = program.train_step(state, batch)
         jax.block_until_ready(state)
         if compiled:
-            cpu_allocator.limit_growth()
+            cpu_allocator.limit_growth(lambda: None)
         else:
-            cpu_allocator.compilation_ended()
+            cpu_allocator.compilation_ended(lambda: None)
             compiled = True
         loss = metrics["loss"]
         return float(loss.sum / loss.weight)

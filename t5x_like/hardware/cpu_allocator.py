@@ -4,10 +4,10 @@ XLA's CPU programs allocate one temporary buffer per call and free it at the end
 to the kernel, which fills its pages with zeros again in the next step: an eighth of a small model's step. With these
 settings the buffer stays in the process.
 
-The price is that the process holds on to its largest use of memory, and that the heap grows by another buffer where the
-place of the last one has become too small, by a block behind it or by its alignment. `limit_growth` returns the free
-pages to the kernel if the process has grown since its first steps. `check` bounds what it holds: where memory becomes
-scarce, the free pages go back to the kernel and glibc's usual behaviour returns.
+The price is that the process holds on to its largest use of memory, and that the heap grows by another buffer if the
+gap left by the last one is too small, because of a block allocated next to it or of alignment. `limit_growth` returns
+the free pages to the kernel if the process holds much more than a step needs. `check` bounds what it holds: where
+memory becomes scarce, the free pages go back to the kernel and glibc's usual behaviour returns.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 SHARE_OF_MEMORY = 0.5
@@ -24,9 +25,7 @@ SHARE_OF_MEMORY = 0.5
 LEAST_AVAILABLE = 0.1
 """Share of the machine's memory that must be available to other processes."""
 MAX_GROWTH = 1.5
-"""Memory that the process may hold, relative to that after its first steps."""
-_SKIPPED_STEPS = 1
-"""Steps after free pages were returned that may not have used their memory again when they are looked at."""
+"""Memory that the process may hold, relative to what it needs for a step."""
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
@@ -48,8 +47,8 @@ _USUAL = (
 _LOG = logging.getLogger(__name__)
 _status = "glibc's defaults"
 _keeps = False
-_needed: int | None = None  # Smallest resident memory after a step, in bytes.
-_skip = 0  # Steps that are not looked at.
+_in_use = 0  # Resident bytes between two steps, without free pages.
+_buffers: int | None = None  # Bytes that a step needs besides; None: no step has ended since the compilation.
 
 
 def status() -> str:
@@ -74,30 +73,38 @@ def keep_freed_memory() -> bool:
     return _keeps
 
 
-def compilation_ended() -> None:
-    """Return the free pages that compilation has left in the heap, which the steps would not use again."""
-    global _needed
-    if _keeps:
-        _needed = None
-        _return_free_pages()
+def compilation_ended(finish_step: Callable[[], object]) -> None:
+    """Return the free pages that compilation has left in the heap, which the steps would not use again.
 
-
-def limit_growth() -> bool:
-    """Return free pages to the kernel if the process has grown since its first steps; return whether it had.
-
-    Call it after each step. The next step gets the pages that it uses from the kernel again.
+    Args:
+      finish_step: Waits for the step that was compiled.
     """
-    global _needed, _skip
+    global _in_use, _buffers
+    if _keeps:
+        finish_step()
+        _in_use, _buffers = _trimmed(), None
+
+
+def limit_growth(finish_step: Callable[[], object]) -> bool:
+    """Return free pages to the kernel if the process holds much more than it needs; return whether it did.
+
+    Call it after each step. The first call after a compilation measures what a step needs. What is in use between the
+    steps may grow later, by an evaluation for example.
+
+    Args:
+      finish_step: Waits for the step; called if it is the first one after a compilation.
+    """
+    global _in_use, _buffers
     if not _keeps:
         return False
-    if _skip:
-        _skip -= 1
+    if _buffers is None:
+        finish_step()
+        _buffers = max(_resident_bytes() - _in_use, 0)
         return False
-    held = _resident_bytes()
-    _needed = held if _needed is None else min(_needed, held)
-    if held <= MAX_GROWTH * _needed:
+    if _resident_bytes() <= MAX_GROWTH * (_in_use + _buffers):
         return False
-    _return_free_pages()
+    # A step may be in progress, with its buffers.
+    _in_use = max(_in_use, _trimmed())
     return True
 
 
@@ -125,10 +132,10 @@ def check() -> bool:
     return True
 
 
-def _return_free_pages() -> None:
-    global _skip
+def _trimmed() -> int:
+    """Return free pages to the kernel, and return the resident bytes after that."""
     _libc().malloc_trim(ctypes.c_size_t(0))
-    _skip = _SKIPPED_STEPS
+    return _resident_bytes()
 
 
 def _libc() -> ctypes.CDLL:

@@ -126,19 +126,22 @@ class TrainSession:
         with self.clock.state("step" if is_compiled else "compile"):
             if not is_compiled:
                 compile_on_all(self.program.train_step, self.state, batch)
-            with self.profiler.step(self.step, lambda: jax.block_until_ready(self.state)):
+            with self.profiler.step(self.step, self._finish_step):
                 if self.replay is not None and self.replay.is_due(self.step + 1):
                     self.state, metrics = self.replay.run(self.step + 1, self.state, batch)
                 else:
                     self.state, metrics = self.program.train_step(self.state, batch)
             if is_compiled:
-                cpu_allocator.limit_growth()
+                cpu_allocator.limit_growth(self._finish_step)
             else:
-                cpu_allocator.compilation_ended()
+                cpu_allocator.compilation_ended(self._finish_step)
                 self.compiled.add(size)
         self.step += 1
         self.in_flight.append(metrics)
         self.progress.advance(self.step)
+
+    def _finish_step(self) -> None:
+        jax.block_until_ready(self.state)
 
     def maybe_log(self) -> None:
         """Write the logging interval that ended before the newest step, while that step runs."""

@@ -41,8 +41,8 @@ class Watchdog:
     """Thread that compares the time in the current state of the clock with its limit.
 
     Beyond the limit it writes the stacks of all threads to the run directory and to standard error, makes the other
-    processes do the same, and ends all of them with EXIT_RESUMABLE, or with the code of what a restart cannot help
-    against.
+    processes do the same, and ends all of them with EXIT_RESUMABLE, or with EXIT_REFUSED if the run directory is gone,
+    so that a restart would not help.
 
     A thread that holds the interpreter's lock forever would stop the watchdog as well. For that case a timer of the C
     library (`faulthandler`) prints the stacks a minute later, and another one ends the process with EXIT_RESUMABLE.

@@ -93,7 +93,7 @@ def test_store_has_every_document_in_order_and_is_found_again(data: DataConfig) 
 
 
 def test_missing_store_error_names_prepare(data: DataConfig) -> None:
-    with pytest.raises(DataError, match=r"no token store.*run `t5x-like prepare RECIPE` first"):
+    with pytest.raises(DataError, match=r"no token store.*run `t5x-like prepare RECIPE` with the same options first"):
         open_stores(data)[0]
 
 

@@ -85,12 +85,26 @@ def held():
         step(2)
     return cpu_allocator._resident_bytes()
 
+waits = []
+def wait():
+    waits.append(None)
+
+cpu_allocator.compilation_ended(wait)
 for _ in range(3):
     step(0)
-    assert not cpu_allocator.limit_growth()  # The first one sets what a step needs.
+    assert not cpu_allocator.limit_growth(wait)
+assert len(waits) == 2
 first, without = cpu_allocator._resident_bytes(), held()
-assert cpu_allocator.limit_growth()
+assert cpu_allocator.limit_growth(wait)
 assert cpu_allocator._resident_bytes() < first < without - 0.9 * SIZE
+
+# What is in use from now on is needed: it does not make each step return its pages.
+more = libc.malloc(ctypes.c_size_t(4 * SIZE))
+ctypes.memset(more, 1, 4 * SIZE)
+step(0)
+assert cpu_allocator.limit_growth(wait)
+step(0)
+assert not cpu_allocator.limit_growth(wait)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
