@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, assert_never
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from t5x_like.sharding.attention_choice import describe_attention, runs_as_ring
 from t5x_like.sharding.auto_mesh import choose_sharding
 from t5x_like.sharding.batch_placement import local_rows, row_groups, shard_batch, shard_global_batch
 from t5x_like.sharding.constrain import activation_context
-from t5x_like.sharding.host_memory import host_shardings, on_device
+from t5x_like.sharding.host_memory import host_shardings, keeps_optimizer_state, on_device
 from t5x_like.sharding.mesh import make_mesh
 from t5x_like.sharding.rules import FOREIGN_MAY_STAY_WHOLE, Rules, default_rules
 from t5x_like.sharding.shardings import batch_shardings, tree_shardings
@@ -193,22 +193,19 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
     sharding, mesh_reason = run.sharding, None
     if sharding.auto:
         # The choice counts everything that stays on the devices during a step, frozen base parameters among it.
-        trees = {"state": state, "gradients": state["params"]} | ({} if lora is None else {"base": base})
-        names = {"state": axes, "gradients": trained_axes} | ({} if lora is None else {"base": base_axes})
+        trees = {**state, "gradients": state["params"]} | ({} if lora is None else {"base": base})
+        names = {**axes, "gradients": trained_axes} | ({} if lora is None else {"base": base_axes})
+        opt_state = (names.pop("opt_state"), trees.pop("opt_state"))
         params = (spec.logical_axes, spec.params)
-        sharding, mesh_reason = choose_sharding(run, rules, devices, params, (names, trees))
+        sharding, mesh_reason = choose_sharding(run, rules, devices, params, (names, trees), opt_state)
     mesh = make_mesh(sharding, devices)
     problems = validate_sharding(run, mesh, rules, spec.logical_axes, spec.params)
     if problems:
         raise ConfigError(problems)
     shardings = tree_shardings(mesh, rules, axes, state)
-    match run.sharding.optimizer_state_memory:
-        case "device":
-            pass
-        case "host":
-            shardings["opt_state"] = host_shardings(shardings["opt_state"], state["opt_state"])
-        case unknown:
-            assert_never(unknown)
+    state_on_host = keeps_optimizer_state(run)
+    if state_on_host:
+        shardings["opt_state"] = host_shardings(shardings["opt_state"], state["opt_state"])
     abstract_state = _with_shardings(state, shardings)
     abstract_base_params = abstract_base = None
     carried = shardings
@@ -235,7 +232,7 @@ def build_program(run: RunConfig, devices: Sequence[Any]) -> Program:
         # Frozen parameters enter by closure: they are neither differentiated nor updated.
         trainable = {name: part for name, part in state.items() if name not in FROZEN}
         frozen = {name: part for name, part in state.items() if name in FROZEN}
-        if run.sharding.optimizer_state_memory == "host":
+        if state_on_host:
             # The shardings of the result send it back.
             trainable["opt_state"] = on_device(trainable["opt_state"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, assert_never
 
 from t5x_like.config import RunConfig, batch_spec
 from t5x_like.config.validation import validate
@@ -39,8 +39,15 @@ def memory_suggestions(run: RunConfig) -> list[MemorySuggestion]:
 
     if model.dtype == "float32":
         suggest("--model.dtype bfloat16", "activations take half the bytes", model={"dtype": "bfloat16"})
-    if model.remat != "full":
-        suggest("--model.remat full", "layers are recomputed in the backward pass", model={"remat": "full"})
+    match model.remat:
+        case "none" | "dots":
+            suggest("--model.remat full", "layers are recomputed in the backward pass", model={"remat": "full"})
+        case "full":
+            suggest("--model.remat offload", "the inputs of layers are kept on the host", model={"remat": "offload"})
+        case "offload":
+            pass
+        case unknown:
+            assert_never(unknown)
     parts = 2 * training.gradient_accumulation_steps
     if all(next(iter(features.values())).shape[0] % parts == 0 for features in batch_spec(run).values()):
         effect = "the same batch in more parts, each with less memory"
@@ -50,6 +57,9 @@ def memory_suggestions(run: RunConfig) -> list[MemorySuggestion]:
         rows = training.global_batch_size // 2
         effect = "fewer rows per step, which changes the optimization"
         suggest(f"--training.global-batch-size {rows}", effect, training={"global_batch_size": rows})
+    if run.sharding.optimizer_state_memory == "device":
+        effect = "the optimizer state is kept on the host, and copied to the devices and back in each step"
+        suggest("--sharding.optimizer-state-memory host", effect, sharding={"optimizer_state_memory": "host"})
     tensor = 2 * run.sharding.tensor
     if run.sharding.tensor > 0 and all(stack.num_heads % tensor == 0 for stack in model.stacks.values()):
         effect = "each layer is split over more devices, with more collectives"

@@ -26,6 +26,7 @@ from t5x_like.config import DcnConfig, RunConfig, ShardingConfig, batch_spec
 from t5x_like.config.sharding import AXES
 from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.hardware.topologies import accelerator_of
+from t5x_like.sharding.host_memory import goes_to_host, keeps_optimizer_state
 from t5x_like.sharding.loss_chunks import chunk_share
 from t5x_like.sharding.mesh import known_slices
 from t5x_like.sharding.rules import LogicalAxes, Rules, Table, spec, split_axes
@@ -36,7 +37,7 @@ from t5x_like.sharding.saved_activations import (
     logits,
     saved_activations,
 )
-from t5x_like.sharding.shardings import logical_leaves
+from t5x_like.sharding.shardings import LogicalArray, logical_leaves
 from t5x_like.sharding.validation import validate_sharding
 from t5x_like.utils.formatting import size
 from t5x_like.utils.type_aliases import PyTree
@@ -54,15 +55,23 @@ class MeshEstimate(NamedTuple):
       problems: Reasons why the mesh is invalid; empty if it is valid.
       state_bytes: Bytes of parameters, optimizer state and gradients on a device.
       activation_bytes: Bytes of the activations saved for the backward pass on a device.
+      fetched_bytes: Bytes of the optimizer state that the update fetches from host memory.
     """
 
     problems: Sequence[ConfigProblem]
     state_bytes: int
     activation_bytes: int
+    fetched_bytes: int = 0
 
     @property
     def total(self) -> int:
-        return self.state_bytes + self.activation_bytes
+        # The update, which may have fetched all of its state, begins after the backward pass has freed the activations.
+        return self.state_bytes + max(self.activation_bytes, self.fetched_bytes)
+
+    def __str__(self) -> str:
+        text = f"{size(self.state_bytes)} of state and {size(self.activation_bytes)} of activations"
+        fetched = f" (then {size(self.fetched_bytes)} of optimizer state from the host)" if self.fetched_bytes else ""
+        return text + fetched
 
 
 class DevicePool(NamedTuple):
@@ -131,10 +140,9 @@ def choose_degrees(pool: DevicePool, experts: int, estimate: EstimateMesh) -> Me
     if smallest is None:
         raise ConfigError(first_problems)
     _, degrees, candidate = smallest
-    memory = f"{size(candidate.state_bytes)} of state and {size(candidate.activation_bytes)} of activations"
     reason = (
         f"{_name(degrees, pool.slices)}: no mesh is estimated to fit into {size(budget)} per device; this one needs "
-        f"least, {memory}: use more devices, training.gradient_accumulation_steps or model.remat"
+        f"least, {candidate}: use more devices, training.gradient_accumulation_steps or model.remat"
     )
     return MeshChoice(degrees, _dcn_degrees(pool.slices), reason)
 
@@ -175,12 +183,12 @@ def _choose(
     copies = {**degrees, "data": degrees["data"] * degrees["fsdp"], "fsdp": 1}
     if pool.usable_bytes and degrees["fsdp"] > 1:
         replicated = estimate(_with_slices(copies, pool.slices))
-        if not replicated.problems and replicated.state_bytes <= SMALL_STATE_FRACTION * pool.usable_bytes:
+        whole_state = replicated.state_bytes + replicated.fetched_bytes
+        if not replicated.problems and whole_state <= SMALL_STATE_FRACTION * pool.usable_bytes:
             degrees, candidate = copies, replicated
-            why += f"; the state takes {size(replicated.state_bytes)}, little enough to be replicated"
+            why += f"; the state takes {size(whole_state)}, little enough to be replicated"
     memory = (
-        f"estimated {size(candidate.state_bytes)} of state and {size(candidate.activation_bytes)} of activations, of "
-        f"{size(pool.usable_bytes)} per device"
+        f"estimated {candidate}, of {size(pool.usable_bytes)} per device"
         if pool.usable_bytes
         else "the memory of these devices is not known"
     )
@@ -214,6 +222,7 @@ def choose_sharding(
     devices: Sequence[Any],
     params: tuple[PyTree, PyTree],
     state: tuple[PyTree, PyTree],
+    opt_state: tuple[PyTree, PyTree],
 ) -> tuple[ShardingConfig, str]:
     """Choose the mesh of a run with `sharding.auto`; return its configuration with the degrees, and the reason.
 
@@ -222,7 +231,8 @@ def choose_sharding(
       rules: Its rules.
       devices: The devices that it will run on, or described ones.
       params: Logical axes and shapes of the parameters.
-      state: Logical axes and shapes of parameters, optimizer state and gradients.
+      state: Logical axes and shapes of parameters, gradients, and whatever else stays on the devices during a step.
+      opt_state: Logical axes and shapes of the optimizer state.
 
     Raises:
       ConfigError: No mesh is valid.
@@ -233,6 +243,10 @@ def choose_sharding(
     activations, all_logits = _activations(run, devices[0].platform)
     # The degree must divide the number of experts of every stack that has experts; a dense stack does not limit it.
     experts = math.gcd(*(stack.experts.num_experts for stack in run.model.stacks.values() if stack.experts)) or 1
+
+    stays, fetched = logical_leaves(*state), list[LogicalArray]()
+    for leaf in logical_leaves(*opt_state):
+        (fetched if keeps_optimizer_state(run) and goes_to_host(leaf.array) else stays).append(leaf)
 
     def estimate(degrees: Mapping[str, int]) -> MeshEstimate:
         mesh = AbstractMesh(tuple(degrees.values()), tuple(degrees))
@@ -250,9 +264,12 @@ def choose_sharding(
             )
             return itemsize * math.prod(shape) / shards
 
-        state_bytes = sum(
-            bytes_per_device(leaf.axes, rules.parameters, leaf.array.shape, leaf.array.dtype.itemsize)
-            for leaf in logical_leaves(*state)
+        state_bytes, fetched_bytes = (
+            sum(
+                bytes_per_device(leaf.axes, rules.parameters, leaf.array.shape, leaf.array.dtype.itemsize)
+                for leaf in leaves
+            )
+            for leaves in (stays, fetched)
         )
         activation_bytes = sum(
             array.count * bytes_per_device(array.axes, rules.activations, array.shape, array.itemsize)
@@ -269,7 +286,7 @@ def choose_sharding(
                 # The gradient of the head is added up, chunk by chunk, in float32.
                 table = run.model.padded_vocab_size, run.model.lm_head_width
                 activation_bytes += bytes_per_device(("vocab", "embed"), rules.activations, table, 4)
-        return MeshEstimate((), int(state_bytes), int(activation_bytes))
+        return MeshEstimate((), int(state_bytes), int(activation_bytes), int(fetched_bytes))
 
     choice = choose_degrees(pool, experts, estimate)
     degrees: dict[str, Any] = {"auto": False, **choice.degrees, "dcn": DcnConfig(**choice.dcn)}

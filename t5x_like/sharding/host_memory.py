@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 
@@ -14,16 +14,32 @@ HOST = "pinned_host"
 """JAX's name of the memory of a host that its devices read and write without a copy."""
 
 
+def keeps_optimizer_state(run: RunConfig) -> bool:
+    """Return whether the optimizer state of a run is kept in host memory."""
+    match run.sharding.optimizer_state_memory:
+        case "device":
+            return False
+        case "host":
+            return True
+        case unknown:
+            assert_never(unknown)
+
+
+def goes_to_host(x: Any) -> bool:
+    """Return whether an array of an optimizer state that is kept in host memory goes there: the matrices do. Vectors
+    and counts, which take no memory, stay on the devices."""
+    return len(x.shape) >= 2
+
+
 def on_device(tree: PyTree) -> PyTree:
     """Return the tree with all arrays in the memory of the devices, within a function that is compiled."""
     return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
 def host_shardings(shardings: PyTree, abstract: PyTree) -> PyTree:
-    """Return the shardings with the matrices in host memory. Vectors and counts, which take no memory, stay where they
-    are."""
+    """Return the shardings with the arrays of `goes_to_host` in host memory."""
     return jax.tree.map(
-        lambda sharding, x: sharding.with_memory_kind(HOST) if len(x.shape) >= 2 else sharding, shardings, abstract
+        lambda sharding, x: sharding.with_memory_kind(HOST) if goes_to_host(x) else sharding, shardings, abstract
     )
 
 
@@ -53,6 +69,6 @@ def host_memory_problems(run: RunConfig, mesh: jax.sharding.Mesh) -> list[Config
 
 
 def _memory_kinds(mesh: jax.sharding.Mesh) -> set[str]:
-    """Return the kinds of memory that a device of this process reaches."""
+    """Return the kinds of memory that a device of this process reaches, or of another one if this process has none."""
     own = (device for device in mesh.devices.flat if device.process_index == device.client.process_index())
-    return {memory.kind for memory in next(own).addressable_memories()}
+    return {memory.kind for memory in next(own, mesh.devices.flat[0]).addressable_memories()}

@@ -14,11 +14,12 @@ from t5x_like.checkpoints.fingerprints import fingerprints, fingerprints_of_whol
 from t5x_like.checkpoints.manager import CheckpointManager
 from t5x_like.config import CheckpointConfig, RunConfig, ShardingConfig
 from t5x_like.errors import ConfigError
-from t5x_like.hardware.fake_devices import FakeDevice, FakeMemory, fake_devices
+from t5x_like.hardware.fake_devices import FakeClient, FakeDevice, FakeMemory, fake_devices
 from t5x_like.hardware.topologies import parse_topology
 from t5x_like.planning.plan import plan_run
 from t5x_like.program import build_program
-from t5x_like.sharding.host_memory import HOST, is_on_host
+from t5x_like.sharding.host_memory import HOST, host_memory_problems, is_on_host
+from t5x_like.sharding.mesh import make_mesh
 from t5x_like.trainer.replay_check import ReplayCheck
 from t5x_like.utils import tree_paths
 from t5x_like.utils.type_aliases import PyTree
@@ -83,6 +84,21 @@ def test_devices_without_host_memory_are_refused_before_compilation() -> None:
     with pytest.raises(ConfigError, match=HOST) as refused:
         build_program(run_on("host"), devices)
     assert [problem.where for problem in refused.value.problems] == ["sharding.optimizer_state_memory", "model.remat"]
+
+
+class FarDevice(NearDevice):
+    """Device of another process, for which a program is compiled ahead of time."""
+
+    @property
+    def client(self) -> FakeClient:
+        return FakeClient(self.process_index + 1)
+
+
+def test_devices_of_other_processes_are_checked() -> None:
+    devices = [FarDevice(**dataclasses.asdict(each)) for each in fake_devices(parse_topology("h100:2"))]
+    run = run_on("host")
+    problems = host_memory_problems(run, make_mesh(run.sharding, devices))
+    assert [problem.where for problem in problems] == ["sharding.optimizer_state_memory", "model.remat"]
 
 
 def test_plan_counts_host_and_device_apart() -> None:

@@ -98,10 +98,13 @@ def test_every_suggestion_is_a_valid_override() -> None:
 
 def test_changes_already_made_are_not_suggested() -> None:
     run = example()
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, remat="full", dtype="bfloat16"))
-    assert not any(
-        "remat" in suggestion.option or "dtype" in suggestion.option for suggestion in memory_suggestions(run)
-    )
+    model = dataclasses.replace(run.model, remat="offload", dtype="bfloat16")
+    sharding = dataclasses.replace(run.sharding, optimizer_state_memory="host")
+    run = dataclasses.replace(run, model=model, sharding=sharding)
+    found = " ".join(suggestion.option for suggestion in memory_suggestions(run))
+    assert not any(name in found for name in ("remat", "dtype", "optimizer-state-memory"))
+    full = dataclasses.replace(run, model=dataclasses.replace(model, remat="full"))
+    assert "--model.remat offload" in [suggestion.option for suggestion in memory_suggestions(full)]
 
 
 @pytest.mark.parametrize(

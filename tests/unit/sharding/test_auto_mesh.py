@@ -139,7 +139,7 @@ def test_chosen_mesh_is_always_valid(rows: int, length: int, width: int, heads: 
     params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, "float32"), shapes, is_leaf=lambda x: isinstance(x, tuple))
     described = [FakeDevice(n, n // devices) for n in range(devices * slices)]
     try:
-        config, reason = choose_sharding(run, rules, described, (axes, params), (axes, params))
+        config, reason = choose_sharding(run, rules, described, (axes, params), (axes, params), ({}, {}))
     except ConfigError:
         for degrees in itertools.product(*[[n for n in range(1, devices + 1) if devices % n == 0]] * 4):
             if math.prod(degrees) == devices and degrees[3] <= 8:
@@ -171,8 +171,26 @@ def test_dense_stack_beside_a_stack_of_experts_leaves_the_experts_divided() -> N
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, **stacks), data=data)
     axes, shapes = {"experts": ("experts", "embed", "mlp")}, {"experts": jax.ShapeDtypeStruct((4, 16, 64), "float32")}
     devices = [FakeDevice(n, 0) for n in range(8)]
-    config, _ = choose_sharding(run, default_rules(run.sharding), devices, (axes, shapes), (axes, shapes))
+    config, _ = choose_sharding(run, default_rules(run.sharding), devices, (axes, shapes), (axes, shapes), ({}, {}))
     assert config.expert == 4
+
+
+def test_optimizer_state_on_the_host_counts_while_it_is_fetched() -> None:
+    """Each device holds half of 16 GiB of parameters, and half of as much optimizer state."""
+    axes = {"mlp": ("embed", "mlp"), "count": (None,)}
+    shapes = {"mlp": jax.ShapeDtypeStruct((2**16, 2**16), "float32"), "count": jax.ShapeDtypeStruct((1,), "int32")}
+    devices = [FakeDevice(n, 0) for n in range(2)]
+
+    def reason(sharding: ShardingConfig) -> str:
+        run, array = dataclasses.replace(a_run(2, 8, 16, 4), sharding=sharding), (axes, shapes)
+        return choose_sharding(run, default_rules(sharding), devices, array, array, array)[1]
+
+    on_device = reason(ShardingConfig(auto=True))
+    on_host = reason(ShardingConfig(auto=True, optimizer_state_memory="host"))
+    assert "16.0 GiB of state and" in on_device and "from the host" not in on_device
+    assert "8.00 GiB of state and" in on_host and "(then 8.00 GiB of optimizer state from the host)" in on_host
+    # What is fetched takes the place of the activations, which the backward pass has freed.
+    assert MeshEstimate((), 8, 2, 5).total == 13 and MeshEstimate((), 8, 6, 5).total == 14
 
 
 def test_logits_count_as_many_tokens_as_the_loss_has_at_once() -> None:
@@ -184,7 +202,9 @@ def test_logits_count_as_many_tokens_as_the_loss_has_at_once() -> None:
         training = dataclasses.replace(run.training, loss_chunk_tokens=chunk)
         run = dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=32_000), training=training)
         devices = [FakeDevice(n, 0) for n in range(8)]
-        config, reason = choose_sharding(run, default_rules(run.sharding), devices, (axes, shapes), (axes, shapes))
+        config, reason = choose_sharding(
+            run, default_rules(run.sharding), devices, (axes, shapes), (axes, shapes), ({}, {})
+        )
         assert config.tensor == config.context == 1
         number, unit = reason.partition(" of state and ")[2].split()[:2]
         estimates[chunk] = float(number) * {"MiB": 2**20, "GiB": GIB}[unit]
