@@ -246,6 +246,21 @@ def test_added_tokens_of_a_sentencepiece_model_have_their_ids(tmp_path: Path) ->
     assert tokenizer.pad_id == 700 and tokenizer.encode("a<|im_end|>") == [*tokenizer.encode("a"), 701]
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"])
+def test_class_of_vocab_json_says_what_is_put_around_a_text(kind: str, tmp_path: Path) -> None:
+    save_bpe(tmp_path, ["<s>", "<pad>", "</s>", "<unk>"])
+    # transformers numbers new special tokens in an order of its own.
+    names = dict(bos="<s>", eos="</s>", pad="<pad>", unk="<unk>", cls="<s>", sep="<sep>", mask="<mask>")
+    config = {f"{role}_token": name for role, name in names.items()} | {"tokenizer_class": kind}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, reference = load_published(tmp_path, 0), getattr(transformers, kind).from_pretrained(tmp_path)
+    text = "a<mask> b</s><sep>"
+    assert tokenizer.encode_with_special_tokens([text], 99) == [reference(text)["input_ids"]]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with pytest.raises(DataError, match="vocab.json with tokenizer_class 'CLIPTokenizer': the ids of GPT2Tokenizer, "):
+        load_published(tmp_path, 0)
+
+
 @pytest.mark.parametrize("kind", TRAINED_KINDS[1:])
 def test_trained_vocabularies_are_read_by_transformers(kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "model"

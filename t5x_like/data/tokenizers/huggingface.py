@@ -29,6 +29,21 @@ ROLES: dict[str, tuple[str, ...]] = {
     "mask": ("mask_token",),
 }
 """Fields of tokenizer_config.json that give the token of a role; the first one that is set applies."""
+_USUAL_TOKENS: dict[str, dict[str, str]] = {
+    "pad": {"<pad>": "pad_token", "[PAD]": "pad_token", "<|padding|>": "pad_token"},
+    "eos": {
+        "</s>": "eos_token",
+        "<eos>": "eos_token",
+        "[SEP]": "sep_token",
+        "<|endoftext|>": "eos_token",
+        "<|end_of_text|>": "eos_token",
+    },
+    "start": {"<s>": "bos_token", "<bos>": "bos_token", "[CLS]": "cls_token", "<|begin_of_text|>": "bos_token"},
+    "unk": {"<unk>": "unk_token", "[UNK]": "unk_token"},
+    "mask": {"[MASK]": "mask_token", "<mask>": "mask_token"},
+}
+"""Role -> usual names of its token, and the field of each. The first name that is a token applies. Runs and stores keep
+tokenizers without tokenizer_config.json: another order would give them other ids."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -41,6 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
     Attributes:
       model: JSON with the file ("tokenizer"), tokenizer_config.json ("config") and other files to export ("files" and,
         in base64, "binary_files").
+      config: tokenizer_config.json with the special tokens that it implies.
       ends_in_eos: The tokenizer puts EOS at the end of a text by itself.
     """
 
@@ -59,19 +75,20 @@ class HuggingFaceTokenizer(Tokenizer):
         document = parse_json(model)
         self.model = model
         self.contents: dict[str, Any] = document["tokenizer"]
-        self.config: dict[str, Any] = document.get("config", {})
         self.files: dict[str, str] = document.get("files", {})
         self._source = source
         with library_errors_as(lambda reason: ValueError(reason)):
             self._tokenizer: Any = library.Tokenizer.from_str(json.dumps(self.contents))
+        self.config = with_usual_tokens(document.get("config", {}), self._is_token)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         vocabulary = self._vocabulary(num_sentinels, source)
         decoder = self.contents.get("decoder")
         self._byte_level = _byte_level_table() if "ByteLevel" in json.dumps(decoder) else None
         if self.contents["model"].get("byte_fallback"):
-            found = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-            self.byte_ids = np.array([token for token in found if token is not None], np.int32)
+            named = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+            found = [token for token in named if token is not None]
+            self.byte_ids = np.array(found, np.int32) if found else None
         kind = self.contents["model"].get("type")
         is_wordpiece = kind == "WordPiece" or (kind is None and "continuing_subword_prefix" in self.contents["model"])
         self._prefix = self.contents["model"].get("continuing_subword_prefix") if is_wordpiece else None
@@ -136,6 +153,9 @@ class HuggingFaceTokenizer(Tokenizer):
         following = [self._tokenizer.id_to_token(token) for token in range(first + 1, min(size, first + 5))]
         is_last = following in ([], [f"[{mode}]" for mode in MODES]) and named(forms[0] % count) is None
         return first, count if is_last else 0
+
+    def _is_token(self, name: str) -> bool:
+        return self._tokenizer.token_to_id(name) is not None
 
     def _token_of(self, role: str) -> int | None:
         """Return the id of the token with a role, or None."""
@@ -215,6 +235,17 @@ class HuggingFaceTokenizer(Tokenizer):
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return bytes([int(name[3:5], 16)])
         return str(name).replace("▁", " ").encode()
+
+
+def with_usual_tokens(config: dict[str, Any], is_token: Callable[[str], bool]) -> dict[str, Any]:
+    """Return tokenizer_config.json with the usual special tokens of the tokenizer, if it names none, as in the
+    directories that GPT-2 was published with."""
+    if any(config.get(field) for fields in ROLES.values() for field in fields):
+        return config
+    found: dict[str, Any] = {}
+    for usual in _USUAL_TOKENS.values():
+        found |= next(({field: name} for name, field in usual.items() if is_token(name)), {})
+    return {**config, **found}
 
 
 @contextlib.contextmanager

@@ -108,6 +108,12 @@ def tokenizer_from_model(config: TokenizerConfig, model: bytes | None, source: s
 def _from_model(config: TokenizerConfig, model: bytes, source: str) -> Tokenizer:
     if config.kind in ("sentencepiece", "task"):
         return SentencePieceTokenizer(model, config.num_sentinels, source)
+    # A serialized SentencePiece model begins with the tag of its first piece.
+    if config.kind == "published" and model.startswith(b"\n"):
+        raise DataError(
+            f"{source}: found a SentencePiece model that an earlier version kept, expected its {JSON_FILE}; prepare "
+            "the store and train the run again"
+        )
     # Imported on use: the package is large, and other tokenizers do not need it.
     from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer
 

@@ -22,17 +22,17 @@ _CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _ADDED_TOKENS = "added_tokens.json"
 _KEPT = ("chat_template.jinja", "generation_config.json")
-_USUAL_TOKENS = {
-    "pad_token": ("<pad>", "[PAD]", "<|padding|>"),
-    "eos_token": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
-    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"),
-    "unk_token": ("<unk>", "[UNK]"),
-    "sep_token": ("[SEP]",),
-    "cls_token": ("[CLS]",),
-    "mask_token": ("[MASK]", "<mask>"),
-}
-"""Names of special tokens, for directories that state none, as GPT-2's was published."""
 _BYTE_CLASS = "ByT5Tokenizer"
+_BYTE_LEVEL_CLASSES = {
+    "GPT2Tokenizer": False,
+    "RobertaTokenizer": True,
+    "BartTokenizer": True,
+    "LongformerTokenizer": True,
+    "LEDTokenizer": True,
+}
+"""Classes of transformers for vocab.json and merges.txt, and whether they put special tokens around a text."""
+_SPECIAL_FIELDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Fields of tokenizer_config.json for special tokens, in the order in which transformers gives new ones their ids."""
 _OFFSET_FILE = "sentencepiece.bpe.model"
 """SentencePiece model of XLM-R, mBART and CamemBERT, whose ids are not those of the file."""
 
@@ -80,7 +80,6 @@ def _wrapped(folder: Path, name: str | None) -> bytes:
     binary = {}
     if name == JSON_FILE:
         contents = parse_json((folder / JSON_FILE).read_bytes())
-        config = _with_usual_tokens(config, _names(contents))
     elif name in SENTENCEPIECE_FILES:
         model = (folder / name).read_bytes()
         contents, config = sentencepiece_json.published_json(model, name, config, _json(folder / _ADDED_TOKENS))
@@ -90,7 +89,6 @@ def _wrapped(folder: Path, name: str | None) -> bytes:
         config = {"pad_token": "[PAD]", "sep_token": "[SEP]", "cls_token": "[CLS]", "unk_token": "[UNK]"} | config
         config = {"mask_token": "[MASK]"} | config
     elif name in BPE_FILES:
-        config = _with_usual_tokens(config, set(_json(folder / BPE_FILES[0])))
         contents = _byte_level_bpe(folder, config)
     elif (folder / _OFFSET_FILE).is_file():
         contents = fairseq_layouts.tokenizer_json((folder / _OFFSET_FILE).read_bytes(), config)
@@ -101,21 +99,6 @@ def _wrapped(folder: Path, name: str | None) -> bytes:
     files = {kept: (folder / kept).read_text(encoding="utf-8") for kept in _KEPT if (folder / kept).is_file()}
     document = {"tokenizer": contents, "config": config, "files": files, "binary_files": binary}
     return json.dumps(document, ensure_ascii=False).encode()
-
-
-def _names(contents: Any) -> set[str]:
-    """Return the names of all tokens of a tokenizer.json."""
-    pieces = contents["model"]["vocab"]
-    names = pieces if isinstance(pieces, dict) else (piece for piece, _ in pieces)
-    return {*names, *(entry["content"] for entry in contents.get("added_tokens", []))}
-
-
-def _with_usual_tokens(config: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """Return tokenizer_config.json with the usual special tokens among the names, if it states none."""
-    if any(config.get(field) for field in _USUAL_TOKENS):
-        return config
-    found = {field: [name for name in usual if name in names] for field, usual in _USUAL_TOKENS.items()}
-    return {field: usual[0] for field, usual in found.items() if usual} | config
 
 
 def _wordpiece(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -142,18 +125,34 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the tokenizer.json of vocab.json and merges.txt, as transformers makes it for GPT-2 and RoBERTa."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+    from t5x_like.data.tokenizers.huggingface import with_usual_tokens
+
     vocab, merges = (str(folder / name) for name in BPE_FILES)
     tokenizer = Tokenizer(models.BPE.from_file(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
     tokenizer.decoder = decoders.ByteLevel()
-    values = {field: config[field] for field in _USUAL_TOKENS if config.get(field)}
+    config = with_usual_tokens(config, lambda name: tokenizer.token_to_id(name) is not None)
+    values = {field: config[field] for field in _SPECIAL_FIELDS if config.get(field)}
     names = {field: value["content"] if isinstance(value, dict) else value for field, value in values.items()}
+    start, end = names.get("cls_token", names.get("bos_token")), names.get("sep_token", names.get("eos_token"))
     mask = names.get("mask_token")
+    stated = str(config.get("tokenizer_class")).removesuffix("Fast")
+    is_roberta = _BYTE_LEVEL_CLASSES.get(stated)
+    if stated in sentencepiece_json.CLASSES_OF_ANY:
+        is_roberta = mask is not None and start is not None and end is not None
+    if is_roberta is None:
+        raise ValueError(
+            f"{BPE_FILES[0]} with tokenizer_class {stated!r}: the ids of {', '.join(_BYTE_LEVEL_CLASSES)} are known, "
+            f"save others with {JSON_FILE}"
+        )
     # The mask token of RoBERTa includes the space in front of it.
-    added = [AddedToken(name, special=True, lstrip=name == mask) for name in dict.fromkeys(names.values())]
+    added = [
+        AddedToken(name, special=True, lstrip=is_roberta and name == mask) for name in dict.fromkeys(names.values())
+    ]
     tokenizer.add_special_tokens(added)
-    start, end = names.get("bos_token"), names.get("eos_token")
-    if mask is not None and start is not None and end is not None:
+    if is_roberta:
+        if start is None or end is None:
+            raise ValueError(f"no bos_token or no eos_token, which {stated} puts around a text")
         ids: Any = tokenizer.get_vocab(with_added_tokens=True)
         tokenizer.post_processor = processors.RobertaProcessing((end, ids[end]), (start, ids[start]))
     result: dict[str, Any] = json.loads(tokenizer.to_str())

@@ -52,7 +52,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.ids_are_the_models = same and self._processor.unk_id() == UNK_ID
         """The ids in the model file equal ours. Text never becomes a control piece, so their ids do not matter."""
         self._to_ours = to_ours
-        self.byte_ids = to_ours[[entry.is_byte for entry in entries]]
+        is_byte = [entry.is_byte for entry in entries]
+        self.byte_ids = to_ours[is_byte] if any(is_byte) else None
         probe = self._processor.encode("a", out_type=str)
         super().__init__(
             [b"", b"", b" " + UNKNOWN + b" ", *text_pieces],

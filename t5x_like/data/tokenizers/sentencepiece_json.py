@@ -26,7 +26,7 @@ _CLASSES = {
 }  # fmt: skip
 """Classes of transformers whose ids are those of the file, and the class with the same special tokens."""
 _CLASS_OF_FILE = {"spiece.model": _T5, "tokenizer.model": _LLAMA, "spm.model": _DEBERTA}
-_CLASSES_OF_ANY = ("None", "PreTrainedTokenizer", "TokenizersBackend")
+CLASSES_OF_ANY = ("None", "PreTrainedTokenizer", "TokenizersBackend")
 """Values of `tokenizer_class` that do not name a layout; the name of the file does."""
 _DEBERTA_TOKENS = {
     "bos_token": "[CLS]", "cls_token": "[CLS]", "eos_token": "[SEP]", "sep_token": "[SEP]", "unk_token": "[UNK]",
@@ -82,7 +82,7 @@ def published_json(model: bytes, name: str, config: Part, added: dict[str, int])
 
 def _class_of(name: str, config: Part) -> str:
     stated = str(config.get("tokenizer_class")).removesuffix("Fast")
-    kind = _CLASS_OF_FILE[name] if stated in _CLASSES_OF_ANY else _CLASSES.get(stated)
+    kind = _CLASS_OF_FILE[name] if stated in CLASSES_OF_ANY else _CLASSES.get(stated)
     if kind is None:
         raise ValueError(
             f"{name} with tokenizer_class {stated!r}: the ids of {', '.join(_CLASSES)} are known, save others with "

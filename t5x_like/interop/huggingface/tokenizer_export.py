@@ -88,7 +88,10 @@ def _write_published(directory: Path, tokenizer: Tokenizer) -> list[str]:
     if isinstance(tokenizer, ByteTokenizer):
         _write(directory / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125})
         return []
-    assert tokenizer.model is not None
+    # Imported on use: the package `tokenizers` is large, and other tokenizers do not need it.
+    from t5x_like.data.tokenizers.huggingface import HuggingFaceTokenizer
+
+    assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.model is not None
     document = json.loads(tokenizer.model)
     contents, vocabulary = document["tokenizer"], tokenizer.vocabulary
     known = {entry["id"] for entry in contents["added_tokens"]}
@@ -97,7 +100,7 @@ def _write_published(directory: Path, tokenizer: Tokenizer) -> list[str]:
     more = [(token, vocabulary.special_name(token)) for token in range(size, vocabulary.vocab_size)]
     contents["added_tokens"] += [{"id": token, "content": name, **PLAIN_TOKEN} for token, name in more]
     _write(directory / "tokenizer.json", contents)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | document["config"]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | tokenizer.config
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("added_tokens_decoder", None)
     _write(directory / "tokenizer_config.json", config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.t5_vocabulary import PATH as T5_VOCABULARY
@@ -16,11 +17,12 @@ from t5x_like.config import CausalLM, CorpusConfig, DataConfig, TokenizerConfig
 from t5x_like.data.store.prepare import prepare
 from t5x_like.data.tokenizers import sentencepiece, sentencepiece_proto
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
-from t5x_like.data.tokenizers.loading import load_tokenizer
+from t5x_like.data.tokenizers.loading import load_tokenizer, tokenizer_from_model
 from t5x_like.data.tokenizers.published import load_published
 from t5x_like.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
 from t5x_like.data.tokenizers.train_vocabulary import train_sentencepiece
+from t5x_like.data.tokenizers.vocabulary import Vocabulary
 from t5x_like.errors import ConfigError, DataError
 
 WORDS = "the a model of text reads writes spans tokens and every window once with under its own denoiser".split()
@@ -224,6 +226,49 @@ def test_panics_of_the_tokenizers_library_are_errors_that_name_the_file(tmp_path
     tokenizer = load_published(path, 0)
     with pytest.raises(DataError, match="tokenizer.json: the tokenizers library failed"):
         tokenizer.encode_batch(["b"])
+
+
+def kept_document(special: list[str], config: dict[str, Any]) -> bytes:
+    """Return the contents of `HuggingFaceTokenizer.model` for byte-level BPE with these tokens."""
+    model = {"type": "BPE", "vocab": {name: i for i, name in enumerate([*special, "a", "b", "ab"])}, "merges": ["a b"]}
+    document = {"tokenizer": {"version": "1.0", "added_tokens": [], "model": model}, "config": config}
+    return json.dumps(document).encode()
+
+
+_NO_FIELDS = {"eos_token": None, "pad_token": None, "bos_token": None, "model_max_length": 9}
+
+
+@pytest.mark.parametrize("config", [{}, _NO_FIELDS], ids=["absent", "null"])
+@pytest.mark.parametrize(
+    ("special", "fingerprint", "vocabulary"),
+    [
+        (["<|endoftext|>"], "8bea4b6552f553b04522fbc2c243efbe", Vocabulary(4, 0, 0, 0, None, 0, has_modes=False)),
+        (
+            ["<|padding|>", "<|endoftext|>"],
+            "3bcd6d1d2f458f55a7b67386d860f9fe",
+            Vocabulary(5, 0, 0, 1, None, 0, has_modes=False),
+        ),
+        (
+            ["<|endoftext|>", "[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"],
+            "2e09ab48ed539543d52b12544667ad9b",
+            Vocabulary(9, 0, 4, 3, 1, 2, own_mask_id=5, has_modes=False),
+        ),
+    ],
+    ids=["gpt2", "neox", "modernbert"],
+)
+def test_tokenizers_kept_without_special_tokens_are_read_as_before(
+    special: list[str], fingerprint: str, vocabulary: Vocabulary, config: dict[str, Any]
+) -> None:
+    """The fingerprints are those of the version that kept an empty tokenizer_config.json; runs and stores name them."""
+    published = TokenizerConfig(kind="published", num_sentinels=0)
+    tokenizer = tokenizer_from_model(published, kept_document(special, config), "store")
+    assert tokenizer.fingerprint == fingerprint and tokenizer.vocabulary == vocabulary
+    assert tokenizer.byte_ids is None
+
+
+def test_sentencepiece_models_kept_as_published_tokenizers_are_refused(model: bytes) -> None:
+    with pytest.raises(DataError, match=r"^store: found a SentencePiece model that an earlier version kept, expected"):
+        tokenizer_from_model(TokenizerConfig(kind="published", num_sentinels=0), model, "store")
 
 
 def test_long_texts_are_cut_between_pieces(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
