@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 from t5x_like.config import RunConfig
 from t5x_like.config.recipes import BASE
@@ -51,7 +51,7 @@ def recipe_run(reference: str) -> RunConfig:
     if is_continued:
         from t5x_like.interop.huggingface.continued_run import continued_run
 
-        _require_huggingface(Path(base))
+        _refuse_own_model(Path(base))
         run = continued_run(Path(base))
     else:
         from t5x_like.config.recipes import load_recipe
@@ -60,20 +60,19 @@ def recipe_run(reference: str) -> RunConfig:
     return _with_urls(run) if is_url else run
 
 
-def _require_huggingface(directory: Path) -> None:
-    """Raise ConfigError if a directory is missing or is not that of a Hugging Face model."""
-    from t5x_like.model_loading import model_kind
+def _refuse_own_model(directory: Path) -> None:
+    """Raise ConfigError if a directory is that of a run or of an imported model."""
+    from t5x_like import run_directory
+    from t5x_like.checkpoints import model_dir
 
-    kind = model_kind(directory)
-    match kind:
-        case "huggingface":
-            return
-        case "run" | "imported":
-            found = f"{directory}, {'a run' if kind == 'run' else 'an imported model'}"
-            fix = "a recipe begins with its parameters by `--initialize-from.directory`"
-            raise ConfigError([ConfigProblem("--from", found, "a Hugging Face directory", fix)])
-        case _:
-            assert_never(kind)
+    if (directory / model_dir.MODEL).is_file():
+        kind = "an imported model"
+    elif (directory / run_directory.RECORD).is_file() or (directory / run_directory.CHECKPOINTS).is_dir():
+        kind = "a run"
+    else:
+        return
+    fix = f"to start a recipe from its parameters, pass `--initialize-from.directory {directory}`"
+    raise ConfigError([ConfigProblem("--from", f"{directory}, {kind}", "a Hugging Face directory", fix)])
 
 
 def _with_urls(run: RunConfig) -> RunConfig:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.evaluation.bootstrap import DRAWS
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint, lower_is_better
 from t5x_like.evaluation.results_store import read_evaluations, scalars
@@ -56,15 +57,29 @@ def _first_step(run: EvaluatedCheckpoint, score: str, target: float) -> int | No
 def summaries_of(
     runs: Mapping[RunKey, EvaluatedCheckpoint], summaries: Sequence[Summary]
 ) -> dict[RunKey, EvaluatedCheckpoint]:
-    """Return the scores of each summary by its name and seed, for the seeds of which all its arms have results."""
+    """Return the scores of each summary by its name and seed, for the seeds of which all its arms have results.
+
+    Raises:
+      ConfigError: a summary cannot be computed from the scores of its runs.
+    """
     found = {}
     for summary in summaries:
         for seed in dict.fromkeys(seed for _, seed in runs):
             if all((arm, seed) in runs for arm in summary.arms):
                 of_seed = {arm: runs[arm, seed] for arm in summary.arms}
                 empty = dataclasses.replace(of_seed[summary.arms[0]], values={}, draws={}, examples={})
-                found[summary.name, seed] = _with_scores(empty, summary.compute(of_seed))
+                found[summary.name, seed] = _with_scores(empty, _computed(summary, of_seed))
     return found
+
+
+def _computed(summary: Summary, runs: Mapping[str, EvaluatedCheckpoint]) -> Mapping[str, float]:
+    try:
+        return summary.compute(runs)
+    except (KeyError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        found = f"runs that it cannot be computed from ({reason})"
+        expected = f"the scores that it reads in runs of {', '.join(runs)}"
+        raise ConfigError([ConfigProblem(f"summary {summary.name}", found, expected)]) from None
 
 
 def _with_scores(run: EvaluatedCheckpoint, scores: Mapping[str, float]) -> EvaluatedCheckpoint:

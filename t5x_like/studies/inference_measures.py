@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from t5x_like.decoding.engine import speculative_tokens
 from t5x_like.decoding.inference_params import InferenceParams, decoding_model, inference_params
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.speculative import Speculation
+from t5x_like.errors import DataError
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.evaluation.results_store import write_json
 from t5x_like.model_loading import open_model
@@ -66,17 +68,35 @@ def measure_speculation(run: EvaluatedCheckpoint, draft: EvaluatedCheckpoint) ->
       tokens_per_pass: Tokens that a pass over a draft of `DRAFTED` tokens yields.
       tokens_over_formula: These over (1 - a**(g + 1)) / (1 - a), which takes acceptances to be independent.
     """
-    return _once(run, f"speculation_with_{draft.path.name}", lambda: _speculation(_opened(run), _opened(draft)))
+    name = f"speculation_with_{draft.path.name}_at_{draft.step}"
+    return _once(run, name, lambda: _speculation(_opened(run), _opened(draft)))
 
 
 def _once(run: EvaluatedCheckpoint, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     path = run.path / FILE
-    found: dict[str, Any] = read_json(path) if path.exists() else {}
+    found = _measured(path)
     key = f"{name} at step {run.step}"
     if key not in found:
         found[key] = measure()
         write_json(path, found)
-    return dict(found[key])
+    return found[key]
+
+
+def _measured(path: Path) -> dict[str, dict[str, float]]:
+    """Return what the file of a run has, by name; nothing if there is no file."""
+    try:
+        found = read_json(path) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+        for name, scores in found.items():
+            if not isinstance(scores, dict) or not all(isinstance(one, int | float) for one in scores.values()):
+                raise ValueError(f"no numbers by name for {name!r}")
+    except ValueError as error:
+        expected = "a JSON object with the measures of the run"
+        raise DataError(
+            f"{path}: found unusable content ({error}), expected {expected}; delete the file to measure again"
+        ) from None
+    return found
 
 
 def _opened(run: EvaluatedCheckpoint) -> tuple[Program, InferenceParams]:

@@ -136,7 +136,7 @@ def _scores(
 ) -> list[Row]:
     rows = []
     for arm in arms:
-        estimate = results.difference(arm, than, name)
+        estimate = results.compared(arm, than, name)
         if estimate is None:
             continue
         word = ""

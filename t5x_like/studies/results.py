@@ -78,13 +78,13 @@ class Results:
 
     def score(self, arm: str, name: str | None = None) -> Estimate | None:
         """Return the score of an arm or a summary; None if a run of it does not have the score."""
-        return self.difference(arm, None, name)
+        return self.compared(arm, None, name)
 
     def predicted(self, prediction: Prediction) -> Estimate | None:
         """Return what a prediction is about; None if there is no result."""
-        return self.difference(prediction.arm, prediction.than, prediction.score, is_ratio=prediction.is_ratio)
+        return self.compared(prediction.arm, prediction.than, prediction.score, is_ratio=prediction.is_ratio)
 
-    def difference(
+    def compared(
         self, arm: str, than: str | None, name: str | None = None, *, is_ratio: bool = False
     ) -> Estimate | None:
         """Return the score of an arm minus that of another one, or divided by it.

@@ -67,7 +67,7 @@ def report(study: Study, results: Results, console: Console) -> None:
     for name in ("value", "95 %", "seeds", "minus the first", "95 %"):
         table.add_column(name, justify="right")
     for arm in study.arms:
-        score, difference = results.score(arm.name), results.difference(arm.name, study.arms[0].name)
+        score, difference = results.score(arm.name), results.compared(arm.name, study.arms[0].name)
         if score is None:
             continue
         row = [arm.name, formatting.number(score.value), around(score.interval), str(len(score.by_seed))]

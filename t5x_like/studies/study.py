@@ -88,7 +88,7 @@ class StepsTo:
     A run that does not reach the target has its last step as a lower bound.
 
     Attributes:
-      name: Name of this score.
+      name: Name of this score, different from those of the arms and the summaries.
       score: Name of the other score, which training evaluates.
       target: Its value, or the name of the arm whose last value is the target for runs of the same seed.
     """
@@ -105,7 +105,7 @@ class Summary:
     Predictions name a summary as they name an arm. Its intervals cover the seeds.
 
     Attributes:
-      name: Its name among those of the arms.
+      name: Its name, different from those of the arms.
       arms: Names of the arms; a seed without a result of one of them has no summary.
       compute: Returns the scores by name from the runs by arm.
     """
@@ -211,10 +211,18 @@ def _problems(study: Study) -> Iterator[ConfigProblem]:
         if isinstance(one.target, str) and one.target not in names:
             yield ConfigProblem(f"study.steps_to.{number}.target", repr(one.target), f"one of {', '.join(names)}")
     for number, summary in enumerate(study.summaries):
-        if summary.name in names:
-            yield ConfigProblem(f"study.summaries.{number}.name", repr(summary.name), "another name than those of arms")
         if unknown := [name for name in summary.arms if name not in names]:
-            yield ConfigProblem(f"study.summaries.{number}.arms", ", ".join(unknown), f"of {', '.join(names)}")
+            expected = f"names of arms: {', '.join(names)}"
+            yield ConfigProblem(f"study.summaries.{number}.arms", ", ".join(unknown), expected)
+    derived = [
+        *((f"study.summaries.{number}.name", one.name) for number, one in enumerate(study.summaries)),
+        *((f"study.steps_to.{number}.name", one.name) for number, one in enumerate(study.steps_to)),
+    ]
+    taken = set(names)
+    for where, name in derived:
+        if name in taken:
+            yield ConfigProblem(where, repr(name), "another name than those of arms, and of other summaries and steps")
+        taken.add(name)
     if study.measure == BITS_OF_CONTINUATION:
         yield from _continuation_problems(study.arms)
     for arm in study.arms:

@@ -47,7 +47,7 @@ def sweep_report(results: Results, console: Console) -> None:
     table.add_column("")
     close = []
     for name in order:
-        score, difference = results.score(name), results.difference(name, order[0])
+        score, difference = results.score(name), results.compared(name, order[0])
         assert score is not None
         row = [name, formatting.number(score.value), around(score.interval)]
         if name == order[0] or difference is None:

@@ -92,7 +92,8 @@ def open_directory(directory: Path, *, scale_logits: bool | None = None) -> Hugg
       SafetyError: a symbolic link leads out of the directory.
     """
     if not directory.is_dir():
-        raise DataError(f"{directory}: found no such directory, expected that of a Hugging Face model")
+        found = "a file" if directory.exists() else "no such directory"
+        raise DataError(f"{directory}: found {found}, expected the directory of a Hugging Face model")
     require_links_inside(directory)
     fields = Fields.read(directory / "config.json")
     weights = Weights(directory)

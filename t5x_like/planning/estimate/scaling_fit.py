@@ -14,8 +14,8 @@ _EXPONENTS = np.linspace(0.05, 1.5, 30)
 def fit_scaling(parameters_N: FloatArray, tokens_N: FloatArray, losses_N: FloatArray, source: str) -> ScalingFit:
     """Return the fit L = e + a / N**alpha + b / D**beta with the least sum of squared relative deviations.
 
-    For given exponents, e, a and b solve a linear problem without negative numbers (`scipy.optimize.nnls`). The
-    exponents are the best ones of a grid, refined by the method of Nelder and Mead.
+    For given exponents, e, a and b are the solution of a non-negative least-squares problem (`scipy.optimize.nnls`).
+    The exponents are the best ones of a grid, refined by the method of Nelder and Mead.
 
     Args:
       parameters_N, tokens_N, losses_N: Points, five or more.

@@ -352,23 +352,30 @@ def test_reader_of_both_outputs_that_ends() -> None:
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("kind", ["missing", "run", "imported"])
+@pytest.mark.parametrize("kind", ["missing", "file", "run", "imported", "without weights"])
 def test_from_without_a_recipe_names_what_it_found(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     match kind:
+        case "file":
+            Path("base").touch()
         case "run":
             Path("base", "checkpoints").mkdir(parents=True)
         case "imported":
             Path("base").mkdir()
             Path("base", "model.json").touch()
+        case "without weights":
+            Path("base").mkdir()
+            Path("base", "config.json").write_text('{"model_type": "gpt2"}')
     assert main(["train", "--from", "base", "--workdir", "run"]) == 2
     error = capsys.readouterr().err
     expected = {
-        "missing": "base: found no such directory",
+        "missing": "base: found no such directory, expected the directory of a Hugging Face model",
+        "file": "base: found a file, expected the directory of a Hugging Face model",
         "run": "--from: found base, a run, expected a Hugging Face directory",
         "imported": "--from: found base, an imported model, expected a Hugging Face directory",
+        "without weights": "base: neither model.safetensors nor",
     }
     assert expected[kind] in error
 

@@ -10,12 +10,11 @@ import pytest
 
 from t5x_like.checkpoints import model_dir
 from t5x_like.config import ModelConfig, StackConfig
+from t5x_like.errors import DataError
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.models.factory import init_params
 from t5x_like.studies import inference_measures
 from t5x_like.studies.inference_measures import measure_decoding, measure_speculation
-
-pytestmark = pytest.mark.slow
 
 STACK = StackConfig(num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16, positions="rope")
 
@@ -27,6 +26,7 @@ def saved(folder: Path, *, has_encoder: bool = False) -> EvaluatedCheckpoint:
     return EvaluatedCheckpoint(folder.name, folder, 0, {}, {}, {}, {}, [], (), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_encoder", [False, True])
 def test_decoding_is_measured_once(has_encoder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference_measures, "TURNS", 1)
@@ -40,6 +40,22 @@ def test_decoding_is_measured_once(has_encoder: bool, tmp_path: Path, monkeypatc
     assert measure_decoding(run, 2) == found
 
 
+def test_a_draft_of_another_step_is_measured_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference_measures, "_opened", lambda checkpoint: checkpoint.step)
+    monkeypatch.setattr(inference_measures, "_speculation", lambda run, draft: {"acceptance": float(draft)})
+    run = EvaluatedCheckpoint("run", tmp_path, 0, {}, {}, {}, {}, [], (), {})
+    for step in (5, 6):
+        assert measure_speculation(run, dataclasses.replace(run, step=step)) == {"acceptance": step}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"decoding_2 at step 0": 1}', '{"decoding_2 at step 0": {"a": null}}'])
+def test_a_damaged_file_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / inference_measures.FILE).write_text(content)
+    with pytest.raises(DataError, match=r"inference\.json: found .*, expected .*; delete the file"):
+        measure_decoding(EvaluatedCheckpoint("run", tmp_path, 0, {}, {}, {}, {}, [], (), {}), 2)
+
+
+@pytest.mark.slow
 def test_a_draft_that_is_the_model_is_accepted_whole(tmp_path: Path) -> None:
     model = saved(tmp_path / "model")
     found = measure_speculation(model, model)

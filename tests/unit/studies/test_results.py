@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from t5x_like.errors import ConfigError
 from t5x_like.evaluation import bootstrap
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
 from t5x_like.evaluation.results_store import CONTINUATION, record
@@ -57,7 +58,7 @@ BETTER = Prediction("b is better than a", "a guess", "b", "a", high=0.0)
 def test_an_arm_against_itself_is_undecided(seeds: int) -> None:
     """At most 2 of 20 repetitions are decided, where 95 % intervals have one on average; here of five times as many."""
     found = [
-        verdict(BETTER, results({"a": 0.0, "b": 0.0}, seeds, repetition).difference("b", "a"))
+        verdict(BETTER, results({"a": 0.0, "b": 0.0}, seeds, repetition).compared("b", "a"))
         for repetition in range(100)
     ]
     assert found.count("undecided") >= 90
@@ -67,19 +68,19 @@ def test_an_arm_against_itself_is_undecided(seeds: int) -> None:
 def test_swapped_labels_have_no_effect() -> None:
     """With the labels of the arms swapped for every other seed, a prediction that was held becomes undecided."""
     before = results({"a": 0.0, "b": -0.06}, 4)
-    assert verdict(BETTER, before.difference("b", "a")) == "held"
+    assert verdict(BETTER, before.compared("b", "a")) == "held"
     other = {"a": "b", "b": "a"}
     swapped = {(other[arm] if seed and seed % 2 else arm, seed): run for (arm, seed), run in before.runs.items()}
-    estimate = Results(swapped, BITS).difference("b", "a")
+    estimate = Results(swapped, BITS).compared("b", "a")
     assert verdict(BETTER, estimate) == "undecided" and not differs(estimate)
 
 
 def test_predictions_are_held_failed_or_undecided() -> None:
     found = results({"a": 0.0, "b": -0.1, "c": 0.1}, 3)
     by_much = {arm: Prediction("", "a guess", arm, "a", high=-0.02) for arm in "bc"}
-    assert [verdict(by_much[arm], found.difference(arm, "a")) for arm in "bc"] == ["held", "failed"]
+    assert [verdict(by_much[arm], found.compared(arm, "a")) for arm in "bc"] == ["held", "failed"]
     at_the_effect = Prediction("", "a guess", "b", "a", low=-0.1, high=0.0)
-    assert verdict(at_the_effect, found.difference("b", "a")) == "undecided"
+    assert verdict(at_the_effect, found.compared("b", "a")) == "undecided"
     itself = Prediction("", "a calculation", "a", low=1.5, high=2.5)
     assert verdict(itself, found.score("a")) == "held"
     assert ordered_arms(found) == ["b", "a", "c"]
@@ -88,14 +89,14 @@ def test_predictions_are_held_failed_or_undecided() -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_fewer_than_three_seeds_give_no_verdict(seeds: int) -> None:
-    found = results({"a": 0.0, "b": -1.0}, seeds).difference("b", "a")
+    found = results({"a": 0.0, "b": -1.0}, seeds).compared("b", "a")
     assert found is not None and found.interval is not None and verdict(BETTER, found) is None
 
 
 def test_paired_windows_find_an_effect_far_below_their_spread() -> None:
     """Each arm's own interval is more than ten times as wide as that of the difference."""
     found = results({"a": 0.0, "b": -0.02}, 1)
-    score, difference = found.score("a"), found.difference("b", "a")
+    score, difference = found.score("a"), found.compared("b", "a")
     assert score is not None and difference is not None and score.interval is not None
     assert difference.interval is not None and differs(difference)
     assert score.interval[1] - score.interval[0] > 10 * (difference.interval[1] - difference.interval[0])
@@ -105,14 +106,14 @@ def test_runs_on_other_windows_have_no_interval() -> None:
     found = results({"a": 0.0, "b": -1.0}, 3)
     runs = dict(found.runs)
     runs["b", 2] = checkpoint(np.full(WINDOWS, 1.0), digest="other")
-    estimate = Results(runs, BITS).difference("b", "a")
+    estimate = Results(runs, BITS).compared("b", "a")
     assert estimate is not None and estimate.interval is None and verdict(BETTER, estimate) is None
 
 
 def test_only_seeds_of_both_arms_are_compared() -> None:
     found = results({"a": 0.0, "b": -0.1}, 4)
     runs = {key: run for key, run in found.runs.items() if key != ("b", 1)}
-    estimate = Results(runs, BITS).difference("b", "a")
+    estimate = Results(runs, BITS).compared("b", "a")
     assert estimate is not None and len(estimate.by_seed) == 3
 
 
@@ -137,12 +138,12 @@ def test_a_bound_is_judged_on_the_side_that_it_limits(
         for arm, value in (("a", 0.0), ("b", effect))
         for seed in range(3)
     }
-    assert verdict(prediction, Results(runs, BITS).difference("b", "a")) == expected
+    assert verdict(prediction, Results(runs, BITS).compared("b", "a")) == expected
 
 
 def test_ratios_have_the_interval_of_the_divided_draws() -> None:
     found = results({"a": 0.0, "b": 2.0}, 3)
-    ratio = found.difference("b", "a", is_ratio=True)
+    ratio = found.compared("b", "a", is_ratio=True)
     assert ratio is not None and ratio.interval is not None
     assert ratio.interval[0] < ratio.value < ratio.interval[1] and ratio.value == pytest.approx(2.0, rel=0.05)
     twice = Prediction("", "a calculation", "b", "a", 1.9, 2.1, is_ratio=True)
@@ -177,15 +178,15 @@ def test_steps_to_a_score_are_those_of_the_first_evaluation_that_has_it(tmp_path
 
 def test_steps_of_a_run_that_does_not_reach_the_score_are_a_lower_bound(tmp_path: Path) -> None:
     found = curves(tmp_path, {"a": (2.0, 1.9), "b": (1.4, 1.3), "c": (2.0, 1.8)}, STEPS)
-    score, ratio = found.score("a", "steps"), found.difference("a", "b", "steps", is_ratio=True)
+    score, ratio = found.score("a", "steps"), found.compared("a", "b", "steps", is_ratio=True)
     assert score is not None and (score.value, score.side) == (20, "at least")
     assert ratio is not None and (ratio.value, ratio.side) == (2, "at least")
-    inverse = found.difference("b", "a", "steps", is_ratio=True)
+    inverse = found.compared("b", "a", "steps", is_ratio=True)
     assert inverse is not None and (inverse.value, inverse.side) == (0.5, "at most")
     # It may be any number above its bound: two such runs cannot be compared.
     above = Prediction("", "a guess", "a", "b", low=3.0, score="steps", is_ratio=True)
     assert verdict(above, ratio) == "undecided" and verdict(dataclasses.replace(above, low=1.9), ratio) == "held"
-    assert found.difference("a", "c", "steps") is None
+    assert found.compared("a", "c", "steps") is None
 
 
 def test_the_target_can_be_the_last_score_of_an_arm_with_the_same_seed(tmp_path: Path) -> None:
@@ -204,5 +205,12 @@ def test_summaries_are_computed_for_each_seed_and_judged_as_arms_are() -> None:
     assert estimate.value == pytest.approx(0.5, abs=0.05)
     prediction = Prediction("", "a calculation", "gap", low=0.4, high=0.6, score="bits")
     assert verdict(prediction, both.predicted(prediction)) == "held"
+    for error, message in ((KeyError("bits"), "no 'bits'"), (ValueError("found 4 points"), "found 4 points")):
+
+        def fail(of: object, error: Exception = error) -> dict[str, float]:
+            raise error
+
+        with pytest.raises(ConfigError, match=f"summary gap: found runs that it cannot be computed from .{message}"):
+            summaries_of(runs, [Summary("gap", ("a", "b"), fail)])
     # A summary is no arm: the pages of runs do not look for its directory.
     assert both.arms == ["a", "b"] and ordered_arms(both) == ["a", "b"]
