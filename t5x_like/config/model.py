@@ -302,7 +302,7 @@ class ModelConfig:
     """Add rows of zeros to the token tables and to the output projection until their number is a multiple of this one:
     of the tensor degree, which must divide it, or of 128 for fast products on accelerators. These rows stay zero, have
     no logits and are no part of an exported model, so that the model computes the same with and without them. Only
-    Adafactor differs slightly: it divides the mean squares of a table and of its update by the number of all rows."""
+    Adafactor and AdamW with `rms_scaled` differ slightly: they divide mean squares by the number of all rows."""
     pad_token_id: int | None = 0
     """Padding id, used when the batch has no segment ids. None: the model has no padding id."""
     decoder_start_token_id: int = 0
@@ -369,6 +369,11 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the token tables: `vocab_size`, and the rows of zeros of `pad_vocab_to_multiple_of`."""
         return -(-self.vocab_size // self.pad_vocab_to_multiple_of) * self.pad_vocab_to_multiple_of
+
+    @property
+    def vocab_padding_rows(self) -> int:
+        """Rows of zeros among the `padded_vocab_size` rows."""
+        return self.padded_vocab_size - self.vocab_size
 
     @property
     def stacks(self) -> dict[str, StackConfig]:

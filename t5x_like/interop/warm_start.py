@@ -81,8 +81,7 @@ def initial_state(program: Program, report: Callable[[str], None]) -> PyTree:
 
 def _without_padding(model: ModelConfig, spec: ModelSpec) -> ModelSpec:
     """Return the specification of the model without padding of its vocabulary; `spec` is that of the model itself."""
-    is_padded = model.padded_vocab_size != model.vocab_size
-    return abstract_model(vocab_padding.without_padding(model)) if is_padded else spec
+    return abstract_model(vocab_padding.without_padding(model)) if model.vocab_padding_rows else spec
 
 
 def _adapted(

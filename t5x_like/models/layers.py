@@ -1,7 +1,8 @@
 """Dense, embedding, norm, MLP, language-model head and dropout layers.
 
-Parameters are float32 or bfloat16; each layer computes in the type of its input. The gradient of a parameter is added
-up over the tokens in float32 and has the type of the parameter.
+Parameters are float32 or bfloat16; each layer computes in the type of its input. Over the tokens, the gradients of
+kernels, tables and norms are added up in float32, those of biases in the type of the activations. A gradient has the
+type of its parameter.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Embedding(nnx.Module):
         self.axes = (rows[0], columns[0])
         self.last_id = rows[1] - 1
         values = stddev * jax.random.normal(rngs.params(), (rows[1], columns[1]))
-        self.embedding = param(_with_zeros(values, padding, 0), self.axes)
+        self.embedding = param(with_zeros(values, padding, 0), self.axes)
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
         """Return the vectors [..., columns] of ids [...]. Ids beyond the table take the row of the last id."""
@@ -268,9 +269,7 @@ class LMHead(nnx.Module):
         if not config.tie_embeddings:
             stddev = config.head_init_scale * width**-0.5
             values = stddev * jax.random.normal(rngs.params(), (width, config.vocab_size))
-            self.kernel = param(
-                _with_zeros(values, config.padded_vocab_size - config.vocab_size, 1), ("embed", "vocab")
-            )
+            self.kernel = param(with_zeros(values, config.vocab_padding_rows, 1), ("embed", "vocab"))
         if config.head_bias:
             self.bias = param(jnp.zeros(config.padded_vocab_size), ("vocab",))
 
@@ -305,7 +304,7 @@ class LMHead(nnx.Module):
         return logits[..., : projection.vocab_size] if projection.is_padded else logits
 
 
-def _with_zeros(values: Array, count: int, axis: int) -> Array:
+def with_zeros(values: Array, count: int, axis: int) -> Array:
     """Return `values` with `count` zeros after the others along an axis."""
     return jnp.pad(values, [(0, count if dim == axis else 0) for dim in range(values.ndim)]) if count else values
 

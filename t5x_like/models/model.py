@@ -50,8 +50,13 @@ class Model(nnx.Module):
         # The last stack has the head: the decoder where there is one.
         output = next(reversed(config.stacks.values()))
         # As wide as the head, which reads the same table if the embeddings are tied.
-        rows, padding = ("vocab", config.vocab_size), config.padded_vocab_size - config.vocab_size
-        make_table = functools.partial(Embedding, rows, stddev=config.embedding_stddev, rngs=rngs, padding=padding)
+        make_table = functools.partial(
+            Embedding,
+            ("vocab", config.vocab_size),
+            stddev=config.embedding_stddev,
+            rngs=rngs,
+            padding=config.vocab_padding_rows,
+        )
         self.token_embedder = make_table(("embed", config.lm_head_width))
         if config.encoder is not None and config.separate_encoder_embeddings:
             self.encoder_token_embedder = make_table(("embed", config.encoder.d_model))

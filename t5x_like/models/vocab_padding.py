@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from t5x_like.config.model import ModelConfig
 from t5x_like.models.factory import abstract_model
+from t5x_like.models.layers import with_zeros
 from t5x_like.utils.type_aliases import PyTree
 
 
@@ -21,17 +21,13 @@ def without_padding(model: ModelConfig) -> ModelConfig:
 
 def padded(params: PyTree, model: ModelConfig) -> PyTree:
     """Return the parameters of a model from those of the same model without padding."""
-    more = model.padded_vocab_size - model.vocab_size
-
-    def pad(value: Any, axis: int) -> Any:
-        return jnp.pad(value, [(0, more if dim == axis else 0) for dim in range(value.ndim)])
-
-    return _mapped(params, model, pad) if more else params
+    rows = model.vocab_padding_rows
+    return _mapped(params, model, lambda value, axis: with_zeros(value, rows, axis)) if rows else params
 
 
 def cut(params: PyTree, model: ModelConfig) -> PyTree:
     """Return the parameters of a model as those of the same model without padding: the inverse of `padded`."""
-    if model.padded_vocab_size == model.vocab_size:
+    if not model.vocab_padding_rows:
         return params
     return _mapped(params, model, lambda value, axis: value[(slice(None),) * axis + (slice(model.vocab_size),)])
 

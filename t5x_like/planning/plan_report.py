@@ -126,8 +126,7 @@ def _print_compute(plan: Plan, console: Console) -> None:
     table.add_row("total", formatting.flops(step), "")
     console.print(table)
     positions = sum(plan.tokens()["positions"].values())
-    model = plan.run.model
-    padded = "" if model.padded_vocab_size == model.vocab_size else ", padding of the vocabulary"
+    padded = ", padding of the vocabulary" if plan.run.model.vocab_padding_rows else ""
     lines = [
         f"{formatting.flops(compute['flops_per_token'])} per token, with {positions:,} token positions per step; the "
         f"rule 6 N D gives {formatting.flops(compute['six_n_d'])} per step ({compute['six_n_d'] / step:.0%})",

@@ -86,7 +86,7 @@ def _parts(
     def add(name: str, more: ParameterCount) -> None:
         parts[name] = total({"before": parts[name], "more": more}) if name in parts else more
 
-    rows, padding = model.padded_vocab_size, model.padded_vocab_size - model.vocab_size
+    rows, padding = model.padded_vocab_size, model.vocab_padding_rows
     for leaf in leaves:
         count, size = math.prod(leaf.array.shape), bytes_of(leaf)
         # No token uses the zeros of a padded table.

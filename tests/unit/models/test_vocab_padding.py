@@ -106,12 +106,14 @@ def test_initial_parameters_are_those_without_padding_and_zeros() -> None:
     ("optimizer", "factor"),
     [
         (AdamWConfig(weight_decay=0.1), 1.0),
+        (AdamWConfig(weight_decay=0.0, rms_scaled=True), (61 / 64) ** 0.5),
         (AdafactorConfig(clipping_threshold=None, min_dim_size_to_factor=2), (61 / 64) ** 0.5),
     ],
-    ids=["adamw", "adafactor"],
+    ids=["adamw", "rms_scaled", "adafactor"],
 )
 def test_optimizers_leave_the_padding_zero(optimizer: OptimizerConfig, factor: float) -> None:
-    """AdamW moves the real rows as without padding. Adafactor divides mean squares by the number of all rows."""
+    """AdamW moves the real rows as without padding, unless it divides mean squares by the number of all rows, as
+    Adafactor does."""
     config = dataclasses.replace(MODELS["tied"], tie_embeddings=False)
     training = TrainingConfig(
         num_train_steps=2,
@@ -147,7 +149,7 @@ def test_optimizers_leave_the_padding_zero(optimizer: OptimizerConfig, factor: f
 def test_padding_is_the_least(vocab_size: int, multiple: int) -> None:
     config = dataclasses.replace(MODELS["tied"], vocab_size=vocab_size, pad_vocab_to_multiple_of=multiple)
     assert config.padded_vocab_size % multiple == 0
-    assert 0 <= config.padded_vocab_size - vocab_size < multiple
+    assert 0 <= config.vocab_padding_rows < multiple
 
 
 @pytest.mark.slow
