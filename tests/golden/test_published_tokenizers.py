@@ -226,6 +226,11 @@ def test_bytes_and_sentinels_of_mt5_are_those_of_the_file(tmp_path: Path) -> Non
         ({"tokenizer_config.json": {"tokenizer_class": "AlbertTokenizer"}}, "the ids of T5Tokenizer, .* are known"),
         ({"added_tokens.json": {"<new>": 701}}, "ids do not follow the 700 pieces"),
         ({"special_tokens_map.json": {"pad_token": "<none>"}}, "no piece for pad_token '<none>'"),
+        ({"added_tokens.json": {"<new>": 2}}, "the added token '<new>' has the id of the piece '</s>'"),
+        (
+            {"tokenizer_config.json": {"tokenizer_class": "DebertaV2Tokenizer", "do_lower_case": True}},
+            "DebertaV2Tokenizer with do_lower_case: save it with tokenizer.json",
+        ),
     ],
 )
 def test_sentencepiece_files_that_do_not_fit_are_refused(
@@ -244,6 +249,61 @@ def test_added_tokens_of_a_sentencepiece_model_have_their_ids(tmp_path: Path) ->
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>"}))
     tokenizer = load_published(tmp_path, 0)
     assert tokenizer.pad_id == 700 and tokenizer.encode("a<|im_end|>") == [*tokenizer.encode("a"), 701]
+
+
+_STRIPPING = {"2": {"content": "</s>", "lstrip": True, "rstrip": True, "normalized": False, "special": True}}
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields"),
+    [
+        ("llama", {"add_prefix_space": False}),
+        ("llama", {"legacy": True}),
+        ("llama", {"add_eos_token": True}),
+        ("llama", {"added_tokens_decoder": _STRIPPING}),
+        ("t5", {"add_prefix_space": False}),
+        ("deberta", {"add_prefix_space": False}),
+    ],
+)
+def test_fields_of_tokenizer_config_mean_what_they_mean_in_transformers(
+    layout: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer, reference = configured(tmp_path, layout, fields)
+    texts = ["a b", "a </s>  b", "the list[SEP]of it"]
+    for text in texts:
+        ids = reference(text)["input_ids"]
+        assert tokenizer.encode_with_special_tokens([text], 99) == [ids], text
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True), text
+
+
+def configured(folder: Path, layout: str, fields: dict[str, Any]) -> tuple[Tokenizer, Any]:
+    """Return the tokenizers of a SentencePiece model with fields of tokenizer_config.json: ours and transformers'."""
+    write_sentencepiece(folder, layout)
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | fields
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_published(folder, 0), sentencepiece_reference(folder)
+
+
+def test_llama_begins_a_text_with_bos_by_default(tmp_path: Path) -> None:
+    """transformers 5.23 documents the default True of `add_bos_token`, as in version 4, and adds no BOS without it."""
+    _, reference = configured(tmp_path, "llama", {"add_bos_token": True})
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = load_published(tmp_path, 0)
+    for text in TEXTS:
+        assert tokenizer.encode_with_special_tokens([text], 9999) == [reference(text)["input_ids"]], text
+    without, reference = configured(tmp_path, "llama", {"add_bos_token": False})
+    ids = reference("a b")["input_ids"]
+    assert without.encode_with_special_tokens(["a b"], 9) == [ids] and tokenizer.encode("a b") == ids
+
+
+@pytest.mark.parametrize("layout", ["deberta", "t5"])
+def test_texts_are_normalized_as_in_sentencepiece(layout: str, tmp_path: Path) -> None:
+    write_sentencepiece(tmp_path, layout)
+    tokenizer = load_published(tmp_path, 0)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(layout))
+    for text in TEXTS:
+        if text != ODD[-2]:
+            assert tokenizer.encode(text) == reference.encode(text), text
 
 
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"])

@@ -35,6 +35,7 @@ from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream.packing_planner import PackingPlanner
 from t5x_like.data.stream.row_stream import corpus_key
 from t5x_like.data.tokenizers.loading import load_directory_tokenizer, load_tokenizer
+from t5x_like.data.tokenizers.published import load_published
 from t5x_like.data.tokenizers.train_vocabulary import train_sentencepiece
 from t5x_like.decoding.prompt_reader import open_prompts
 from t5x_like.evaluation.answer_cache import AnswerCache
@@ -127,6 +128,18 @@ def _sentencepiece(folder: Path) -> None:
 def _read_sentencepiece(folder: Path) -> object:
     path = folder / "spiece.model"
     tokenizer = load_tokenizer(TokenizerConfig(num_sentinels=2), path)
+    return tokenizer.decode(tokenizer.encode("the word of it"))
+
+
+def _published_sentencepiece(folder: Path) -> None:
+    _sentencepiece(folder)
+    entry = {"content": "<new>", "special": True, **dict.fromkeys(_PLAIN, False)}
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 5, "added_tokens_decoder": {"285": entry}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _read_published_sentencepiece(folder: Path) -> object:
+    tokenizer = load_published(folder, 0)
     return tokenizer.decode(tokenizer.encode("the word of it"))
 
 
@@ -326,6 +339,7 @@ KINDS: dict[str, Kind] = {
     "token store of pairs": Kind(_pair_store, _read_store, _sign),
     "packing plan": Kind(_packing_plan, _read_packing_plan, _sign),
     "SentencePiece model": Kind(_sentencepiece, _read_sentencepiece),
+    "published SentencePiece model": Kind(_published_sentencepiece, _read_published_sentencepiece),
     "tokenizer.json": Kind(_huggingface_tokenizer, _read_huggingface_tokenizer),
     "safetensors": Kind(lambda f: write(f / SINGLE, _tensors(), {"format": "pt"}), _read_safetensors),
     "index of safetensors": Kind(lambda f: write_sharded(f, _tensors(), max_bytes=8), _read_weights),

@@ -82,6 +82,18 @@ FOUND: dict[str, tuple[str, str, str, str]] = {
     ),
     "huge id": ("vocab.json and merges.txt", "vocab.json", '"ab": 2', '"ab": 2147483648'),
     "huge id of a tokenizer.json": ("tokenizer.json", "tokenizer.json", '"<pad>": 0', '"<pad>": 2147483648'),
+    "list of added tokens": (
+        "published SentencePiece model",
+        "tokenizer_config.json",
+        '"added_tokens_decoder": {',
+        '"added_tokens_decoder": [], "x": {',
+    ),
+    "billions of sentinels": (
+        "published SentencePiece model",
+        "tokenizer_config.json",
+        '"extra_ids": 5',
+        '"extra_ids": 10000000000',
+    ),
     "id that is a text": ("vocab.json and merges.txt", "vocab.json", '"a": 0', '"a": "x"'),
 }
 """Name -> kind of files, file, its text and what replaces it: each once raised another exception."""

@@ -15,12 +15,10 @@ import tokenizers as library
 
 from t5x_like.config.objectives import MODES
 from t5x_like.data.tokenizers.tokenizer import Ids, Tokenizer
-from t5x_like.data.tokenizers.vocabulary import Vocabulary
+from t5x_like.data.tokenizers.vocabulary import MAX_TOKENS, Vocabulary
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.utils.json_reader import parse_json
 
-MAX_TOKENS = 2**22
-"""Largest number of ids, several times that of the largest published vocabularies: the table of all ids is made."""
 ROLES: dict[str, tuple[str, ...]] = {
     "pad": ("pad_token",),
     "eos": ("eos_token", "sep_token"),

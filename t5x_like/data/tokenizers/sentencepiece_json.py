@@ -11,6 +11,7 @@ from typing import Any
 from t5x_like.data.tokenizers import sentencepiece_proto
 from t5x_like.data.tokenizers.sentencepiece_proto import Piece, Settings
 from t5x_like.data.tokenizers.tokenizer import EXTRA_ID
+from t5x_like.data.tokenizers.vocabulary import MAX_TOKENS
 
 Part = dict[str, Any]
 """Object of a tokenizer.json."""
@@ -36,6 +37,8 @@ _EXTRA_IDS = 100
 """Sentinels that T5's class adds to a file without them, if `extra_ids` does not say otherwise."""
 _EXPRESSED = ("add_bos_token", "add_eos_token", "add_prefix_space", "extra_ids", "legacy", "sp_model_kwargs")
 """Fields of tokenizer_config.json that tokenizer.json expresses."""
+_REFUSED = {_DEBERTA: ("do_lower_case", "split_by_punct")}
+"""Fields of tokenizer_config.json that change the text of a class, and for which there is no conversion."""
 
 
 def published_json(model: bytes, name: str, config: Part, added: dict[str, int]) -> tuple[Part, Part]:
@@ -56,14 +59,14 @@ def published_json(model: bytes, name: str, config: Part, added: dict[str, int])
     pieces, settings = sentencepiece_proto.pieces(model), sentencepiece_proto.settings(model)
     if settings.kind not in (_UNIGRAM, _BPE) or settings.whitespace_as_suffix or not settings.escape_whitespace:
         raise ValueError("a SentencePiece model that is neither unigram nor BPE, or does not put U+2581 before words")
+    refused = [field for field in _REFUSED.get(kind, ()) if config.get(field)]
+    if refused:
+        raise ValueError(f"{kind} with {' and '.join(refused)}: save it with tokenizer.json")
+    if kind == _LLAMA and config.get("add_prefix_space") is False:
+        settings = dataclasses.replace(settings, dummy_prefix=False)
     full = (_DEBERTA_TOKENS if kind == _DEBERTA else _special_pieces(model)) | config
     ids = {piece.piece: index for index, piece in enumerate(pieces)}
-    entries: list[Part] = [
-        {"id": index, "content": piece.piece, **PLAIN_TOKEN, "special": not piece.is_user_defined}
-        for index, piece in enumerate(pieces)
-        if not piece.holds_text or piece.is_user_defined
-    ]
-    entries += _added_tokens(kind, full, ids, added)
+    entries = _added_tokens(kind, full, pieces, added)
     ids |= {entry["content"]: entry["id"] for entry in entries}
     is_bpe = settings.kind == _BPE
     return {
@@ -73,7 +76,7 @@ def published_json(model: bytes, name: str, config: Part, added: dict[str, int])
         "added_tokens": entries,
         # Spaces are the pre-tokenizer's matter.
         "normalizer": normalizer(dataclasses.replace(settings, dummy_prefix=False, escape_whitespace=False)),
-        "pre_tokenizer": _spaces(settings, config),
+        "pre_tokenizer": _spaces(kind, settings, config),
         "post_processor": _template(kind, full, ids),
         "decoder": decoder(settings),
         "model": _bpe(pieces, settings, full) if is_bpe else _unigram(pieces, settings),
@@ -108,31 +111,57 @@ def _special_pieces(model: bytes) -> Part:
     return found | ({"mask_token": "<mask>"} if has_mask else {})
 
 
-def _added_tokens(kind: str, config: Part, ids: dict[str, int], added: dict[str, int]) -> list[Part]:
-    """Return the special tokens after the pieces.
+def _added_tokens(kind: str, config: Part, pieces: Sequence[Piece], added: dict[str, int]) -> list[Part]:
+    """Return the tokens that are found wherever a text spells them: special and user-defined pieces, then the tokens
+    after the pieces.
 
     Raises:
-      ValueError: their ids do not follow those of the pieces, or a special token has no id.
+      ValueError: tokens are listed that are not those of the pieces and do not follow them, or a special token has no
+        id.
     """
-    listed = {int(token): {**PLAIN_TOKEN, **entry} for token, entry in config.get("added_tokens_decoder", {}).items()}
+    entries: dict[int, Part] = {
+        index: {**PLAIN_TOKEN, "content": piece.piece, "special": not piece.is_user_defined}
+        for index, piece in enumerate(pieces)
+        if not piece.holds_text or piece.is_user_defined
+    }
+    decoder = config.get("added_tokens_decoder")
+    if not isinstance(decoder, dict | None):
+        raise ValueError(f"added_tokens_decoder: found a {type(decoder).__name__}, expected an object")
+    listed = {int(token): {**PLAIN_TOKEN, **entry} for token, entry in (decoder or {}).items()}
     listed |= {token: {**PLAIN_TOKEN, "content": name} for name, token in added.items() if token not in listed}
-    entries = [entry | {"id": token} for token, entry in sorted(listed.items()) if token >= len(ids)]
-    names = {*ids, *(entry["content"] for entry in entries)}
+    for token, entry in listed.items():
+        if 0 <= token < len(pieces) and entry["content"] != pieces[token].piece:
+            raise ValueError(f"the added token {entry['content']!r} has the id of the piece {pieces[token].piece!r}")
+    entries |= listed
+    names = {*(piece.piece for piece in pieces), *(entry["content"] for entry in entries.values())}
     more: list[str] = []
     if kind == _T5 and not any(EXTRA_ID.fullmatch(name) for name in names):
-        more = [f"<extra_id_{index}>" for index in reversed(range(config.get("extra_ids", _EXTRA_IDS)))]
+        more = [f"<extra_id_{index}>" for index in reversed(range(_extra_ids(config)))]
     if kind == _DEBERTA and "[MASK]" not in names:
         more = ["[MASK]"]
-    following = len(ids) + len(entries)
-    entries += [{"id": following + index, "content": name, **PLAIN_TOKEN} for index, name in enumerate(more)]
-    if [entry["id"] for entry in entries] != [*range(len(ids), len(ids) + len(entries))]:
-        raise ValueError(f"added tokens whose ids do not follow the {len(ids)} pieces of the file")
+    following = max(len(pieces), *(token + 1 for token in entries))
+    entries |= {following + index: {**PLAIN_TOKEN, "content": name} for index, name in enumerate(more)}
+    after = sorted(token for token in entries if not 0 <= token < len(pieces))
+    if after != [*range(len(pieces), len(pieces) + len(after))]:
+        raise ValueError(f"added tokens whose ids do not follow the {len(pieces)} pieces of the file")
     names |= set(more)
     stated = {field: _content(config[field]) for field in _DEBERTA_TOKENS if config.get(field) is not None}
     missing = [f"{field} {name!r}" for field, name in stated.items() if name not in names]
     if missing:
         raise ValueError(f"no piece for {', '.join(missing)}")
-    return entries
+    return [{**entry, "id": token} for token, entry in sorted(entries.items())]
+
+
+def _extra_ids(config: Part) -> int:
+    """Return the number of sentinels that T5's class adds.
+
+    Raises:
+      ValueError: it is not a number of tokens.
+    """
+    count = config.get("extra_ids", _EXTRA_IDS)
+    if not isinstance(count, int) or not 0 <= count <= MAX_TOKENS:
+        raise ValueError(f"extra_ids: found {count!r}, expected a number from 0 to {MAX_TOKENS}")
+    return count
 
 
 def _content(token: str | Part) -> str:
@@ -166,12 +195,14 @@ def _sequence_of(name: str, type_id: int) -> Part:
     return {"Sequence": {"id": name, "type_id": type_id}}
 
 
-def _spaces(settings: Settings, config: Part) -> Part:
+def _spaces(kind: str, settings: Settings, config: Part) -> Part:
     """Return the pre-tokenizer that writes spaces as U+2581 and puts one in front of a text, as in transformers: words
-    of a unigram model are encoded one by one, and BPE does it at the beginning of a text only."""
+    of a unigram model are encoded one by one, and BPE does it at the beginning of a text only, as does DeBERTa without
+    `add_prefix_space`."""
     is_bpe = settings.kind == _BPE
-    scheme = "first" if is_bpe and not config.get("legacy") else "always"
-    if not settings.dummy_prefix or config.get("add_prefix_space") is False:
+    at_beginning = not config.get("legacy") if is_bpe else kind == _DEBERTA and config.get("add_prefix_space") is False
+    scheme = "first" if at_beginning else "always"
+    if not settings.dummy_prefix:
         scheme = "never"
     spaces = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": not is_bpe}
     before = None if is_bpe else pre_tokenizer(settings)

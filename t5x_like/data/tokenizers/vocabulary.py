@@ -15,6 +15,8 @@ PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
 NUM_SPECIAL = 3
+MAX_TOKENS = 2**22
+"""Largest number of ids of a published tokenizer, several times that of the largest: the table of all ids is made."""
 
 
 @dataclasses.dataclass(frozen=True)
