@@ -107,8 +107,13 @@ def _backward(
     else:
         forward, gradient = _types(quantization)
         d_x = _quantized_dot(g, kernel.astype(x.dtype), g_dims, kernel_dims, (gradient, forward)).astype(x.dtype)
+    d_kernel = _dot(x, g, tokens, tokens, jnp.dtype(jnp.float32))
+    if x.dtype != jnp.float32:
+        # XLA makes a product and its transposition, as of a head that is the table of embeddings, one product. That of
+        # bfloat16 over the tokens of several rows is one that it cannot compute on CPUs (jaxlib 0.10.2).
+        d_kernel = jax.lax.platform_dependent(d_kernel, cpu=jax.lax.optimization_barrier, default=lambda x: x)
     # Rounded after the sum over the tokens of all devices.
-    return d_x, _dot(x, g, tokens, tokens, jnp.dtype(jnp.float32)).astype(kernel.dtype)
+    return d_x, d_kernel.astype(kernel.dtype)
 
 
 matmul.defvjp(_forward, _backward)

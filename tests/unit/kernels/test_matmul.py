@@ -27,6 +27,20 @@ def test_matmul_gradients_equal_those_of_einsum() -> None:
         np.testing.assert_allclose(actual, reference, rtol=1e-5, atol=1e-5)
 
 
+def test_gradient_of_a_transposed_kernel_is_computed_in_bfloat16() -> None:
+    """As of a head that is the table of embeddings."""
+    random = np.random.default_rng(0)
+    x_BxTxd, table_Vxd = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((8, 64, 32), (288, 32)))
+
+    def value(table: Array, dtype: jnp.dtype) -> Array:
+        logits = matmul(x_BxTxd.astype(dtype), table.T, 1, jnp.dtype(jnp.float32))
+        return jnp.sum(jnp.tanh(logits / 8))
+
+    gradient = jax.jit(jax.grad(value), static_argnums=1)
+    found, expected = (gradient(table_Vxd, jnp.dtype(name)) for name in ("bfloat16", "float32"))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
 def test_remat_policy_for_products_keeps_the_results(capsys: pytest.CaptureFixture[str]) -> None:
     def loss(x: Array, first: Array, second: Array) -> Array:
         return jnp.sum(jnp.sin(matmul(jnp.tanh(matmul(x, first, 1, FLOAT32)), second, 1, FLOAT32)))
