@@ -15,7 +15,7 @@ import tokenizers as library
 
 from t5x_like.config.objectives import MODES
 from t5x_like.data.tokenizers.tokenizer import Ids, Tokenizer
-from t5x_like.data.tokenizers.vocabulary import MAX_TOKENS, Vocabulary
+from t5x_like.data.tokenizers.vocabulary import Vocabulary, require_id
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
 from t5x_like.utils.json_reader import parse_json
 
@@ -111,8 +111,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _vocabulary(self, num_sentinels: int, source: str) -> Vocabulary:
         size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if size > MAX_TOKENS:
-            raise ValueError(f"a token has the id {size - 1}, expected an id below {MAX_TOKENS}")
+        require_id(size - 1)
         pad, eos, start, unk, mask = (self._token_of(role) for role in ("pad", "eos", "start", "unk", "mask"))
         if eos is None:
             raise ValueError("no end-of-sequence token: eos_token or sep_token of tokenizer_config.json")

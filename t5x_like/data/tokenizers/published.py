@@ -10,6 +10,7 @@ from typing import Any
 from t5x_like.data.tokenizers import fairseq_layouts, sentencepiece_json, sentencepiece_proto
 from t5x_like.data.tokenizers.bytes import ByteTokenizer
 from t5x_like.data.tokenizers.tokenizer import Tokenizer
+from t5x_like.data.tokenizers.vocabulary import require_id
 from t5x_like.errors import DataError
 from t5x_like.utils.json_reader import parse_json, read_json
 from t5x_like.utils.links import require_links_inside
@@ -129,6 +130,8 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     vocab, merges = (str(folder / name) for name in BPE_FILES)
     tokenizer = Tokenizer(models.BPE.from_file(vocab, merges))
+    # The library writes a tokenizer.json by going through all ids.
+    require_id(max(tokenizer.get_vocab().values(), default=0))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
     tokenizer.decoder = decoders.ByteLevel()
     config = with_usual_tokens(config, lambda name: tokenizer.token_to_id(name) is not None)

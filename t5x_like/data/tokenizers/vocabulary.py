@@ -19,6 +19,12 @@ MAX_TOKENS = 2**22
 """Largest number of ids of a published tokenizer, several times that of the largest: the table of all ids is made."""
 
 
+def require_id(token: int) -> None:
+    """Raise ValueError if a published tokenizer has a token with an id that no vocabulary reaches."""
+    if token >= MAX_TOKENS:
+        raise ValueError(f"a token has the id {token}, expected an id below {MAX_TOKENS}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """Ranges of ids: text pieces and the tokenizer's own special tokens; then sentinels, the first with the highest id;
