@@ -117,7 +117,7 @@ def _places(where: Sequence[str]) -> str:
 
 
 PIPE_CLOSED = "the reader of the output closed the pipe"
-"""What ended a command for which `is_broken_pipe` holds."""
+"""Reason in exit.json of a command whose output was closed by its reader (`is_broken_pipe`)."""
 
 
 def is_broken_pipe(error: BaseException) -> bool:

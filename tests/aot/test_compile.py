@@ -104,7 +104,7 @@ def test_decode_step_holds_parameters_and_caches() -> None:
 
 
 def test_state_and_layer_inputs_move_to_the_host() -> None:
-    """What a run keeps in host memory is not among the arguments on the devices, and is counted apart."""
+    """Arrays in host memory are not among the arguments on the devices, and are counted apart."""
     topology = parse_topology("v5e:2x2")
     rows = ("--training.global-batch-size", "64", "--model.remat")
     device = recipe("smoke:decoder", *rows, "full")

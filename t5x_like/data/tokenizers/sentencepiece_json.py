@@ -25,7 +25,7 @@ _CLASSES = {
     _T5: _T5, "MT5Tokenizer": _T5, _LLAMA: _LLAMA, "CodeLlamaTokenizer": _LLAMA, "GemmaTokenizer": _LLAMA,
     _DEBERTA: _DEBERTA,
 }  # fmt: skip
-"""Classes of transformers whose ids are those of the file, and the class with the same special tokens."""
+"""Classes of transformers that take the ids of the file unchanged, with the class that has the same special tokens."""
 _CLASS_OF_FILE = {"spiece.model": _T5, "tokenizer.model": _LLAMA, "spm.model": _DEBERTA}
 CLASSES_OF_ANY = ("None", "PreTrainedTokenizer", "TokenizersBackend")
 """Values of `tokenizer_class` that do not name a layout; the name of the file does."""

@@ -259,7 +259,7 @@ _NO_FIELDS = {"eos_token": None, "pad_token": None, "bos_token": None, "model_ma
 def test_tokenizers_kept_without_special_tokens_are_read_as_before(
     special: list[str], fingerprint: str, vocabulary: Vocabulary, config: dict[str, Any]
 ) -> None:
-    """The fingerprints are those of the version that kept an empty tokenizer_config.json; runs and stores name them."""
+    """The version that kept an empty tokenizer_config.json made the same fingerprints, which runs and stores name."""
     published = TokenizerConfig(kind="published", num_sentinels=0)
     tokenizer = tokenizer_from_model(published, kept_document(special, config), "store")
     assert tokenizer.fingerprint == fingerprint and tokenizer.vocabulary == vocabulary

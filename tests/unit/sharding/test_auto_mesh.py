@@ -211,5 +211,5 @@ def test_logits_count_as_many_tokens_as_the_loss_has_at_once() -> None:
     head_gradient = 4 * 64 * 32_000
     saved = (128 * 128 - 512) * 32_000 * 8 - head_gradient
     assert estimates[0] - estimates[512] == pytest.approx(saved, rel=0.01)
-    # 64 MiB of logits are those of 524 tokens.
+    # 524 tokens have 64 MiB of logits.
     assert estimates[None] - estimates[512] == pytest.approx((524 - 512) * 32_000 * 8, abs=2**20)
