@@ -104,7 +104,7 @@ def score_rows(
         try:
             values = function(targets, predictions)
         except (AttributeError, TypeError, ValueError) as error:
-            raise DataError(f"{source}: {name} cannot score these values: {error}") from None
+            raise DataError(f"{source}: {name} cannot score these values: {error}{_lists(rows, targets)}") from None
         if (text := signature(name, targets, predictions)) is not None:
             signatures[name] = text
         metrics |= {f"{name}/{key}": value for key, value in values.items()}
@@ -118,6 +118,17 @@ def score_rows(
         "signatures": signatures,
         **tables,
     }
+
+
+def _lists(rows: Rows, targets: Sequence[Any]) -> str:
+    """Return which target is a list, for the message of a metric that may expect a text; nothing if none is."""
+    where = next((row[0] for row, target in zip(rows, targets, strict=True) if isinstance(target, list)), None)
+    if where is None:
+        return ""
+    return (
+        f"; the target in {where} is a list: name a field with one value by --target-field, or let the metric read "
+        "`text_metrics.references(target)`"
+    )
 
 
 def json_lines(path: Path, content: str) -> Rows:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from t5x_like.config import RunConfig, batch_sizes
@@ -95,10 +96,11 @@ def print_plan(runs: Sequence[StudyRun], workdir: object, tier: Tier, console: C
     first_of = {run.arm: run for run in reversed(runs)}
     arms = [first_of[name] for name in dict.fromkeys(run.arm for run in runs)]
     costs = {run.arm: arm_cost(run.run) for run in arms}
-    table = Table(title=f"{len(runs)} runs of {len(arms)} arms in {workdir}, each with")
+    title = f"{len(runs)} runs of {len(arms)} arms in {workdir}, each with"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("arm", overflow="fold")
-    for name in ("parameters", "steps", "executed", "model's own", "raw tokens", "loss tokens"):
-        table.add_column(name, justify="right")
+    for name in ("parameters", "steps", "executed", "model's\nown", "raw\ntokens", "loss\ntokens"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in arms:
         cost = costs[run.arm]
         table.add_row(

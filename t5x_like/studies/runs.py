@@ -92,12 +92,14 @@ def train_runs(
       None are left after another error.
     """
     waiting = [run for run in runs if finished_result(workdir, run) is None]
+    waiting.sort(key=lambda run: run.parent is not None)
     with tempfile.TemporaryDirectory() as folder:
         commands = {run.name: _train_words(run, workdir, Path(folder), further) for run in waiting}
-        codes = _run_all({run.name: commands[run.name] for run in waiting if run.parent is None}, jobs)
+        first = {run.name: commands[run.name] for run in waiting if run.parent is None}
+        codes = _run_all(first, jobs, list(commands))
         if all(code in (EXIT_OK, EXIT_REFUSED) for code in codes.values()):
             ready = [run for run in waiting if run.parent and codes.get(run.parent, EXIT_OK) == EXIT_OK]
-            codes |= _run_all({run.name: commands[run.name] for run in ready}, jobs)
+            codes |= _run_all({run.name: commands[run.name] for run in ready}, jobs, list(commands))
     for name, code in codes.items():
         if code == EXIT_REFUSED:
             say(f"run {name} is left out of the comparison: exit code {code}")
@@ -165,10 +167,15 @@ def _trust_words(runs: Sequence[StudyRun]) -> list[str]:
     return [word for name in sorted(named) for word in ("--trust", name)]
 
 
-def _run_all(commands: Mapping[str, Sequence[str]], jobs: int) -> dict[str, int]:
+def _run_all(commands: Mapping[str, Sequence[str]], jobs: int, order: Sequence[str]) -> dict[str, int]:
     """Return the exit codes of the commands by name, in their order.
 
     After a command fails with any code but EXIT_REFUSED, no further command is started.
+
+    Args:
+      commands: Words of the commands by the name of the run.
+      jobs: Number of commands at the same time.
+      order: Names of all runs that are to be trained, of which the messages count.
     """
     codes: dict[str, int] = {}
     waiting = list(commands)
@@ -180,7 +187,7 @@ def _run_all(commands: Mapping[str, Sequence[str]], jobs: int) -> dict[str, int]
             has_failed = any(code not in (EXIT_OK, EXIT_REFUSED) for code in codes.values())
             if has_failed or not waiting:
                 return None
-            say(f"run {len(commands) - len(waiting) + 1} of {len(commands)}: {waiting[0]}")
+            say(f"run {order.index(waiting[0]) + 1} of {len(order)}: {waiting[0]}")
             return waiting.pop(0)
 
     def work() -> None:

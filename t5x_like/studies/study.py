@@ -211,9 +211,10 @@ def _problems(study: Study) -> Iterator[ConfigProblem]:
         if isinstance(one.target, str) and one.target not in names:
             yield ConfigProblem(f"study.steps_to.{number}.target", repr(one.target), f"one of {', '.join(names)}")
     for number, summary in enumerate(study.summaries):
-        if unknown := [name for name in summary.arms if name not in names]:
+        unknown = [name for name in summary.arms if name not in names]
+        if unknown or not summary.arms:
             expected = f"names of arms: {', '.join(names)}"
-            yield ConfigProblem(f"study.summaries.{number}.arms", ", ".join(unknown), expected)
+            yield ConfigProblem(f"study.summaries.{number}.arms", ", ".join(unknown) or "no arm", expected)
     derived = [
         *((f"study.summaries.{number}.name", one.name) for number, one in enumerate(study.summaries)),
         *((f"study.steps_to.{number}.name", one.name) for number, one in enumerate(study.steps_to)),

@@ -50,8 +50,8 @@ def study_folder(path: Path) -> Path:
     The configurations of its runs hold the paths of its files, and a run with another configuration is refused.
     """
     whole = os.path.abspath(path)
-    below = os.path.relpath(whole)
-    return Path(whole if below.startswith(os.pardir) else below)
+    below = Path(os.path.relpath(whole))
+    return Path(whole) if os.pardir in below.parts else below
 
 
 def load_study(path: Path, tier: Tier, folder: Path) -> Study:

@@ -204,6 +204,19 @@ def test_predictions_of_a_file_are_scored(tmp_path):
         score_file(path, ["pearson"])
 
 
+def test_a_metric_that_takes_one_text_says_which_target_is_a_list(tmp_path, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"answers": "a", "output": "a"}\n{"answers": ["b", "c"], "output": "b"}\n')
+    monkeypatch.setitem(text_metrics.METRICS._entries, "words", lambda targets, _: {"words": len(targets[1].split())})
+    with pytest.raises(
+        DataError, match=r"words cannot score .*the target in \S+answers.jsonl:2 is a list: name a field"
+    ):
+        score_file(path, ["words"])
+    path.write_text('{"answers": "a", "output": "a"}\n{"answers": 3, "output": "b"}\n')
+    with pytest.raises(DataError, match=r"'int' object has no attribute 'split'$"):
+        score_file(path, ["words"])
+
+
 def test_tokenizations_of_sacrebleu_by_name(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"target": "a small-scale test, here", "prediction": "a small test here now"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import types
@@ -23,7 +24,7 @@ from t5x_like.models.factory import abstract_model
 from t5x_like.planning.estimate.flops import executed_flops, training_flops
 from t5x_like.planning.estimate.scaling_laws import ScalingFit
 from t5x_like.studies.budgets import TOLERANCE, cost_of_step, study_runs
-from t5x_like.studies.plan import arm_cost, arm_differences
+from t5x_like.studies.plan import arm_cost, arm_differences, print_plan
 from t5x_like.studies.runs import evaluated, finished_result, require_unchanged, train_runs
 from t5x_like.studies.study import (
     Arm,
@@ -37,6 +38,7 @@ from t5x_like.studies.study import (
     require_valid,
 )
 from t5x_like.studies.study_file import find_study, load_study, shipped_studies, study_folder
+from t5x_like.utils.console import Console
 from t5x_like.utils.jsonl import encode_records
 
 SCORED = EvaluationConfig(continuation=(8, 8))
@@ -124,9 +126,13 @@ def test_runs_start_from_the_run_of_their_parent_with_the_same_seed() -> None:
     ],
 )
 def test_parents_are_trained_first(
-    failing: dict[str, int], code: int, trained: list[str], monkeypatch: pytest.MonkeyPatch
+    failing: dict[str, int],
+    code: int,
+    trained: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A run whose parent has diverged is left out, and no run follows another error."""
+    """A run whose parent has diverged is left out, and no run follows another error. All runs are counted together."""
     found: list[str] = []
 
     def run(arguments: list[str]) -> int:
@@ -138,6 +144,17 @@ def test_parents_are_trained_first(
     monkeypatch.setattr("t5x_like.studies.runs.run_command", run)
     assert train_runs(study_runs(FAMILY), Path("w"))[0] == code
     assert found == trained
+    order = [*(f"{arm}.seed-{seed}" for seed in (0, 1) for arm in ("parent", "other")), "child.seed-0", "child.seed-1"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if " of 6: " in line]
+    assert lines == [f"run {order.index(name) + 1} of 6: {name}" for name in trained]
+
+
+def test_the_plan_of_a_study_fits_80_columns() -> None:
+    runs = study_runs(dataclasses.replace(STUDY, arms=(Arm("an_arm_of_18_letter", RUN), Arm("small", RUN))))
+    text = io.StringIO()
+    print_plan(runs, Path("runs/x"), "cpu", Console(file=text, width=80))
+    assert "…" not in text.getvalue()
+    assert {"parameters", "steps", "executed", "small"} <= set(text.getvalue().split())
 
 
 def test_the_directory_of_a_study_has_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +163,7 @@ def test_the_directory_of_a_study_has_one_spelling(tmp_path: Path, monkeypatch: 
     spellings = ("runs/x", "./runs/x", "runs/../runs/x/", str(tmp_path / "runs/x"))
     assert {study_folder(Path(one)) for one in spellings} == {Path("runs/x")}
     assert study_folder(Path("..") / "x") == tmp_path.parent / "x"
+    assert study_folder(tmp_path / "..x/y") == Path("..x/y")
 
 
 def test_the_words_of_a_recipe_give_the_configuration_of_a_run() -> None:
@@ -170,6 +188,7 @@ def test_the_words_of_a_recipe_give_the_configuration_of_a_run() -> None:
         ({"steps_to": (StepsTo("steps", "loss", "huge"),)}, "'huge', expected one of small, large"),
         ({"summaries": (Summary("small", ("large",), dict),)}, "another name than those of arms"),
         ({"summaries": (Summary("fit", ("huge",), dict),)}, "found huge, expected names of arms: small, large"),
+        ({"summaries": (Summary("fit", (), dict),)}, "summaries.0.arms: found no arm, expected names of arms: small"),
         (
             {"summaries": (Summary("fit", ("small",), dict),) * 2},
             "summaries.1.name: found 'fit', expected another name",
