@@ -23,6 +23,7 @@ REQUIRED_MEMORY = re.compile(
 ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 MEMORY_SPACE = re.compile(r"S\((\d+)\)")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{\s*$")
+COMPUTATION_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
 INSTRUCTION_NAME = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = ")
 OPERAND = re.compile(r"%([^\s,(){}]+)")
 CALLED = re.compile(

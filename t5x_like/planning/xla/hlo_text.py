@@ -105,6 +105,9 @@ class Module:
 
         The body of a loop runs as often as its condition allows, both branches of a conditional once each. A loop
         whose trip count is not in the text counts as one iteration.
+
+        Raises:
+          ValueError: The text has not all computations that are called.
         """
         count = dict.fromkeys(self.computations, 0)
         count[self.entry] = 1
@@ -112,8 +115,9 @@ class Module:
             for instruction in self.computations[name].instructions.values() if count[name] else ():
                 trips = (self.trip_count(instruction) or 1) if instruction.opcode == "while" else 1
                 for role, callee in instruction.called:
-                    times = {"body": trips, "condition": trips + 1}.get(role, 1)
-                    count[callee] = count.get(callee, 0) + times * count[name]
+                    if callee not in count:
+                        raise ValueError(f"found no computation {callee} in the text, which {instruction.name} calls")
+                    count[callee] += {"body": trips, "condition": trips + 1}.get(role, 1) * count[name]
         return count
 
     def trip_count(self, loop: Instruction) -> int | None:
@@ -145,11 +149,11 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     instructions: dict[str, Instruction] = {}
     name, entry = "", ""
-    for line in text.splitlines():
+    for line in whole_lines(text):
         if head := compiler_formats.COMPUTATION.match(line):
             name, instructions = head[2], {}
             entry = name if head[1] else entry
-        elif line.startswith("}") and name:
+        elif name and compiler_formats.COMPUTATION_END.match(line):
             computations[name] = Computation(name, instructions)
             name = ""
         elif name and (instruction := _instruction(line)):
@@ -157,6 +161,21 @@ def parse(text: str) -> Module:
     if not entry:
         raise ValueError("found no ENTRY computation in the text of the program")
     return Module(computations, entry)
+
+
+def whole_lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text, those of an instruction as one: attributes of kernels (Pallas) have line breaks."""
+    instruction = ""
+    for line in text.splitlines():
+        begins = compiler_formats.INSTRUCTION_NAME.match(line)
+        if instruction and not begins and not compiler_formats.COMPUTATION_END.match(line):
+            instruction += line
+            continue
+        if instruction:
+            yield instruction
+        instruction = line if begins else ""
+        if not begins:
+            yield line
 
 
 def arrays(text: str) -> Iterator[Array]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from t5x_like.planning.xla import compiler_formats
+from t5x_like.planning.xla.hlo_text import whole_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def live_at_peak(dump: Path) -> list[Buffer]:
 
 def _origins(program: str) -> dict[str, str]:
     """Return the operation of each instruction in the traced program, as far as XLA knows it."""
-    matches = (compiler_formats.INSTRUCTION_OP_NAME.match(line) for line in program.splitlines())
+    matches = (compiler_formats.INSTRUCTION_OP_NAME.match(line) for line in whole_lines(program))
     return {match[1]: readable_op_name(match[2]) for match in matches if match}
 
 

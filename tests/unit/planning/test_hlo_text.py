@@ -28,6 +28,25 @@ def test_loop_body_counts_as_often_as_its_condition_allows() -> None:
     assert (counts["main"], counts["body"], counts["condition"], counts["all-reduce-scatter.1"]) == (1, 6, 7, 6)
 
 
+def test_attributes_of_a_kernel_over_several_lines_end_no_computation() -> None:
+    lines = (
+        "  %kernel = f32[8,128]{1,0} custom-call(%x), frontend_attributes={kernel_metadata={",
+        r'"xprof_metadata":"{\"block_q\": 256}"',
+        '}}, metadata={op_name="jit(step)/attention/pallas_call"}',
+        "  %own_layer =",
+    )
+    module, without = parse(PROGRAM.replace(lines[-1], "\n".join(lines))), parse(PROGRAM)
+    body = module.computations["body"].instructions
+    assert body.keys() == {*without.computations["body"].instructions, "kernel"}
+    assert body["kernel"].op_name == "jit(step)/attention/pallas_call"
+    assert collectives(module, MESH) == collectives(without, MESH)
+
+
+def test_a_called_computation_that_is_not_in_the_text_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no computation absent"):
+        parse(PROGRAM.replace("calls=%slice_of_layer", "calls=%absent")).execution_counts()
+
+
 def test_loop_without_a_trip_count_in_the_text_counts_once() -> None:
     module = parse(PROGRAM.replace("constant(6)", "parameter(1)"))
     assert module.execution_counts()["body"] == 1
