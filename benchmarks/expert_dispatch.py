@@ -1,12 +1,17 @@
-"""FLOPs and bytes of the dispatch of tokens to experts, counted for a layer's forward pass; nothing is executed.
+"""FLOPs and bytes of the dispatch of tokens to experts, counted for a layer's forward pass.
 
     python benchmarks/expert_dispatch.py [--tokens 4096]
+    python benchmarks/expert_dispatch.py --measure [--scale 4 --tokens 1024 --turns 5]
 
 The operations of the program that a TPU would run are counted, as traced: products, sorts, gathers and scatters.
 "one-hot" is the dispatch by products with one-hot matrices [tokens, experts, capacity] at a capacity of the mean load,
-as in GShard (Lepikhin et al. 2020), which also drops tokens. "sorted" is `kernels/expert_dispatch.py`; "sorted, blocks"
-is what it computes on other platforms than TPUs, in place of ragged products. Shares are relative to the FLOPs of the
-chosen experts alone.
+as in GShard (Lepikhin et al. 2020), which also drops tokens. "sorted" is `kernels/expert_dispatch.py` on a TPU. On CPUs
+the rows that its tiles multiply depend on the routing: their number is a mean over drawn routings, even ones and ones
+whose expected loads follow a Dirichlet distribution, or a bound for any routing. On GPUs it is the same for any
+routing. Shares are relative to the FLOPs of the chosen experts alone.
+
+`--measure` executes the experts of each shape, with widths divided by `--scale`, on a CPU: by tiles as on CPUs and by
+blocks as on GPUs, in processes that work in turns (`benchmarks/interleaved.py`).
 """
 
 from __future__ import annotations
@@ -18,12 +23,20 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import interleaved
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5x_like.kernels.expert_dispatch import SLACK, _permute, _sort, _sorted_mlp
-from t5x_like.kernels.grouped_mlp import ExpertKernels
+from t5x_like.kernels.grouped_mlp import ExpertKernels, grouped_mlp
+from t5x_like.kernels.tiled_product import tile_sizes
 
+ROUTINGS = 1000
+"""Number of drawn routings."""
+CONCENTRATION = 2.0
+"""Parameter of the Dirichlet distribution. The largest expected load of 8 experts is then about 9 times the smallest,
+of 128 experts 70 times (medians)."""
 MOVES = ("gather", "scatter", "scatter-add", "sort")
 
 
@@ -112,6 +125,53 @@ def moved_rows(x: jax.Array, expert: jax.Array) -> jax.Array:
     return _permute(_permute(jnp.repeat(x, expert.shape[-1], axis=0), order), position)
 
 
+def spare_rows(shape: Shape, tokens: int) -> dict[str, float]:
+    """Return the rows that CPUs multiply and that are of no use, relative to the rows of the experts."""
+    rows, smallest = tokens * shape.chosen, tile_sizes(tokens * shape.chosen, shape.experts)[-1]
+    rng = np.random.default_rng(0)
+    even = rng.multinomial(rows, np.full(shape.experts, 1 / shape.experts), ROUTINGS)
+    loads = rng.dirichlet(np.full(shape.experts, CONCENTRATION), ROUTINGS)
+    uneven = np.stack([rng.multinomial(rows, load) for load in loads])
+    means = {
+        name: float(np.mean(np.sum(-sizes % smallest, axis=1))) for name, sizes in (("even", even), ("uneven", uneven))
+    }
+    # Rows of an expert's last tile of which one is used.
+    return {name: spare / rows for name, spare in {**means, "bound": shape.experts * (smallest - 1)}.items()}
+
+
+def experts(options: argparse.Namespace, platform: str) -> Callable[[], Any]:
+    """Return a forward and backward pass of a shape's experts by the products of a platform."""
+    d, f, number, chosen = SHAPES[options.shape]
+    d, f, rows = d // options.scale, f // options.scale, options.tokens * chosen
+    rng = np.random.default_rng(0)
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(0.05 * rng.standard_normal(shape), jnp.float32)
+
+    kernels = ExpertKernels(array(number, d, f), array(number, d, f), array(number, f, d))
+    sizes = jnp.asarray(rng.multinomial(rows, rng.dirichlet(np.full(number, CONCENTRATION))), jnp.int32)
+
+    def value(x: jax.Array, kernels: ExpertKernels) -> jax.Array:
+        return jnp.sum(jnp.sin(grouped_mlp(x, sizes, kernels, jax.nn.silu, platform)))
+
+    step = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+    x = array(rows, d)
+    return lambda: float(jax.block_until_ready(step(x, kernels))[0])
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Return CPU seconds of forward and backward passes of a shape's experts."""
+    ways = {"tiles": "cpu", "blocks": "cuda"}
+    records = interleaved.measure(
+        {name: functools.partial(experts, platform=platform) for name, platform in ways.items()}, options
+    )
+    return {
+        **{name: record.summary() for name, record in records.items()},
+        "tiles to blocks": interleaved.ratio(records, "tiles", "blocks"),
+        "load": interleaved.machine()["load_before"],
+    }
+
+
 def report(shape: Shape, tokens: int) -> dict[str, Any]:
     d, f, experts, chosen = shape
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -120,21 +180,26 @@ def report(shape: Shape, tokens: int) -> dict[str, Any]:
     kernels = ExpertKernels(array((experts, d, f)), array((experts, d, f)), array((experts, f, d)))
     of_experts = 6 * tokens * chosen * d * f
     router = 2 * tokens * d * experts
-    before = cost(one_hot, x, expert, weight, kernels)
-    after = cost(functools.partial(sorted_dispatch, platform="tpu"), x, expert, weight, kernels)
-    blocks = cost(functools.partial(sorted_dispatch, platform="cpu"), x, expert, weight, kernels)
-    moved = cost(moved_rows, x, expert)
 
     def share(flops: int) -> float:
         return round(100 * flops / of_experts, 2)
 
+    before = cost(one_hot, x, expert, weight, kernels)
+    after = cost(functools.partial(sorted_dispatch, platform="tpu"), x, expert, weight, kernels)
+    blocks = cost(functools.partial(sorted_dispatch, platform="cuda"), x, expert, weight, kernels)
+    weighting = share(after.flops - of_experts)
+    moved = cost(moved_rows, x, expert)
     return {
         "expert_gflops": round(of_experts / 1e9, 1),
         "router_percent": share(router),
         "dispatch_percent": {
             "one-hot": share(before.flops - of_experts),
-            "sorted": share(after.flops - of_experts),
-            "sorted, blocks": share(blocks.flops - of_experts),
+            "sorted, TPU": weighting,
+            **{
+                f"sorted, CPU, {name}": round(weighting + 100 * rows, 2)
+                for name, rows in spare_rows(shape, tokens).items()
+            },
+            "sorted, GPU": share(blocks.flops - of_experts),
         },
         "one_hot_matrix_mib": round(2 * tokens * experts * (tokens * chosen // experts) / 2**20, 1),
         "moved_mib": round(moved.moved_bytes / 2**20, 1),
@@ -146,9 +211,14 @@ def report(shape: Shape, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a device")
+    parser.add_argument("--measure", action="store_true", help="execute the experts on this CPU")
+    parser.add_argument("--scale", type=int, default=4, help="divisor of the widths of experts that are executed")
+    interleaved.add_options(parser, turns=5)
     options = parser.parse_args()
     for name, shape in SHAPES.items():
-        print(json.dumps({name: report(shape, options.tokens)}, indent=1), flush=True)
+        options.shape = name
+        found = measure(options) if options.measure else report(shape, options.tokens)
+        print(json.dumps({name: found}, indent=1), flush=True)
 
 
 if __name__ == "__main__":

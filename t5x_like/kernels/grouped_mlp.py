@@ -2,20 +2,26 @@
 
 Groups have any sizes, and arrays have static shapes. On TPUs the products skip what belongs to no group: XLA's ragged
 product, and JAX's `megablox` kernel for the gradient of the kernels, which XLA's rule would compute for all experts and
-all rows. Elsewhere the rows are cut into blocks of one expert each, so that all products are batches of equal matrix
-products. A block has half the mean number of rows per expert: at most `rows / block + experts` blocks are needed,
-whatever the sizes, which is half more work than with even groups (Gale et al. 2023, MegaBlocks, has the same layout).
+all rows. On CPUs loops over tiles of rows multiply hardly more than the rows of the groups (`kernels.tiled_product`).
+
+On GPUs, where such loops would wait for the host at each tile, the rows are cut into blocks of one expert each, so that
+all products are batches of equal matrix products. A block has half the mean number of rows per expert: at most
+`rows / block + experts` blocks are needed, whatever the sizes, which is half more work than with even groups (Gale et
+al. 2023, MegaBlocks, has the same layout). Each block has a copy of its kernels, so that smaller blocks would need more
+memory.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from t5x_like.kernels.tiled_product import tiled_product
 
 ROW_TILE = 128
 """On TPUs the number of rows must be a multiple of this."""
@@ -28,6 +34,12 @@ class ExpertKernels(NamedTuple):
     wi_0: Array
     wi_1: Array | None
     wo: Array
+
+
+class Product(Protocol):
+    """Product [N, f] of each row with the kernel of its group; undefined for rows after the last group."""
+
+    def __call__(self, x_Nxd: Array, kernels_Exdxf: Array, sizes_E: Array, /) -> Array: ...
 
 
 def grouped_mlp(
@@ -51,29 +63,33 @@ def grouped_mlp(
     Returns:
       [N, d] in the type of the rows; 0 for ignored rows.
     """
+    by_platform = {
+        "tpu": functools.partial(_ragged_mlp, activate=activate),
+        "cpu": functools.partial(_sorted_mlp, activate=activate, product=tiled_product),
+    }
+    others = functools.partial(_blocked_mlp, activate=activate)
     if platform is not None:
-        return (_ragged_mlp if platform == "tpu" else _blocked_mlp)(rows_Nxd, sizes_E, kernels, activate)
-    return jax.lax.platform_dependent(
-        rows_Nxd,
-        sizes_E,
-        kernels,
-        tpu=functools.partial(_ragged_mlp, activate=activate),
-        default=functools.partial(_blocked_mlp, activate=activate),
-    )
+        return by_platform.get(platform, others)(rows_Nxd, sizes_E, kernels)
+    return jax.lax.platform_dependent(rows_Nxd, sizes_E, kernels, default=others, **by_platform)
 
 
 def _ragged_mlp(rows: Array, sizes: Array, kernels: ExpertKernels, activate: Callable[[Array], Array]) -> Array:
-    padding = -rows.shape[0] % ROW_TILE
-    # What ragged products return for ignored rows is undefined, in the backward pass as well.
-    used = (jnp.arange(rows.shape[0] + padding) < jnp.sum(sizes))[:, None]
-    x = jnp.where(used, jnp.pad(rows, ((0, padding), (0, 0))), 0)
+    padded = jnp.pad(rows, ((0, -rows.shape[0] % ROW_TILE), (0, 0)))
+    return _sorted_mlp(padded, sizes, kernels, activate, ragged_product)[: rows.shape[0]]
+
+
+def _sorted_mlp(
+    rows: Array, sizes: Array, kernels: ExpertKernels, activate: Callable[[Array], Array], product: Product
+) -> Array:
+    # What the products return for ignored rows is undefined, in the backward pass as well.
+    used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
+    x = jnp.where(used, rows, 0)
     # Undefined rows could be NaN, which a product with 0 in a gradient would spread; `where` removes them before each
     # product.
-    hidden = activate(ragged_product(x, kernels.wi_0, sizes))
+    hidden = activate(product(x, kernels.wi_0, sizes))
     if kernels.wi_1 is not None:
-        hidden = hidden * ragged_product(x, kernels.wi_1, sizes)
-    out = ragged_product(jnp.where(used, hidden, 0), kernels.wo, sizes)
-    return jnp.where(used, out, 0)[: rows.shape[0]]
+        hidden = hidden * product(x, kernels.wi_1, sizes)
+    return jnp.where(used, product(jnp.where(used, hidden, 0), kernels.wo, sizes), 0)
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from t5x_like.config import RunConfig
+from t5x_like.config import MoEConfig, RunConfig
 from t5x_like.config.overrides import apply_overrides
 from t5x_like.config.recipes import load_recipe
 from t5x_like.errors import ConfigError
@@ -86,6 +86,42 @@ def test_two_slices_sum_gradients_over_the_network() -> None:
     share = sum(x.size * 4 for x in jax.tree.leaves(program.abstract_params)) / 4
     assert share <= sum(each.sent_between_slices for each in between) < 3 * share
     assert roofline(compiled).network > 0
+
+
+def test_experts_are_split_and_their_tokens_exchanged_by_all_to_all() -> None:
+    """Each device holds a quarter of the experts. Only tokens and their results move, and only over that axis."""
+    decoder = recipe("smoke:decoder", "--training.global-batch-size", "64", "--model.remat", "full")
+    assert decoder.model.decoder is not None
+    stack = dataclasses.replace(decoder.model.decoder, experts=MoEConfig(num_experts=8))
+    run = dataclasses.replace(decoder, model=dataclasses.replace(decoder.model, decoder=stack))
+    topology = parse_topology("v5e:2x2")
+    split, copied = (
+        compile_train_step(
+            apply_overrides(run, ["--sharding.expert", str(parts), "--sharding.data", str(4 // parts)]), topology
+        )
+        for parts in (4, 1)
+    )
+    for compiled in (split, copied):
+        assert_compiles_cleanly(compiled)
+    # Parameters and two moments of three quarters of the experts are on other devices.
+    program = build_program(run, compiler_devices(topology))
+    kernels = program.abstract_params["decoder"]["layers"]["mlp"]
+    elsewhere = (
+        sum(x.size * 4 * 3 for x in jax.tree.leaves({k: v for k, v in kernels.items() if k != "router"})) * 3 / 4
+    )
+    assert copied.argument_bytes - split.argument_bytes == pytest.approx(elsewhere, rel=0.05)
+    assert split.peak_bytes < copied.peak_bytes
+    exchanges = [each for each in split.collectives if each.kind == "all-to-all"]
+    assert {each.axes for each in exchanges} == {("expert",)}
+    assert not [each for each in copied.collectives if each.kind == "all-to-all"]
+    # The states of the chosen tokens travel there and back in the forward pass, when it is computed again, and as
+    # gradients. The buffers hold a quarter more than even routing needs.
+    rows, length = program.batch_spec["main"]["decoder_input_tokens"].shape
+    states = rows // 4 * length * 2 * stack.d_model * 4
+    assert sum(each.bytes for each in exchanges) >= stack.num_layers * 6 * 1.25 * states
+    # Experts are not gathered.
+    gathered = sum(each.bytes for each in split.collectives if each.kind == "all-gather")
+    assert gathered < elsewhere / 3
 
 
 def test_decode_step_holds_parameters_and_caches() -> None:

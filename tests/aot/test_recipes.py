@@ -32,5 +32,9 @@ def test_large_recipe_compiles_for_its_topology_with_the_estimated_peak(name: st
     assert {axis for each in compiled.collectives for axis in each.axes} == {
         axis for axis, degree in compiled.mesh.items() if degree > 1
     }
+    # Tokens travel to the devices of their experts and back.
+    assert (compiled.mesh["expert"] > 1) == any(
+        each.kind == "all-to-all" and each.axes == ("expert",) for each in compiled.collectives
+    )
     estimated = estimate(build_program(run, fake_devices(topology))).peak_bytes
     assert estimated == pytest.approx(compiled.peak_bytes, rel=0.2)

@@ -45,14 +45,14 @@ def gradients_by_loop(x: Array, d_out: Array, sizes: Array) -> Array:
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("layout", ["_blocked_mlp", "_ragged_mlp"])
+@pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda", None])
 def test_grouped_mlp_is_a_loop_over_groups(
-    layout: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    platform: str | None, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The TPU's kernel is tested below, by JAX's interpreter.
     monkeypatch.setattr(grouped_mlp, "kernel_gradient", _dense_gradient)
     x, kernels = arrays()
-    mlp = getattr(grouped_mlp, layout)
+    mlp = grouped_mlp.grouped_mlp
 
     def value(function: Any) -> Any:
         def summed(x: Array, kernels: ExpertKernels) -> tuple[Array, Array]:
@@ -61,7 +61,9 @@ def test_grouped_mlp_is_a_loop_over_groups(
 
         return jax.value_and_grad(summed, argnums=(0, 1), has_aux=True)
 
-    (_, found), grads = jax.jit(value(lambda x, kernels: mlp(x, jnp.array(sizes), kernels, jax.nn.silu)))(x, kernels)
+    (_, found), grads = jax.jit(value(lambda x, kernels: mlp(x, jnp.array(sizes), kernels, jax.nn.silu, platform)))(
+        x, kernels
+    )
     (_, expected), expected_grads = value(lambda x, kernels: loop(x, sizes, kernels))(x, kernels)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), grads, expected_grads)
