@@ -114,9 +114,7 @@ class Supervisor:
     def run(self) -> int:
         """Run the command and return the exit code of its last run; 128 + N for signal N."""
         with forwarded_signals(self.stop):
-            code = self._loop.run(self._once)
-        _report(f"exit code {code}")
-        return code
+            return self._loop.run(self._once)
 
     def _once(self) -> int:
         # In its own session, Ctrl-C reaches the command only through `stop`, and not a second time from the terminal.
@@ -176,12 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             _report(f"{options.pid_file}: the process of this file is still running; stop it first")
             return EXIT_REFUSED
         options.pid_file.write_text(f"{os.getpid()}\n")
-    return Supervisor(
+    code = Supervisor(
         options.command,
         max_restarts=options.max_restarts,
         restart_codes=options.restart_on,
         seconds=options.restart_delay,
     ).run()
+    _report(f"exit code {code}")
+    return code
 
 
 def process_state(pid: int) -> str | None:

@@ -81,7 +81,7 @@ def refusal(plan: Plan, suggestions: Iterable[tuple[MemorySuggestion, MemoryEsti
 
 
 def _table(*left: str, right: Sequence[str] = (), footer: bool = False) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=footer)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_footer=footer)
     for name in left:
         table.add_column(name, overflow="fold", min_width=min(len(name), 12))
     for name in right:

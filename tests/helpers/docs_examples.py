@@ -46,6 +46,8 @@ NOT_EXECUTED = {
     "t5x-like embed minilm --input docstrings.jsonl --output vectors.parquet": "needs the model before it",
     "t5x-like eval runs/smoke --retrieval 220,400": "needs rows of 100 tokens: tests/unit/evaluation/test_retrieval.py",
     "t5x-like prepare ul2:ul2_20b --data.store-dir /shared/stores": "needs the recipe's corpus",
+    "docker build --file launch/Containerfile --build-arg EXTRA=tpu --tag REGISTRY/t5x-like:1 .": "needs Docker",
+    "docker push REGISTRY/t5x-like:1": "needs Docker and a registry",
     "sbatch ul2/train.sbatch": "needs SLURM: tests/launch/test_slurm.py",
 }  # fmt: skip
 

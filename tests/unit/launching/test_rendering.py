@@ -135,10 +135,12 @@ def run_restart_loop(tmp_path: Path, codes: list[int], max_restarts: int) -> tup
     return code, len(count.read_text())
 
 
-def test_restart_loop_restarts_after_restartable_codes(tmp_path: Path) -> None:
+def test_restart_loop_restarts_after_restartable_codes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_restart_loop(tmp_path, [42, 134, 137, 143, 0], 10) == (0, 5)
     assert run_restart_loop(tmp_path, [42, 1, 0], 10) == (1, 2)
+    capfd.readouterr()
     assert run_restart_loop(tmp_path, [42, 42, 42, 0], 2) == (42, 3)
+    assert capfd.readouterr().err.splitlines() == [f"restart_loop: exit code 42, restart {n} of 2" for n in (1, 2)]
 
 
 def test_delay_doubles_until_a_run_has_lasted(monkeypatch: pytest.MonkeyPatch) -> None:
