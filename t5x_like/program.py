@@ -20,7 +20,7 @@ from t5x_like.model_output import ModelOutput
 from t5x_like.models.factory import ModelSpec, abstract_model, bind_params, init_params
 from t5x_like.models.model import Model
 from t5x_like.monitoring.metrics import WeightedMean
-from t5x_like.sharding.attention_choice import describe_attention, runs_as_ring
+from t5x_like.sharding.attention_choice import describe_attention, sequence_split_of
 from t5x_like.sharding.auto_mesh import choose_sharding
 from t5x_like.sharding.batch_placement import local_rows, row_groups, shard_batch, shard_global_batch
 from t5x_like.sharding.constrain import activation_context
@@ -99,8 +99,8 @@ class Program:
     def attention(self) -> str:
         """Backends that run the attentions of a training step, in words."""
         platform = self.mesh.devices.flat[0].platform
-        is_split = runs_as_ring(self.mesh, self.rules)
-        return describe_attention(self.run.model, self.batch_spec, platform, is_split=is_split)
+        split = sequence_split_of(self.mesh, self.rules)
+        return describe_attention(self.run.model, self.batch_spec, platform, split=split)
 
     def init(self) -> PyTree:
         """Return a new training state, without base parameters, created on its devices: no host holds all of it."""

@@ -107,10 +107,10 @@ def attention(
       dropout_rate: Rate at which probabilities are dropped.
       dropout_rng: Key of the dropout mask; None: no dropout.
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
-      backend: Name of a registered backend. Built in are "reference" (einsums, and the ring for sequences that are
-        split over devices), "xla" (`jax.nn.dot_product_attention`), "cudnn" (the same function with NVIDIA's kernels),
-        "blockwise" (loops over blocks, with memory linear in the length), "flash" (Pallas kernels for TPUs) and
-        "splash" (JAX's Pallas kernels for TPUs, without a bias).
+      backend: Name of a registered backend. Built in are "reference" (einsums), "xla"
+        (`jax.nn.dot_product_attention`), "cudnn" (the same function with NVIDIA's kernels), "blockwise" (loops over
+        blocks, with memory linear in the length), "flash" (Pallas kernels for TPUs) and "splash" (JAX's Pallas kernels
+        for TPUs, without a bias).
 
     Returns:
       [B, Q, H, h] in the type of q.
@@ -152,7 +152,7 @@ def attention(
         softcap=softcap,
         dropout_rate=0.0 if dropout_rng is None else dropout_rate,
         dynamic_window=any(each.dynamic_window is not None for each in described),
-        is_split=isinstance(mask, BlockwiseMask) and mask.split is not None and mask.split.length != (),
+        split=mask.split.length_split if isinstance(mask, BlockwiseMask) and mask.split is not None else None,
         is_merged=len(keys) > 1,
         q_length=q_BxQxHxh.shape[1],
         kv_length=sum(lengths),

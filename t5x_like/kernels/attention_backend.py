@@ -15,7 +15,14 @@ from typing import ClassVar, Literal
 
 from jax import Array
 
-from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding, materialize
+from t5x_like.kernels.attention_masks import (
+    BlockwiseMask,
+    Mask,
+    MaskSpec,
+    SequenceSharding,
+    SequenceSplit,
+    materialize,
+)
 from t5x_like.kernels.position_bias import RelativeBias
 
 BiasKind = Literal["none", "relative", "content"]
@@ -36,7 +43,7 @@ class AttentionRequest:
       dropout_rate: Rate at which the backend has to drop single probabilities. It is 0 where `attention` drops values
         in their place (`drops_values`).
       dynamic_window: The window is an array (`KeySpec.dynamic_window`). Backends with dense masks never see it.
-      is_split: The sequence is split over devices (`BlockwiseMask.split` with axes of the length).
+      split: Split of the sequence over devices (`SequenceSharding.length_split`), or None.
       is_merged: Several sequences of keys count as one (merged attention, T5Gemma 2).
       has_positions: The mask has explicit positions instead of counting indices from 0.
       has_prefix: `MaskSpec.causal` does not apply within a prefix, which differs between rows.
@@ -52,7 +59,7 @@ class AttentionRequest:
     softcap: float | None = None
     dropout_rate: float = 0.0
     dynamic_window: bool = False
-    is_split: bool = False
+    split: SequenceSplit | None = None
     is_merged: bool = False
     has_positions: bool = False
     has_prefix: bool = False
@@ -64,7 +71,7 @@ class AttentionRequest:
         return dataclasses.replace(
             self,
             has_positions=mask.q_positions is not None or mask.kv_positions is not None,
-            has_prefix=mask.causal and mask.q_prefix is not None and mask.kv_prefix is not None,
+            has_prefix=mask.has_prefix,
         )
 
 
@@ -129,8 +136,8 @@ class AttentionBackend(abc.ABC):
           relative_bias: T5's bias, or None.
           q_length: Number of queries.
           kv_length: Number of keys.
-          split: Placement for `shard_map`; the result must be a `BlockwiseMask` with it. None unless `supports` accepts
-            `is_split` and the sequence is split over devices, or the backend `needs_placement`.
+          split: Placement for `shard_map`; the result must be a `BlockwiseMask` with it. None unless the sequence is
+            split over devices of a ring, or the backend `needs_placement`.
         """
 
     @abc.abstractmethod
@@ -166,7 +173,7 @@ class DenseMaskBackend(AttentionBackend):
 
 
 def usual_refusal(request: AttentionRequest, instead: str) -> str | None:
-    """Return what a fused kernel that neither makes biases, nor drops probabilities, nor runs as a ring cannot do.
+    """Return what a fused kernel that neither makes biases from content nor drops single probabilities cannot do.
 
     Args:
       request: Properties of the attention.
@@ -182,11 +189,6 @@ def usual_refusal(request: AttentionRequest, instead: str) -> str | None:
             f"it cannot drop single probabilities (dropout_rate {request.dropout_rate:g}); set "
             "dropout_broadcast_length=True with as many key heads as query heads, dropout_rate=0 or "
             f'attention="{instead}"'
-        )
-    if request.is_split:
-        return (
-            f'it cannot attend over a sequence that is split over devices; set model.attention="{instead}", or '
-            'sharding.context_attention="all_gather" to keep the backend'
         )
     return None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,20 @@ from jax import Array
 from jax.sharding import Mesh
 
 from t5x_like.kernels.position_bias import RelativeBias, dense_bias, positions_or_indices
+
+SplitForm = Literal["ring", "all_gather"]
+"""How the queries of a device meet the keys of the others where a sequence is split over devices.
+
+ring: Keys and values are passed from device to device.
+all_gather: Each device gathers all of them.
+"""
+
+
+class SequenceSplit(NamedTuple):
+    """Split of a sequence over `devices` devices."""
+
+    form: SplitForm
+    devices: int
 
 
 @functools.partial(
@@ -50,6 +65,11 @@ class MaskSpec:
     kv_prefix: Array | None = None
     padding_at_end: bool = False
 
+    @property
+    def has_prefix(self) -> bool:
+        """Whether `causal` does not apply to some pairs."""
+        return self.causal and self.q_prefix is not None and self.kv_prefix is not None
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["bias", "mask"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +98,7 @@ class SequenceSharding:
         does not partition (`AttentionBackend.needs_placement`).
       heads: Mesh axes of the query heads.
       kv_heads: Mesh axes of the key and value heads.
+      form: How the queries of a device meet the keys of the others, if there are axes of the length.
     """
 
     mesh: Mesh
@@ -85,6 +106,14 @@ class SequenceSharding:
     length: tuple[str, ...]
     heads: tuple[str, ...]
     kv_heads: tuple[str, ...]
+    form: SplitForm = "ring"
+
+    @property
+    def length_split(self) -> SequenceSplit | None:
+        """The split of the sequence, or None."""
+        if not self.length:
+            return None
+        return SequenceSplit(self.form, math.prod(self.mesh.shape[axis] for axis in self.length))
 
 
 @functools.partial(
@@ -131,6 +160,18 @@ Mask = DenseMask | BlockwiseMask
 """Mask that an attention backend has prepared; layers that share it prepare it once."""
 UNBOUNDED = 2**30
 """Size of a window that hides nothing."""
+
+
+def reaches(
+    q_start: Any, q_length: int, kv_start: Any, kv_length: int, *, causal: bool, window: tuple[Any, Any] | None
+) -> Array | bool:
+    """Return whether the causal limit and the window leave some pair of these queries and keys visible."""
+    q_last, kv_last, conditions = q_start + q_length - 1, kv_start + kv_length - 1, []
+    if causal:
+        conditions.append(kv_start <= q_last)
+    if window is not None:
+        conditions.append((kv_last >= q_start - window[0]) & (kv_start <= q_last + window[1]))
+    return functools.reduce(jnp.logical_and, conditions) if conditions else True
 
 
 def dense_mask(mask: MaskSpec, q_length: int, kv_length: int) -> Array | None:

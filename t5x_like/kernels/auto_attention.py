@@ -20,7 +20,8 @@ class Candidate:
 
     Attributes:
       backend: Name of a registered backend.
-      min_length: Smallest length for which it is chosen.
+      min_length: Smallest length for which it is chosen. Where devices split a sequence, half of the part of a device
+        has to be of this length, which is a chunk under a causal mask.
       max_length: Largest length for which it is chosen; None: any.
     """
 
@@ -31,8 +32,10 @@ class Candidate:
     def refuses(self, request: AttentionRequest) -> str | None:
         """Return None, or why the candidate is not chosen for a request."""
         length = max(request.q_length, request.kv_length)
-        if length < self.min_length:
-            return f"chosen from a length of {self.min_length}"
+        min_length = self.min_length * (1 if request.split is None else 2 * request.split.devices)
+        if length < min_length:
+            on = "" if request.split is None else f" on {request.split.devices} devices"
+            return f"chosen from a length of {min_length}{on}"
         if self.max_length is not None and length > self.max_length:
             return f"chosen up to a length of {self.max_length}"
         reason = get_backend(self.backend).supports(request)

@@ -23,7 +23,9 @@ from jax import Array
 
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
 from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding, dense_mask
+from t5x_like.kernels.context_attention import context_attention
 from t5x_like.kernels.dropout import keep_mask_block
+from t5x_like.kernels.einsum_chunks import EinsumChunks
 from t5x_like.kernels.online_softmax import (
     HIDDEN,
     Sums,
@@ -34,7 +36,6 @@ from t5x_like.kernels.online_softmax import (
     pad_to_blocks,
 )
 from t5x_like.kernels.position_bias import RelativeBias, dense_bias
-from t5x_like.kernels.ring_attention import ring_attention
 
 _ARRAYS = ("positions", "segment_ids", "prefix")
 """Arrays of a mask, one for the queries and one for the keys each."""
@@ -78,15 +79,7 @@ class BlockwiseAttention(AttentionBackend):
             raise ValueError("found a dense mask, expected the result of this backend's prepare_mask")
         q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
         if mask.split is not None:
-            return ring_attention(
-                q,
-                list(zip(keys, values, strict=True)),
-                mask,
-                softcap=options.softcap,
-                dropout_rate=options.dropout_rate,
-                dropout_rng=options.dropout_rng,
-                dropout_broadcast_length=options.dropout_broadcast_length,
-            )
+            return context_attention(q, list(zip(keys, values, strict=True)), mask, EinsumChunks(), options)
         return self._attend_in_blocks(q, keys, values, mask, options)
 
     def _attend_in_blocks(

@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest, usual_refusal
+from t5x_like.kernels.attention_backend import (
+    AttentionBackend,
+    AttentionOptions,
+    AttentionRequest,
+    usual_refusal,
+)
 from t5x_like.kernels.attention_masks import (
     BlockwiseMask,
     Mask,
@@ -36,6 +41,8 @@ class CudnnAttention(AttentionBackend):
             return "cuDNN's kernels are for half precision and the model computes in float32; set dtype=bfloat16"
         if request.softcap is not None:
             return 'it has no soft cap of the scores; set attention="blockwise"'
+        if request.split is not None:
+            return 'JAX does not compile it where devices split the sequence; set attention="blockwise"'
         if request.head_dim % 8 or request.head_dim > 256:
             return f'its heads are of a multiple of 8 up to 256, not {request.head_dim}; set attention="blockwise"'
         if request.q_length % 2 or request.kv_length % 2:

@@ -15,15 +15,15 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest, usual_refusal
-from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, Mask, MaskSpec, SequenceSharding
+from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding
+from t5x_like.kernels.context_attention import context_attention
 from t5x_like.kernels.device_kernels import Axes, attend_on_each_device
 from t5x_like.kernels.flash_block import KernelMask, KernelSetting, block_size
+from t5x_like.kernels.flash_chunks import FlashChunks
+from t5x_like.kernels.flash_inputs import bias_distances, kernel_mask, kernel_setting
 from t5x_like.kernels.flash_kernels import forward, key_value_gradients, query_gradient
 from t5x_like.kernels.online_softmax import HIDDEN, correction, pad_to_blocks
-from t5x_like.kernels.position_bias import RelativeBias, bias_by_distance
-
-_PADDING_CODE = -2
-"""Code of keys that are padding of the last block: its segment, -1, is that of no query."""
+from t5x_like.kernels.position_bias import RelativeBias
 
 
 class FlashAttention(AttentionBackend):
@@ -64,58 +64,29 @@ class FlashAttention(AttentionBackend):
     ) -> Array:
         if not isinstance(mask, BlockwiseMask):
             raise ValueError("found a dense mask, expected the result of this backend's prepare_mask")
+        q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
+        if mask.split is not None and mask.split.length:
+            kvs = list(zip(keys, values, strict=True))
+            return context_attention(q, kvs, mask, FlashChunks(self.block, self.interpret), options)
         described = mask.keys[0]
         q_length, kv_length = q_BxQxHxh.shape[1], keys[0].shape[1]
         block = self.block or block_size(q_length, kv_length)
-        q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
         q, k, v = (pad_to_blocks(jnp.swapaxes(x, 1, 2), 2, block) for x in (q, keys[0], values[0]))
-        distances = None
-        if described.relative_bias is not None:
-            # One number per head and distance; entry i belongs to distance i - Q, with Q and K in whole blocks.
-            count = q.shape[2] + k.shape[2]
-            row_PxH = bias_by_distance(described.relative_bias, jnp.arange(count) - q.shape[2]).astype(jnp.float32)
-            distances = row_PxH.T.reshape(-1, count // block, 1, block)
-        setting = KernelSetting(
-            block,
-            described.mask.causal,
-            described.mask.causal and described.mask.q_prefix is not None and described.mask.kv_prefix is not None,
-            described.mask.window if described.dynamic_window is None else None,
-            options.softcap,
-            self.interpret,
-        )
-        kernel_mask = _kernel_mask(described, q_length, kv_length, block)
+        bias = described.relative_bias
+        distances = None if bias is None else bias_distances(bias, q.shape[2], k.shape[2], block)
+        setting = kernel_setting(described, block, options.softcap, is_partial=False, interpret=self.interpret)
+        arrays = kernel_mask(described, q_length, kv_length, block)
 
         def specs(batch: Axes, heads: Axes) -> tuple[Any, ...]:
             def rows_of(codes: Array | None) -> PartitionSpec:
                 return PartitionSpec(batch if codes is not None and codes.shape[0] == q.shape[0] else None)
 
-            codes = (rows_of(kernel_mask.q_codes), rows_of(kernel_mask.kv_codes))
-            return PartitionSpec(heads), KernelMask(*codes, PartitionSpec())  # type: ignore[arg-type]
+            codes = (rows_of(arrays.q_codes), rows_of(arrays.kv_codes))
+            return PartitionSpec(heads), KernelMask(*codes, *(PartitionSpec(),) * 2)  # type: ignore[arg-type]
 
         attend = functools.partial(_attend, setting, kv_length)
-        out = attend_on_each_device(attend, mask.split, q, k, v, (distances, kernel_mask), specs)
+        out = attend_on_each_device(attend, mask.split, q, k, v, (distances, arrays), specs)
         return jnp.swapaxes(out[:, :, :q_length], 1, 2)
-
-
-def _kernel_mask(keys: KeySpec, q_length: int, kv_length: int, block: int) -> KernelMask:
-    mask = keys.mask
-    q_codes = kv_codes = None
-    has_prefix = mask.causal and mask.q_prefix is not None and mask.kv_prefix is not None
-    if mask.kv_segment_ids is not None or has_prefix or kv_length % block:
-        kv_segments = jnp.zeros((1, kv_length), jnp.int32) if mask.kv_segment_ids is None else mask.kv_segment_ids
-        q_segments = mask.q_segment_ids
-        if mask.kv_segment_ids is None or q_segments is None:
-            # Without segments of the queries, keys of segment 0 are hidden: all other keys are in the queries' one.
-            q_segments = jnp.zeros((1, q_length), jnp.int32)
-            if mask.kv_segment_ids is not None:
-                q_segments, kv_segments = q_segments + 1, (jnp.asarray(kv_segments) != 0).astype(jnp.int32)
-        q_codes, kv_codes = (2 * jnp.asarray(x, jnp.int32) for x in (q_segments, kv_segments))
-        if has_prefix:
-            assert mask.q_prefix is not None and mask.kv_prefix is not None
-            q_codes, kv_codes = q_codes + jnp.asarray(mask.q_prefix), kv_codes + jnp.asarray(mask.kv_prefix)
-        q_codes = pad_to_blocks(q_codes, 1, block)[:, None]
-        kv_codes = pad_to_blocks(kv_codes, 1, block, _PADDING_CODE)[:, None]
-    return KernelMask(q_codes, kv_codes, keys.dynamic_window)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

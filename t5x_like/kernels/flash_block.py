@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
+from t5x_like.kernels.attention_masks import reaches
 from t5x_like.kernels.online_softmax import HIDDEN
 
 LANES = 128
@@ -39,6 +40,8 @@ class KernelSetting:
       has_prefix: Where the prefix bits of query and key are set, `causal` does not apply.
       window: (left, right) distances of visible keys, or None.
       softcap: Soft cap of the scores, or None.
+      is_partial: Results are float32, because the caller adds them to those of further keys or queries; otherwise they
+        have the type of queries, keys and values.
       interpret: Run the kernels as ordinary operations, on any platform.
     """
 
@@ -47,10 +50,17 @@ class KernelSetting:
     has_prefix: bool
     window: tuple[int, int] | None
     softcap: float | None
+    is_partial: bool
     interpret: bool
 
+    def result_type(self, of: Array) -> Any:
+        """Return the type of a result that belongs to an array."""
+        return jnp.float32 if self.is_partial else of.dtype
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["q_codes", "kv_codes", "window"], meta_fields=[])
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["q_codes", "kv_codes", "window", "offset"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class KernelMask:
     """Arrays of the mask.
@@ -59,11 +69,13 @@ class KernelMask:
       q_codes: int32 [1 or B, 1, Q], 2 * segment + prefix bit; None: every pair is in the same segment.
       kv_codes: int32 [1 or B, 1, K], present with `q_codes`. A query sees keys of its own segment.
       window: int32 [2], window that is an array, or None.
+      offset: int32 [1], index of the first key minus that of the first query in the whole sequence; None: 0.
     """
 
     q_codes: Array | None
     kv_codes: Array | None
     window: Array | None
+    offset: Array | None
 
 
 def block_size(q_length: int, kv_length: int) -> int:
@@ -120,26 +132,26 @@ class Cell:
     def __init__(self, setting: KernelSetting, refs: dict[str, Any], i: Array, j: Array):
         self.setting, self.refs, self.i, self.j = setting, refs, i, j
 
+    def first_key(self) -> Any:
+        """Return the index of the first key of the block; that of the first of all queries is 0."""
+        start = self.j * self.setting.block
+        return start + self.refs["offset"][0] if "offset" in self.refs else start
+
     def window(self) -> tuple[Any, Any] | None:
         return (self.refs["window"][0], self.refs["window"][1]) if "window" in self.refs else self.setting.window
 
     def is_reached(self) -> Array | bool:
         """Return whether the causal limit and the window reach some pair of the block."""
-        block, conditions = self.setting.block, []
-        first, last = self.i * block, self.i * block + block - 1
-        if self.setting.causal and not self.setting.has_prefix:
-            conditions.append(self.j * block <= last)
-        window = self.window()
-        if window is not None:
-            conditions.append((self.j * block + block - 1 >= first - window[0]) & (self.j * block <= last + window[1]))
-        return functools.reduce(jnp.logical_and, conditions) if conditions else True
+        block = self.setting.block
+        causal = self.setting.causal and not self.setting.has_prefix
+        return reaches(self.i * block, block, self.first_key(), block, causal=causal, window=self.window())
 
     def visible(self) -> Array | None:
         """Return the mask, bool [b, b]; None if every key is visible."""
         setting, conditions = self.setting, []
         shape = (setting.block, setting.block)
         distance = (
-            (self.i - self.j) * setting.block
+            (self.i * setting.block - self.first_key())
             + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
             - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
         )

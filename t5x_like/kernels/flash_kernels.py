@@ -67,7 +67,7 @@ def _call(
     def spec(name: str, x: Any) -> pl.BlockSpec:
         width = x.shape[-1]
         match name:
-            case "window":
+            case "window" | "offset":
                 return pl.BlockSpec(memory_space=pltpu.SMEM)
             case "q" | "d_out" | "out" | "d_q":
                 return pl.BlockSpec((1, 1, block, width), lambda *at: (*cell(*at)[:3], 0))
@@ -121,8 +121,8 @@ def _is_last(at: list[Any], sizes: tuple[int, ...]) -> Array:
 def forward(
     setting: KernelSetting, q: Array, k: Array, v: Array, distances: Array | None, mask: KernelMask
 ) -> tuple[Array, Array, Array]:
-    """Return the output [B, H, Q, x] in the type of q, and float32 [B, H, 1, Q]: the largest score of each query and
-    the logarithm of its sum of exponentials."""
+    """Return the output [B, H, Q, x], and float32 [B, H, 1, Q]: the largest score of each query and the logarithm of
+    its sum of exponentials."""
     rows, heads, q_length, width = q.shape
     grid = (rows, heads, q_length // setting.block, k.shape[2] // setting.block)
 
@@ -151,12 +151,16 @@ def forward(
         def finish() -> None:
             # 1 for a block of queries that no key reaches.
             safe = jnp.where(total[:, :1] == 0.0, 1.0, total[:, :1])
-            refs["out"][0, 0] = (out[...] / safe).astype(q.dtype)
+            refs["out"][0, 0] = (out[...] / safe).astype(setting.result_type(q))
             refs["maximum"][0, 0] = as_row(maximum[:, :1])
             refs["log_total"][0, 0] = as_row(maximum[:, :1] + jnp.log(safe))
 
     statistic = jax.ShapeDtypeStruct((rows, heads, 1, q_length), jnp.float32)
-    outputs = {"out": jax.ShapeDtypeStruct(q.shape, q.dtype), "maximum": statistic, "log_total": statistic}
+    outputs = {
+        "out": jax.ShapeDtypeStruct(q.shape, setting.result_type(q)),
+        "maximum": statistic,
+        "log_total": statistic,
+    }
     columns = pltpu.VMEM((setting.block, LANES), jnp.float32)
     scratch = [pltpu.VMEM((setting.block, width), jnp.float32), columns, columns]
     arrays = {"q": q, "k": k, "v": v, "distances": distances, **_mask_arrays(mask)}
@@ -165,7 +169,7 @@ def forward(
 
 
 def _mask_arrays(mask: KernelMask) -> dict[str, Array | None]:
-    return {"q_codes": mask.q_codes, "kv_codes": mask.kv_codes, "window": mask.window}
+    return {"q_codes": mask.q_codes, "kv_codes": mask.kv_codes, "window": mask.window, "offset": mask.offset}
 
 
 def query_gradient(
@@ -208,9 +212,9 @@ def query_gradient(
 
         @pl.when(at[1] == grid[3] - 1)
         def finish() -> None:
-            refs["d_q"][0, 0] = d_q[...].astype(q.dtype)
+            refs["d_q"][0, 0] = d_q[...].astype(setting.result_type(q))
 
-    outputs = {"d_q": jax.ShapeDtypeStruct(q.shape, q.dtype)}
+    outputs = {"d_q": jax.ShapeDtypeStruct(q.shape, setting.result_type(q))}
     if distances is not None:
         shape = (rows, heads, distances.shape[1], SUBLANES, setting.block)
         outputs["d_distances"] = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -248,10 +252,10 @@ def key_value_gradients(
 
         @pl.when(_is_last(at, grid[3:]))
         def finish() -> None:
-            refs["d_k"][0, 0] = d_k[...].astype(k.dtype)
-            refs["d_v"][0, 0] = d_v[...].astype(k.dtype)
+            refs["d_k"][0, 0] = d_k[...].astype(setting.result_type(k))
+            refs["d_v"][0, 0] = d_v[...].astype(setting.result_type(k))
 
-    outputs = {name: jax.ShapeDtypeStruct(k.shape, k.dtype) for name in ("d_k", "d_v")}
+    outputs = {name: jax.ShapeDtypeStruct(k.shape, setting.result_type(k)) for name in ("d_k", "d_v")}
     scratch = [pltpu.VMEM((setting.block, k.shape[3]), jnp.float32)] * 2
     d_k, d_v = _call(
         body,

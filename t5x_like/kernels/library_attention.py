@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import jax
 from jax import Array
 
-from t5x_like.kernels.attention_backend import AttentionOptions, AttentionRequest, DenseMaskBackend, usual_refusal
+from t5x_like.kernels.attention_backend import (
+    AttentionOptions,
+    AttentionRequest,
+    DenseMaskBackend,
+    usual_refusal,
+)
 from t5x_like.kernels.attention_masks import DenseMask, Mask
 from t5x_like.kernels.reference_attention import join_sequences
 
@@ -21,6 +26,11 @@ class XlaAttention(DenseMaskBackend):
     def supports(self, request: AttentionRequest) -> str | None:
         if request.softcap is not None:
             return 'it has no soft cap of the scores; set attention="reference"'
+        if request.split is not None and request.split.form == "ring":
+            return (
+                "it cannot attend to a sequence that is split over the devices of a ring; set "
+                'attention="reference", or sharding.context_attention="all_gather" to keep the backend'
+            )
         return usual_refusal(request, "reference")
 
     def attend(

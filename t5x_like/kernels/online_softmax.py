@@ -38,6 +38,13 @@ class Sums(NamedTuple):
         # exp(-inf - new) is 0, so the first block replaces these.
         return cls(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf), jnp.zeros(q.shape[:-1]))
 
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums over the keys of both."""
+        maximum = jnp.maximum(self.maximum, other.maximum)
+        mine, others = jnp.exp(self.maximum - maximum), jnp.exp(other.maximum - maximum)
+        out = self.out * mine[..., None] + other.out * others[..., None]
+        return Sums(out, maximum, self.total * mine + other.total * others)
+
     def mean(self) -> Array:
         """Return the mean of the values by the softmax of the scores, [b, g, r, q, x]."""
         return self.out / self.total[..., None]
@@ -170,7 +177,7 @@ def block_gradients(
     )
 
 
-def pad_to_blocks(x: Array, axis: int, block: int, value: int = 0) -> Array:
+def pad_to_blocks(x: Array, axis: int, block: int, value: float = 0) -> Array:
     """Return `x` with `value` at the end of an axis up to a multiple of `block`."""
     missing = -x.shape[axis] % block
     widths = [(0, missing if dim == axis else 0) for dim in range(x.ndim)]

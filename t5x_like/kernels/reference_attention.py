@@ -11,8 +11,9 @@ from jax import Array
 
 from t5x_like.kernels.attention_backend import AttentionOptions, AttentionRequest, DenseMaskBackend
 from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, Mask
+from t5x_like.kernels.context_attention import context_attention
 from t5x_like.kernels.dropout import keep_mask
-from t5x_like.kernels.ring_attention import ring_attention
+from t5x_like.kernels.einsum_chunks import EinsumChunks
 
 
 class ReferenceAttention(DenseMaskBackend):
@@ -30,15 +31,7 @@ class ReferenceAttention(DenseMaskBackend):
     ) -> Array:
         q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
         if isinstance(mask, BlockwiseMask):
-            return ring_attention(
-                q,
-                list(zip(keys, values, strict=True)),
-                mask,
-                softcap=options.softcap,
-                dropout_rate=options.dropout_rate,
-                dropout_rng=options.dropout_rng,
-                dropout_broadcast_length=options.dropout_broadcast_length,
-            )
+            return context_attention(q, list(zip(keys, values, strict=True)), mask, EinsumChunks(), options)
         return _einsum_attention(q, join_sequences(keys), join_sequences(values), mask, options)
 
 

@@ -54,6 +54,14 @@ class Layout:
         """Return the chunks of an array of one device."""
         return jnp.split(x, self.chunks, axis=axis)
 
+    def stack(self, x: Array, axis: int) -> Array:
+        """Return the chunks of an array of one device along a new first axis."""
+        return jnp.stack(self.split(x, axis))
+
+    def join(self, x: Array, axis: int) -> Array:
+        """Return the inverse of `stack`."""
+        return jnp.concatenate(list(x), axis)
+
     def from_contiguous(self, x: Array, axis: int, mesh_axes: tuple[str, ...]) -> Array:
         """Return this device's chunks of an array that is contiguous over the devices; call it within `shard_map`."""
         if not self.is_zigzag:

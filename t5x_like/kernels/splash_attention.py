@@ -54,6 +54,8 @@ class SplashAttention(AttentionBackend):
             return 'its mask is static, and a prefix differs between rows; set attention="flash"'
         if request.dynamic_window:
             return 'its mask is static, and layers of several windows run in one scan; set attention="flash"'
+        if request.split is not None:
+            return 'its mask is that of a whole sequence, and devices split the sequence; set attention="flash"'
         return usual_refusal(request, "blockwise")
 
     def prepare_mask(

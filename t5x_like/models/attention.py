@@ -29,7 +29,7 @@ from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.models.kv_cache import KeysValues, LayerCache
 from t5x_like.models.layers import Dense, FusedDense, Norm, activate, attention_scale, attention_stddevs
 from t5x_like.models.rotary import CosSin, rotate
-from t5x_like.sharding.attention_choice import attention_request, attention_uses, can_run_as_ring
+from t5x_like.sharding.attention_choice import attention_request, attention_uses, can_split_sequence
 from t5x_like.sharding.constrain import active_platform, attention_placement, constrain, sequence_split
 
 SeveralKeysValues = tuple[tuple[Array, ...], tuple[Array, ...]]
@@ -122,9 +122,8 @@ def plan_attention(
     """
     sizes = (config.num_heads, config.num_kv_heads)
     is_disentangled = config.positions == "disentangled"
-    # Where the mesh splits the length, attention runs as a ring over the devices and the mask stays a description.
     lengths = [length, source_length] if source_length else [length]
-    placement = sequence_split(rows, lengths, *sizes) if can_run_as_ring(config) else None
+    placement = sequence_split(rows, lengths, *sizes) if can_split_sequence(config) else None
     request = attention_request(
         config,
         dtype,
@@ -132,7 +131,7 @@ def plan_attention(
         source_length=source_length,
         is_cross=is_cross,
         is_merged=is_merged,
-        is_split=placement is not None,
+        split=None if placement is None else placement.length_split,
     ).with_mask(mask)
     platform = active_platform()
     backend = choose(attention, platform, request).backend
@@ -143,8 +142,11 @@ def plan_attention(
         found = f"{backend} on devices of platform {platform!r}"
         fix = 'set model.attention="auto"'
         raise ConfigError([ConfigProblem("model.attention", found, f"devices of platform {expected!r}", fix)])
-    if placement is None and get_backend(backend).needs_placement:
-        placement = attention_placement(rows, *sizes)
+    if get_backend(backend).needs_placement:
+        placement = placement or attention_placement(rows, *sizes)
+    elif placement is not None and placement.form != "ring":
+        # XLA gathers the keys, by the constraint on them in `Attention`, and partitions the computation.
+        placement = None
     return PlannedAttention(backend, is_disentangled and not is_cross, placement)
 
 
@@ -235,9 +237,8 @@ class Attention(nnx.Module):
         """
         keys, values = keys_values
         if not (isinstance(mask, BlockwiseMask) and mask.split is not None and mask.split.length):
-            # Each device computes the scores of its queries with all keys.
-            # Without the ring, this constraint gathers keys and values along the length: the "all_gather" form of
-            # context parallelism.
+            # Each device computes the scores of its queries with all keys, which this constraint gathers along the
+            # length. Backends with `needs_placement` gather them themselves.
             whole = ("batch", None, "kv_heads", "head_dim")
             keys, values = jax.tree.map(lambda x: constrain(x, whole), (keys, values))
         # Queries are normalized and rotated here and keys in `position_keys`: keys enter the cache in their final form,

@@ -6,6 +6,7 @@ Model code, estimates and reports all ask here, so that they agree on the backen
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from t5x_like.config.batch_spec import ArraySpec
 from t5x_like.config.model import ModelConfig, Positions, StackConfig
 from t5x_like.kernels.attention import AUTO, get_backend
 from t5x_like.kernels.attention_backend import AttentionRequest, BiasKind, drops_values
+from t5x_like.kernels.attention_masks import SequenceSplit
 from t5x_like.kernels.auto_attention import choose
 from t5x_like.sharding.rules import AnyMesh, Rules
 
@@ -47,7 +49,7 @@ def attention_request(
     source_length: int = 0,
     is_cross: bool = False,
     is_merged: bool = False,
-    is_split: bool = False,
+    split: SequenceSplit | None = None,
 ) -> AttentionRequest:
     """Return what an attention of a stack asks of its backend, without the properties of its mask.
 
@@ -60,7 +62,7 @@ def attention_request(
       source_length: Length of the encoder's sequence, for cross-attention and merged attention.
       is_cross: The attention is cross-attention.
       is_merged: The self-attention also reads the encoder's states.
-      is_split: The sequence is split over devices by the ring.
+      split: Split of the sequence over devices, or None.
     """
     dropped_as_values = drops_values(stack.num_heads, stack.num_kv_heads, stack.dropout_broadcast_length)
     return AttentionRequest(
@@ -72,15 +74,15 @@ def attention_request(
         softcap=stack.attention_softcap,
         dropout_rate=0.0 if dropped_as_values else stack.dropout_rate,
         dynamic_window=not is_cross and len(set(stack.layer_kinds)) > 1,
-        is_split=is_split,
+        split=split,
         is_merged=is_merged,
         q_length=q_length,
         kv_length=source_length if is_cross else q_length + (source_length if is_merged else 0),
     )
 
 
-def can_run_as_ring(stack: StackConfig) -> bool:
-    """Return whether the self-attention of a stack can run as a ring over devices that split the sequence.
+def can_split_sequence(stack: StackConfig) -> bool:
+    """Return whether each device can attend with its own queries and the keys of one device at a time.
 
     The bias of disentangled positions has the size of the scores, and sums of blocks are not split.
     """
@@ -88,14 +90,14 @@ def can_run_as_ring(stack: StackConfig) -> bool:
 
 
 def attention_uses(
-    model: ModelConfig, features: Mapping[str, ArraySpec] | None = None, *, is_split: bool = False
+    model: ModelConfig, features: Mapping[str, ArraySpec] | None = None, *, split: SequenceSplit | None = None
 ) -> Iterator[AttentionUse]:
     """Yield the attentions of a model, for a sub-batch or for sequences of unknown lengths.
 
     Args:
       model: The model.
       features: Shapes of the sub-batch.
-      is_split: Sequences are split over devices by the ring.
+      split: Split of the sequences over devices, or None.
     """
     features = features or {}
 
@@ -116,7 +118,7 @@ def attention_uses(
                 model.dtype,
                 q_length=q_length,
                 source_length=stack.num_blocks(q_length) or length("encoder"),
-                is_split=is_split and can_run_as_ring(stack),
+                split=split if can_split_sequence(stack) else None,
                 **kind,
             )
 
@@ -127,13 +129,14 @@ def attention_uses(
             yield AttentionUse(name, True, request(stack, name, is_cross=True))
 
 
-def runs_as_ring(mesh: AnyMesh, rules: Rules) -> bool:
-    """Return whether a mesh splits sequences so that attention runs as a ring over the devices."""
-    return rules.context_attention == "ring" and any(mesh.shape[axis] > 1 for axis in rules.activations["length"])
+def sequence_split_of(mesh: AnyMesh, rules: Rules) -> SequenceSplit | None:
+    """Return how a mesh splits sequences over devices; None if each device has whole ones."""
+    devices = math.prod(mesh.shape[axis] for axis in rules.activations["length"])
+    return SequenceSplit(rules.context_attention, devices) if devices > 1 else None
 
 
 def describe_attention(
-    model: ModelConfig, features: Mapping[str, Mapping[str, ArraySpec]], platform: str, *, is_split: bool
+    model: ModelConfig, features: Mapping[str, Mapping[str, ArraySpec]], platform: str, *, split: SequenceSplit | None
 ) -> str:
     """Return the backend of each attention in words, with the reasons for which preferred ones were passed over.
 
@@ -141,11 +144,11 @@ def describe_attention(
       model: The model.
       features: Shapes of each sub-batch by name.
       platform: Platform of the devices.
-      is_split: Sequences are split over devices by the ring.
+      split: Split of the sequences over devices, or None.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for shapes in features.values():
-        for use in attention_uses(model, shapes, is_split=is_split):
+        for use in attention_uses(model, shapes, split=split):
             choice = choose(model.attention, platform, use.request)
             not_chosen = "; ".join(f"not {name}: {reason}" for name, reason in choice.passed_over)
             uses = found.setdefault((choice.backend, not_chosen), [])

@@ -77,8 +77,7 @@ def active_platform() -> str | None:
 def sequence_split(rows: int, lengths: Sequence[int], heads: int, kv_heads: int) -> SequenceSharding | None:
     """Return the sharding of the arrays of an attention if "length" is split, for `AttentionBackend.prepare_mask`.
 
-    None outside a context, if no mesh axis splits the lengths or does not divide one of them, and if the rules choose
-    to gather keys and values.
+    None outside a context, and if no mesh axis splits the lengths or does not divide one of them.
 
     Args:
       rows: Rows of the batch.
@@ -87,11 +86,11 @@ def sequence_split(rows: int, lengths: Sequence[int], heads: int, kv_heads: int)
       kv_heads: Number of key and value heads.
     """
     active = _ACTIVE.get()
-    if active is None or active[1].context_attention != "ring":
+    if active is None:
         return None
     mesh, rules = active
     over = [split_axes("length", rules.activations, length, mesh) for length in lengths]
-    # The ring passes blocks between the devices of the same axes: queries and keys must be split alike.
+    # Blocks are exchanged between the devices of the same axes: queries and keys must be split alike.
     if not over[0] or any(axes != over[0] for axes in over):
         return None
     return _attention_sharding(mesh, rules, over[0], rows, heads, kv_heads)
@@ -115,7 +114,7 @@ def _attention_sharding(
 ) -> SequenceSharding:
     sizes = {"batch": rows, "heads": heads, "kv_heads": kv_heads}
     axes = {name: split_axes(name, rules.activations, size, mesh) for name, size in sizes.items()}
-    return SequenceSharding(mesh, axes["batch"], length, axes["heads"], axes["kv_heads"])
+    return SequenceSharding(mesh, axes["batch"], length, axes["heads"], axes["kv_heads"], rules.context_attention)
 
 
 def expert_sharding(rows: int, length: int, experts: int, mlp: int) -> ExpertSharding | None:

@@ -12,6 +12,7 @@ from t5x_like.errors import ConfigError, ConfigProblem
 from t5x_like.kernels.attention import get_backend
 from t5x_like.kernels.attention_backend import AttentionRequest
 from t5x_like.kernels.auto_attention import choose
+from t5x_like.sharding.attention_choice import sequence_split_of
 from t5x_like.sharding.host_memory import host_memory_problems
 from t5x_like.sharding.rules import AnyMesh, Rules, problems, spec
 from t5x_like.sharding.saved_activations import accumulation_part, activation_kinds
@@ -123,12 +124,13 @@ def _length_problems(run: RunConfig, mesh: AnyMesh, rules: Rules) -> list[Config
                 fix = "choose another length (data.inputs_length, data.targets_length) or degree"
                 expected = f"a multiple of {shards} ({split})"
                 length_problems.append(ConfigProblem(where, str(array.shape[1]), expected, fix))
-    if shards > 1 and rules.context_attention == "ring":
-        # Every platform has a candidate of "auto" for the ring.
-        backend = choose(run.model.attention, None, AttentionRequest(is_split=True)).backend
-        reason = get_backend(backend).supports(AttentionRequest(is_split=True))
+    request = AttentionRequest(split=sequence_split_of(mesh, rules))
+    if request.split is not None:
+        # Every platform has a candidate of "auto" for a split sequence.
+        backend = choose(run.model.attention, None, request).backend
+        reason = get_backend(backend).supports(request)
         if reason is not None:
-            where = f'model.attention with {split} and context_attention="ring"'
+            where = f'model.attention with {split} and context_attention="{request.split.form}"'
             expected = f"a backend that attends over a sequence that is split over devices: {reason}"
             length_problems.append(ConfigProblem(where, run.model.attention, expected))
     return length_problems

@@ -49,10 +49,18 @@ def test_memory_of_packed_rows_is_linear_in_the_length(backend: str, is_encoder:
     assert long < peak_bytes("reference", 4096, is_encoder=is_encoder) / 10
 
 
-def test_training_step_compiles_on_a_mesh() -> None:
-    """XLA does not partition the kernels: they run on each device's rows and heads."""
-    # "auto" takes flash for the self-attentions and splash for the cross-attention from a length of 128.
-    overrides = ["--data.inputs-length", "256", "--data.targets-length", "128", "--sharding.tensor", "2"]
+@pytest.mark.parametrize(
+    "options",
+    [["tensor", "2"], ["context", "2"], ["context", "2", "--sharding.context-attention", "all_gather"]],
+    ids=["tensor", "ring", "all_gather"],
+)
+def test_training_step_compiles_on_a_mesh(options: list[str]) -> None:
+    """XLA does not partition the kernels: they run on each device's rows, heads and parts of sequences."""
+    # "auto" takes flash for the self-attentions and splash for the cross-attention from a length of 128, and flash for
+    # all of them if devices split the sequence.
+    lengths = ["256", "128"] if options[0] == "tensor" else ["512", "512"]
+    overrides = ["--data.inputs-length", lengths[0], "--data.targets-length", lengths[1], f"--sharding.{options[0]}"]
+    overrides += options[1:]
     compiled = compile_train_step(apply_overrides(load_recipe("smoke"), overrides), parse_topology("v5e:2x2"))
     assert compiled.fits, compiled.error
     assert not compiled.warnings

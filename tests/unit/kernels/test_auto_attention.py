@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from t5x_like.errors import ConfigError
 from t5x_like.kernels.attention import get_backend, register_backend
 from t5x_like.kernels.attention_backend import AttentionRequest
+from t5x_like.kernels.attention_masks import SequenceSplit
 from t5x_like.kernels.auto_attention import CANDIDATES, choose
 from t5x_like.kernels.reference_attention import ReferenceAttention
 
@@ -22,7 +23,7 @@ REQUESTS = st.builds(
     softcap=st.sampled_from([None, 50.0]),
     dropout_rate=st.sampled_from([0.0, 0.1]),
     dynamic_window=st.booleans(),
-    is_split=st.booleans(),
+    split=st.sampled_from([None, SequenceSplit("ring", 8), SequenceSplit("all_gather", 2)]),
     is_merged=st.booleans(),
     has_positions=st.booleans(),
     has_prefix=st.booleans(),
@@ -61,7 +62,12 @@ LONG = AttentionRequest(q_length=4096, kv_length=4096)
         ("tpu", {"has_prefix": True}, "flash"),
         ("tpu", {"dynamic_window": True}, "flash"),
         ("tpu", {"dropout_rate": 0.1}, "blockwise"),
-        ("tpu", {"is_split": True}, "blockwise"),
+        ("tpu", {"split": SequenceSplit("ring", 16)}, "flash"),
+        ("tpu", {"split": SequenceSplit("all_gather", 4), "bias": "relative"}, "flash"),
+        # Chunks of 64 tokens are shorter than a tile.
+        ("tpu", {"split": SequenceSplit("ring", 32)}, "blockwise"),
+        ("tpu", {"split": SequenceSplit("ring", 4), "dropout_rate": 0.1}, "blockwise"),
+        ("cpu", {"split": SequenceSplit("ring", 16)}, "blockwise"),
         ("tpu", {"q_length": 64, "kv_length": 64}, "reference"),
         ("gpu", {}, "blockwise"),
     ],

@@ -14,7 +14,7 @@ from jax import Array
 
 from t5x_like.kernels.attention import attention
 from t5x_like.kernels.attention_backend import AttentionRequest
-from t5x_like.kernels.attention_masks import MaskSpec
+from t5x_like.kernels.attention_masks import MaskSpec, SequenceSplit
 from t5x_like.kernels.cudnn_attention import CudnnAttention
 from t5x_like.kernels.position_bias import RelativeBias
 
@@ -91,7 +91,7 @@ def test_what_the_kernels_lack_is_refused() -> None:
         (AttentionRequest(softcap=2.0), "soft cap"),
         (AttentionRequest(bias="content"), "disentangled"),
         (AttentionRequest(dropout_rate=0.1), "dropout_broadcast_length=True"),
-        (AttentionRequest(is_split=True), "all_gather"),
+        (AttentionRequest(split=SequenceSplit("all_gather", 2)), "devices split the sequence"),
         (AttentionRequest(head_dim=36), "multiple of 8"),
         (AttentionRequest(q_length=113, kv_length=512), "even lengths"),
     ]:

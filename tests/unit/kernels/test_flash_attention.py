@@ -105,7 +105,6 @@ def test_what_the_kernels_lack_is_refused() -> None:
     for request, reason in [
         (AttentionRequest(bias="content"), "disentangled"),
         (AttentionRequest(dropout_rate=0.1), "dropout_broadcast_length=True"),
-        (AttentionRequest(is_split=True), "all_gather"),
         (AttentionRequest(is_merged=True), "several sequences"),
     ]:
         assert reason in str(FLASH.supports(request))

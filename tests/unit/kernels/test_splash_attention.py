@@ -12,7 +12,7 @@ from jax import Array
 
 from t5x_like.kernels.attention import attention
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
-from t5x_like.kernels.attention_masks import MaskSpec
+from t5x_like.kernels.attention_masks import MaskSpec, SequenceSplit
 from t5x_like.kernels.reference_attention import ReferenceAttention
 from t5x_like.kernels.splash_attention import SplashAttention
 
@@ -100,7 +100,8 @@ def test_what_the_kernels_lack_is_refused() -> None:
         (AttentionRequest(dropout_rate=0.1), "dropout_broadcast_length=True"),
         (AttentionRequest(dynamic_window=True), "several windows"),
         (AttentionRequest(is_merged=True), "several sequences"),
-        (AttentionRequest(is_split=True), "all_gather"),
+        (AttentionRequest(split=SequenceSplit("ring", 2)), 'attention="flash"'),
+        (AttentionRequest(split=SequenceSplit("all_gather", 2)), 'attention="flash"'),
         (AttentionRequest(has_prefix=True), "prefix"),
         (AttentionRequest(has_positions=True), "explicit positions"),
     ]:

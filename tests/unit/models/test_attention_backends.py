@@ -39,7 +39,7 @@ from t5x_like.kernels.reference_attention import ReferenceAttention
 from t5x_like.model_loading import LoadedModel, inference_run
 from t5x_like.models import presets
 from t5x_like.models.factory import abstract_model, bind_params, init_params
-from t5x_like.sharding.attention_choice import attention_uses, describe_attention
+from t5x_like.sharding.attention_choice import attention_uses, describe_attention, sequence_split_of
 from t5x_like.sharding.constrain import activation_context
 from t5x_like.sharding.mesh import make_mesh
 from t5x_like.sharding.rules import default_rules
@@ -202,7 +202,7 @@ def test_auto_is_resolved_for_the_devices_of_the_mesh_and_reported(monkeypatch: 
     model = presets.smoke("encoder_decoder", vocab_size=64)
     stacks = {name: dataclasses.replace(stack, positions="relative_bias") for name, stack in model.stacks.items()}
     model = dataclasses.replace(model, attention="auto", **stacks)  # type: ignore[arg-type]
-    features = {f"{stack}_input_tokens": ArraySpec((2, 256), "int32") for stack in ("encoder", "decoder")}
+    features = {f"{stack}_input_tokens": ArraySpec((2, 512), "int32") for stack in ("encoder", "decoder")}
     used: list[str] = []
 
     def record(q: Array, *_: Any, backend: str, **__: Any) -> Array:
@@ -212,17 +212,24 @@ def test_auto_is_resolved_for_the_devices_of_the_mesh_and_reported(monkeypatch: 
     monkeypatch.setattr("t5x_like.models.attention.attention", record)
     spec = abstract_model(model)
     tokens = {name: jax.ShapeDtypeStruct(array.shape, np.int32) for name, array in features.items()}
-    for devices, expected in [
-        (fake_devices(parse_topology("v5e:2x2"))[:1], ["flash", "flash", "splash"]),
-        (jax.devices()[:1], ["reference"] * 3),
+    tpus, one = fake_devices(parse_topology("v5e:2x2")), ShardingConfig(fsdp=1)
+    gathered = ShardingConfig(fsdp=1, context=2, context_attention="all_gather")
+    # Over 4 devices half of a part has 32 positions, which do not fill a tile.
+    for sharding, devices, expected in [
+        (one, tpus[:1], ["flash", "flash", "splash"]),
+        (ShardingConfig(fsdp=1, context=2), tpus[:2], ["flash"] * 3),
+        (gathered, tpus[:2], ["flash"] * 3),
+        (ShardingConfig(fsdp=1, context=4), tpus, ["reference"] * 3),
+        (one, jax.devices()[:1], ["reference"] * 3),
     ]:
         used.clear()
-        with activation_context(make_mesh(ShardingConfig(), devices), default_rules(ShardingConfig())):
+        mesh, rules = make_mesh(sharding, devices), default_rules(sharding)
+        with activation_context(mesh, rules):
             jax.eval_shape(lambda params, batch: bind_params(spec.graphdef, params)(batch), spec.params, tokens)
         assert used == expected
-        uses = list(attention_uses(model, features))
+        uses = list(attention_uses(model, features, split=sequence_split_of(mesh, rules)))
         assert [choose("auto", devices[0].platform, use.request).backend for use in uses] == used
-    assert describe_attention(model, {"main": features}, "tpu", is_split=False) == (
+    assert describe_attention(model, {"main": features}, "tpu", split=None) == (
         "flash for encoder self-attention and decoder self-attention (not splash: it has no relative bias), "
         "splash for decoder cross-attention"
     )
