@@ -45,6 +45,7 @@ EXTENDED = re.compile(
     r"|adapters/test_lora.*\[(bert|mixtral)\]"
     r"|parallel/test_products.*(slices|gathered|expert2xcontext2xtensor2|expert4|encoder-context)\]"
     r"|parallel/test_meshes.*(-data_tensor|-fsdp|\[fsdp|mesh1|\[experts|discriminator.*\[data_fsdp_tensor)\]"
+    r"|integration/test_resumed_optimizers.*\[(lion|lamb|adafactor)\]"
     r"|integration/test_mixture_training.*\[prefix_lm\]"
     r"|integration/test_docs_shell.*\[docs/migrate-huggingface.md\]"
 )
