@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,8 +39,11 @@ def require_metrics(names: Sequence[str]) -> dict[str, MetricFn]:
     bleus = {name: bleu_of(name.removeprefix("bleu:")) for name in names if name.startswith("bleu:")}
     unknown = [name for name in names if name not in METRICS and name not in bleus and name != CONFUSION]
     if unknown or not names:
-        expected = f"names from {', '.join((*METRICS, CONFUSION))}, separated by commas"
-        raise ConfigError([ConfigProblem("--metrics", ", ".join(unknown) or "none", expected)])
+        known = (*METRICS, CONFUSION)
+        near = [close for name in unknown for close in difflib.get_close_matches(name, known, n=1)]
+        expected = f"names from {', '.join(known)}, separated by commas"
+        fix = f"perhaps {', '.join(near)}" if near else ""
+        raise ConfigError([ConfigProblem("--metrics", ", ".join(unknown) or "none", expected, fix)])
     return {name: bleus.get(name) or METRICS[name] for name in names if name != CONFUSION}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from t5x_like.data.store.prepare import prepare
@@ -62,10 +63,11 @@ def results_of(study: Study, runs: Sequence[StudyRun], workdir: Location) -> Res
 
 def report(study: Study, results: Results, console: Console) -> None:
     """Print the score of each arm and the verdict on each prediction."""
-    table = Table(title=f"{results.measure} by arm")
+    title = f"{results.measure} by arm"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("arm", overflow="fold")
-    for name in ("value", "95 %", "seeds", "minus the first", "95 %"):
-        table.add_column(name, justify="right")
+    for name in ("value", "95 %", "seeds", "minus\nthe first", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm in study.arms:
         score, difference = results.score(arm.name), results.compared(arm.name, study.arms[0].name)
         if score is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from t5x_like.studies.results import Results, differs, ordered_arms
@@ -40,10 +41,11 @@ def best_first(study: Study, results: Results) -> Study:
 def sweep_report(results: Results, console: Console) -> None:
     """Print the arms, the best first, with intervals, and those that are not significantly worse than the best."""
     order = ordered_arms(results)
-    table = Table(title=f"{results.measure} of {len(order):,} arms, the best first")
+    title = f"{results.measure} of {len(order):,} arms, the best first"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("arm", overflow="fold")
-    for name in ("value", "95 %", "minus best", "95 %"):
-        table.add_column(name, justify="right")
+    for name in ("value", "95 %", "minus\nbest", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     close = []
     for name in order:

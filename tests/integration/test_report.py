@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from helpers.report_run import DENOISERS, HOSTILE, SAMPLES, config, hostile_run, write_metrics, write_run
 
+from t5x_like.reports import run_report
+from t5x_like.reports.html_page import resource
 from t5x_like.reports.plots import write_curves_png
 from t5x_like.reports.run_data import held_out_mean, read_run
 from t5x_like.reports.run_report import write_report
@@ -70,6 +72,12 @@ def test_report_has_every_curve_score_and_sample(tmp_path):
     sentinels = [attributes for attributes in page.named("b") if attributes.get("class", "").startswith("sentinel")]
     assert len(sentinels) == json.dumps(SAMPLES).count("<extra_id_")
     assert [attributes.get("class") for attributes in page.named("b")].count("mode mode-R") == 1
+
+
+def test_every_part_of_the_time_has_a_colour_of_its_own():
+    colours = dict(re.findall(r"^\.state-(\w+) { --curve: (.*); }$", resource("run_report.css"), flags=re.M))
+    assert colours.keys() == run_report._STATE_WORDS.keys()
+    assert len(set(colours.values())) == len(colours)
 
 
 def test_report_is_one_file_without_external_resources(tmp_path):

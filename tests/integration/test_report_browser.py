@@ -112,7 +112,7 @@ def test_a_comparison_opens_without_an_error_and_is_readable(page, tmp_path):
     target = write_comparison([CheckpointRef(run, (steps[run],)) for run in runs], tmp_path / "comparison.html")
     page.errors.clear()
     page.requests.clear()
-    for width in (1200, 400):
+    for width in (1200, 1000, 900, 400):
         for dark in (False, True):
             page.show(width, dark=dark)
             page.open(target)

@@ -197,6 +197,8 @@ def test_predictions_of_a_file_are_scored(tmp_path):
     assert result["intervals"]["squad/em"] == (100.0, 100.0)
     with pytest.raises(ConfigError, match="found blue, expected names from bleu, chrf"):
         score_file(path, ["blue"])
+    with pytest.raises(ConfigError, match="found acuracy, .*separated by commas; perhaps accuracy"):
+        score_file(path, ["acuracy"])
     with pytest.raises(DataError, match=r"predictions.jsonl:1: found the fields 'answers', 'output', expected 'guess'"):
         score_file(path, ["squad"], prediction_field="guess")
     path.write_text('{"target": "1.5", "prediction": "2"}\n{"target": "some", "prediction": "3"}\n')
