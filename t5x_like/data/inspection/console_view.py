@@ -19,7 +19,7 @@ from t5x_like.data.inspection.mixture_shares import mixture_shares
 from t5x_like.data.store.prepare import open_stores
 from t5x_like.data.store.token_store import Store
 from t5x_like.data.stream.feature_converters import Features
-from t5x_like.data.stream.labeled_rows import label_text
+from t5x_like.data.stream.labeled_rows import LabeledRows, label_text
 from t5x_like.data.stream.packing import PackedRows
 from t5x_like.data.stream.preference_rows import PackedPreferenceRows, PreferenceRows
 from t5x_like.data.stream.row_stream import TrainingStream
@@ -93,6 +93,9 @@ def _packing_notes(stream: TrainingStream) -> list[str]:
                 f"{source.name}: {pairs.num_truncated:,} preference pairs have an answer that is longer than "
                 "its row: it is truncated at its end, which is then without EOS"
             )
+        if isinstance(source.reader, LabeledRows) and source.reader.num_truncated:
+            count = source.reader.num_truncated
+            notes.append(f"{source.name}: {count:,} examples have a text that is longer than a row: it is truncated")
         if isinstance(source.reader, PackedRows):
             totals = source.reader.totals
             if totals.truncated:

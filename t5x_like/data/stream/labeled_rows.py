@@ -29,7 +29,7 @@ class LabeledRows(WholeExampleRows):
 
     Attributes:
       num_rows: Number of examples.
-      num_truncated: Number of examples whose text is longer than a row.
+      num_truncated: Number of examples with a text that is longer than a row, and is cut.
 
     Raises:
       DataError: there are no examples, or the store contains text without labels.
@@ -56,7 +56,9 @@ class LabeledRows(WholeExampleRows):
         self.num_rows = (len(self._bounds) - 1) // self._parts
         if not self.num_rows:
             raise DataError(f"{store.path}: found no labelled examples in its {split.name} split, expected some")
-        self.num_truncated = int((np.diff(self._bounds)[:: self._parts] > self._max_text).sum())
+        lengths_NxP = np.diff(self._bounds)[: self.num_rows * self._parts].reshape(-1, self._parts)
+        texts_NxP = lengths_NxP if objective.kind == "embedding" else lengths_NxP[:, :1]
+        self.num_truncated = int((texts_NxP > self._max_text).any(axis=1).sum())
         # Labels are stored as token ids in the store. Comparing ids avoids decoding each one.
         self._by_tokens = {tuple(self._tokenizer.encode(label)): i for i, label in enumerate(self._labels)}
         # A tokenizer that lower-cases, or splits at punctuation, returns "b - per" for "B-PER".

@@ -10,7 +10,7 @@ from helpers.task_head_examples import LABELS, labeled_run, with_head
 
 from t5x_like.config import LabeledExamples, batch_spec, evaluation_spec
 from t5x_like.config.validation import validate
-from t5x_like.data.inspection.console_view import inspect
+from t5x_like.data.inspection.console_view import inspect, mixture_table
 from t5x_like.data.store.prepare import prepare
 from t5x_like.data.stream import heldout
 from t5x_like.data.stream.labeled_rows import split_labels
@@ -88,6 +88,19 @@ def test_batches_match_the_batch_spec(tmp_path, kind):
         assert (batch["main"]["labels"] == 0.5).all()
     if kind == "embedding":
         assert set(texts(stores, batch["main"], "positive")) == {"its pair"}
+
+
+@pytest.mark.parametrize("kind", ["classification", "embedding"])
+def test_examples_that_are_cut_are_counted(tmp_path, kind):
+    """Rows hold 31 bytes and EOS. The other text of an embedding is read as well; a label is not."""
+    short = [(f"row {number}", "red") for number in range(9)]
+    long = [("x" * 31, "red"), ("y" * 32, "red"), ("z", "green" if kind == "classification" else "z" * 32)]
+    data, stores = prepared(tmp_path, [*short, *long], kind)
+    split = {name: TrainingStream(stores, data, 4, name) for name in ("train", "validation")}
+    expected = {"classification": 1, "embedding": 2}[kind]
+    assert sum(stream.sources[0].reader.num_truncated for stream in split.values()) == expected
+    notes = " ".join(str(mixture_table(stream).caption) for stream in split.values())
+    assert "examples have a text that is longer than a row: it is truncated" in notes
 
 
 def with_negatives(tmp_path, rows, **fields):
