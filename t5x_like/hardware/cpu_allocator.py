@@ -122,7 +122,7 @@ def check() -> bool:
         return False
     for parameter, value in _USUAL:
         _libc().mallopt(parameter, value)
-    _libc().malloc_trim(ctypes.c_size_t(0))
+    return_free_pages()
     _keeps, _status = False, "glibc's defaults, since memory became scarce"
     _LOG.info(
         "this process holds %d MiB and %d MiB are available: freed memory goes back to the kernel from now on",
@@ -132,9 +132,19 @@ def check() -> bool:
     return True
 
 
+def return_free_pages() -> None:
+    """Return the free pages of all arenas to the kernel, with glibc; elsewhere do nothing.
+
+    glibc has an arena for each of several threads, and keeps what a thread has freed: blocks of a few hundred KiB that
+    come from the threads of a library add up to many times what is in use at once.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        _libc().malloc_trim(ctypes.c_size_t(0))
+
+
 def _trimmed() -> int:
     """Return free pages to the kernel, and return the resident bytes after that."""
-    _libc().malloc_trim(ctypes.c_size_t(0))
+    return_free_pages()
     return _resident_bytes()
 
 

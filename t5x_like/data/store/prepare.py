@@ -371,7 +371,7 @@ def _report_summary(store: Store, tokenizer: Tokenizer, seconds: float, report: 
 def _describe_tokens(store: Store, tokenizer: Tokenizer) -> str:
     """Return how well the tokenizer fits the corpus, by the first tokens of the training split."""
     split, vocabulary = store.split("train"), store.vocabulary
-    tokens = split.tokens(0, min(split.num_tokens, _DESCRIBED_TOKENS))
+    tokens = split.first_tokens(_DESCRIBED_TOKENS)
     text = tokens[tokens != vocabulary.eos_id]
     words = len(tokenizer.decode(text.tolist()).split())
     unknown = 0.0 if vocabulary.unk_id is None else 100 * float((text == vocabulary.unk_id).mean() if len(text) else 0)

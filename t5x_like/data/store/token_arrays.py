@@ -20,6 +20,7 @@ from t5x_like.config.data import DataConfig
 from t5x_like.data.store.store_format import array_metadata, check_array
 from t5x_like.errors import DataError, UserError
 from t5x_like.faults import FaultError, fault_of
+from t5x_like.hardware import cpu_allocator
 from t5x_like.storage import locations
 from t5x_like.storage.locations import Location
 
@@ -29,6 +30,8 @@ CHUNK_TOKENS = 2**14
 """Number of elements that are read, and verified, together: one request to an object store, once the index of the file
 (16 bytes for each chunk) is in the cache."""
 _METADATA = "zarr.json"
+_LARGE_BYTES = 2**26
+"""Size of a shard after whose write free memory is returned."""
 
 
 def _spec(path: Location) -> dict[str, Any]:
@@ -60,42 +63,50 @@ def _os_errors() -> Iterator[None]:
 
 
 class ArrayWriter:
-    """Appends to a one-dimensional array in complete zarr shards, since rewriting a part of a shard is expensive."""
+    """Appends to a one-dimensional array in complete zarr shards, since rewriting a part of a shard is expensive.
+
+    At most one shard is held in memory, in a buffer that is filled again after each write.
+    """
 
     def __init__(self, path: Location, dtype: str):
         self._path = path
         self._array = _create(path, dtype)
         self._dtype = np.dtype(dtype)
-        self._pending: list[npt.NDArray[Any]] = []
+        self._shard: npt.NDArray[Any] | None = None
         self._pending_size = 0
         self.size = 0
         self.digest = hashlib.blake2b(digest_size=16)
 
     def append(self, values: npt.NDArray[Any]) -> None:
-        self._pending.append(values.astype(self._dtype, copy=False))
-        self._pending_size += len(values)
-        if self._pending_size >= SHARD_TOKENS:
-            values = np.concatenate(self._pending)
-            complete = len(values) // SHARD_TOKENS * SHARD_TOKENS
-            self._write(values[:complete])
-            self._pending, self._pending_size = [values[complete:]], len(values) - complete
+        while len(values):
+            if self._shard is None:
+                # Pages that are never filled take no memory.
+                self._shard = np.empty(SHARD_TOKENS, self._dtype)
+            taken = values[: SHARD_TOKENS - self._pending_size]
+            self._shard[self._pending_size : self._pending_size + len(taken)] = taken
+            self._pending_size += len(taken)
+            values = values[len(taken) :]
+            if self._pending_size == SHARD_TOKENS:
+                self._write_pending()
 
-    def _write(self, values: npt.NDArray[Any]) -> None:
-        stop = self.size + len(values)
+    def _write_pending(self) -> None:
+        assert self._shard is not None
+        shard = self._shard[: self._pending_size]
+        stop = self.size + len(shard)
         with _os_errors():
             # The final length is not known before, so the array grows with each write.
             self._array = locations.wait(self._path, self._array.resize(exclusive_max=[stop]))
-            for start in range(0, len(values), SHARD_TOKENS):
-                shard = values[start : start + SHARD_TOKENS]
-                target = self._array[self.size + start : self.size + start + len(shard)]
-                locations.wait(self._path, target.write(shard))
-                self.digest.update(np.ascontiguousarray(shard).data)
-        self.size = stop
+            locations.wait(self._path, self._array[self.size : stop].write(shard))
+        self.digest.update(shard.data)
+        if shard.nbytes >= _LARGE_BYTES:
+            # TensorStore copies a shard in its threads, whose arenas would keep more of it with each shard.
+            cpu_allocator.return_free_pages()
+        self.size, self._pending_size = stop, 0
 
     def close(self) -> None:
         if self._pending_size:
-            self._write(np.concatenate(self._pending))
-            self._pending, self._pending_size = [], 0
+            self._write_pending()
+        self._shard = None
 
     def record(self) -> ArrayRecord:
         """Return what a reader of the closed array compares with."""

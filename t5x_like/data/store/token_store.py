@@ -330,6 +330,10 @@ class Split:
             return self._memory[start:stop]
         return self._checked(read(self._array[start:stop], self.path))
 
+    def first_tokens(self, count: int) -> npt.NDArray[Any]:
+        """Return the first `count` tokens, or all if there are fewer, without reading the others."""
+        return self._checked(read(self._array[: min(count, self.num_tokens)], self.path))
+
     def gather(self, starts_N: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
         """Return [N, length]: `length` tokens from each of N starts, continuing with the first token after the last."""
         if self._in_memory:

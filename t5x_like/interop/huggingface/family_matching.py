@@ -25,6 +25,7 @@ _IGNORED = (
 
 
 PREFIX_LM = "transformers attends causally to the prefix of a prefix LM, too, and would compute other logits"
+ELECTRA_PAIR = "models of transformers hold a generator or a discriminator of ELECTRA, not both as this model does"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +233,8 @@ def describe_export(model: ModelConfig, layout: Layout) -> str:
     """Return in words which family the model is exported as, or why it cannot be: `layout` is that of its rows."""
     if layout == "prefix_lm":
         return f"no Hugging Face export: {PREFIX_LM}"
+    if model.generator is not None:
+        return f"no Hugging Face export: {ELECTRA_PAIR}"
     matching = matching_families(model)
     if matching:
         return f"exports to Hugging Face as {matching[0]}"
@@ -251,6 +254,8 @@ def require_family(model: ModelConfig, name: str | None) -> Family:
       DataError: the family is not registered.
       ConfigError: the model does not match; the message lists the differences.
     """
+    if model.generator is not None:
+        raise ConfigError([ConfigProblem("model.generator", "a generator", "none", ELECTRA_PAIR)])
     if name is None:
         matching = matching_families(model)
         if not matching:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,27 @@ def google_crc32c(data: bytes) -> bytes:
         for _ in range(8):
             crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
     return (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def test_a_writer_holds_one_shard_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2**18
+    monkeypatch.setattr(token_arrays, "SHARD_TOKENS", size)
+    writer = token_arrays.ArrayWriter(tmp_path / "array", "uint64")
+    values = np.arange(10 * size, dtype=np.uint64)
+    pieces = np.split(values, np.cumsum([3, size - 1, 0, 2 * size + 5, size // 2, 7]))
+    tracemalloc.start()
+    try:
+        for piece in pieces:
+            writer.append(piece)
+        writer.close()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * size * values.itemsize
+    record = writer.record()
+    array = token_arrays.open_array(tmp_path / "array", record)
+    assert record.size == len(values) and np.array_equal(token_arrays.read(array, tmp_path), values)
+    assert token_arrays.find_damage(tmp_path / "array", record) == []
 
 
 def test_zeros_are_stored(tmp_path: Path) -> None:

@@ -144,3 +144,26 @@ def test_limit_is_the_smallest_of_the_control_group_and_its_parents(
         (mount / name).parent.mkdir(parents=True, exist_ok=True)
         (mount / name).write_text(f"{limit}\n")
     assert cpu_allocator._control_group_limit(process, mount) == expected
+
+
+def test_pages_that_other_threads_have_freed_are_returned() -> None:
+    program = """
+import threading
+from t5x_like.hardware import cpu_allocator
+
+def work():
+    # Smaller than glibc's limit for blocks of their own; the last one keeps the end of the arena in use.
+    blocks = [bytes(100_000) for _ in range(600)]
+    kept.append(blocks.pop())
+
+kept = []
+for _ in range(2):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+held = cpu_allocator._resident_bytes()
+cpu_allocator.return_free_pages()
+print((held - cpu_allocator._resident_bytes()) / 60_000_000)
+"""
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert float(output.stdout) > 0.8

@@ -402,6 +402,11 @@ def test_every_shipped_recipe_exports_or_says_at_its_start_why_not(reference: st
     said = describe_export(run.model, run.data.layout)
     if run.data.layout == "prefix_lm":
         assert said.startswith("no Hugging Face export: ") and "causally to the prefix" in said
+    elif run.model.generator is not None:
+        assert said.startswith("no Hugging Face export: ") and "a generator or a discriminator" in said
+        for family in (None, "electra"):
+            with pytest.raises(ConfigError, match=r"model\.generator: found a generator, expected none"):
+                require_family(run.model, family)
     elif said.startswith("exports to Hugging Face as "):
         assert said.endswith(f" {require_family(run.model, None).model_type}")
     else:
