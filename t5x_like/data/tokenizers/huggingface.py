@@ -118,7 +118,8 @@ class HuggingFaceTokenizer(Tokenizer):
         first, count = self._sentinels(size)
         if first is not None and count == 0 < num_sentinels:
             expected = f"0, since the <extra_id_*> tokens of {source} do not end its ids, counting down"
-            raise ConfigError([ConfigProblem("data.tokenizer.num_sentinels", str(num_sentinels), expected)])
+            fix = "set it to 0, with an objective that needs none, such as PrefixLM"
+            raise ConfigError([ConfigProblem("data.tokenizer.num_sentinels", str(num_sentinels), expected, fix)])
         if 0 < count < num_sentinels:
             expected = f"at most the {count} <extra_id_*> tokens of {source}"
             raise ConfigError([ConfigProblem("data.tokenizer.num_sentinels", str(num_sentinels), expected)])

@@ -228,6 +228,25 @@ def test_panics_of_the_tokenizers_library_are_errors_that_name_the_file(tmp_path
         tokenizer.encode_batch(["b"])
 
 
+@pytest.mark.parametrize("descending", [True, False])
+def test_sentinels_that_count_up_are_refused_with_advice(tmp_path: Path, descending: bool) -> None:
+    """The published tokenizers of T5 count down; transformers 5 makes a new one that counts up."""
+    names = [f"<extra_id_{number}>" for number in sorted(range(3), reverse=descending)]
+    vocab = {name: i for i, name in enumerate(["<unk>", "</s>", "a", *names])}
+    document = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(document))
+    if descending:
+        assert load_published(path, 3).vocabulary.num_sentinels == 3
+    else:
+        with pytest.raises(ConfigError, match="found 3, expected 0, .* counting down; set it to 0, with an objective"):
+            load_published(path, 3)
+
+
 def kept_document(special: list[str], config: dict[str, Any]) -> bytes:
     """Return the contents of `HuggingFaceTokenizer.model` for byte-level BPE with these tokens."""
     model = {"type": "BPE", "vocab": {name: i for i, name in enumerate([*special, "a", "b", "ab"])}, "merges": ["a b"]}
