@@ -103,6 +103,8 @@ class AttentionBackend(abc.ABC):
       materializes_scores: It writes the scores [B, H, Q, K] to memory; memory estimates read this.
       needs_placement: XLA cannot partition its kernels. On a mesh of several devices it needs the placement of rows and
         heads for `shard_map` (`SequenceSharding` without axes of the length).
+      gathers_keys: Where `context_attention="all_gather"` splits a sequence, each device gathers the keys itself, and
+        the backend needs the placement of the sequence for `shard_map`. Otherwise XLA partitions the attention.
       recomputes_scores: Its backward pass computes the scores again instead of keeping them; estimates of memory and
         operations read this.
     """
@@ -112,6 +114,7 @@ class AttentionBackend(abc.ABC):
     materializes_scores: ClassVar[bool] = False
     recomputes_scores: ClassVar[bool] = False
     needs_placement: ClassVar[bool] = False
+    gathers_keys: ClassVar[bool] = False
 
     @abc.abstractmethod
     def supports(self, request: AttentionRequest) -> str | None:
@@ -137,7 +140,7 @@ class AttentionBackend(abc.ABC):
           q_length: Number of queries.
           kv_length: Number of keys.
           split: Placement for `shard_map`; the result must be a `BlockwiseMask` with it. None unless the sequence is
-            split over devices of a ring, or the backend `needs_placement`.
+            split over the devices of a ring, or the backend `gathers_keys` or `needs_placement`.
         """
 
     @abc.abstractmethod

@@ -30,10 +30,13 @@ from t5x_like.kernels.online_softmax import (
     HIDDEN,
     Sums,
     add_block,
+    add_to_block,
     block_gradients,
     block_scores,
     correction,
+    loop_over_blocks,
     pad_to_blocks,
+    slice_block,
 )
 from t5x_like.kernels.position_bias import RelativeBias, dense_bias
 
@@ -44,7 +47,7 @@ _Biases = tuple[RelativeBias | None, ...]
 
 
 class BlockwiseAttention(AttentionBackend):
-    """Attention in blocks, with the ring where the sequence is split over devices.
+    """Attention in blocks, also of queries and keys of several devices where the sequence is split.
 
     Attributes:
       q_block: Number of queries of a block.
@@ -53,6 +56,7 @@ class BlockwiseAttention(AttentionBackend):
 
     is_portable = True
     recomputes_scores = True
+    gathers_keys = True
 
     def __init__(self, q_block: int = 256, kv_block: int = 512) -> None:
         self.q_block, self.kv_block = q_block, kv_block
@@ -78,8 +82,9 @@ class BlockwiseAttention(AttentionBackend):
         if not isinstance(mask, BlockwiseMask):
             raise ValueError("found a dense mask, expected the result of this backend's prepare_mask")
         q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
-        if mask.split is not None:
-            return context_attention(q, list(zip(keys, values, strict=True)), mask, EinsumChunks(), options)
+        if mask.split is not None and mask.split.length:
+            kvs = list(zip(keys, values, strict=True))
+            return context_attention(q, kvs, mask, EinsumChunks(self.kv_block), options)
         return self._attend_in_blocks(q, keys, values, mask, options)
 
     def _attend_in_blocks(
@@ -247,24 +252,6 @@ class _Block:
         return keep.reshape(*scores.shape[:3], *keep.shape[2:])
 
 
-def _slice(x: Array, index: Array | int, block: int) -> Array:
-    """Return a block of the next to last axis."""
-    return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=x.ndim - 2)
-
-
-def _loop(low: Array | int, high: Array | int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Run `body` for each block; without a loop if there is one block, as for short rows."""
-    if isinstance(low, int) and isinstance(high, int) and high - low == 1:
-        return body(low, carry)
-    # Not `fori_loop`, which is a scan if the limits are static: of a scan within a scan over layers, JAX computes what
-    # does not depend on the layer, the bias, once for all blocks and keeps it.
-    return jax.lax.while_loop(
-        lambda state: state[0] < high,
-        lambda state: (state[0] + 1, body(*state)),
-        (jnp.asarray(low, jnp.int32), carry),
-    )[1]
-
-
 def _mean_values(kvs: Sequence[_KeysValues], shape: _Shape) -> Array:
     """Return the mean of all values, float32 [B, G, 1, 1, x]. Padding is 0 and adds nothing."""
     total = functools.reduce(jnp.add, (jnp.sum(v, axis=2, dtype=jnp.float32) for _, v in kvs))
@@ -285,19 +272,19 @@ def _forward(
 
     def of_queries(index: Array | int, carry: None) -> tuple[None, tuple[Array, Array, Array]]:
         block = _Block(setting, inputs, index, rows, groups * repeats)
-        queries = _slice(q, index, shape.q_block)
+        queries = slice_block(q, index, shape.q_block)
         sums = Sums.zeros_like(queries)
         for number in range(len(kvs)):
 
             def add(j: Any, sums: Sums, number: int = number) -> Sums:
-                k, v = (_slice(x, j, shape.kv_blocks[number]) for x in kvs[number])
+                k, v = (slice_block(x, j, shape.kv_blocks[number]) for x in kvs[number])
                 bias = block.bias(number, biases[number], j)
                 visible = block.visible(number, j)
                 scores = block_scores(queries, k, softcap=setting.softcap, bias=bias, visible=visible)
                 keep = block.keep(number, j, scores.values)
                 return add_block(sums, scores, v, keep=keep, dropout_rate=setting.dropout_rate)
 
-            sums = _loop(*block.kv_range(number), add, sums)
+            sums = loop_over_blocks(*block.kv_range(number), add, sums)
         # The largest score of a query without visible keys is that of a hidden one, or -inf if no block was read.
         # Ones in place of its sum keep the quotient finite. Scores that are NaN are no hidden ones: the output is NaN.
         unseen = sums.maximum <= HIDDEN
@@ -321,8 +308,8 @@ def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...
 
     def of_queries(index: Array | int, carry: Any) -> tuple[Any, Array]:
         block = _Block(setting, inputs, index, rows, groups * repeats)
-        queries, d_outs = _slice(q, index, shape.q_block), _slice(d_out, index, shape.q_block)
-        here: Any = tuple(_slice(x[..., None], index, shape.q_block)[..., 0] for x in statistics)
+        queries, d_outs = slice_block(q, index, shape.q_block), slice_block(d_out, index, shape.q_block)
+        here: Any = tuple(slice_block(x[..., None], index, shape.q_block)[..., 0] for x in statistics)
         d_kvs, d_tables = carry
         d_kvs, d_tables = list(d_kvs), list(d_tables)
         d_q = jnp.zeros(queries.shape, jnp.float32)
@@ -330,7 +317,7 @@ def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...
 
             def add(j: Any, sums: Any, number: int = number) -> Any:
                 d_q, (d_k, d_v), d_table = sums
-                k, v = (_slice(x, j, shape.kv_blocks[number]) for x in kvs[number])
+                k, v = (slice_block(x, j, shape.kv_blocks[number]) for x in kvs[number])
                 bias, table_gradient = jax.vjp(
                     lambda table: block.bias(number, _with_table(biases[number], table), j), tables[number]
                 )
@@ -348,10 +335,14 @@ def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...
                     if bias.shape[0] == 1:
                         d_bias = jnp.sum(d_bias, axis=0, keepdims=True)
                     d_table = d_table + table_gradient(d_bias)[0]
-                return d_q + gradients.q, (_added(d_k, gradients.k, j), _added(d_v, gradients.v, j)), d_table
+                return (
+                    d_q + gradients.q,
+                    (add_to_block(d_k, gradients.k, j), add_to_block(d_v, gradients.v, j)),
+                    d_table,
+                )
 
             sums = (d_q, d_kvs[number], d_tables[number])
-            d_q, d_kvs[number], d_tables[number] = _loop(*block.kv_range(number), add, sums)
+            d_q, d_kvs[number], d_tables[number] = loop_over_blocks(*block.kv_range(number), add, sums)
         return (tuple(d_kvs), tuple(d_tables)), d_q.astype(q.dtype)
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (tuple(kvs), tables))
@@ -373,12 +364,6 @@ _attend.defvjp(_forward, _backward)
 
 def _with_table(bias: RelativeBias | None, table: Array | None) -> RelativeBias | None:
     return None if bias is None or table is None else dataclasses.replace(bias, table=table)
-
-
-def _added(x: Array, block: Array, index: Array | int) -> Array:
-    """Return `x` with a block added to one of its blocks along the next to last axis."""
-    size = block.shape[-2]
-    return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, index, size) + block, index * size, axis=x.ndim - 2)
 
 
 def _over_queries(of_queries: Callable[[Any, Any], Any], count: int, carry: Any) -> tuple[Any, Any]:

@@ -35,6 +35,7 @@ from t5x_like.kernels.context_device import (
     ContextSetting,
     DeviceBlock,
     KeySettings,
+    if_needed,
     mesh_size,
 )
 from t5x_like.kernels.online_softmax import Sums, correction
@@ -193,18 +194,6 @@ def _length_first(x: Array) -> Array:
     return jnp.moveaxis(x, 3, 1).reshape(x.shape[0], x.shape[3], -1, x.shape[4])
 
 
-def _if_needed(is_needed: Array | None, is_first: Any, compute: Any, carry: Any) -> Any:
-    """Return `compute(carry)`, or `carry` for a pair of chunks that is not needed.
-
-    The first pair of each chunk of queries is always computed, so that every query has at least one score and `total`
-    is not 0.
-    """
-    if is_needed is None:
-        return compute(carry)
-    # `compute` has no collective operation, so that devices may decide differently.
-    return jax.lax.cond(is_first | is_needed, compute, lambda carry: carry, carry)
-
-
 def _forward_on_device(
     setting: ContextSetting, q: Array, kvs: Arrays, tables: Arrays, mask_arrays: Arrays
 ) -> tuple[Array, Array, Array]:
@@ -230,7 +219,7 @@ def _forward_on_device(
                     def compute(sums: Sums) -> Sums:
                         return setting.chunks.add(here, pair, sums, q, k, v)
 
-                    return _if_needed(here.is_needed(pair), here.is_first(number, source, j), compute, sums), None
+                    return if_needed(here.is_needed(pair), here.is_first(number, source, j), compute, sums), None
 
                 return carry, jax.lax.scan(of_keys, sums, (*kv, kv_starts, jnp.arange(len(kv_starts))))[0]
 
@@ -293,7 +282,7 @@ def _backward_on_device(
                         return d_k + added.k, d_v + added.v, (d_q + added.q, d_table)
 
                     is_first = here.is_first(number, source, j)
-                    d_k, d_v, carry = _if_needed(here.is_needed(pair), is_first, compute, (d_k, d_v, carry))
+                    d_k, d_v, carry = if_needed(here.is_needed(pair), is_first, compute, (d_k, d_v, carry))
                     return carry, (d_k, d_v)
 
                 chunks = (*kv, *d_kv, kv_starts, jnp.arange(len(kv_starts)))

@@ -348,6 +348,18 @@ class DeviceBlock:
         return jax.tree.map(lambda x: jax.lax.ppermute(x, self.setting.split.length, ring), tree)
 
 
+def if_needed(is_needed: Array | None, is_first: Any, compute: Any, carry: Any) -> Any:
+    """Return `compute(carry)`, or `carry` if neither `is_first` nor `is_needed`; None: needed.
+
+    The first keys of each chunk of queries are always computed, so that every query has at least one score and `total`
+    is not 0.
+    """
+    if is_needed is None:
+        return compute(carry)
+    # `compute` has no collective operation, so that devices may decide differently.
+    return jax.lax.cond(is_first | is_needed, compute, lambda carry: carry, carry)
+
+
 def mesh_size(split: SequenceSharding, axes: tuple[str, ...]) -> int:
     """Return the number of devices along mesh axes."""
     return math.prod(split.mesh.shape[axis] for axis in axes)

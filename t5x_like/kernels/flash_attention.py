@@ -38,6 +38,7 @@ class FlashAttention(AttentionBackend):
     platform = "tpu"
     recomputes_scores = True
     needs_placement = True
+    gathers_keys = True
 
     def __init__(self, *, block: int | None = None, interpret: bool = False) -> None:
         self.block, self.interpret = block, interpret

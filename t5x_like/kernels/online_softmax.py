@@ -10,8 +10,10 @@ Heads come before queries and keys, so that each product is a batch of plain mat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -182,3 +184,27 @@ def pad_to_blocks(x: Array, axis: int, block: int, value: float = 0) -> Array:
     missing = -x.shape[axis] % block
     widths = [(0, missing if dim == axis else 0) for dim in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=value) if missing else x
+
+
+def slice_block(x: Array, index: Array | int, block: int) -> Array:
+    """Return a block of the next to last axis."""
+    return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=x.ndim - 2)
+
+
+def add_to_block(x: Array, block: Array, index: Array | int) -> Array:
+    """Return `x` with a block added to one of its blocks along the next to last axis."""
+    size = block.shape[-2]
+    return jax.lax.dynamic_update_slice_in_dim(x, slice_block(x, index, size) + block, index * size, axis=x.ndim - 2)
+
+
+def loop_over_blocks(low: Array | int, high: Array | int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Run `body` for each block; without a loop if there is one block, as for short rows."""
+    if isinstance(low, int) and isinstance(high, int) and high - low == 1:
+        return body(low, carry)
+    # Not `fori_loop`, which is a scan if the limits are static: of a scan within a scan over layers, JAX computes what
+    # does not depend on the layer, the bias, once for all blocks and keeps it.
+    return jax.lax.while_loop(
+        lambda state: state[0] < high,
+        lambda state: (state[0] + 1, body(*state)),
+        (jnp.asarray(low, jnp.int32), carry),
+    )[1]

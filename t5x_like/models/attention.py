@@ -142,11 +142,12 @@ def plan_attention(
         found = f"{backend} on devices of platform {platform!r}"
         fix = 'set model.attention="auto"'
         raise ConfigError([ConfigProblem("model.attention", found, f"devices of platform {expected!r}", fix)])
-    if get_backend(backend).needs_placement:
-        placement = placement or attention_placement(rows, *sizes)
-    elif placement is not None and placement.form != "ring":
+    implementation = get_backend(backend)
+    if placement is not None and placement.form == "all_gather" and not implementation.gathers_keys:
         # XLA gathers the keys, by the constraint on them in `Attention`, and partitions the computation.
         placement = None
+    if placement is None and implementation.needs_placement:
+        placement = attention_placement(rows, *sizes)
     return PlannedAttention(backend, is_disentangled and not is_cross, placement)
 
 
@@ -238,7 +239,7 @@ class Attention(nnx.Module):
         keys, values = keys_values
         if not (isinstance(mask, BlockwiseMask) and mask.split is not None and mask.split.length):
             # Each device computes the scores of its queries with all keys, which this constraint gathers along the
-            # length. Backends with `needs_placement` gather them themselves.
+            # length. Backends with `gathers_keys` gather them themselves.
             whole = ("batch", None, "kv_heads", "head_dim")
             keys, values = jax.tree.map(lambda x: constrain(x, whole), (keys, values))
         # Queries are normalized and rotated here and keys in `position_keys`: keys enter the cache in their final form,

@@ -6,6 +6,7 @@ of the largest gradient of the model (float32).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -18,6 +19,7 @@ from helpers.parallel_programs import ARCHITECTURES, batch_for, run_for
 from t5x_like.config import DcnConfig, RunConfig, ShardingConfig
 from t5x_like.decoding.engine import generate_tokens
 from t5x_like.errors import ConfigError
+from t5x_like.kernels.attention import get_backend
 from t5x_like.monitoring.metrics import compute
 from t5x_like.program import Program, build_program
 from t5x_like.utils.type_aliases import PyTree
@@ -50,10 +52,14 @@ def placed(program: Program, state: PyTree) -> PyTree:
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state))
 
 
-def check(architecture: str, mesh: ShardingConfig, capfd: pytest.CaptureFixture[str]) -> Program:
+def check(
+    architecture: str, mesh: ShardingConfig, capfd: pytest.CaptureFixture[str], *, attention: str = "auto"
+) -> Program:
     start, expected, expected_metrics = one_device(architecture)
     capfd.readouterr()
-    program = build_program(run_for(architecture, mesh, packed=True), jax.devices())
+    run = run_for(architecture, mesh, packed=True)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=attention))
+    program = build_program(run, jax.devices())
     assert "_segment_ids" in str(list(program.batch_spec["main"])), "rows are packed"
     state, metrics = program.train_step(placed(program, start), program.shard_batch(batch_for(program.run)))
     assert RESHARDING_WARNING not in capfd.readouterr().err
@@ -72,6 +78,18 @@ def test_prefix_lm_with_fsdp_context_and_tensor(capfd: pytest.CaptureFixture[str
     program = check("prefix_lm", PRODUCT, capfd)
     tokens = program.shard_batch(batch_for(program.run))["main"]["decoder_input_tokens"]
     assert {shard.data.shape for shard in tokens.addressable_shards} == {(8, 16)}, "half of the rows, half of each"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["ring", "all_gather"])
+def test_flash_kernels_of_split_sequences_with_packed_prefixes_and_bias(
+    form: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = get_backend("flash")
+    for name, value in {"interpret": True, "block": 8, "platform": None}.items():
+        monkeypatch.setattr(backend, name, value)
+    mesh = mesh_of(fsdp=2, context=2, tensor=2, context_attention=form)
+    assert "flash for decoder self-attention" in check("prefix_lm", mesh, capfd, attention="flash").attention
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from t5x_like.kernels.attention_masks import (
     Mask,
     MaskSpec,
     SequenceSharding,
+    SplitForm,
     concat_masks,
     materialize,
     select_mask,
@@ -32,11 +33,13 @@ PREFIX = RANDOM.random((ROWS, LENGTH)) < 0.3
 PACKED = {"q_segment_ids": SEGMENTS, "kv_segment_ids": SEGMENTS}
 
 
-def split_over(*, kv_heads: tuple[str, ...] = ("tensor",), length: tuple[str, ...] = ("context",)) -> SequenceSharding:
+def split_over(
+    *, kv_heads: tuple[str, ...] = ("tensor",), length: tuple[str, ...] = ("context",), form: SplitForm = "ring"
+) -> SequenceSharding:
     sizes = {"data": 1 if len(length) > 1 else 2, "context": 2, "more": len(length), "tensor": 2}
     grid = np.array(jax.devices()).reshape(tuple(sizes.values()))
     return SequenceSharding(
-        Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 4), ("data",), length, ("tensor",), kv_heads
+        Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 4), ("data",), length, ("tensor",), kv_heads, form
     )
 
 
@@ -108,6 +111,11 @@ def test_ring_supports_all_masks(mask: MaskSpec, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_replicated_key_heads_with_split_query_heads(kv_heads: int) -> None:
     assert_same(MaskSpec(causal=True), split_over(kv_heads=()), kv_heads=kv_heads, bidirectional=False)
+
+
+@pytest.mark.slow
+def test_gathered_keys_of_two_sequences_with_dropout() -> None:
+    assert_same(MaskSpec(causal=True), split_over(form="all_gather"), others=8, dropout_rate=0.3)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Flash kernels over a split sequence, interpreted on eight devices, compared with the reference on one device."""
+"""Flash kernels and blocks of einsums over a split sequence on eight devices, compared with the reference on one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh
 
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions
 from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, MaskSpec, SequenceSharding, SplitForm
+from t5x_like.kernels.blockwise_attention import BlockwiseAttention
 from t5x_like.kernels.flash_attention import FlashAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
@@ -48,6 +49,7 @@ def assert_same(
     dynamic_window: bool = False,
     dtype: str = "float32",
     limits: tuple[float, float] = (1e-5, 1e-4),
+    backend: AttentionBackend = FLASH,
 ) -> None:
     """Compare outputs and gradients; errors are relative to the largest number of each array.
 
@@ -61,6 +63,7 @@ def assert_same(
       dynamic_window: The window is an array.
       dtype: Type of queries, keys and values.
       limits: Largest errors of outputs and of gradients.
+      backend: Backend that attends to the split sequence.
     """
     random = np.random.default_rng(1)
 
@@ -91,7 +94,7 @@ def assert_same(
         jax.tree.leaves(
             jax.jit(jax.grad(functools.partial(loss, backend=backend, split=split), has_aux=True))((q, k, v, table))
         )
-        for backend, split in ((FLASH, split), (ReferenceAttention(), None))
+        for backend, split in ((backend, split), (ReferenceAttention(), None))
     )
     for a, b, limit in zip(found, expected, [*(limits[1],) * 4, limits[0]], strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
@@ -123,6 +126,21 @@ def test_ring_of_packed_causal_rows_with_bias_and_fewer_key_heads() -> None:
 )
 def test_masks_and_features(form: SplitForm, mask: MaskSpec, options: dict[str, Any]) -> None:
     assert_same(mask, split_over(form, options.get("kv_heads", HEADS)), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["ring", "all_gather"])
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        (MaskSpec(causal=True, **PACKED, q_prefix=PREFIX, kv_prefix=PREFIX), {"bidirectional": True, "kv_heads": 2}),
+        (MaskSpec(causal=True, window=(9, 0)), {"softcap": 2.0}),
+    ],
+    ids=["packed prefix", "window"],
+)
+def test_blocks_of_the_keys_of_a_pair(form: SplitForm, mask: MaskSpec, options: dict[str, Any]) -> None:
+    split = split_over(form, options.get("kv_heads", HEADS))
+    assert_same(mask, split, backend=BlockwiseAttention(kv_block=4), **options)
 
 
 @pytest.mark.slow
