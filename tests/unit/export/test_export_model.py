@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_like.errors import ConfigError
+from t5x_like.export import loader
 from t5x_like.export.bundle import Prompts, write_exported
 from t5x_like.export.quantization import SCALE, contracted_axes, quantized, unpacked
 from t5x_like.export.traced_functions import Lengths, exported_functions
@@ -129,6 +131,21 @@ def test_logits_of_an_encoder_do_not_depend_on_padding_and_batch_size(tmp_path):
     for row, logits in zip(rows, found, strict=True):
         alone = forward(config)(parameters(config), {"encoder_input_tokens": np.array([row], np.int32)})
         np.testing.assert_allclose(logits[: len(row)], alone[0], atol=1e-5)
+
+
+def test_loader_without_flatbuffers_says_what_to_install(tmp_path):
+    """jax reads exported functions by this package and does not install it."""
+    shutil.copy(loader.__file__, tmp_path / "loader.py")
+    program = (
+        "import sys\n"
+        "sys.modules['flatbuffers'] = None\n"
+        "import loader\n"
+        "try:\n    loader._deserialize(b'')\nexcept ImportError as error:\n    print(error)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "pip install flatbuffers" in done.stdout, done.stderr[-2000:]
 
 
 def test_program_has_three_platforms_and_a_symbolic_batch_size():
