@@ -92,11 +92,12 @@ def both(*changes: Change) -> Change:
     return changed
 
 
-ADAMW = optimizer(AdamWConfig(weight_decay=0.1), 4e-3)
-MUON = optimizer(MuonConfig(weight_decay=0.1), 4e-3)
+ADAMW = optimizer(AdamWConfig(weight_decay=0.1), 8e-3)
+MUON = optimizer(MuonConfig(weight_decay=0.1), 1.2e-2)
 CANDIDATES: dict[str, Change] = {
     "recipe": lambda run: run,
     "adamw": ADAMW,
+    "adamw, steps scaled by the parameters": optimizer(AdamWConfig(rms_scaled=True, weight_decay=0.0), 2e-2),
     "adafactor": optimizer(AdafactorConfig(), 2e-2),
     "lamb": optimizer(LambConfig(), 1e-2),
     "lion": optimizer(OptaxOptimizer(factory="lion", kwargs={"weight_decay": 0.1}), 5e-4),

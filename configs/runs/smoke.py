@@ -8,12 +8,12 @@ trained with replaced token detection.
 import dataclasses
 
 from t5x_like.config import (
-    AdamWConfig,
     CausalLM,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     MaskedLM,
+    MuonConfig,
     RunConfig,
     ScheduleConfig,
     TokenizerConfig,
@@ -38,8 +38,8 @@ def recipe() -> RunConfig:
         training=TrainingConfig(
             num_train_steps=1500,
             global_batch_size=8,
-            optimizer=AdamWConfig(rms_scaled=True, weight_decay=0.0),
-            schedule=ScheduleConfig(kind="cosine", learning_rate=2e-2, warmup_steps=100, final_fraction=0.01),
+            optimizer=MuonConfig(),
+            schedule=ScheduleConfig(kind="cosine", learning_rate=1.2e-2, warmup_steps=100, final_fraction=0.01),
         ),
         checkpoints=CheckpointConfig(save_every_steps=500),
         evaluation=EvaluationConfig(every_steps=300, num_batches=16),
