@@ -41,7 +41,7 @@ def require_metrics(names: Sequence[str]) -> dict[str, MetricFn]:
     if unknown or not names:
         known = (*METRICS, CONFUSION)
         near = [close for name in unknown for close in difflib.get_close_matches(name, known, n=1)]
-        expected = f"names from {', '.join(known)}, separated by commas"
+        expected = f"names from {', '.join(known)}, or of a --plugin FILE, separated by commas"
         fix = f"perhaps {', '.join(near)}" if near else ""
         raise ConfigError([ConfigProblem("--metrics", ", ".join(unknown) or "none", expected, fix)])
     return {name: bleus.get(name) or METRICS[name] for name in names if name != CONFUSION}

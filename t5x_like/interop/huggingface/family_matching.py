@@ -142,7 +142,8 @@ def model_type(fields: Fields, weights: Iterable[str]) -> str:
         found = next((family.model_type for family in all_families() if family.signature in names), None)
     known = list(dict.fromkeys(family.written_type for family in all_families()))
     if not isinstance(found, str) or found not in known:
-        raise DataError(f"{fields.where}: model_type: found {found!r}, expected one of {', '.join(known)}")
+        expected = f"one of {', '.join(known)}, or that of a --plugin FILE"
+        raise DataError(f"{fields.where}: model_type: found {found!r}, expected {expected}")
     has_decoder = any(name.startswith("decoder.") for name in weights)
     for family in all_families():
         if family.variant_of == found:
