@@ -161,9 +161,14 @@ def _train_words(run: StudyRun, workdir: Location, folder: Path, further: Sequen
 
 
 def _trust_words(runs: Sequence[StudyRun]) -> list[str]:
-    """Return the options that trust the modules and URLs of runs without recipe: a study is the user's own code."""
-    documents: list[dict[str, Any]] = [to_dict(run.run) for run in runs if not run.recipe]
+    """Return the options that trust the plug-ins, modules and URLs of runs that the user's own code describes.
+
+    That is a study, or a recipe in Python; what a recipe in JSON names must be trusted by the user.
+    """
+    own = [run.run for run in runs if not (run.recipe and run.recipe[0].endswith(".json"))]
+    documents: list[dict[str, Any]] = [to_dict(run) for run in own]
     named = {name for one in documents for name in plugins.named_modules(one) | trusted_urls.urls_in(one)}
+    named.update(name for run in own for name in run.plugins)
     return [word for name in sorted(named) for word in ("--trust", name)]
 
 

@@ -122,3 +122,24 @@ def test_nothing_is_trained_after_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(runs, "run_command", run)
     assert runs.train_runs(study_runs(STUDY), Path("w")) == (EXIT_RESUMABLE, [])
     assert trained == ["a"]
+
+
+@pytest.mark.parametrize(("recipe", "trusted"), [("recipe.py", ["--trust", "mine.py"]), ("run/config.json", [])])
+def test_the_evaluation_trusts_the_plug_ins_of_a_recipe_in_python_only(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, trusted: list[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(arguments: Sequence[str]) -> int:
+        commands.append(list(arguments))
+        return EXIT_OK
+
+    def evaluated(workdir: Path, run: StudyRun) -> None:
+        return None
+
+    monkeypatch.setattr(runs, "run_command", run)
+    monkeypatch.setattr(runs, "evaluated", evaluated)
+    one = study_runs(STUDY)[0]
+    with_plugin = dataclasses.replace(one, run=dataclasses.replace(one.run, plugins=("mine.py",)), recipe=(recipe,))
+    assert runs.train_runs([with_plugin], Path("w"))[0] == EXIT_OK
+    assert commands[-1] == ["eval", f"w/{one.name}", *trusted]
