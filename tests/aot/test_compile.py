@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from t5x_like.config import MoEConfig, RunConfig
+from t5x_like.config import AdamWConfig, MoEConfig, RunConfig
 from t5x_like.config.overrides import apply_overrides
 from t5x_like.config.recipes import load_recipe
 from t5x_like.errors import ConfigError
@@ -37,6 +37,11 @@ def recipe(name: str, *overrides: str) -> RunConfig:
 def topology_of(run: RunConfig) -> Topology:
     assert run.sharding.topology is not None
     return parse_topology(run.sharding.topology)
+
+
+def with_adamw(run: RunConfig) -> RunConfig:
+    """Return the run with AdamW: Muon exchanges layers for its products, and has one moment of a kernel."""
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, optimizer=AdamWConfig()))
 
 
 def assert_compiles_cleanly(compiled: CompiledStep) -> None:
@@ -64,7 +69,7 @@ def test_parameter_gathers_are_counted_in_every_layer() -> None:
 
     XLA keeps or gathers again a few of them (tables, the head).
     """
-    run = recipe("smoke:decoder", "--model.remat", "full")
+    run = with_adamw(recipe("smoke:decoder", "--model.remat", "full"))
     compiled = compile_train_step(run, parse_topology("v5e:2x2"))
     program = build_program(run, compiler_devices(compiled.topology))
     layers = sum(x.size * 4 for x in jax.tree.leaves(program.abstract_params["decoder"]["layers"]))
@@ -90,7 +95,7 @@ def test_two_slices_sum_gradients_over_the_network() -> None:
 
 def test_experts_are_split_and_their_tokens_exchanged_by_all_to_all() -> None:
     """Each device holds a quarter of the experts. Only tokens and their results move, and only over that axis."""
-    decoder = recipe("smoke:decoder", "--training.global-batch-size", "64", "--model.remat", "full")
+    decoder = with_adamw(recipe("smoke:decoder", "--training.global-batch-size", "64", "--model.remat", "full"))
     assert decoder.model.decoder is not None
     stack = dataclasses.replace(decoder.model.decoder, experts=MoEConfig(num_experts=8))
     run = dataclasses.replace(decoder, model=dataclasses.replace(decoder.model, decoder=stack))
