@@ -11,7 +11,7 @@ from t5x_like.kernels.online_softmax import pad_to_blocks
 from t5x_like.kernels.position_bias import RelativeBias, bias_by_distance
 
 _PADDING_CODE = -2
-"""Code of keys that are padding of the last block: its segment, -1, is that of no query."""
+"""Code of keys that are padding of the last block: no query has its segment, -1."""
 
 
 def kernel_setting(

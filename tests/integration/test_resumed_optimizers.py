@@ -1,4 +1,4 @@
-"""A run with each optimizer, resumed from a checkpoint: its state is that of the undisturbed run, bit for bit."""
+"""A run with each optimizer, resumed from a checkpoint, ends with the state of the undisturbed run, bit for bit."""
 
 from __future__ import annotations
 
