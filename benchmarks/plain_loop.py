@@ -82,12 +82,11 @@ def trained(run: RunConfig, stack: StackConfig, source: Any, rate: float, seed: 
     """Return the held-out loss after so many steps, and the CPU seconds of a step."""
     warmup = run.training.schedule.warmup_steps
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, end_value=0.01 * rate)
-    decay = lambda params: jax.tree.map(lambda each: each.ndim > 1, params)  # noqa: E731
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=decay)
-    )
     length = run.data.inputs_length + run.data.targets_length
     params = initial(jax.random.key(seed), run.model.vocab_size, length, stack.num_layers, stack.d_model)
+    is_matrix = jax.tree.map(lambda each: each.ndim > 1, params)
+    adamw = optax.adamw(schedule, b2=0.95, weight_decay=0.1, mask=is_matrix)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), adamw)
     state = optimizer.init(params)
 
     @jax.jit

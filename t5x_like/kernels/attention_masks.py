@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from t5x_like.kernels.position_bias import RelativeBias, dense_bias, positions_or_indices
 
 SplitForm = Literal["ring", "all_gather"]
-"""How the queries of a device meet the keys of the others where a sequence is split over devices.
+"""Communication pattern of attention over a sequence that is split over devices.
 
 ring: Keys and values are passed from device to device.
 all_gather: Each device gathers all of them.
@@ -67,7 +67,7 @@ class MaskSpec:
 
     @property
     def has_prefix(self) -> bool:
-        """Whether `causal` does not apply to some pairs."""
+        """Whether the causal mask has a bidirectional prefix."""
         return self.causal and self.q_prefix is not None and self.kv_prefix is not None
 
 
