@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,16 +23,14 @@ from t5x_like.decoding.engine import speculative_tokens
 from t5x_like.decoding.inference_params import InferenceParams, decoding_model, inference_params
 from t5x_like.decoding.sampling import Sampling
 from t5x_like.decoding.speculative import Speculation
-from t5x_like.errors import DataError
 from t5x_like.evaluation.comparison import EvaluatedCheckpoint
-from t5x_like.evaluation.results_store import write_json
 from t5x_like.model_loading import open_model
 from t5x_like.planning.estimate.flops import decode_flops
 from t5x_like.planning.estimate.inference import Work, decoding_kernels, reading_flops, reading_kernels
 from t5x_like.planning.estimate.kv_cache_bytes import ITEM_BYTES, attended_bytes, cache_bytes
 from t5x_like.planning.estimate.serving_formulas import expected_tokens
 from t5x_like.program import Program
-from t5x_like.utils.json_reader import read_json
+from t5x_like.studies.kept_measures import measure_once
 from t5x_like.utils.type_aliases import PyTree
 
 FILE = "inference.json"
@@ -57,7 +54,7 @@ def measure_decoding(run: EvaluatedCheckpoint, rows: int) -> dict[str, float]:
       read_milliseconds, step_milliseconds: Time of reading the prompts, and of a decoding step.
       read_over_bound, step_over_bound: These times over the least ones that the rates of the machine allow.
     """
-    return _once(run, f"decoding_{rows}", lambda: _decoding(*_opened(run), rows))
+    return measure_once(run, FILE, f"decoding_{rows}", lambda: _decoding(*_opened(run), rows))
 
 
 def measure_speculation(run: EvaluatedCheckpoint, draft: EvaluatedCheckpoint) -> dict[str, float]:
@@ -69,34 +66,7 @@ def measure_speculation(run: EvaluatedCheckpoint, draft: EvaluatedCheckpoint) ->
       tokens_over_formula: These over (1 - a**(g + 1)) / (1 - a), which takes acceptances to be independent.
     """
     name = f"speculation_with_{draft.path.name}_at_{draft.step}"
-    return _once(run, name, lambda: _speculation(_opened(run), _opened(draft)))
-
-
-def _once(run: EvaluatedCheckpoint, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    path = run.path / FILE
-    found = _measured(path)
-    key = f"{name} at step {run.step}"
-    if key not in found:
-        found[key] = measure()
-        write_json(path, found)
-    return found[key]
-
-
-def _measured(path: Path) -> dict[str, dict[str, float]]:
-    """Return what the file of a run has, by name; nothing if there is no file."""
-    try:
-        found = read_json(path) if path.exists() else {}
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}")
-        for name, scores in found.items():
-            if not isinstance(scores, dict) or not all(isinstance(one, int | float) for one in scores.values()):
-                raise ValueError(f"no numbers by name for {name!r}")
-    except ValueError as error:
-        expected = "a JSON object with the measures of the run"
-        raise DataError(
-            f"{path}: found unusable content ({error}), expected {expected}; delete the file to measure again"
-        ) from None
-    return found
+    return measure_once(run, FILE, name, lambda: _speculation(_opened(run), _opened(draft)))
 
 
 def _opened(run: EvaluatedCheckpoint) -> tuple[Program, InferenceParams]:
