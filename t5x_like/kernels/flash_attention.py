@@ -1,4 +1,4 @@
-"""Flash attention for TPUs: the kernels of `kernels.flash_kernels` with padding, T5's bias table and gradients.
+"""Flash attention for TPUs: kernels (`kernels.flash_block`) with padding, T5's bias table and gradients.
 
 A query without any visible key gets the mean of all values, as in the reference.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOption
 from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding
 from t5x_like.kernels.context_attention import context_attention
 from t5x_like.kernels.device_kernels import Axes, attend_on_each_device
-from t5x_like.kernels.flash_block import KernelMask, KernelSetting, block_size
+from t5x_like.kernels.flash_block import FlashKernels, KernelMask, KernelSetting
 from t5x_like.kernels.flash_chunks import FlashChunks
 from t5x_like.kernels.flash_inputs import bias_distances, kernel_mask, kernel_setting
-from t5x_like.kernels.flash_kernels import forward, key_value_gradients, query_gradient
+from t5x_like.kernels.flash_tpu_kernels import TpuKernels
 from t5x_like.kernels.online_softmax import HIDDEN, correction, pad_to_blocks
 from t5x_like.kernels.position_bias import RelativeBias
 
@@ -30,12 +30,14 @@ class FlashAttention(AttentionBackend):
     """Pallas kernels for TPUs, forward and backward.
 
     Attributes:
-      block: Largest number of queries and of keys of a block; None: 512.
+      kernels: Kernels of the platform.
+      block: Number of queries and of keys of a block; None: chosen by the kernels.
       interpret: Run the kernels as ordinary operations on any platform, for tests. Otherwise compilation for another
-        platform than TPU fails.
+        platform fails.
     """
 
     platform = "tpu"
+    kernels: ClassVar[FlashKernels] = TpuKernels()
     recomputes_scores = True
     needs_placement = True
     gathers_keys = True
@@ -68,13 +70,13 @@ class FlashAttention(AttentionBackend):
         q = q_BxQxHxh * options.scale if options.scale != 1.0 else q_BxQxHxh
         if mask.split is not None and mask.split.length:
             kvs = list(zip(keys, values, strict=True))
-            return context_attention(q, kvs, mask, FlashChunks(self.block, self.interpret), options)
+            return context_attention(q, kvs, mask, FlashChunks(self.kernels, self.block, self.interpret), options)
         described = mask.keys[0]
         q_length, kv_length = q_BxQxHxh.shape[1], keys[0].shape[1]
-        block = self.block or block_size(q_length, kv_length)
+        block = self.block or self.kernels.block_size(q_length, kv_length, q.shape[3], q.dtype)
         q, k, v = (pad_to_blocks(jnp.swapaxes(x, 1, 2), 2, block) for x in (q, keys[0], values[0]))
         bias = described.relative_bias
-        distances = None if bias is None else bias_distances(bias, q.shape[2], k.shape[2], block)
+        distances = None if bias is None else bias_distances(bias, q.shape[2], k.shape[2])
         setting = kernel_setting(described, block, options.softcap, is_partial=False, interpret=self.interpret)
         arrays = kernel_mask(described, q_length, kv_length, block)
 
@@ -85,22 +87,36 @@ class FlashAttention(AttentionBackend):
             codes = (rows_of(arrays.q_codes), rows_of(arrays.kv_codes))
             return PartitionSpec(heads), KernelMask(*codes, *(PartitionSpec(),) * 2)  # type: ignore[arg-type]
 
-        attend = functools.partial(_attend, setting, kv_length)
+        attend = functools.partial(_attend, self.kernels, setting, kv_length)
         out = attend_on_each_device(attend, mask.split, q, k, v, (distances, arrays), specs)
         return jnp.swapaxes(out[:, :, :q_length], 1, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(
-    setting: KernelSetting, kv_length: int, q: Array, k: Array, v: Array, distances: Array | None, mask: KernelMask
+    kernels: FlashKernels,
+    setting: KernelSetting,
+    kv_length: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    distances: Array | None,
+    mask: KernelMask,
 ) -> Array:
-    return _forward(setting, kv_length, q, k, v, distances, mask)[0]
+    return _forward(kernels, setting, kv_length, q, k, v, distances, mask)[0]
 
 
 def _forward(
-    setting: KernelSetting, kv_length: int, q: Array, k: Array, v: Array, distances: Array | None, mask: KernelMask
+    kernels: FlashKernels,
+    setting: KernelSetting,
+    kv_length: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    distances: Array | None,
+    mask: KernelMask,
 ) -> tuple[Array, Any]:
-    out, maximum, log_total = forward(setting, q, k, v, distances, mask)
+    out, maximum, log_total = kernels.forward(setting, q, k, v, distances, mask)
     # The largest score of a query without visible keys is that of a hidden one. NaN is none: the output is NaN as well.
     unseen = maximum <= HIDDEN
     mean = jnp.sum(v, axis=2, dtype=jnp.float32) / kv_length
@@ -109,7 +125,9 @@ def _forward(
     return out, (q, k, v, distances, mask, out, jnp.where(unseen, jnp.inf, log_total))
 
 
-def _backward(setting: KernelSetting, kv_length: int, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+def _backward(
+    kernels: FlashKernels, setting: KernelSetting, kv_length: int, residuals: Any, d_out: Array
+) -> tuple[Any, ...]:
     q, k, v, distances, mask, out, log_total = residuals
     arrays = {
         "q": q,
@@ -120,14 +138,11 @@ def _backward(setting: KernelSetting, kv_length: int, residuals: Any, d_out: Arr
         "log_total": log_total,
         "delta": correction(out, d_out)[:, :, None],
     }
-    d_q, d_distances = query_gradient(setting, arrays, mask)
-    d_k, d_v = key_value_gradients(setting, arrays, mask)
+    found = kernels.gradients(setting, arrays, mask)
     # Probabilities of queries without visible keys are 0 in the kernels; the mean of all values has this gradient.
     d_mean = jnp.where(jnp.swapaxes(jnp.isinf(log_total), 2, 3), d_out.astype(jnp.float32), 0.0)
     d_mean = jnp.sum(d_mean.reshape(*k.shape[:2], -1, k.shape[3]), axis=2, keepdims=True) / kv_length
-    if distances is not None and d_distances is not None:
-        d_distances = jnp.sum(d_distances, axis=(0, 3))[:, :, None].astype(distances.dtype)
-    return d_q, d_k, (d_v + d_mean).astype(v.dtype), d_distances, None
+    return found.q, found.k, (found.v + d_mean).astype(v.dtype), found.distances, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -1,28 +1,23 @@
 """One block of queries with one block of keys inside a kernel of flash attention: scores, mask, bias, gradients.
 
-Both have the same size b. T5's relative bias depends on (key - query) alone. A block needs 2 b numbers of it and lays
-them out as its Toeplitz matrix by rolling row r by r. The gradient is the sum over each diagonal, made by the inverse
-rolls.
+Kernels for a platform (`kernels.flash_tpu_kernels`) say how a block is read and how T5's bias is laid out. Both blocks
+have the same size b.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental.pallas import tpu as pltpu
 
 from t5x_like.kernels.attention_masks import reaches
 from t5x_like.kernels.online_softmax import HIDDEN
 
-LANES = 128
-"""Width of a tile of fast memory."""
-SUBLANES = 8
-"""Height of a tile of 32-bit numbers."""
 ROW_BY_ROW = (((1,), (1,)), ((), ()))
 ROW_BY_COLUMN = (((1,), (0,)), ((), ()))
 COLUMN_BY_COLUMN = (((0,), (0,)), ((), ()))
@@ -34,8 +29,8 @@ class KernelSetting:
     """Static part of a call.
 
     Attributes:
-      block: Number b of queries and of keys of a block, which divides both lengths: a power of 2, at
-        least 8, and on a TPU at least 128.
+      block: Number b of queries and of keys of a block, which divides both lengths: a power of 2, at least 8, and
+        on a TPU at least 128.
       causal: A query attends to keys at its own index and before it.
       has_prefix: Where the prefix bits of query and key are set, `causal` does not apply.
       window: (left, right) distances of visible keys, or None.
@@ -78,9 +73,54 @@ class KernelMask:
     offset: Array | None
 
 
-def block_size(q_length: int, kv_length: int) -> int:
-    """Return the size of the blocks of queries and keys with the least padding; the largest of several."""
-    return min((512, 256, 128), key=lambda block: (-(-q_length // block) * -(-kv_length // block)) * block**2)
+class KernelGradients(NamedTuple):
+    """Gradients of the arguments of a kernel.
+
+    Attributes:
+      q: [B, H, Q, x].
+      k: [B, G, K, x].
+      v: [B, G, K, x].
+      distances: float32 [H, Q + K], or None without a bias.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    distances: Array | None
+
+
+class FlashKernels(abc.ABC):
+    """Kernels of flash attention for one platform (Dao et al. 2022).
+
+    The caller looks T5's relative bias up, one number per head and distance, and turns its gradient into that of the
+    table. Shapes: queries [B, H, Q, x], keys and values [B, G, K, x], statistics of queries [B, H, 1, Q], distances
+    [H, Q + K], where entry i belongs to distance i - Q. An instance is static and hashable.
+    """
+
+    @abc.abstractmethod
+    def block_size(self, q_length: int, kv_length: int, width: int, dtype: Any) -> int:
+        """Return the number of queries and of keys of a block, for heads of a width and a type."""
+
+    @abc.abstractmethod
+    def forward(
+        self, setting: KernelSetting, q: Array, k: Array, v: Array, distances: Array | None, mask: KernelMask
+    ) -> tuple[Array, Array, Array]:
+        """Return the output [B, H, Q, x], and float32 [B, H, 1, Q]: the largest score of each query and the logarithm
+        of its sum of exponentials.
+
+        The output of a query without any visible key is finite and has no meaning; its largest score is `HIDDEN`.
+        """
+
+    @abc.abstractmethod
+    def gradients(self, setting: KernelSetting, arrays: dict[str, Array | None], mask: KernelMask) -> KernelGradients:
+        """Return the gradients.
+
+        Args:
+          setting: Static part.
+          arrays: q, k, v, distances (or None), d_out, log_total, and `online_softmax.correction` as delta. A query
+            with a log_total of infinity passes no gradient.
+          mask: Arrays of the mask.
+        """
 
 
 def dot(a: Array, b: Array, dimensions: Any) -> Array:
@@ -88,49 +128,70 @@ def dot(a: Array, b: Array, dimensions: Any) -> Array:
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _as_column(row: Array) -> Array:
-    """Return [1, b] as [b, 1]. Transposes are of whole tiles."""
-    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+def mask_arrays(mask: KernelMask) -> dict[str, Array | None]:
+    """Return the arrays of a mask by name."""
+    return {"q_codes": mask.q_codes, "kv_codes": mask.kv_codes, "window": mask.window, "offset": mask.offset}
 
 
-def as_row(column: Array) -> Array:
-    """Return [b, 1] as [1, b]."""
-    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
+class SoftmaxStep(NamedTuple):
+    """What a block of keys does to the running sums of the queries; columns have equal numbers in each row.
+
+    Attributes:
+      weights: [b, b], exponentials of the scores.
+      decay: [b, n], factor on the sums so far.
+      maximum: [b, n], the largest score.
+      total: [b, n], sum of the exponentials.
+    """
+
+    weights: Array
+    decay: Array
+    maximum: Array
+    total: Array
 
 
-def _toeplitz(row: Array, block: int) -> Array:
-    """Return T[r, c] = row[b + c - r] of a row [1, 2 b]."""
-    tall = jnp.broadcast_to(row, (block, 2 * block))
-    return pltpu.roll(tall, 0, 1, stride=1, stride_axis=0)[:, block:]
+def softmax_step(scores: Array, maximum: Array, total: Array) -> SoftmaxStep:
+    """Return the step with the scores [b, b] of one more block of keys, from the statistics so far, [b, n] each.
+
+    They start as `HIDDEN`, which is finite, so that a block of queries that no key reaches has finite results, and 0.
+    """
+    new = jnp.maximum(maximum, jnp.max(scores, axis=1, keepdims=True))
+    weights, decay = jnp.exp(scores - new[:, :1]), jnp.exp(maximum - new)
+    return SoftmaxStep(weights, decay, new, total * decay + jnp.sum(weights, axis=1, keepdims=True))
 
 
-def diagonal_sums(x: Array) -> Array:
-    """Return [8, 2 b] whose sum over rows has at b + d the sum of x[r, r + d]; the transpose of `_toeplitz`."""
-    block = x.shape[0]
-    x = jnp.concatenate([jnp.zeros_like(x), x], axis=1)
-    # Row r is to be rolled by -r. The lower half of the rows is rolled by half their number and added to the upper
-    # half, until one tile of rows is left.
-    while block > SUBLANES:
-        block //= 2
-        x = x[:block] + pltpu.roll(x[block:], x.shape[1] - block, 1)
-    rows = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-    step = 1
-    while step < block:
-        x = jnp.where((rows & step) != 0, pltpu.roll(x, x.shape[1] - step, 1), x)
-        step *= 2
-    return x
+def positive_total(total: Array) -> Array:
+    """Return the sums of exponentials, and 1 for a block of queries that no key reaches."""
+    return jnp.where(total == 0.0, 1.0, total)
 
 
-class Cell:
+class Cell(abc.ABC):
     """One block of queries with one block of keys.
 
     Attributes:
+      setting: Static part.
+      refs: References of the kernel by name; arrays that are not given have none.
       i: Number of the block of queries.
       j: Number of the block of keys.
     """
 
-    def __init__(self, setting: KernelSetting, refs: dict[str, Any], i: Array, j: Array):
+    def __init__(self, setting: KernelSetting, refs: dict[str, Any], i: Any, j: Any):
         self.setting, self.refs, self.i, self.j = setting, refs, i, j
+
+    @abc.abstractmethod
+    def read(self, name: str) -> Array:
+        """Return the block [b, x] of q, d_out, k or v."""
+
+    @abc.abstractmethod
+    def column(self, name: str) -> Array:
+        """Return the block [b, 1] of log_total, delta or q_codes, numbers of queries."""
+
+    @abc.abstractmethod
+    def kv_codes(self) -> Array:
+        """Return the codes of the keys, [1 or b, b]."""
+
+    @abc.abstractmethod
+    def bias(self) -> Array:
+        """Return the bias [b, b], the Toeplitz matrix of the distances key - query."""
 
     def first_key(self) -> Any:
         """Return the index of the first key of the block; that of the first of all queries is 0."""
@@ -157,7 +218,7 @@ class Cell:
         )
         codes = None
         if "q_codes" in self.refs:
-            codes = _as_column(self.refs["q_codes"][0]), jnp.broadcast_to(self.refs["kv_codes"][0], shape)
+            codes = self.column("q_codes"), self.kv_codes()
             conditions.append(codes[0] >> 1 == codes[1] >> 1)
         if setting.causal:
             seen = distance >= 0
@@ -170,29 +231,23 @@ class Cell:
             conditions.append((distance <= window[0]) & (distance >= -window[1]))
         return functools.reduce(jnp.logical_and, conditions) if conditions else None
 
-    def first_distances(self) -> Array:
-        """Return the number of the first of the two blocks of distances that this block needs."""
-        return self.j - self.i + self.refs["q_blocks"] - 1
-
     def scores(self) -> tuple[Array, Array | None, Array | None]:
         """Return the scores [b, b], their slope by the products, and the mask."""
-        scores, slope = dot(self.refs["q"][0, 0], self.refs["k"][0, 0], ROW_BY_ROW), None
+        scores, slope = dot(self.read("q"), self.read("k"), ROW_BY_ROW), None
         if self.setting.softcap is not None:
             tanh = jnp.tanh(scores / self.setting.softcap)
             scores, slope = self.setting.softcap * tanh, 1.0 - tanh * tanh
         if "distances" in self.refs:
-            first = self.first_distances()
-            row = jnp.concatenate([self.refs["distances"][0, first], self.refs["distances"][0, first + 1]], axis=1)
-            scores = scores + _toeplitz(row, self.setting.block)
+            scores = scores + self.bias()
         visible = self.visible()
         return (scores if visible is None else jnp.where(visible, scores, HIDDEN)), slope, visible
 
     def gradients(self) -> tuple[Array, Array, Array]:
         """Return the probabilities, the gradients of the scores and those of the products, [b, b] each."""
         scores, slope, visible = self.scores()
-        weights = jnp.exp(scores - _as_column(self.refs["log_total"][0, 0]))
-        d_weights = dot(self.refs["d_out"][0, 0], self.refs["v"][0, 0], ROW_BY_ROW)
-        d_scores = weights * (d_weights - _as_column(self.refs["delta"][0, 0]))
+        weights = jnp.exp(scores - self.column("log_total"))
+        d_weights = dot(self.read("d_out"), self.read("v"), ROW_BY_ROW)
+        d_scores = weights * (d_weights - self.column("delta"))
         if visible is not None:
             d_scores = jnp.where(visible, d_scores, 0.0)
         return weights, d_scores, d_scores if slope is None else d_scores * slope

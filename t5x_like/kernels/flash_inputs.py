@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from t5x_like.kernels.attention_masks import KeySpec
 from t5x_like.kernels.flash_block import KernelMask, KernelSetting
 from t5x_like.kernels.online_softmax import pad_to_blocks
-from t5x_like.kernels.position_bias import RelativeBias, bias_by_distance
+from t5x_like.kernels.position_bias import RelativeBias, relative_position_buckets
 
 _PADDING_CODE = -2
 """Code of keys that are padding of the last block: no query has its segment, -1."""
@@ -60,16 +61,22 @@ def kernel_mask(keys: KeySpec, q_length: int, kv_length: int, block: int, offset
     )
 
 
-def bias_distances(bias: RelativeBias, q_length: int, kv_length: int, block: int, offset: Array | int = 0) -> Array:
-    """Return T5's bias as one number per head and distance, float32 [H, n, 1, block].
+def bias_distances(bias: RelativeBias, q_length: int, kv_length: int, offset: Array | int = 0) -> Array:
+    """Return T5's bias as one number per head and distance, float32 [H, Q + K].
 
     Args:
       bias: The bias.
-      q_length: Number Q of queries, in whole blocks. Entry i of the joined row belongs to distance i - Q + offset.
-      kv_length: Number of keys, in whole blocks.
-      block: Number of queries and of keys of a block.
+      q_length: Number Q of queries, in whole blocks. Entry i belongs to distance i - Q + offset.
+      kv_length: Number K of keys, in whole blocks.
       offset: Index of the first key minus that of the first query.
     """
-    count = q_length + kv_length
-    row_PxH = bias_by_distance(bias, jnp.arange(count) - q_length + offset).astype(jnp.float32)
-    return row_PxH.T.reshape(-1, count // block, 1, block)
+    buckets_P = relative_position_buckets(
+        jnp.arange(q_length + kv_length) - q_length + offset,
+        bidirectional=bias.bidirectional,
+        num_buckets=bias.table.shape[0],
+        max_distance=bias.max_distance,
+    )
+    # The gradient of a product is a sum in a fixed order. That of a lookup is a scatter, for which XLA has atomic
+    # additions on GPUs. The product is exact: one factor of each sum is 1, all others are 0.
+    one_hot_PxN = jax.nn.one_hot(buckets_P, bias.table.shape[0], dtype=jnp.float32)
+    return jnp.einsum("pn,nh->hp", one_hot_PxN, bias.table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

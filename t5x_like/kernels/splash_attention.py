@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest, usual_refusal
 from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding
 from t5x_like.kernels.device_kernels import Axes, attend_on_each_device
-from t5x_like.kernels.flash_block import block_size
+from t5x_like.kernels.flash_tpu_kernels import block_size
 from t5x_like.kernels.online_softmax import pad_to_blocks
 from t5x_like.kernels.position_bias import RelativeBias
 
