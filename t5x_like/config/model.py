@@ -350,9 +350,9 @@ class ModelConfig:
     dtype: Dtype = "float32"
     """Type of activations and matrix products. That of the parameters is `training.parameter_type`."""
     attention: str = "auto"
-    """Name of an attention backend: reference, xla, cudnn (NVIDIA), blockwise, flash and splash (TPU), or one of a
-    plug-in. auto chooses by platform, length and features from the table of `kernels.auto_attention`. The name is
-    checked when the model is built."""
+    """Name of an attention backend: reference, xla, cudnn (NVIDIA), blockwise, flash and splash (TPU), flash_gpu, or
+    one of a plug-in. auto chooses by platform, length and features from the table of `kernels.auto_attention`. The name
+    is checked when the model is built."""
     scan_layers: bool = True
     """Run the stacked layers by `lax.scan`. False unrolls them, for debugging; the parameters are the same."""
     remat: Remat = "none"

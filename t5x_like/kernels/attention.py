@@ -24,7 +24,7 @@ from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, Mask, Mas
 from t5x_like.kernels.blockwise_attention import BlockwiseAttention
 from t5x_like.kernels.cudnn_attention import CudnnAttention
 from t5x_like.kernels.dropout import keep_mask
-from t5x_like.kernels.flash_attention import FlashAttention
+from t5x_like.kernels.flash_attention import FlashAttention, GpuFlashAttention
 from t5x_like.kernels.library_attention import XlaAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
@@ -75,6 +75,7 @@ register_backend("xla", XlaAttention())
 register_backend("cudnn", CudnnAttention())
 register_backend("blockwise", BlockwiseAttention())
 register_backend("flash", FlashAttention())
+register_backend("flash_gpu", GpuFlashAttention())
 register_backend("splash", SplashAttention())
 
 
@@ -109,8 +110,8 @@ def attention(
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
       backend: Name of a registered backend. Built in are "reference" (einsums), "xla"
         (`jax.nn.dot_product_attention`), "cudnn" (the same function with NVIDIA's kernels), "blockwise" (loops over
-        blocks, with memory linear in the length), "flash" (Pallas kernels for TPUs) and "splash" (JAX's Pallas kernels
-        for TPUs, without a bias).
+        blocks, with memory linear in the length), "flash" and "flash_gpu" (Pallas kernels for TPUs and for GPUs) and
+        "splash" (JAX's Pallas kernels for TPUs, without a bias).
 
     Returns:
       [B, Q, H, h] in the type of q.

@@ -1,4 +1,7 @@
-"""Flash attention for TPUs: kernels (`kernels.flash_block`) with padding, T5's bias table and gradients.
+"""Flash attention for TPUs and for GPUs: kernels (`kernels.flash_block`) with padding, T5's bias table and gradients.
+
+The two are backends of their own: a configuration that names the one never runs the kernels of the other, whose results
+differ in the last bits.
 
 A query without any visible key gets the mean of all values, as in the reference.
 """
@@ -20,6 +23,7 @@ from t5x_like.kernels.context_attention import context_attention
 from t5x_like.kernels.device_kernels import Axes, attend_on_each_device
 from t5x_like.kernels.flash_block import FlashKernels, KernelMask, KernelSetting
 from t5x_like.kernels.flash_chunks import FlashChunks
+from t5x_like.kernels.flash_gpu_kernels import GpuKernels
 from t5x_like.kernels.flash_inputs import bias_distances, kernel_mask, kernel_setting
 from t5x_like.kernels.flash_tpu_kernels import TpuKernels
 from t5x_like.kernels.online_softmax import HIDDEN, correction, pad_to_blocks
@@ -90,6 +94,13 @@ class FlashAttention(AttentionBackend):
         attend = functools.partial(_attend, self.kernels, setting, kv_length)
         out = attend_on_each_device(attend, mask.split, q, k, v, (distances, arrays), specs)
         return jnp.swapaxes(out[:, :, :q_length], 1, 2)
+
+
+class GpuFlashAttention(FlashAttention):
+    """The same with Pallas kernels for GPUs."""
+
+    platform = "gpu"
+    kernels: ClassVar[FlashKernels] = GpuKernels()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -1,7 +1,8 @@
 """One block of queries with one block of keys inside a kernel of flash attention: scores, mask, bias, gradients.
 
-Kernels for a platform (`kernels.flash_tpu_kernels`) say how a block is read and how T5's bias is laid out. Both blocks
-have the same size b.
+This arithmetic is the same in the kernels for TPUs (`kernels.flash_tpu_kernels`) and for GPUs
+(`kernels.flash_gpu_kernels`), which differ in how a block is read and in how T5's bias is laid out. Both blocks have
+the same size b.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class KernelSetting:
     """Static part of a call.
 
     Attributes:
-      block: Number b of queries and of keys of a block, which divides both lengths: a power of 2, at least 8, and
-        on a TPU at least 128.
+      block: Number b of queries and of keys of a block, which divides both lengths: a power of 2, at least 8, on a
+        TPU at least 128 and on a GPU at least 16.
       causal: A query attends to keys at its own index and before it.
       has_prefix: Where the prefix bits of query and key are set, `causal` does not apply.
       window: (left, right) distances of visible keys, or None.

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions
 from t5x_like.kernels.attention_masks import MaskSpec, SequenceSharding
 from t5x_like.kernels.blockwise_attention import BlockwiseAttention
-from t5x_like.kernels.flash_attention import FlashAttention
+from t5x_like.kernels.flash_attention import FlashAttention, GpuFlashAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
 from t5x_like.kernels.splash_attention import SplashAttention
@@ -60,11 +60,14 @@ def assert_equal_gradients(found: list[Array], expected: list[Array]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flash", [FlashAttention, GpuFlashAttention])
 @pytest.mark.parametrize("kv_axes", [("tensor",), ()], ids=["split key heads", "one key head for all devices"])
-def test_flash_kernels_run_on_the_rows_and_heads_of_each_device(kv_axes: tuple[str, ...]) -> None:
+def test_flash_kernels_run_on_the_rows_and_heads_of_each_device(
+    flash: type[FlashAttention], kv_axes: tuple[str, ...]
+) -> None:
     placement = SequenceSharding(MESH, ("data",), (), ("tensor",), kv_axes)
     kv_heads = 2 if kv_axes else 1
-    found = gradients(FlashAttention(block=16, interpret=True), kv_heads, placement=placement)
+    found = gradients(flash(block=16, interpret=True), kv_heads, placement=placement)
     assert_equal_gradients(found, gradients(ReferenceAttention(), kv_heads))
 
 

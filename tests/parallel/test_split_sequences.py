@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions
 from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, MaskSpec, SequenceSharding, SplitForm
 from t5x_like.kernels.blockwise_attention import BlockwiseAttention
-from t5x_like.kernels.flash_attention import FlashAttention
+from t5x_like.kernels.flash_attention import FlashAttention, GpuFlashAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
 
@@ -141,6 +141,20 @@ def test_masks_and_features(form: SplitForm, mask: MaskSpec, options: dict[str, 
 def test_blocks_of_the_keys_of_a_pair(form: SplitForm, mask: MaskSpec, options: dict[str, Any]) -> None:
     split = split_over(form, options.get("kv_heads", HEADS))
     assert_same(mask, split, backend=BlockwiseAttention(kv_block=4), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "mask", "options"),
+    [
+        ("ring", MaskSpec(causal=True, **PACKED, q_prefix=PREFIX, kv_prefix=PREFIX), {"bidirectional": True}),
+        ("all_gather", MaskSpec(causal=True, window=(9, 0)), {"bidirectional": False, "kv_heads": 1}),
+    ],
+    ids=["ring", "all_gather"],
+)
+def test_kernels_of_gpus(form: SplitForm, mask: MaskSpec, options: dict[str, Any]) -> None:
+    split = split_over(form, options.get("kv_heads", HEADS))
+    assert_same(mask, split, backend=GpuFlashAttention(block=8, interpret=True), **options)
 
 
 @pytest.mark.slow

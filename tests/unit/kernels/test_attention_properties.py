@@ -21,7 +21,7 @@ from jax import Array
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions
 from t5x_like.kernels.attention_masks import BlockwiseMask, DenseMask, KeySpec, MaskSpec, dense_mask, materialize
 from t5x_like.kernels.blockwise_attention import BlockwiseAttention
-from t5x_like.kernels.flash_attention import FlashAttention
+from t5x_like.kernels.flash_attention import FlashAttention, GpuFlashAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
 from t5x_like.kernels.splash_attention import SplashAttention
@@ -42,6 +42,7 @@ class Case:
 CASES = {
     "blockwise": Case(BlockwiseAttention(q_block=4, kv_block=8), (19, 13), has_bias=True, has_window=True),
     "flash": Case(FlashAttention(block=8, interpret=True), (19, 13), has_bias=True, has_window=True),
+    "flash_gpu": Case(GpuFlashAttention(block=16, interpret=True), (19, 13), has_bias=True, has_window=True),
     "splash": Case(SplashAttention(block=128, interpret=True), (150, 130), has_bias=False, has_window=False),
 }
 

@@ -141,7 +141,7 @@ def test_sums_of_blocks_have_the_same_gradients_without_a_dense_mask() -> None:
 
 def test_unknown_backend_is_refused_with_the_registered_names() -> None:
     with pytest.raises(
-        ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, reference, splash, xla"
+        ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, flash_gpu, reference, splash, xla"
     ):
         abstract_model(small("blokwise"))
 
@@ -257,4 +257,4 @@ def test_incomplete_backend_and_taken_name_are_refused_at_registration() -> None
         register_backend("new", ReferenceAttention)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="already registered"):
         register_backend("xla", ReferenceAttention())
-    assert backend_names() == ("reference", "xla", "cudnn", "blockwise", "flash", "splash")
+    assert backend_names() == ("reference", "xla", "cudnn", "blockwise", "flash", "flash_gpu", "splash")
