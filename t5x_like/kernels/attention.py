@@ -28,6 +28,7 @@ from t5x_like.kernels.flash_attention import FlashAttention, GpuFlashAttention
 from t5x_like.kernels.library_attention import XlaAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
+from t5x_like.kernels.rowwise_attention import RowwiseAttention
 from t5x_like.kernels.splash_attention import SplashAttention
 from t5x_like.utils.name_registry import Registry
 
@@ -74,6 +75,7 @@ register_backend("reference", ReferenceAttention())
 register_backend("xla", XlaAttention())
 register_backend("cudnn", CudnnAttention())
 register_backend("blockwise", BlockwiseAttention())
+register_backend("rowwise", RowwiseAttention())
 register_backend("flash", FlashAttention())
 register_backend("flash_gpu", GpuFlashAttention())
 register_backend("splash", SplashAttention())
@@ -110,8 +112,8 @@ def attention(
       dropout_broadcast_length: One dropout mask [B, H, 1, K] for all queries, as in T5X.
       backend: Name of a registered backend. Built in are "reference" (einsums), "xla"
         (`jax.nn.dot_product_attention`), "cudnn" (the same function with NVIDIA's kernels), "blockwise" (loops over
-        blocks, with memory linear in the length), "flash" and "flash_gpu" (Pallas kernels for TPUs and for GPUs) and
-        "splash" (JAX's Pallas kernels for TPUs, without a bias).
+        blocks, with memory linear in the length), "rowwise" (the same for a few rows at a time, on CPUs), "flash" and
+        "flash_gpu" (Pallas kernels for TPUs and for GPUs) and "splash" (JAX's Pallas kernels for TPUs, without a bias).
 
     Returns:
       [B, Q, H, h] in the type of q.

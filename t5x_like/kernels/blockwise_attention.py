@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from t5x_like.kernels.attention_backend import AttentionBackend, AttentionOptions, AttentionRequest
-from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding, dense_mask
+from t5x_like.kernels.attention_block import BlockInputs, BlockSetting, BlockShape, Keys, QueryBlock, padded_mask
+from t5x_like.kernels.attention_masks import BlockwiseMask, Mask, MaskSpec, SequenceSharding
 from t5x_like.kernels.context_attention import context_attention
-from t5x_like.kernels.dropout import keep_mask_block
+from t5x_like.kernels.dropout import keep_mask
 from t5x_like.kernels.einsum_chunks import EinsumChunks
 from t5x_like.kernels.online_softmax import (
     HIDDEN,
@@ -34,16 +37,14 @@ from t5x_like.kernels.online_softmax import (
     block_gradients,
     block_scores,
     correction,
-    loop_over_blocks,
     pad_to_blocks,
     slice_block,
 )
 from t5x_like.kernels.position_bias import RelativeBias, dense_bias
 
-_ARRAYS = ("positions", "segment_ids", "prefix")
-"""Arrays of a mask, one for the queries and one for the keys each."""
 _KeysValues = tuple[Array, Array]
-_Biases = tuple[RelativeBias | None, ...]
+_Biases = tuple[RelativeBias | Array | None, ...]
+"""T5's bias of each sequence of keys: a table, or for short rows the whole bias [1, H, Q, K], padded."""
 
 
 class BlockwiseAttention(AttentionBackend):
@@ -92,14 +93,8 @@ class BlockwiseAttention(AttentionBackend):
     ) -> Array:
         batch, q_length, heads, width = q.shape
         kv_heads = keys[0].shape[2]
-        lengths = tuple(k.shape[1] for k in keys)
-        shape = _Shape(
-            q_length,
-            lengths,
-            min(self.q_block, q_length),
-            tuple(min(self.kv_block, length) for length in lengths),
-        )
-        setting = _Setting(
+        shape = self.block_shape(q.shape, tuple(k.shape[1] for k in keys), mask)
+        setting = BlockSetting(
             shape,
             options.softcap,
             0.0 if options.dropout_rng is None else options.dropout_rate,
@@ -114,177 +109,106 @@ class BlockwiseAttention(AttentionBackend):
         )
         masks, windows = [], []
         for described, block in zip(mask.keys, shape.kv_blocks, strict=True):
-            masks.append(_padded_mask(described.mask, shape.q_block, block))
+            masks.append(padded_mask(described.mask, shape.q_block, block))
             windows.append(described.dynamic_window)
-        biases = tuple(described.relative_bias for described in mask.keys)
-        inputs = _Inputs(tuple(masks), tuple(windows), options.dropout_rng)
+        biases: Any = tuple(described.relative_bias for described in mask.keys)
+        rng, keep = options.dropout_rng, None
+        if shape.joined_keys:
+            # All rows use the same bias, and both passes the same dropout mask: they are made once.
+            biases = tuple(
+                _whole_bias(bias, each, grouped.shape[3], k.shape[2])
+                for bias, each, (k, _) in zip(biases, masks, kvs, strict=True)
+            )
+            if rng is not None:
+                rng, keep = None, _whole_dropout_mask(rng, setting)
+        inputs = BlockInputs(tuple(masks), tuple(windows), rng, keep)
         out = _attend(setting, grouped, kvs, biases, inputs)
         return jnp.moveaxis(out[:, :, :, :q_length], 3, 1).reshape(q.shape)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Lengths of queries and of each sequence of keys without padding, and the sizes of their blocks."""
-
-    q_length: int
-    kv_lengths: tuple[int, ...]
-    q_block: int
-    kv_blocks: tuple[int, ...]
+    def block_shape(self, q_shape: Sequence[int], kv_lengths: tuple[int, ...], mask: BlockwiseMask) -> BlockShape:
+        """Return the sizes of the blocks for queries [B, Q, H, x]."""
+        rows, q_length, heads, _ = q_shape
+        q_block = block_size(q_length, self.q_block)
+        kv_blocks = tuple(block_size(length, self.kv_block) for length in kv_lengths)
+        return BlockShape(rows, heads, q_length, kv_lengths, rows, q_block, kv_blocks, joined_keys=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setting:
-    """Static part of a call; hashable, so that `custom_vjp` takes it as an argument that is not differentiated."""
-
-    shape: _Shape
-    softcap: float | None
-    dropout_rate: float
-    shared_dropout: bool
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["masks", "windows", "rng"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """Arrays without gradients: padded masks and dynamic windows of each sequence of keys, and the dropout key."""
-
-    masks: tuple[MaskSpec, ...]
-    windows: tuple[Array | None, ...]
-    rng: Array | None
+def _whole_bias(
+    bias: RelativeBias | None, mask: MaskSpec, q_length: int, kv_length: int
+) -> RelativeBias | Array | None:
+    """Return T5's bias as an array [1, H, Q, K] if it is the same for all rows."""
+    if bias is None or mask.q_positions is not None or mask.kv_positions is not None:
+        return bias
+    return dense_bias(bias, q_length, kv_length)
 
 
-def _padded_mask(mask: MaskSpec, q_block: int, kv_block: int) -> MaskSpec:
-    """Return a mask whose arrays are padded to whole blocks."""
-    blocks = {"q": q_block, "kv": kv_block}
-    changes: dict[str, Any] = {
-        f"{side}_{name}": pad_to_blocks(jnp.asarray(x), 1, block)
-        for side, block in blocks.items()
-        for name in _ARRAYS
-        if (x := getattr(mask, f"{side}_{name}")) is not None
-    }
-    return dataclasses.replace(mask, **changes)
+def _whole_dropout_mask(rng: Array, setting: BlockSetting) -> tuple[Array, ...]:
+    """Return the dropout mask of each sequence of keys, [B, H, 1 or Q, K], padded to whole blocks.
 
-
-class _Block:
-    """One block of queries, and what its scores with blocks of keys need beside queries and keys.
-
-    Attributes:
-      start: Index of the first query.
+    It is the mask that the reference draws for the same key.
     """
-
-    def __init__(self, setting: _Setting, inputs: _Inputs, index: Array | int, rows: int, heads: int):
-        self.setting, self.inputs, self.shape = setting, inputs, setting.shape
-        self.start = index * self.shape.q_block
-        self.rows, self.heads = rows, heads
-
-    def kv_range(self, number: int) -> tuple[Array | int, Array | int]:
-        """Return the first block of keys that the causal limit and the window can reach, and the one after the last.
-
-        Only indices tell: with explicit positions all blocks are read.
-        """
-        mask, window, block = self.inputs.masks[number], self.inputs.windows[number], self.shape.kv_blocks[number]
-        count = -(-self.shape.kv_lengths[number] // block)
-        if mask.q_positions is not None or mask.kv_positions is not None:
-            return 0, count
-        last = self.start + self.shape.q_block - 1
-        low: list[Any] = [0]
-        high: list[Any] = [count]
-        if mask.causal and (mask.q_prefix is None or mask.kv_prefix is None):
-            high.append(last // block + 1)
-        limits: Any = mask.window if window is None else window
-        if limits is not None:
-            low.append((self.start - limits[0]) // block)
-            high.append((last + limits[1]) // block + 1)
-        if all(isinstance(x, int) for x in (*low, *high)):
-            return max(low), min(high)
-        return functools.reduce(jnp.maximum, low), functools.reduce(jnp.minimum, high)
-
-    def bias(self, number: int, bias: RelativeBias | None, index: Array | int) -> Array | None:
-        """Return T5's bias of these queries and a block of keys, [1 or B, H, q, k], if there is a bias."""
-        if bias is None:
-            return None
-        mask, block = self.inputs.masks[number], self.shape.kv_blocks[number]
-        if mask.q_positions is None and mask.kv_positions is None:
-            return dense_bias(bias, self.shape.q_block, block, offset=index * block - self.start)
-        here = self._mask(number, index)
-        return dense_bias(bias, self.shape.q_block, block, q_positions=here.q_positions, kv_positions=here.kv_positions)
-
-    def visible(self, number: int, index: Array | int) -> Array | None:
-        """Return the mask of these queries and a block of keys, bool [1 or B, 1, 1, 1 or q, k]; None: all visible."""
-        block, length = self.shape.kv_blocks[number], self.shape.kv_lengths[number]
-        visible = dense_mask(self._mask(number, index), self.shape.q_block, block)
-        if length % block:
-            inside = (index * block + jnp.arange(block) < length)[None, None, None]
-            visible = inside if visible is None else visible & inside
-        return None if visible is None else visible[:, :, None]
-
-    def _mask(self, number: int, index: Array | int) -> MaskSpec:
-        """Return the mask of these queries and a block of keys; its positions are given."""
-        mask, window, block = self.inputs.masks[number], self.inputs.windows[number], self.shape.kv_blocks[number]
-
-        def of(side: str, name: str) -> Array | None:
-            x = getattr(mask, f"{side}_{name}")
-            start, size = (self.start, self.shape.q_block) if side == "q" else (index * block, block)
-            if x is None:
-                return (start + jnp.arange(size))[None] if name == "positions" else None
-            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-
-        arrays: dict[str, Any] = {f"{side}_{name}": of(side, name) for side in ("q", "kv") for name in _ARRAYS}
-        if window is not None:
-            arrays["window"] = (window[0], window[1])
-        return dataclasses.replace(mask, **arrays)
-
-    def keep(self, number: int, index: Array | int, scores: Array) -> Array | None:
-        """Return the part of the dropout mask of all scores that belongs to a block of `scores`; None: no dropout.
-
-        It is the mask that the reference draws for the same key.
-        """
-        if self.setting.dropout_rate == 0.0:
-            return None
-        assert self.inputs.rng is not None
-        shape, shared = self.shape, self.setting.shared_dropout
-        keep = keep_mask_block(
-            self.inputs.rng,
-            1.0 - self.setting.dropout_rate,
-            (self.rows, self.heads, 1 if shared else shape.q_length, sum(shape.kv_lengths)),
-            (0, 0, 0 if shared else self.start, sum(shape.kv_lengths[:number]) + index * shape.kv_blocks[number]),
-            (self.rows, self.heads, 1 if shared else shape.q_block, shape.kv_blocks[number]),
-        )
-        return keep.reshape(*scores.shape[:3], *keep.shape[2:])
+    shape = setting.shape
+    queries = 1 if setting.shared_dropout else shape.q_length
+    keep = keep_mask(rng, 1.0 - setting.dropout_rate, (shape.rows, shape.heads, queries, sum(shape.kv_lengths)))
+    if not setting.shared_dropout:
+        keep = pad_to_blocks(keep, 2, shape.q_block, value=True)
+    parts = jnp.split(keep, np.cumsum(shape.kv_lengths)[:-1], axis=3)
+    return tuple(pad_to_blocks(part, 3, block, value=True) for part, block in zip(parts, shape.kv_blocks, strict=True))
 
 
-def _mean_values(kvs: Sequence[_KeysValues], shape: _Shape) -> Array:
+def block_size(length: int, limit: int) -> int:
+    """Return the size of the fewest blocks of equal size, at most `limit`, that cover a length."""
+    return math.ceil(length / math.ceil(length / limit)) if length else 1
+
+
+def _mean_values(kvs: Sequence[_KeysValues], shape: BlockShape) -> Array:
     """Return the mean of all values, float32 [B, G, 1, 1, x]. Padding is 0 and adds nothing."""
     total = functools.reduce(jnp.add, (jnp.sum(v, axis=2, dtype=jnp.float32) for _, v in kvs))
     return (total / sum(shape.kv_lengths))[:, :, None, None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(setting: _Setting, q: Array, kvs: Sequence[_KeysValues], biases: _Biases, inputs: _Inputs) -> Array:
+def _attend(setting: BlockSetting, q: Array, kvs: Sequence[_KeysValues], biases: _Biases, inputs: BlockInputs) -> Array:
     return _forward(setting, q, kvs, biases, inputs)[0]
 
 
 def _forward(
-    setting: _Setting, q: Array, kvs: Sequence[_KeysValues], biases: _Biases, inputs: _Inputs
+    setting: BlockSetting, q: Array, kvs: Sequence[_KeysValues], biases: _Biases, inputs: BlockInputs
 ) -> tuple[Array, Any]:
+    def of_rows(first: Array | int, carry: None) -> tuple[None, tuple[Array, Array, Array]]:
+        queries, keys_values = _part((q, kvs), first, setting.shape)
+        return carry, _outputs(setting, queries, keys_values, biases, inputs.of_rows(first, setting.shape), first)
+
+    _, (out, maximum, total) = _over_rows(of_rows, setting.shape, None)
+    return out, (q, kvs, biases, inputs, out, maximum, total)
+
+
+def _outputs(
+    setting: BlockSetting,
+    q: Array,
+    kvs: Sequence[_KeysValues],
+    biases: _Biases,
+    inputs: BlockInputs,
+    first_row: Array | int,
+) -> tuple[Array, Array, Array]:
+    """Return the outputs of some rows, and the largest score and the normalizer of each query."""
     shape = setting.shape
-    rows, groups, repeats = q.shape[:3]
     mean = _mean_values(kvs, shape)
 
-    def of_queries(index: Array | int, carry: None) -> tuple[None, tuple[Array, Array, Array]]:
-        block = _Block(setting, inputs, index, rows, groups * repeats)
-        queries = slice_block(q, index, shape.q_block)
+    def of_queries(start: Array | int, carry: None) -> tuple[None, tuple[Array, Array, Array]]:
+        block = QueryBlock(setting, inputs, start, first_row)
+        queries = slice_block(q, start, shape.q_block)
         sums = Sums.zeros_like(queries)
         for number in range(len(kvs)):
 
-            def add(j: Any, sums: Sums, number: int = number) -> Sums:
-                k, v = (slice_block(x, j, shape.kv_blocks[number]) for x in kvs[number])
-                bias = block.bias(number, biases[number], j)
-                visible = block.visible(number, j)
-                scores = block_scores(queries, k, softcap=setting.softcap, bias=bias, visible=visible)
-                keep = block.keep(number, j, scores.values)
+            def add(keys: Keys, sums: Sums) -> Sums:
+                k, v = (slice_block(x, keys.start, keys.size) for x in kvs[keys.number])
+                bias = block.bias(keys, biases[keys.number])
+                scores = block_scores(queries, k, softcap=setting.softcap, bias=bias, visible=block.visible(keys))
+                keep = block.keep(keys, scores.values)
                 return add_block(sums, scores, v, keep=keep, dropout_rate=setting.dropout_rate)
 
-            sums = loop_over_blocks(*block.kv_range(number), add, sums)
+            sums = block.over_keys(number, add, sums)
         # The largest score of a query without visible keys is that of a hidden one, or -inf if no block was read.
         # Ones in place of its sum keep the quotient finite. Scores that are NaN are no hidden ones: the output is NaN.
         unseen = sums.maximum <= HIDDEN
@@ -292,38 +216,54 @@ def _forward(
         out = jnp.where(unseen[..., None], mean, sums._replace(total=total).mean())
         return carry, (out.astype(q.dtype), sums.maximum, total)
 
-    _, (out, maximum, total) = _over_queries(of_queries, q.shape[3] // shape.q_block, None)
-    return out, (q, kvs, biases, inputs, out, maximum, total)
+    return _over_queries(of_queries, q.shape[3], shape, None)[1]
 
 
-def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...]:
-    q, kvs, biases, inputs, out, maximum, total = residuals
+def _backward(setting: BlockSetting, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+    q, kvs, biases, inputs, *results = residuals
+    # In float32, so that the gradient of the table is added up in float32.
+    tables = tuple(None if bias is None else _numbers(bias).astype(jnp.float32) for bias in biases)
+
+    def of_rows(first: Array | int, d_tables: Any) -> tuple[Any, Any]:
+        queries, keys_values, *here = _part((q, kvs, *results, d_out), first, setting.shape)
+        rows = (queries, keys_values, biases, inputs.of_rows(first, setting.shape), *here)
+        return _gradients(setting, rows, tables, d_tables, first)
+
+    zeros = jax.tree.map(jnp.zeros_like, tables)
+    d_tables, (d_q, d_kvs) = _over_rows(of_rows, setting.shape, zeros)
+    d_biases = tuple(
+        None if bias is None else _with_numbers(bias, d_table.astype(_numbers(bias).dtype))
+        for bias, d_table in zip(biases, d_tables, strict=True)
+    )
+    return d_q, d_kvs, d_biases, None
+
+
+def _gradients(
+    setting: BlockSetting, rows: Any, tables: tuple[Array | None, ...], d_tables: Any, first_row: Array | int
+) -> tuple[Any, Any]:
+    """Return `d_tables` plus the gradients of the tables, and those of queries, keys and values of some rows."""
+    q, kvs, biases, inputs, out, maximum, total, d_out = rows
     shape = setting.shape
-    rows, groups, repeats = q.shape[:3]
     unseen = maximum <= HIDDEN
     # With 0 as largest score the weights of hidden keys are 0; the gradient of the mean of all values is added below.
     statistics = (jnp.where(unseen, 0.0, maximum), total, correction(out, d_out))
-    # In float32, so that the gradient of the table is added up in float32.
-    tables = tuple(None if bias is None else bias.table.astype(jnp.float32) for bias in biases)
 
-    def of_queries(index: Array | int, carry: Any) -> tuple[Any, Array]:
-        block = _Block(setting, inputs, index, rows, groups * repeats)
-        queries, d_outs = slice_block(q, index, shape.q_block), slice_block(d_out, index, shape.q_block)
-        here: Any = tuple(slice_block(x[..., None], index, shape.q_block)[..., 0] for x in statistics)
+    def of_queries(start: Array | int, carry: Any) -> tuple[Any, Array]:
+        block = QueryBlock(setting, inputs, start, first_row)
+        queries, d_outs = slice_block(q, start, shape.q_block), slice_block(d_out, start, shape.q_block)
+        here: Any = tuple(slice_block(x[..., None], start, shape.q_block)[..., 0] for x in statistics)
         d_kvs, d_tables = carry
         d_kvs, d_tables = list(d_kvs), list(d_tables)
         d_q = jnp.zeros(queries.shape, jnp.float32)
         for number in range(len(kvs)):
 
-            def add(j: Any, sums: Any, number: int = number) -> Any:
+            def add(keys: Keys, sums: Any) -> Any:
                 d_q, (d_k, d_v), d_table = sums
-                k, v = (slice_block(x, j, shape.kv_blocks[number]) for x in kvs[number])
-                bias, table_gradient = jax.vjp(
-                    lambda table: block.bias(number, _with_table(biases[number], table), j), tables[number]
-                )
-                visible = block.visible(number, j)
+                k, v = (slice_block(x, keys.start, keys.size) for x in kvs[keys.number])
+                bias, add_gradient = _bias_and_gradient(block, keys, biases[keys.number], tables[keys.number])
+                visible = block.visible(keys)
                 scores = block_scores(queries, k, softcap=setting.softcap, bias=bias, visible=visible)
-                keep = block.keep(number, j, scores.values)
+                keep = block.keep(keys, scores.values)
                 gradients = block_gradients(
                     *(queries, k, v, d_outs, scores, here),
                     visible=visible,
@@ -331,49 +271,89 @@ def _backward(setting: _Setting, residuals: Any, d_out: Array) -> tuple[Any, ...
                     dropout_rate=setting.dropout_rate,
                 )
                 if bias is not None:
-                    d_bias = gradients.scores.reshape(rows, -1, *bias.shape[2:])
+                    d_bias = gradients.scores.reshape(shape.row_block, -1, *bias.shape[2:])
                     if bias.shape[0] == 1:
                         d_bias = jnp.sum(d_bias, axis=0, keepdims=True)
-                    d_table = d_table + table_gradient(d_bias)[0]
+                    d_table = add_gradient(d_table, d_bias)
                 return (
                     d_q + gradients.q,
-                    (add_to_block(d_k, gradients.k, j), add_to_block(d_v, gradients.v, j)),
+                    (add_to_block(d_k, gradients.k, keys.start), add_to_block(d_v, gradients.v, keys.start)),
                     d_table,
                 )
 
             sums = (d_q, d_kvs[number], d_tables[number])
-            d_q, d_kvs[number], d_tables[number] = loop_over_blocks(*block.kv_range(number), add, sums)
+            d_q, d_kvs[number], d_tables[number] = block.over_keys(number, add, sums)
         return (tuple(d_kvs), tuple(d_tables)), d_q.astype(q.dtype)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (tuple(kvs), tables))
-    (d_kvs, d_tables), d_q = _over_queries(of_queries, q.shape[3] // shape.q_block, zeros)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tuple(kvs))
+    (d_kvs, d_tables), d_q = _over_queries(of_queries, q.shape[3], shape, (zeros, d_tables))
     d_mean = jnp.sum(jnp.where(unseen[..., None], d_out.astype(jnp.float32), 0.0), axis=(2, 3)) / sum(shape.kv_lengths)
     d_kvs = tuple(
         (d_k.astype(k.dtype), (d_v + d_mean[:, :, None]).astype(v.dtype))
         for (d_k, d_v), (k, v) in zip(d_kvs, kvs, strict=True)
     )
-    d_biases = tuple(
-        _with_table(bias, None if bias is None else d_table.astype(bias.table.dtype))
-        for bias, d_table in zip(biases, d_tables, strict=True)
-    )
-    return d_q, d_kvs, d_biases, None
+    return d_tables, (d_q, d_kvs)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _with_table(bias: RelativeBias | None, table: Array | None) -> RelativeBias | None:
-    return None if bias is None or table is None else dataclasses.replace(bias, table=table)
+def _numbers(bias: RelativeBias | Array) -> Array:
+    return bias.table if isinstance(bias, RelativeBias) else bias
 
 
-def _over_queries(of_queries: Callable[[Any, Any], Any], count: int, carry: Any) -> tuple[Any, Any]:
-    """Run `of_queries` for each block; return the carry, and its results [B, G, R, q, ...] joined along the queries."""
-    if count == 1:
-        return of_queries(0, carry)
-    carry, blocks = jax.lax.scan(lambda carry, index: of_queries(index, carry), carry, jnp.arange(count))
+def _with_numbers(bias: RelativeBias | Array, numbers: Array) -> RelativeBias | Array:
+    return dataclasses.replace(bias, table=numbers) if isinstance(bias, RelativeBias) else numbers
+
+
+def _bias_and_gradient(
+    block: QueryBlock, keys: Keys, bias: RelativeBias | Array | None, numbers: Array | None
+) -> tuple[Array | None, Callable[[Array, Array], Array]]:
+    """Return the bias of a block, and a function that adds the gradient of that bias to the gradient of `numbers`."""
+    if isinstance(bias, RelativeBias):
+        of_block, gradient = jax.vjp(lambda table: block.bias(keys, _with_numbers(bias, table)), numbers)
+        return of_block, lambda total, d_bias: total + gradient(d_bias)[0]
+
+    def add(total: Array, d_bias: Array) -> Array:
+        start = (0, 0, block.start, keys.start)
+        return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, start, d_bias.shape) + d_bias, start)
+
+    return block.bias(keys, numbers), add
+
+
+def _part(arrays: Any, first: Array | int, shape: BlockShape) -> Any:
+    """Return `shape.row_block` rows from `first` on of each array of a tree."""
+    if shape.row_block == shape.rows:
+        return arrays
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, shape.row_block), arrays)
+
+
+def _over_rows(of_rows: Callable[[Any, Any], Any], shape: BlockShape, carry: Any) -> tuple[Any, Any]:
+    """Run `of_rows` for each block of rows; return the carry, and its results [b, ...] joined along the rows."""
+    if shape.row_block == shape.rows:
+        return of_rows(0, carry)
+    firsts = jnp.arange(0, shape.rows, shape.row_block)
+    carry, results = jax.lax.scan(lambda carry, first: of_rows(first, carry), carry, firsts)
+    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+
+def _over_queries(of_queries: Callable[[Any, Any], Any], padded: int, shape: BlockShape, carry: Any) -> tuple[Any, Any]:
+    """Run `of_queries` for each block of the padded queries.
+
+    Returns:
+      The carry, and the results [B, G, R, q, ...] joined along the queries.
+    """
+    starts = range(0, padded, shape.q_block)
+    if len(starts) == 1 or shape.joined_keys:
+        blocks = []
+        for start in starts:
+            carry, block = of_queries(start, carry)
+            blocks.append(block)
+        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), *blocks)
+    carry, results = jax.lax.scan(lambda carry, start: of_queries(start, carry), carry, jnp.asarray(starts))
 
     def join(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 3)
         return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
-    return carry, jax.tree.map(join, blocks)
+    return carry, jax.tree.map(join, results)

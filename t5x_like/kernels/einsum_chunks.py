@@ -42,9 +42,9 @@ class EinsumChunks(ChunkAttention):
 
             def compute(sums: Sums) -> Sums:
                 keys = here.key_spec(part)
-                scores, _ = _scores(here, part, keys, q, slice_block(k, j, block))
+                scores, _ = _scores(here, part, keys, q, slice_block(k, j * block, block))
                 keep = here.keep(part, scores.values.shape)
-                values = slice_block(v, j, block)
+                values = slice_block(v, j * block, block)
                 return add_block(sums, scores, values, keep=keep, dropout_rate=here.setting.dropout_rate)
 
             return compute(sums) if part is pair else if_needed(here.is_needed(part), j == 0, compute, sums)
@@ -68,12 +68,20 @@ class EinsumChunks(ChunkAttention):
 
             def compute(sums: ChunkGradients) -> ChunkGradients:
                 added = _block_gradients(
-                    *(here, part, q, slice_block(k, j, block), slice_block(v, j, block), d_out, statistics)
+                    *(
+                        here,
+                        part,
+                        q,
+                        slice_block(k, j * block, block),
+                        slice_block(v, j * block, block),
+                        d_out,
+                        statistics,
+                    )
                 )
                 return ChunkGradients(
                     sums.q + added.q,
-                    add_to_block(sums.k, added.k, j),
-                    add_to_block(sums.v, added.v, j),
+                    add_to_block(sums.k, added.k, j * block),
+                    add_to_block(sums.v, added.v, j * block),
                     None if sums.table is None or added.table is None else sums.table + added.table,
                 )
 

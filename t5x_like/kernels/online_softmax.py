@@ -90,7 +90,7 @@ def block_scores(q: Array, k: Array, *, softcap: float | None, bias: Array | Non
       bias: [1 or b, g * r, q, k], or None.
       visible: bool, broadcasts to [b, g, r, q, k]; None: every key is visible.
     """
-    scores = jnp.einsum("bgrqx,bgkx->bgrqk", q, k, preferred_element_type=jnp.float32)
+    scores = _products_with_keys(q, k)
     slope = None
     if softcap is not None:
         tanh = jnp.tanh(scores / softcap)
@@ -119,7 +119,7 @@ def add_block(sums: Sums, scores: Scores, v: Array, *, keep: Array | None, dropo
     # After `total`: dropout acts on probabilities, whose normalizer counts the dropped keys as well.
     if keep is not None:
         weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
-    added = jnp.einsum("bgrqk,bgkx->bgrqx", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    added = _sum_over_keys(weights.astype(v.dtype), v)
     return Sums(sums.out * decay[..., None] + added, new, total)
 
 
@@ -158,8 +158,8 @@ def block_gradients(
       dropout_rate: Rate of `keep`.
     """
     maximum, total, delta = (x[..., None] for x in statistics)
-    weights = jnp.exp(scores.values - maximum) / total
-    d_weights = jnp.einsum("bgrqx,bgkx->bgrqk", d_out, v, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores.values - maximum) * (1.0 / total)
+    d_weights = _products_with_keys(d_out, v)
     kept = weights
     if keep is not None:
         kept, d_weights = (jnp.where(keep, x / (1.0 - dropout_rate), 0.0) for x in (weights, d_weights))
@@ -172,11 +172,36 @@ def block_gradients(
     # Bias is added after the soft cap, so only the products get its slope.
     d_products = (d_scores if scores.slope is None else d_scores * scores.slope).astype(q.dtype)
     return Gradients(
-        jnp.einsum("bgrqk,bgkx->bgrqx", d_products, k, preferred_element_type=jnp.float32),
-        jnp.einsum("bgrqk,bgrqx->bgkx", d_products, q, preferred_element_type=jnp.float32),
-        jnp.einsum("bgrqk,bgrqx->bgkx", kept.astype(q.dtype), d_out, preferred_element_type=jnp.float32),
+        _sum_over_keys(d_products, k),
+        _sum_over_queries(d_products, q),
+        _sum_over_queries(kept.astype(q.dtype), d_out),
         d_scores,
     )
+
+
+# The heads of a group and their queries are one dimension of the products: XLA would copy a result with two.
+def _products_with_keys(q: Array, k: Array) -> Array:
+    """Return the products of queries [b, g, r, q, x] with keys [b, g, k, x], float32 [b, g, r, q, k]."""
+    products = jnp.einsum("bgqx,bgkx->bgqk", _joined(q), k, preferred_element_type=jnp.float32)
+    return products.reshape(*q.shape[:4], k.shape[2])
+
+
+def _sum_over_keys(weights: Array, v: Array) -> Array:
+    """Return the sum of values [b, g, k, x] by weights [b, g, r, q, k], float32 [b, g, r, q, x]."""
+    total = jnp.einsum("bgqk,bgkx->bgqx", _joined(weights), v, preferred_element_type=jnp.float32)
+    return total.reshape(*weights.shape[:4], v.shape[3])
+
+
+def _sum_over_queries(weights: Array, x: Array) -> Array:
+    """Return the sum of [b, g, r, q, x] by weights [b, g, r, q, k], float32 [b, g, k, x]."""
+    # With the factors the other way round, products on CPUs transpose the weights, and take twice as long.
+    total = jnp.einsum("bgqx,bgqk->bgxk", _joined(x), _joined(weights), preferred_element_type=jnp.float32)
+    return jnp.swapaxes(total, 2, 3)
+
+
+def _joined(x: Array) -> Array:
+    """Return [b, g, r, q, ...] as [b, g, r * q, ...]."""
+    return x.reshape(*x.shape[:2], -1, x.shape[4])
 
 
 def pad_to_blocks(x: Array, axis: int, block: int, value: float = 0) -> Array:
@@ -186,15 +211,17 @@ def pad_to_blocks(x: Array, axis: int, block: int, value: float = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
-def slice_block(x: Array, index: Array | int, block: int) -> Array:
+def slice_block(x: Array, start: Array | int, size: int) -> Array:
     """Return a block of the next to last axis."""
-    return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis=x.ndim - 2)
+    return x if size == x.shape[-2] else jax.lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 2)
 
 
-def add_to_block(x: Array, block: Array, index: Array | int) -> Array:
-    """Return `x` with a block added to one of its blocks along the next to last axis."""
-    size = block.shape[-2]
-    return jax.lax.dynamic_update_slice_in_dim(x, slice_block(x, index, size) + block, index * size, axis=x.ndim - 2)
+def add_to_block(x: Array, block: Array, start: Array | int) -> Array:
+    """Return `x` with a block added to its part from `start` on along the next to last axis."""
+    if block.shape == x.shape:
+        return x + block
+    added = slice_block(x, start, block.shape[-2]) + block
+    return jax.lax.dynamic_update_slice_in_dim(x, added, start, axis=x.ndim - 2)
 
 
 def loop_over_blocks(low: Array | int, high: Array | int, body: Callable[[Any, Any], Any], carry: Any) -> Any:

@@ -17,10 +17,16 @@ from t5x_like.kernels.attention_masks import BlockwiseMask, KeySpec, MaskSpec, c
 from t5x_like.kernels.blockwise_attention import BlockwiseAttention
 from t5x_like.kernels.position_bias import RelativeBias
 from t5x_like.kernels.reference_attention import ReferenceAttention
+from t5x_like.kernels.rowwise_attention import RowwiseAttention
 
 ROWS, HEADS, WIDTH = 2, 4, 8
 BLOCKWISE = BlockwiseAttention(q_block=4, kv_block=8)
 """Blocks so small that rows of 19 tokens have several, and lengths that they do not divide."""
+ROWWISE = (
+    RowwiseAttention(q_short=4, scores=1),
+    RowwiseAttention(q_block=4, kv_block=8, short=0, scores=1),
+)
+"""A row at a time, with static blocks and with loops over blocks."""
 LENGTH = 19
 
 
@@ -92,7 +98,9 @@ def assert_same(
         grads, out = gradient((q, keys, values, table))
         return out, grads
 
-    assert_close(run(BLOCKWISE), run(ReferenceAttention()), output=output, gradients=gradients)
+    expected = run(ReferenceAttention())
+    for backend in (BLOCKWISE, *ROWWISE):
+        assert_close(run(backend), expected, output=output, gradients=gradients)
 
 
 def test_random_masks_with_every_feature() -> None:
