@@ -67,17 +67,8 @@ class EinsumChunks(ChunkAttention):
             part = _part(pair, j, block)
 
             def compute(sums: ChunkGradients) -> ChunkGradients:
-                added = _block_gradients(
-                    *(
-                        here,
-                        part,
-                        q,
-                        slice_block(k, j * block, block),
-                        slice_block(v, j * block, block),
-                        d_out,
-                        statistics,
-                    )
-                )
+                keys, values = (slice_block(x, j * block, block) for x in (k, v))
+                added = _block_gradients(here, part, q, keys, values, d_out, statistics)
                 return ChunkGradients(
                     sums.q + added.q,
                     add_to_block(sums.k, added.k, j * block),
