@@ -1,9 +1,9 @@
-"""Attention on a CPU by length: CPU seconds and temporary memory of "blockwise" beside "reference", in one run.
+"""Attention on a CPU by length: CPU seconds and temporary memory of "blockwise" and "rowwise" beside "reference".
 
-For each length the gradients of one attention over 8,192 tokens (at least one row) are computed by both backends in
-turn; the ratio is the median over the turns. It shows from which length "auto" may choose "blockwise" on CPUs.
+For each length the gradients of one attention over 8,192 tokens (at least one row) are computed by all backends in
+turn; the ratios are medians over the turns. They show from which length "auto" may choose which backend on CPUs.
 
-    python benchmarks/attention_by_length.py --lengths 256 512 1024 2048 4096
+    python benchmarks/attention_by_length.py --lengths 128 256 512 1024 2048 4096
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from t5x_like.kernels.attention_masks import MaskSpec
 from t5x_like.kernels.position_bias import RelativeBias
 
 TOKENS, HEADS, WIDTH = 8192, 8, 64
-BACKENDS = ("reference", "blockwise")
+BACKENDS = ("reference", "blockwise", "rowwise")
 
 
 def program(kind: str, length: int, backend: str) -> tuple[Callable[[], Any], float]:
@@ -54,15 +54,18 @@ def program(kind: str, length: int, backend: str) -> tuple[Callable[[], Any], fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 4096])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    print("| attention | length | rows | CPU s, reference | blockwise / reference | MiB, reference | MiB, blockwise |")
-    print("|---|---|---|---|---|---|---|")
+    others = BACKENDS[1:]
+    columns = ["attention", "length", "rows", "CPU s, reference", *(f"{name} / reference" for name in others)]
+    columns += [f"MiB, {name}" for name in BACKENDS]
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
     for kind in ("encoder with bias", "causal"):
         for length in arguments.lengths:
             runs, memory = zip(*(program(kind, length, backend) for backend in BACKENDS), strict=True)
-            seconds: list[list[float]] = [[], []]
+            seconds: list[list[float]] = [[] for _ in BACKENDS]
             for run in runs:
                 run()
             for _ in range(arguments.repeats):
@@ -70,12 +73,10 @@ def main() -> None:
                     start = time.process_time()
                     run()
                     found.append(time.process_time() - start)
-            ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-            print(
-                f"| {kind} | {length} | {max(1, TOKENS // length)} | {statistics.median(seconds[0]):.2f} | {ratio:.2f} "
-                f"| {memory[0]:.0f} | {memory[1]:.0f} |",
-                flush=True,
-            )
+            ratios = [statistics.median(b / a for a, b in zip(seconds[0], of, strict=True)) for of in seconds[1:]]
+            cells = [kind, str(length), str(max(1, TOKENS // length)), f"{statistics.median(seconds[0]):.2f}"]
+            cells += [f"{ratio:.2f}" for ratio in ratios] + [f"{mib:.0f}" for mib in memory]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

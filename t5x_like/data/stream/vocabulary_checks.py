@@ -30,7 +30,10 @@ def common_vocabulary(stores: Sequence[Store]) -> Any:
 
 
 def check_objectives(data: DataConfig, vocabulary: Vocabulary) -> None:
-    """Raise ConfigError if a window is empty, or if its spans can outnumber the sentinels of the vocabulary."""
+    """Raise ConfigError if a window of text is empty, or if its spans can outnumber the sentinels of the vocabulary.
+
+    Pairs and dialogues have no windows: the targets of a pair may be one token with EOS.
+    """
     problems = []
     # An objective that needs one sentinel needs a mask token, which the tokenizer may have.
     marks = max(vocabulary.num_sentinels, 0 if vocabulary.own_mask_id is None else 1)
@@ -38,7 +41,7 @@ def check_objectives(data: DataConfig, vocabulary: Vocabulary) -> None:
         window = objective.raw_window_length(data.layout, data.inputs_length, data.targets_length)
         needed = objective.sentinels_needed(window)
         where = f"data.mixture ({objective.name})"
-        if window < 1:
+        if window < 1 and objective.example_source in ("text", "labelled"):
             problems.append(
                 ConfigProblem(where, "rows too short for two tokens", "longer inputs_length and targets_length")
             )

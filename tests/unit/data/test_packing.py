@@ -207,6 +207,18 @@ def test_pairs_are_cut_by_the_length_of_the_row(
     assert batch["main"]["decoder_loss_weights"].sum() == kept[1] + len(end)
 
 
+def test_targets_of_one_token_fill_rows_of_two(tmp_path: Path) -> None:
+    store, [(given, targets)] = pair_store(tmp_path / "s", [(9, 1)])
+    data = dataclasses.replace(
+        data_config("encoder_decoder", (Supervised(),)), example_mode="documents", targets_length=2
+    )
+    rows = TrainingStream([store], data, 4).get_rows(np.arange(1))
+    ((held_out,),) = [objective_batches(store, data, data.sources[0], 1, data.mixture[0], 1, split="train")]
+    for features in (rows, held_out["main"]):
+        assert features["decoder_target_tokens"].tolist() == [[*targets, EOS_ID]]
+        assert features["encoder_input_tokens"][0, : len(given) + 1].tolist() == [*given, EOS_ID]
+
+
 @pytest.mark.parametrize("layout", ["encoder_decoder", "causal_lm"])
 def test_held_out_pairs_are_not_packed(tmp_path: Path, layout: Layout) -> None:
     store, pairs = pair_store(tmp_path / "s", [(3, 4), (5, 6), (7, 2), (2, 9), (4, 4)])
