@@ -141,7 +141,7 @@ def test_sums_of_blocks_have_the_same_gradients_without_a_dense_mask() -> None:
 
 def test_unknown_backend_is_refused_with_the_registered_names() -> None:
     with pytest.raises(
-        ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, flash_gpu, reference, splash, xla"
+        ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, flash_gpu, reference, rowwise, splash, xla"
     ):
         abstract_model(small("blokwise"))
 
@@ -220,7 +220,7 @@ def test_auto_is_resolved_for_the_devices_of_the_mesh_and_reported(monkeypatch: 
         (ShardingConfig(fsdp=1, context=2), tpus[:2], ["flash"] * 3),
         (gathered, tpus[:2], ["flash"] * 3),
         (ShardingConfig(fsdp=1, context=4), tpus, ["reference"] * 3),
-        (one, jax.devices()[:1], ["reference"] * 3),
+        (one, jax.devices()[:1], ["rowwise"] * 3),
     ]:
         used.clear()
         mesh, rules = make_mesh(sharding, devices), default_rules(sharding)
@@ -257,4 +257,4 @@ def test_incomplete_backend_and_taken_name_are_refused_at_registration() -> None
         register_backend("new", ReferenceAttention)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="already registered"):
         register_backend("xla", ReferenceAttention())
-    assert backend_names() == ("reference", "xla", "cudnn", "blockwise", "flash", "flash_gpu", "splash")
+    assert backend_names() == ("reference", "xla", "cudnn", "blockwise", "rowwise", "flash", "flash_gpu", "splash")
