@@ -120,8 +120,8 @@ class BlockwiseAttention(AttentionBackend):
                 for bias, each, (k, _) in zip(biases, masks, kvs, strict=True)
             )
             if rng is not None:
-                rng, keep = None, _whole_dropout_mask(rng, setting)
-        inputs = BlockInputs(tuple(masks), tuple(windows), rng, keep)
+                keep = _whole_dropout_mask(rng, setting)
+        inputs = BlockInputs(tuple(masks), tuple(windows), None if keep is not None else rng, keep)
         out = _attend(setting, grouped, kvs, biases, inputs)
         return jnp.moveaxis(out[:, :, :, :q_length], 3, 1).reshape(q.shape)
 

@@ -141,7 +141,8 @@ def test_sums_of_blocks_have_the_same_gradients_without_a_dense_mask() -> None:
 
 def test_unknown_backend_is_refused_with_the_registered_names() -> None:
     with pytest.raises(
-        ConfigError, match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, flash_gpu, reference, rowwise, splash, xla"
+        ConfigError,
+        match=r"model\.attention.*'blokwise'.*blockwise, cudnn, flash, flash_gpu, reference, rowwise, splash, xla",
     ):
         abstract_model(small("blokwise"))
 
