@@ -1,17 +1,13 @@
 """FLOPs and bytes of the dispatch of tokens to experts, counted for a layer's forward pass.
 
     python benchmarks/expert_dispatch.py [--tokens 4096]
-    python benchmarks/expert_dispatch.py --measure [--scale 4 --tokens 1024 --turns 5]
 
 The operations of the program that a TPU would run are counted, as traced: products, sorts, gathers and scatters.
 "one-hot" is the dispatch by products with one-hot matrices [tokens, experts, capacity] at a capacity of the mean load,
 as in GShard (Lepikhin et al. 2020), which also drops tokens. "sorted" is `kernels/expert_dispatch.py` on a TPU. On CPUs
-the rows that its tiles multiply depend on the routing: their number is a mean over drawn routings, even ones and ones
-whose expected loads follow a Dirichlet distribution, or a bound for any routing. On GPUs it is the same for any
-routing. Shares are relative to the FLOPs of the chosen experts alone.
-
-`--measure` executes the experts of each shape, with widths divided by `--scale`, on a CPU: by tiles as on CPUs and by
-blocks as on GPUs, in processes that work in turns (`benchmarks/interleaved.py`).
+and GPUs the rows that the tiles multiply depend on the routing: their number is a mean over drawn routings, even ones
+and ones whose expected loads follow a Dirichlet distribution, or a bound for any routing. The gradient of the kernels
+on GPUs has tiles of its own. Shares are relative to the FLOPs of the chosen experts alone.
 """
 
 from __future__ import annotations
@@ -23,14 +19,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import interleaved
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from t5x_like.kernels.expert_dispatch import SLACK, _permute, _sort, _sorted_mlp
-from t5x_like.kernels.grouped_mlp import ExpertKernels, grouped_mlp
+from t5x_like.kernels.grouped_mlp import ExpertKernels
 from t5x_like.kernels.tiled_product import tile_sizes
+from t5x_like.kernels.triton_product import FEWEST_ROWS, tile_rows
 
 ROUTINGS = 1000
 """Number of drawn routings."""
@@ -110,12 +106,10 @@ def one_hot(x: jax.Array, expert: jax.Array, weight: jax.Array, kernels: ExpertK
     return jnp.einsum("ecd,tec->td", out, weights_TxExC)
 
 
-def sorted_dispatch(
-    x: jax.Array, expert: jax.Array, weight: jax.Array, kernels: ExpertKernels, *, platform: str
-) -> jax.Array:
+def sorted_dispatch(x: jax.Array, expert: jax.Array, weight: jax.Array, kernels: ExpertKernels) -> jax.Array:
     chosen = expert.shape[-1]
     rows = jnp.repeat(x, chosen, axis=0)
-    out = _sorted_mlp(rows, expert.reshape(-1), kernels, jax.nn.silu, platform).reshape(*expert.shape, -1)
+    out = _sorted_mlp(rows, expert.reshape(-1), kernels, jax.nn.silu, "tpu").reshape(*expert.shape, -1)
     return jnp.einsum("tkd,tk->td", out, weight)
 
 
@@ -125,9 +119,19 @@ def moved_rows(x: jax.Array, expert: jax.Array) -> jax.Array:
     return _permute(_permute(jnp.repeat(x, expert.shape[-1], axis=0), order), position)
 
 
-def spare_rows(shape: Shape, tokens: int) -> dict[str, float]:
-    """Return the rows that CPUs multiply and that are of no use, relative to the rows of the experts."""
-    rows, smallest = tokens * shape.chosen, tile_sizes(tokens * shape.chosen, shape.experts)[-1]
+def smallest_tiles(shape: Shape, tokens: int) -> dict[str, int]:
+    """Return the rows of the smallest tile, up to a multiple of which the rows of each expert are multiplied."""
+    size = tokens * shape.chosen, shape.experts
+    return {
+        "CPU": tile_sizes(*size)[-1],
+        "GPU": tile_rows(*size)[-1],
+        "GPU, gradient of the kernels": FEWEST_ROWS,
+    }
+
+
+def spare_rows(shape: Shape, tokens: int, smallest: int) -> dict[str, float]:
+    """Return the rows that are multiplied in tiles and that are of no use, relative to the rows of the experts."""
+    rows = tokens * shape.chosen
     rng = np.random.default_rng(0)
     even = rng.multinomial(rows, np.full(shape.experts, 1 / shape.experts), ROUTINGS)
     loads = rng.dirichlet(np.full(shape.experts, CONCENTRATION), ROUTINGS)
@@ -137,39 +141,6 @@ def spare_rows(shape: Shape, tokens: int) -> dict[str, float]:
     }
     # Rows of an expert's last tile of which one is used.
     return {name: spare / rows for name, spare in {**means, "bound": shape.experts * (smallest - 1)}.items()}
-
-
-def experts(options: argparse.Namespace, platform: str) -> Callable[[], Any]:
-    """Return a forward and backward pass of a shape's experts by the products of a platform."""
-    d, f, number, chosen = SHAPES[options.shape]
-    d, f, rows = d // options.scale, f // options.scale, options.tokens * chosen
-    rng = np.random.default_rng(0)
-
-    def array(*shape: int) -> jax.Array:
-        return jnp.asarray(0.05 * rng.standard_normal(shape), jnp.float32)
-
-    kernels = ExpertKernels(array(number, d, f), array(number, d, f), array(number, f, d))
-    sizes = jnp.asarray(rng.multinomial(rows, rng.dirichlet(np.full(number, CONCENTRATION))), jnp.int32)
-
-    def value(x: jax.Array, kernels: ExpertKernels) -> jax.Array:
-        return jnp.sum(jnp.sin(grouped_mlp(x, sizes, kernels, jax.nn.silu, platform)))
-
-    step = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
-    x = array(rows, d)
-    return lambda: float(jax.block_until_ready(step(x, kernels))[0])
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return CPU seconds of forward and backward passes of a shape's experts."""
-    ways = {"tiles": "cpu", "blocks": "cuda"}
-    records = interleaved.measure(
-        {name: functools.partial(experts, platform=platform) for name, platform in ways.items()}, options
-    )
-    return {
-        **{name: record.summary() for name, record in records.items()},
-        "tiles to blocks": interleaved.ratio(records, "tiles", "blocks"),
-        "load": interleaved.machine()["load_before"],
-    }
 
 
 def report(shape: Shape, tokens: int) -> dict[str, Any]:
@@ -185,8 +156,7 @@ def report(shape: Shape, tokens: int) -> dict[str, Any]:
         return round(100 * flops / of_experts, 2)
 
     before = cost(one_hot, x, expert, weight, kernels)
-    after = cost(functools.partial(sorted_dispatch, platform="tpu"), x, expert, weight, kernels)
-    blocks = cost(functools.partial(sorted_dispatch, platform="cuda"), x, expert, weight, kernels)
+    after = cost(sorted_dispatch, x, expert, weight, kernels)
     weighting = share(after.flops - of_experts)
     moved = cost(moved_rows, x, expert)
     return {
@@ -196,10 +166,10 @@ def report(shape: Shape, tokens: int) -> dict[str, Any]:
             "one-hot": share(before.flops - of_experts),
             "sorted, TPU": weighting,
             **{
-                f"sorted, CPU, {name}": round(weighting + 100 * rows, 2)
-                for name, rows in spare_rows(shape, tokens).items()
+                f"sorted, {product}, {name}": round(weighting + 100 * rows, 2)
+                for product, smallest in smallest_tiles(shape, tokens).items()
+                for name, rows in spare_rows(shape, tokens, smallest).items()
             },
-            "sorted, GPU": share(blocks.flops - of_experts),
         },
         "one_hot_matrix_mib": round(2 * tokens * experts * (tokens * chosen // experts) / 2**20, 1),
         "moved_mib": round(moved.moved_bytes / 2**20, 1),
@@ -211,14 +181,9 @@ def report(shape: Shape, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a device")
-    parser.add_argument("--measure", action="store_true", help="execute the experts on this CPU")
-    parser.add_argument("--scale", type=int, default=4, help="divisor of the widths of experts that are executed")
-    interleaved.add_options(parser, turns=5)
     options = parser.parse_args()
     for name, shape in SHAPES.items():
-        options.shape = name
-        found = measure(options) if options.measure else report(shape, options.tokens)
-        print(json.dumps({name: found}, indent=1), flush=True)
+        print(json.dumps({name: report(shape, options.tokens)}, indent=1), flush=True)
 
 
 if __name__ == "__main__":

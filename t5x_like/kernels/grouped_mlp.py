@@ -1,14 +1,14 @@
 """MLPs of several experts on rows sorted by expert: each row with its own expert's kernels, none dropped.
 
-Groups have any sizes, and arrays have static shapes. On TPUs the products skip what belongs to no group: XLA's ragged
-product, and JAX's `megablox` kernel for the gradient of the kernels, which XLA's rule would compute for all experts and
-all rows. On CPUs loops over tiles of rows multiply hardly more than the rows of the groups (`kernels.tiled_product`).
+Groups have any sizes, and arrays have static shapes. Each platform has one product that skips what belongs to no group:
 
-On GPUs, where such loops would wait for the host at each tile, the rows are cut into blocks of one expert each, so that
-all products are batches of equal matrix products. A block has half the mean number of rows per expert: at most
-`rows / block + experts` blocks are needed, whatever the sizes, which is half more work than with even groups (Gale et
-al. 2023, MegaBlocks, has the same layout). Each block has a copy of its kernels, so that smaller blocks would need more
-memory.
+- TPUs: XLA's ragged product, and JAX's `megablox` kernel for the gradient of the kernels, which XLA's rule would
+  compute for all experts and all rows.
+- CPUs: loops over tiles of rows (`kernels.tiled_product`).
+- NVIDIA GPUs from Ampere on: kernels for Triton (`kernels.triton_product`). Others are refused.
+
+An exported program that does not know the number of rows has the loops of CPUs on GPUs as well: the grid of a kernel
+for Triton is static. The loops wait for the host at each tile there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from t5x_like.kernels.tiled_product import tiled_product
+from t5x_like.kernels.triton_product import refuse_old_gpus, triton_product
 
 ROW_TILE = 128
 """On TPUs the number of rows must be a multiple of this."""
@@ -62,15 +63,27 @@ def grouped_mlp(
 
     Returns:
       [N, d] in the type of the rows; 0 for ignored rows.
+
+    Raises:
+      UserError: a GPU is older than Ampere or not one of NVIDIA.
+      ValueError: there is no product for the platform.
     """
+    knows_rows = isinstance(rows_Nxd.shape[0], int)
+    on_gpus = triton_product if knows_rows else tiled_product
     by_platform = {
         "tpu": functools.partial(_ragged_mlp, activate=activate),
         "cpu": functools.partial(_sorted_mlp, activate=activate, product=tiled_product),
+        "cuda": functools.partial(_sorted_mlp, activate=activate, product=on_gpus),
     }
-    others = functools.partial(_blocked_mlp, activate=activate)
-    if platform is not None:
-        return by_platform.get(platform, others)(rows_Nxd, sizes_E, kernels)
-    return jax.lax.platform_dependent(rows_Nxd, sizes_E, kernels, default=others, **by_platform)
+    if knows_rows and platform in (None, "gpu", "cuda"):
+        refuse_old_gpus()
+    if platform is None:
+        return jax.lax.platform_dependent(rows_Nxd, sizes_E, kernels, **by_platform)
+    # Devices call the platform "gpu" and the compiler calls it "cuda".
+    name = "cuda" if platform == "gpu" else platform
+    if name not in by_platform:
+        raise ValueError(f"experts: found the platform {platform!r}, expected one of gpu, {', '.join(by_platform)}")
+    return by_platform[name](rows_Nxd, sizes_E, kernels)
 
 
 def _ragged_mlp(rows: Array, sizes: Array, kernels: ExpertKernels, activate: Callable[[Array], Array]) -> Array:
@@ -124,39 +137,3 @@ def kernel_gradient(x_Nxd: Array, d_out_Nxf: Array, sizes_E: Array, *, interpret
 
     tiles = (ROW_TILE, min(_KERNEL_TILE, x_Nxd.shape[1]), min(_KERNEL_TILE, d_out_Nxf.shape[1]))
     return tgmm(x_Nxd.T, d_out_Nxf, sizes_E, jnp.float32, tiles, interpret=interpret)
-
-
-def _blocked_mlp(rows: Array, sizes: Array, kernels: ExpertKernels, activate: Callable[[Array], Array]) -> Array:
-    count, experts = rows.shape[0], sizes.shape[0]
-    # An exported program may not know the number of rows.
-    block = max(1, -(-count // (2 * experts))) if isinstance(count, int) else 8
-    num_blocks = -(-count // block) + experts
-    # Each expert fills whole blocks; the last one of an expert is filled up with zeros.
-    blocks_E = (sizes + block - 1) // block
-    first_block_E, first_row_E = jnp.cumsum(blocks_E) - blocks_E, jnp.cumsum(sizes) - sizes
-    # Blocks after the last one belong to the last expert and have no rows.
-    expert_N = jnp.minimum(_group_of(blocks_E, num_blocks), experts - 1)
-    within = (jnp.arange(num_blocks) - first_block_E[expert_N])[:, None] * block + jnp.arange(block)
-    used = (within < sizes[expert_N][:, None])[..., None]
-    x = jnp.where(used, jnp.take(rows, first_row_E[expert_N][:, None] + within, axis=0, mode="clip"), 0)
-
-    @jax.checkpoint
-    def product(x: Array, kernels: Array) -> Array:
-        # The backward pass copies the kernels of the blocks again, instead of keeping the copies.
-        return jnp.einsum("nbd,ndf->nbf", x, kernels[expert_N])
-
-    hidden = activate(product(x, kernels.wi_0))
-    if kernels.wi_1 is not None:
-        hidden = hidden * product(x, kernels.wi_1)
-    out = product(hidden, kernels.wo).reshape(num_blocks * block, -1)
-
-    row = jnp.arange(count)
-    expert = jnp.minimum(_group_of(sizes, count), experts - 1)
-    # Where each row was put: the first place of its expert's blocks plus its number within the expert.
-    place = first_block_E[expert] * block + row - first_row_E[expert]
-    return jnp.where((row < jnp.sum(sizes))[:, None], jnp.take(out, place, axis=0, mode="clip"), 0)
-
-
-def _group_of(sizes: Array, count: int) -> Array:
-    """Return the group of each of `count` positions; the number of groups for positions after the last one."""
-    return jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(count), side="right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from jax import Array
 
+from t5x_like.kernels import expert_dispatch, grouped_mlp
 from t5x_like.kernels.expert_dispatch import ExpertSharding, apply_experts
 from t5x_like.kernels.grouped_mlp import ExpertKernels
 
@@ -50,7 +52,7 @@ def arrays() -> tuple[Array, Array, ExpertKernels]:
     return x, jnp.asarray(rng.random((ROWS, LENGTH, CHOICES)), jnp.float32), ExpertKernels(*kernels)
 
 
-def compiled(sharding: ExpertSharding | None) -> Any:
+def function_of(sharding: ExpertSharding | None) -> Any:
     """Return the function (arrays, experts) -> ((sum, output), gradients)."""
 
     def value(arguments: tuple[Array, Array, ExpertKernels], expert: Array) -> tuple[Array, Array]:
@@ -63,17 +65,33 @@ def compiled(sharding: ExpertSharding | None) -> Any:
 
 @functools.cache
 def one_device() -> Any:
-    return compiled(None)
+    return function_of(None)
+
+
+def sharding_of(placement: str) -> ExpertSharding:
+    sizes, names, batch, length, experts, mlp = PLACEMENTS[placement]
+    mesh = jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+    return ExpertSharding(mesh, batch, length, experts, mlp)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_dispatch_equals_one_device_for_any_routing(placement: str) -> None:
-    sizes, names, batch, length, experts, mlp = PLACEMENTS[placement]
-    mesh = jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
-    function = compiled(ExpertSharding(mesh, batch, length, experts, mlp))
+    function = function_of(sharding_of(placement))
     for kind in ("random", "one device", "padding"):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, np.abs(b).max())),
             function(arrays(), routing(kind)),
             one_device()(arrays(), routing(kind)),
         )
+
+
+def test_devices_that_are_gpus_run_kernels_for_triton_on_their_own_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The mesh has CPUs, and the program is lowered for GPUs.
+    on_gpus = lambda *arguments: grouped_mlp.grouped_mlp(*arguments[:-1], platform="gpu")  # noqa: E731
+    monkeypatch.setattr(expert_dispatch, "grouped_mlp", on_gpus)
+    function = function_of(sharding_of("experts, length and hidden dimension"))
+    text = function.trace(arrays(), routing("random")).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r"custom_call @__gpu\$xla\.gpu\.triton\(.* : \((.*)\) -> (.*)", text)
+    assert len(kernels) >= 9
+    # An expert's kernel of [8, 16], of which 2 devices share the experts and 2 others the hidden dimension.
+    assert all("4x8x8xf32" in operands + result for operands, result in kernels)

@@ -63,7 +63,7 @@ def executed_flops(run: RunConfig) -> float:
     skip masked blocks. The backward pass recomputes what was not saved: with attention by "reference" the scores; with
     `remat` of "dots" both products of attention as well; with "full" the whole forward pass of the layers, except a
     last product whose result is not needed. The products of the optimizer (Muon) are added. Elementwise operations are
-    not counted, and neither are the spare rows of groups of experts on devices other than TPUs (`kernels.grouped_mlp`).
+    not counted, and neither are the rows of no use in tiles of experts on CPUs and GPUs (`kernels.grouped_mlp`).
     """
     config = run.model
     forward: Counter[str] = Counter()

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.data_examples import text_store
+from helpers.even_experts import even_experts
 from helpers.planning_runs import small_run
 
 from t5x_like.config import (
@@ -24,7 +25,7 @@ from t5x_like.config import (
     ul2,
 )
 from t5x_like.data.stream.row_stream import TrainingStream
-from t5x_like.kernels import expert_dispatch, grouped_mlp
+from t5x_like.kernels import expert_dispatch
 from t5x_like.models import factory
 from t5x_like.planning.estimate.flops import (
     cross_attention_premium,
@@ -75,12 +76,10 @@ MORE = [
 
 @pytest.mark.parametrize(("family", "remat"), [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in MORE)])
 def test_executed_flops_match_xla(family: str, remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # XLA counts a loop once, as those over the tiles of experts on CPUs, so the blocks of experts on GPUs are counted.
-    on_gpu = lambda *arguments: grouped_mlp.grouped_mlp(*arguments[:-1], platform="gpu")  # noqa: E731
-    monkeypatch.setattr(expert_dispatch, "grouped_mlp", on_gpu)
+    monkeypatch.setattr(expert_dispatch, "grouped_mlp", even_experts)
     run = wide_run(family, remat)
-    # The blocks have up to half more rows than the experts, and products are recomputed.
-    most = 1.9 if family == "mixtral" else 1.02
+    # The estimate leaves out products of experts that are computed again: all with "dots", the last with "full".
+    most = 1.3 if family == "mixtral" and remat != "none" else 1.02
     assert 1.0 <= counted_by_xla(run) / executed_flops(run) < most
 
 
