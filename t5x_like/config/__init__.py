@@ -24,6 +24,7 @@ from t5x_like.config.model import ModelConfig, MoEConfig, RopeScalingConfig, Sta
 from t5x_like.config.objectives import (
     BartDenoising,
     BlankInfilling,
+    BlockDiffusion,
     CausalLM,
     CausalMasking,
     Dialogues,
@@ -86,6 +87,7 @@ __all__ = [
     "BatchSizes",
     "BatchSpec",
     "BlankInfilling",
+    "BlockDiffusion",
     "CausalLM",
     "CausalMasking",
     "CheckpointConfig",

@@ -153,7 +153,8 @@ def evaluation_spec(run: RunConfig) -> BatchSpec:
 def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str, ArraySpec]:
     """Return the features of a sub-batch by layout, all int32 of [rows, length]; loss weights: `loss_weight_type`.
 
-    encoder_decoder: encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, decoder_loss_weights.
+    encoder_decoder: encoder_input_tokens, decoder_input_tokens, decoder_target_tokens, decoder_loss_weights; with block
+      diffusion also decoder_causal_attention, which is 1 for the whole block.
     prefix_lm: decoder_input_tokens, decoder_target_tokens, decoder_loss_weights, decoder_causal_attention (1 where
       attention is bidirectional: the inputs and one position more, seqio's rule).
     causal_lm: the same without decoder_causal_attention.
@@ -181,7 +182,7 @@ def sub_batch_spec(data: DataConfig, shape: RowShape, rows: int) -> Mapping[str,
         if shape.packed:
             features |= {f"{stack}_segment_ids": targets, f"{stack}_positions": targets}
     features |= {f"{stack}_target_tokens": targets, f"{stack}_loss_weights": targets}
-    if has_bidirectional_prefix(data.layout):
+    if data.has_bidirectional_decoder:
         features["decoder_causal_attention"] = targets
     if data.preference is not None:
         features |= {f"{REJECTED}{name}": size for name, size in features.items() if name.startswith("decoder")}

@@ -11,7 +11,7 @@ from typing import assert_never
 from t5x_like.config.bounds import Problems
 from t5x_like.config.data import DataConfig
 from t5x_like.config.layouts import StackName
-from t5x_like.config.objectives import CausalLM, Objective, PrefixLM
+from t5x_like.config.objectives import BlockDiffusion, CausalLM, Objective, PrefixLM
 from t5x_like.config.run import RunConfig
 from t5x_like.errors import ConfigProblem
 
@@ -19,11 +19,17 @@ from t5x_like.errors import ConfigProblem
 def has_bound(data: DataConfig) -> bool:
     """Return whether held-out text is scored by the bound of masked diffusion, and not token after token.
 
-    This holds for encoders, and for bidirectional streams whose objectives all predict tokens in place.
+    This holds for encoders, for bidirectional streams whose objectives all predict tokens in place, and for block
+    diffusion.
     """
     if data.seqio is not None or not data.objectives:
         return False
     return all(objective.predicts_in_place for objective in data.objectives)
+
+
+def block_objective(data: DataConfig) -> BlockDiffusion | None:
+    """Return the objective of a run of block diffusion, which has no other one; None for other runs."""
+    return next((one for one in data.objectives if isinstance(one, BlockDiffusion)), None)
 
 
 def continuing_objective(data: DataConfig) -> tuple[CausalLM | PrefixLM, int]:
@@ -52,6 +58,10 @@ def continuation_positions(data: DataConfig, given: int, scored: int) -> dict[St
         case "encoder":
             return {"encoder": given + scored}
         case "encoder_decoder":
+            if block := block_objective(data):
+                # The last block has all text before it, and EOS, in the encoder.
+                last = (scored - 1) // block.block_length * block.block_length
+                return {"encoder": given + last + 1, "decoder": min(block.block_length, scored) + 1}
             return {"encoder": inputs, "decoder": scored} if separate else {"encoder": 0, "decoder": given + scored}
         case "prefix_lm" | "causal_lm":
             return {"decoder": inputs + scored}

@@ -7,7 +7,7 @@ from typing import Literal
 from t5x_like.config.bounds import NonEmptyStr, NonNegativeFloat, PositiveFloat, PositiveInt, Seed
 from t5x_like.config.corpus import CorpusConfig
 from t5x_like.config.dataclass import config_dataclass
-from t5x_like.config.layouts import Layout, StackName, row_positions
+from t5x_like.config.layouts import Layout, StackName, has_bidirectional_prefix, row_positions
 from t5x_like.config.objectives import LabeledExamples, Objective, Preference
 from t5x_like.config.seqio_task import SeqioConfig
 from t5x_like.config.tokenizer import TokenizerConfig
@@ -118,6 +118,11 @@ class DataConfig:
     def row_length(self) -> int:
         """Token positions of a decoder-only row."""
         return self.inputs_length + self.targets_length
+
+    @property
+    def has_bidirectional_decoder(self) -> bool:
+        """True if a decoder attends to a part of a row in both directions: `decoder_causal_attention` is a feature."""
+        return has_bidirectional_prefix(self.layout) or any(one.reads_masked_targets for one in self.objectives)
 
     @property
     def row_positions(self) -> dict[StackName, int]:

@@ -2,7 +2,9 @@
 
 The model is an encoder, or a decoder whose whole stream is a bidirectional prefix and that predicts each token one
 position earlier (`data.objectives.masked_diffusion`). A pass computes the distributions of all masked positions of a
-block, given every token that is known, and unmasks some of them; a token that is known never changes.
+block, given every token that is known, and unmasks some of them; a token that is known never changes. An
+encoder-decoder of block diffusion (`data.objectives.block_diffusion`) reads the text before a block once, in its
+encoder, and each pass is one of the decoder over the block alone.
 
 Which positions are unmasked does not depend on what is drawn there, so that with one token per pass a text has exactly
 the probability that the model gives it in that order. In random order, all orders are equally likely, and the
@@ -23,6 +25,7 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding, PartitionSpec
 
 from t5x_like.config import ModelConfig
+from t5x_like.config.continuation import block_objective
 from t5x_like.decoding.bucketing import bucket, num_row_shards, pad_rows, put_on_mesh, require_positions
 from t5x_like.decoding.inference_params import InferenceParams, decoding_model, inference_params
 from t5x_like.decoding.log_likelihood import MAX_LOGITS_PER_BATCH, in_place_features, require_masked_model
@@ -31,6 +34,8 @@ from t5x_like.decoding.stop_strings import StopStrings, find_end
 from t5x_like.decoding.token_selection import NOT_FINITE, not_finite
 from t5x_like.decoding.unmasking_schedule import DiffusionSampling, Order
 from t5x_like.errors import ConfigError, ConfigProblem, DataError
+from t5x_like.models.kv_cache import KVCache
+from t5x_like.models.model import Model
 from t5x_like.program import Program
 from t5x_like.utils.type_aliases import IntArray, PyTree
 
@@ -70,9 +75,9 @@ def unmask_tokens(
     a few programs only. The result of a text does not depend on the texts beside it, apart from rounding.
 
     Args:
-      program: A program whose model is an encoder or a decoder alone.
+      program: A program whose model is an encoder or a decoder alone, or an encoder-decoder of block diffusion.
       params: The program's parameters, or the result of `inference_params`.
-      texts: The texts. Lengths may differ.
+      texts: The texts. Lengths may differ. In an encoder-decoder the positions are the end of the text.
       allowed_V: [vocabulary] of the tokens that may be selected.
       diffusion: Order and number of passes; None: the defaults.
       sampling: Sampling settings without a repetition penalty; None: greedy.
@@ -85,18 +90,27 @@ def unmask_tokens(
       stops: Strings that end a text.
 
     Raises:
-      ConfigError: the model has an encoder and a decoder, a text has more tokens than learned positions, or there is a
-        repetition penalty.
-      DataError: the model's logits are not finite.
+      ConfigError: the model has an encoder and a decoder that were not trained with block diffusion, a text has more
+        tokens than learned positions, or there is a repetition penalty.
+      DataError: the model's logits are not finite, or an encoder-decoder has text after the positions.
     """
     diffusion, sampling = diffusion or DiffusionSampling(), sampling or Sampling()
     config = program.run.model
-    require_masked_model(config)
+    if block_objective(program.run.data) is None:
+        require_masked_model(config)
+    else:
+        _require_end_positions(texts)
     if sampling.repetition_penalty != 1.0:
         found = repr(sampling.repetition_penalty)
         raise ConfigError([ConfigProblem("repetition_penalty", found, "1 where a text is unmasked in any order")])
-    (name,) = config.stacks
-    require_positions(config, "the longest text", {name: max((len(text.tokens) for text in texts), default=0)})
+    blocks = [diffusion.passes(len(text.positions)) for text in texts]
+    longest = {
+        # The start token, and the block.
+        "decoder": 1 + max((sum(block) for of_text in blocks for block in of_text), default=0),
+        # The first stack reads the text.
+        next(iter(config.stacks)): max((len(text.tokens) for text in texts), default=0),
+    }
+    require_positions(config, "the longest text", longest)
     params = inference_params(program, params)
     seeds = [seed] * len(texts) if isinstance(seed, int) else seed
     results: list[list[int]] = [[] for _ in texts]
@@ -126,6 +140,12 @@ def unmask_tokens(
                 )
             results[index] = text.result
     return results
+
+
+def _require_end_positions(texts: Sequence[MaskedText]) -> None:
+    for number, text in enumerate(texts):
+        if list(text.positions) != list(range(len(text.tokens) - len(text.positions), len(text.tokens))):
+            raise DataError(f"text {number}: found tokens after a masked position, expected none with block diffusion")
 
 
 class PendingText:
@@ -215,12 +235,20 @@ class BlockShape(NamedTuple):
             shards * bucket(-(-len(texts) // shards), minimum=1),
             text_width(program.run.model, max(len(text.tokens) for text in texts)),
             *(bucket(int(size), minimum=1) for size in largest),
-        )
+        ).within_positions(program.run.model)
+
+    def within_positions(self, config: ModelConfig) -> BlockShape:
+        """Return the shape with blocks of at most as many positions as a decoder beside an encoder has learned,
+        one of them for its start token."""
+        decoder = config.decoder
+        if config.encoder is None or decoder is None or decoder.positions != "learned":
+            return self
+        return self._replace(positions=min(self.positions, decoder.max_positions - 1))
 
 
 def text_width(config: ModelConfig, length: int) -> int:
     """Return the length rounded up to a power of two, within a table of learned positions."""
-    (stack,) = config.stacks.values()
+    stack = next(iter(config.stacks.values()))
     return min(bucket(length), stack.max_positions) if stack.positions == "learned" else bucket(length)
 
 
@@ -296,9 +324,17 @@ def _unmask(
     with program.mesh_context():
         model = decoding_model(program, params)
 
+        # Positions outside of a row's block read any token; they are masked or not taken below.
+        at_RxB = jnp.minimum(positions_RxB, width - 1)
+        cache = None
+        if config.encoder is not None and config.decoder is not None:
+            cache = _read_before(model, batch["tokens"], positions_RxB[:, 0], positions_RxB.shape[1])
+
         def logits_of(tokens_RxW: jax.Array) -> jax.Array:
+            if cache is not None:
+                block_RxB = jnp.take_along_axis(tokens_RxW, at_RxB, axis=1)
+                return _block_logits(model, block_RxB, jnp.sum(inside_RxB, axis=1), cache)
             states_RxWxd, _ = model.states(in_place_features(tokens_RxW, batch["lengths"], config))
-            at_RxB = jnp.minimum(positions_RxB, width - 1)
             states_RxBxd = jnp.take_along_axis(states_RxWxd, at_RxB[:, :, None], axis=1)
             return model.head(states_RxBxd, model.token_embedder.embedding[...]).astype(jnp.float32)
 
@@ -333,8 +369,25 @@ def _unmask(
 
         passes = jnp.max(jnp.sum(counts_RxT > 0, axis=1))
         tokens_RxW, _ = jax.lax.fori_loop(0, passes, unmask, (batch["tokens"], inside_RxB))
-        found_RxB = jnp.take_along_axis(tokens_RxW, jnp.minimum(positions_RxB, width - 1), axis=1)
+        found_RxB = jnp.take_along_axis(tokens_RxW, at_RxB, axis=1)
         return jax.lax.with_sharding_constraint(found_RxB, NamedSharding(program.mesh, PartitionSpec()))
+
+
+def _read_before(model: Model, tokens_RxW: jax.Array, start_R: jax.Array, block: int) -> KVCache:
+    """Return a cache with the encoder's keys and values of the tokens before `start_R`, followed by EOS as in training,
+    and room for the start token and a block."""
+    rows, width = tokens_RxW.shape
+    index_W = jnp.arange(width)
+    inputs_RxW = jnp.where(index_W == start_R[:, None], model.config.eos_ids[0], tokens_RxW)
+    valid_RxW = (index_W <= start_R[:, None]).astype(jnp.int32)
+    return model.start_decoding(model.encode(inputs_RxW, segment_ids=valid_RxW), valid_RxW, rows, block + 1)
+
+
+def _block_logits(model: Model, block_RxB: jax.Array, size_R: jax.Array, cache: KVCache) -> jax.Array:
+    """Return the logits of the first `size_R` tokens of a block at their own positions: float32 [R, B, V]."""
+    start_Rx1 = jnp.full_like(block_RxB[:, :1], model.config.decoder_start_token_id)
+    tokens_RxL = jnp.concatenate([start_Rx1, block_RxB], axis=1)
+    return model.prefill(tokens_RxL, size_R + 1, cache, bidirectional=True, all_logits=True)[0][:, 1:]
 
 
 def _batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from t5x_like.config.continuation import block_objective
 from t5x_like.data.objectives.prompts import masked_text_format
 from t5x_like.decoding.diffusion_sampling import MaskedText
 from t5x_like.decoding.generation_config import GenerationConfig
@@ -49,6 +50,8 @@ def only_unmasks(loaded: LoadedModel) -> bool:
 def unmasking_formats(loaded: LoadedModel, gap_tokens: int = 1) -> Formats:
     """Return the formats of texts whose masked positions are filled; see `diffusion_sampling`.
 
+    A model of block diffusion continues a text and fills no gaps.
+
     Raises:
       ConfigError: the model was not trained to predict masked tokens.
     """
@@ -59,12 +62,14 @@ def unmasking_formats(loaded: LoadedModel, gap_tokens: int = 1) -> Formats:
         fix = "leave out the options of unmasking"
         raise ConfigError([ConfigProblem(str(loaded.path), found, "masked_diffusion or masked_lm", fix)])
     form = masked_text_format(gap_tokens)
-    return Formats(form, form)
+    return Formats(form, form if data is None or block_objective(data) is None else None)
 
 
 def masked_text(loaded: LoadedModel, ids: Sequence[int], new_tokens: int = 0) -> MaskedText:
     """Return the text of a prompt, `new_tokens` mask tokens and the special tokens of the model; its mask tokens are
-    filled."""
+    filled. A model of block diffusion has whole blocks of mask tokens, of which only `new_tokens` are wanted."""
+    trained = None if loaded.trained_on is None else block_objective(loaded.trained_on)
+    new_tokens = new_tokens if trained is None else trained.in_whole_blocks(new_tokens)
     mask = mask_id(loaded)
     before, after = special_tokens(loaded)
     tokens = [*before, *ids, *[mask] * new_tokens, *after]
@@ -73,13 +78,22 @@ def masked_text(loaded: LoadedModel, ids: Sequence[int], new_tokens: int = 0) ->
 
 def settings_and_formats(loaded: LoadedModel, settings: GenerationConfig) -> tuple[GenerationConfig, Formats]:
     """Return the settings and the formats of prompts for a model: one that predicts masked tokens only fills them, by
-    default with `DiffusionSampling()`.
+    default with `DiffusionSampling()`. Block diffusion has the blocks of training.
 
     Raises:
       ConfigError: the model and the settings do not fit.
     """
-    if settings.diffusion is None and only_unmasks(loaded):
-        settings = dataclasses.replace(settings, diffusion=DiffusionSampling())
-    if settings.diffusion is None:
+    diffusion = settings.diffusion
+    if diffusion is None and only_unmasks(loaded):
+        diffusion = DiffusionSampling()
+    if diffusion is None:
         return settings, formats_of(loaded, settings.mode)
-    return settings, unmasking_formats(loaded, settings.diffusion.gap_tokens)
+    trained = None if loaded.trained_on is None else block_objective(loaded.trained_on)
+    if trained is not None:
+        length = diffusion.block_length or trained.block_length
+        if length != trained.block_length:
+            expected = f"{trained.block_length}, the length of the blocks in training"
+            raise ConfigError([ConfigProblem("block_length", str(length), expected)])
+        diffusion = dataclasses.replace(diffusion, block_length=length)
+    formats = unmasking_formats(loaded, diffusion.gap_tokens)
+    return dataclasses.replace(settings, diffusion=diffusion), formats

@@ -260,7 +260,8 @@ class TextGenerator:
                 stops=self._stops,
             )
             for index, new in zip(indices, tokens, strict=True):
-                results[index] = [self._cut(new, None)]
+                # Whole blocks can have more tokens than are wanted.
+                results[index] = [self._cut(new if has_gaps else new[: rows[index].limit], None)]
         return results
 
     def _decode_form(

@@ -41,11 +41,13 @@ class RequestScheduler(abc.ABC):
       config: Sizes.
       scores_prompts: The model predicts the tokens of its prompts: it is a causal decoder.
       fills_gaps: A request may have a text after the new tokens.
+      unmasks: New tokens fill masked positions, so that there are no probabilities of a next token.
       failure: Exception that ended `run`; None after `close`.
     """
 
     scores_prompts: bool = False
     fills_gaps: bool = False
+    unmasks: bool = False
 
     def __init__(self, config: SlotLimits):
         self.config = config
@@ -78,7 +80,7 @@ class RequestScheduler(abc.ABC):
 
         Raises:
           ValueError: a prompt is empty or too long, too many tokens are requested, a prompt is to be scored by a model
-            that does not predict it, a text follows the new tokens of a model that decodes from left to right, or the
+            that does not predict it, a text follows the new tokens of a model that only continues texts, or the
             scheduler is closed.
         """
         config = self.config
@@ -87,7 +89,7 @@ class RequestScheduler(abc.ABC):
             if not 0 < length <= config.max_prompt_length:
                 raise ValueError(f"a prompt of {length} tokens, expected 1 to {config.max_prompt_length}")
             if request.suffix and not self.fills_gaps:
-                raise ValueError("a text after the new tokens, expected none: this model decodes from left to right")
+                raise ValueError("a text after the new tokens, expected none: this model only continues texts")
             is_scored = request.on_prompt_logprobs is not None
             if is_scored and not self.scores_prompts:
                 raise ValueError("a prompt to be scored, expected none: this model does not predict its prompts")

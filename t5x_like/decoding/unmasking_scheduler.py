@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from t5x_like.config.continuation import block_objective
 from t5x_like.decoding.bucketing import bucket, num_row_shards, require_positions
 from t5x_like.decoding.diffusion_sampling import BlockShape, MaskedText, PendingText, text_width, unmask_blocks
 from t5x_like.decoding.inference_params import inference_params
@@ -32,7 +33,7 @@ from t5x_like.utils.type_aliases import PyTree
 class UnmaskingScheduler(RequestScheduler):
     """Scheduler of a model that predicts masked tokens; see `diffusion_sampling`. New tokens are delivered by block."""
 
-    fills_gaps = True
+    unmasks = True
 
     def __init__(
         self,
@@ -48,8 +49,9 @@ class UnmaskingScheduler(RequestScheduler):
         """Prepare the sizes.
 
         Args:
-          program: A program whose model is an encoder or a decoder alone. Its mesh splits the slots, whose number is
-            rounded up to a multiple of the split.
+          program: A program whose model is an encoder or a decoder alone, or an encoder-decoder of block diffusion,
+            which reads no text after the new tokens. Its mesh splits the slots, whose number is rounded up to a
+            multiple of the split.
           params: The program's parameters.
           allowed_V: [vocabulary] of the tokens that may be selected.
           mask_id: Id of the mask token.
@@ -62,26 +64,29 @@ class UnmaskingScheduler(RequestScheduler):
         """
         config = config or SlotLimits()
         model = program.run.model
-        require_masked_model(model)
-        self._longest = config.max_prompt_length + config.max_new_tokens + sum(map(len, special_tokens))
-        (name,) = model.stacks
-        require_positions(model, "prompt and new tokens", {name: self._longest})
+        self._blocks = block_objective(program.run.data)
+        self.fills_gaps = self._blocks is None
+        if self._blocks is None:
+            require_masked_model(model)
+        most = self._num_masked(config.max_new_tokens)
+        self._longest = config.max_prompt_length + most + sum(map(len, special_tokens))
+        self._diffusion = diffusion or DiffusionSampling()
+        block = min(self._diffusion.block_length or most, most)
+        # The first stack reads the text.
+        needed = {"decoder": block + 1, next(iter(model.stacks)): self._longest}
+        require_positions(model, "prompt and new tokens", needed)
         shards = num_row_shards(program)
         super().__init__(dataclasses.replace(config, slots=-(-config.slots // shards) * shards))
         self.program, self.params = program, inference_params(program, params)
-        self._diffusion = diffusion or DiffusionSampling()
         self._mask_id, self._special_tokens = mask_id, special_tokens
         self._allowed_V = allowed_V
         # Before a suffix, no token can end the text.
         self._inside_V = allowed_V.copy()
         self._inside_V[[token for token in model.eos_ids if token < len(allowed_V)]] = False
-        block = min(self._diffusion.block_length or config.max_new_tokens, config.max_new_tokens)
         # A block of b of n positions has at least b / n of the passes, if it has not one for each position.
-        per_pass = (
-            1 if self._diffusion.steps is None else min(-(-config.max_new_tokens // self._diffusion.steps), block)
-        )
+        per_pass = 1 if self._diffusion.steps is None else min(-(-most // self._diffusion.steps), block)
         sizes = (bucket(size, minimum=1) for size in (block, block, per_pass))
-        self._shape = BlockShape(self.config.slots, text_width(model, 1), *sizes)
+        self._shape = BlockShape(self.config.slots, text_width(model, 1), *sizes).within_positions(model)
         self._texts: list[PendingText | None] = [None] * self.config.slots
 
     def warm_up(self) -> None:
@@ -110,22 +115,27 @@ class UnmaskingScheduler(RequestScheduler):
             if request is None or text is None:
                 continue
             finish: FinishReason | None = None
-            if text.is_done:
-                finish = "error" if NOT_FINITE in text.new else "length" if text.end is None else "stop"
+            most = request.max_new_tokens
+            if text.is_done or len(text.new) >= most:
+                has_ended = text.end is not None and text.end < most
+                finish = "error" if NOT_FINITE in text.new else "stop" if has_ended else "length"
                 self._active[slot] = self._texts[slot] = None
-            new = text.result[delivered[slot] :]
+            new = text.result[delivered[slot] : most]
             request.on_tokens([] if finish == "error" else new, finish)
 
     def _free(self, freed: npt.NDArray[np.bool_]) -> None:
         for slot in np.flatnonzero(freed).tolist():
             self._texts[slot] = None
 
+    def _num_masked(self, wanted: int) -> int:
+        return wanted if self._blocks is None else self._blocks.in_whole_blocks(wanted)
+
     def _pending(self, request: Request) -> PendingText:
         before, after = self._special_tokens
-        start = len(before) + len(request.prompt)
-        tokens = [*before, *request.prompt, *[self._mask_id] * request.max_new_tokens, *request.suffix, *after]
+        start, count = len(before) + len(request.prompt), self._num_masked(request.max_new_tokens)
+        tokens = [*before, *request.prompt, *[self._mask_id] * count, *request.suffix, *after]
         return PendingText(
-            MaskedText(tokens, range(start, start + request.max_new_tokens)),
+            MaskedText(tokens, range(start, start + count)),
             self._diffusion,
             seed=request.seed % NUM_SEEDS,
             row=request.row,

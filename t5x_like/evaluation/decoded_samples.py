@@ -114,9 +114,14 @@ def _infill(program: Program, params: PyTree, features: Features, count: int, st
             break
         present = tokens != store.vocabulary.pad_id
         gaps = chosen[present]
+        before = ""
+        if stack == "decoder" and "encoder_input_tokens" in features:
+            # The text before the block, which ends in EOS.
+            given = features["encoder_input_tokens"][row]
+            before = store.tokenizer.decode(given[given != store.vocabulary.pad_id][:-1].tolist())
         samples.append(
             {
-                "inputs": _with_gaps(tokens[present].tolist(), gaps, store.tokenizer),
+                "inputs": before + _with_gaps(tokens[present].tolist(), gaps, store.tokenizer),
                 "targets": _in_gaps(tokens[present][gaps].tolist(), store.tokenizer),
                 "prediction": _in_gaps(prediction_NxL[row][present][gaps].tolist(), store.tokenizer),
             }

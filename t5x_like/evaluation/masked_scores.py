@@ -73,6 +73,10 @@ def require_scoring(loaded: LoadedModel, scoring: Scoring, option: str) -> None:
         raise ConfigError([ConfigProblem(option, repr(scoring), f"one of {', '.join(get_args(Scoring))}")])
     if loaded.model.task_head is not None:
         raise ConfigError([ConfigProblem(str(loaded.path), "a task head", "a head over the vocabulary")])
+    if only_unmasks(loaded) and loaded.model.architecture == "encoder_decoder":
+        expected = "a model that predicts the next token, or masked tokens of a whole text"
+        fix = "held-out text is scored by `eval` and its --continuation"
+        raise ConfigError([ConfigProblem(str(loaded.path), "an encoder-decoder of block diffusion", expected, fix)])
     if (scoring == "log_likelihood") == only_unmasks(loaded):
         kind = "an encoder" if loaded.model.decoder is None else "a decoder"
         expected = (

@@ -55,6 +55,7 @@ def make_app(service: Service, access: AccessRules = AccessRules()) -> Starlette
         draw_seed=lambda: secrets.randbits(32),
         scores_prompts=service.batcher.scores_prompts,
         fills_gaps=service.batcher.fills_gaps,
+        unmasks=service.batcher.unmasks,
     )
     model_body = {"id": service.model, "object": "model", "created": int(time.time()), "owned_by": "user"}
 

@@ -169,7 +169,8 @@ class Limits:
       max_prompt_length, max_new_tokens: In tokens.
       draw_seed: Returns a seed for a request that has none.
       scores_prompts: The model predicts the tokens of its prompts.
-      fills_gaps: The model fills masked positions: it reads a suffix, and gives no log-probabilities of next tokens.
+      fills_gaps: The model reads a suffix.
+      unmasks: The model fills masked positions, and gives no log-probabilities of next tokens.
     """
 
     model: str
@@ -179,6 +180,7 @@ class Limits:
     draw_seed: Callable[[], int]
     scores_prompts: bool = True
     fills_gaps: bool = False
+    unmasks: bool = False
 
 
 def parse(body: bytes, limits: Limits, encode: Callable[[str], Sequence[int]]) -> PreparedRequest:
@@ -200,7 +202,7 @@ def parse(body: bytes, limits: Limits, encode: Callable[[str], Sequence[int]]) -
         if not limits.fills_gaps:
             raise BadRequest("suffix is not supported: leave it out", "suffix")
         suffix = tuple(_prompt_ids(request.suffix, encode, limits.vocab_size)[0])
-    if limits.fills_gaps:
+    if limits.unmasks:
         _require_unmasking(request)
     most = min(DEFAULT_MAX_TOKENS, limits.max_new_tokens) if request.max_tokens is None else request.max_tokens
     if request.echo and request.logprobs is not None and not limits.scores_prompts:

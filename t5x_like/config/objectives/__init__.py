@@ -14,6 +14,7 @@ from t5x_like.config.objectives.base import (
     ObjectiveConfig,
 )
 from t5x_like.config.objectives.blank_infilling import BlankInfilling
+from t5x_like.config.objectives.block_diffusion import BlockDiffusion
 from t5x_like.config.objectives.causal_lm import CausalLM
 from t5x_like.config.objectives.causal_masking import CausalMasking
 from t5x_like.config.objectives.dialogues import Dialogues
@@ -36,6 +37,7 @@ __all__ = [
     "MODES",
     "BartDenoising",
     "BlankInfilling",
+    "BlockDiffusion",
     "CausalLM",
     "CausalMasking",
     "Dialogues",
@@ -63,6 +65,7 @@ register_objective(PrefixLM, "t5x_like.data.objectives.prefix_lm:PrefixLMDenoise
 register_objective(CausalLM, "t5x_like.data.objectives.causal_lm:CausalLMDenoiser")
 register_objective(MaskedLM, "t5x_like.data.objectives.masked_lm:MaskedLMDenoiser")
 register_objective(MaskedDiffusion, "t5x_like.data.objectives.masked_diffusion:MaskedDiffusionDenoiser")
+register_objective(BlockDiffusion, "t5x_like.data.objectives.block_diffusion:BlockDiffusionDenoiser")
 register_objective(FillInTheMiddle, "t5x_like.data.objectives.fill_in_the_middle:FillInTheMiddleDenoiser")
 register_objective(CausalMasking, "t5x_like.data.objectives.causal_masking:CausalMaskingDenoiser")
 register_objective(BartDenoising, "t5x_like.data.objectives.bart:BartDenoiser")

@@ -52,6 +52,8 @@ class ObjectiveConfig(abc.ABC):
       has_inputs: True if an example has inputs for an encoder or a prefix, False if the whole stream is predicted.
       predicts_in_place: True if the target of a position is the raw token of that same position (masked LM,
         masked diffusion).
+      reads_masked_targets: True if the decoder of an encoder-decoder reads the targets with masked tokens, and attends
+        to all of them in both directions (block diffusion).
       example_source: Origin of the examples.
       unscored_first_targets: Number of tokens at the start of the targets that the loss never covers.
       fractional_loss_weights: True if the weight of a scored token can differ from 1. The loss weights of the whole run
@@ -60,6 +62,7 @@ class ObjectiveConfig(abc.ABC):
 
     has_inputs: ClassVar[bool]
     predicts_in_place: ClassVar[bool] = False
+    reads_masked_targets: ClassVar[bool] = False
     targets_are_text: ClassVar[bool] = False
     example_source: ClassVar[ExampleSource] = "text"
     unscored_first_targets: ClassVar[int] = 0

@@ -169,6 +169,10 @@ def _data(data: DataConfig, out_of_bounds: Collection[str]) -> Problems:
                 case source:
                     assert_never(source)
     yield from problems
+    if len(data.objectives) > 1 and (blocks := [one.name for one in data.objectives if one.reads_masked_targets]):
+        found = f"{', '.join(blocks)} beside {len(data.objectives) - 1} other objectives"
+        expected = "the only objective of the run: its decoder reads masked tokens at their own positions"
+        yield ConfigProblem("data.mixture", found, expected)
     if data.mixture and not problems and not lengths:
         yield from schedule_problems(data)
 
@@ -194,6 +198,11 @@ def _objective_in_layout(where: str, objective: Objective, layout: Layout) -> Pr
             "masked_lm or masked_diffusion, which predict each token at its own position",
             "or a layout with a decoder",
         )
+    elif objective.reads_masked_targets:
+        if layout != "encoder_decoder":
+            yield ConfigProblem(
+                f"{where}.kind", found, "an encoder for the text before the block", "or masked_diffusion"
+            )
     elif masked and layout not in ("encoder", "prefix_lm"):
         yield ConfigProblem(f"{where}.kind", found, "bidirectional attention", "choose layout encoder or prefix_lm")
     elif layout == "encoder_decoder" and not objective.has_inputs:
@@ -278,9 +287,10 @@ def _model_and_data(model: ModelConfig, data: DataConfig) -> Problems:
         )
     yield from _head_and_data(model, data)
     decoder = model.decoder
-    if decoder and has_bidirectional_prefix(data.layout) and decoder.positions == "relative_bias":
+    if decoder and data.has_bidirectional_decoder and decoder.positions == "relative_bias":
         if not decoder.relative_bias_bidirectional:
-            yield degenerate_buckets("model.decoder", "a token of the prefix attends to")
+            part = "prefix" if has_bidirectional_prefix(data.layout) else "block"
+            yield degenerate_buckets("model.decoder", f"a token of the {part} attends to")
     for name, needed in row_positions(data.layout, data.inputs_length, data.targets_length).items():
         stack = model.stacks.get(name)
         if stack and stack.positions == "learned" and stack.max_positions < needed:

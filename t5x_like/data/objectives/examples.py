@@ -26,6 +26,8 @@ class Examples:
       scored_weight_N: Loss weight of each scored token of an example; None: 1.
       aligned: True if each target is the raw token of the input at the same position (masked LM), so that inputs and
         targets share their positions; otherwise the targets follow the inputs.
+      masked_targets_NxT: What the decoder of an encoder-decoder reads: the start token (0, as the converters write it),
+        and after it the targets with masked tokens at their own positions. None: it reads the targets shifted by one.
     """
 
     inputs_NxI: Tokens
@@ -35,6 +37,7 @@ class Examples:
     scored_NxT: Mask | None = None
     aligned: bool = False
     scored_weight_N: npt.NDArray[np.float64] | None = None
+    masked_targets_NxT: Tokens | None = None
 
 
 def without_inputs(targets_NxT: Tokens, target_lengths_N: npt.NDArray[np.int64]) -> Examples:

@@ -62,23 +62,31 @@ class MaskedDiffusionDenoiser(ObjectiveImplementation[MaskedDiffusion]):
 
         Stratified rows fit better than independent draws would, so that the p-value is then near 1.
         """
-        measured, expected = np.zeros(_BINS), np.zeros(_BINS)
-        covariance = np.zeros((_BINS, _BINS))
-        possible = [one for one in observed if 1 <= one.masked <= one.raw_length]
-        forbidden = len(observed) - len(possible)
-        for length, number in collections.Counter(one.raw_length for one in possible).items():
-            probabilities = np.bincount(np.arange(length) * _BINS // length, minlength=_BINS) / length
-            expected += number * probabilities
-            covariance += number * (np.diag(probabilities) - np.outer(probabilities, probabilities))
-        for one in possible:
-            measured[(one.masked - 1) * _BINS // one.raw_length] += 1
-        width = 100 // _BINS
-        labels = tuple(f"{width * index}–{width * (index + 1)} %" for index in range(_BINS))
-        return [compare("masked share of the window", labels, measured, expected, covariance, forbidden)]
+        return [fit_of_masked_counts("masked share of the window", observed)]
 
 
-def masked_counts(words_N: rng.Keys, length: int) -> IntArray:
-    """Return the numbers of masked tokens [N], in 1..length, from random words; increasing in the word."""
+def fit_of_masked_counts(subject: str, observed: Sequence[ObservedNoise]) -> Fit:
+    """Return the fit of the numbers of masked tokens to the uniform distribution on 1..`raw_length` of each."""
+    measured, expected = np.zeros(_BINS), np.zeros(_BINS)
+    covariance = np.zeros((_BINS, _BINS))
+    possible = [one for one in observed if 1 <= one.masked <= one.raw_length]
+    forbidden = len(observed) - len(possible)
+    for length, number in collections.Counter(one.raw_length for one in possible).items():
+        probabilities = np.bincount(np.arange(length) * _BINS // length, minlength=_BINS) / length
+        expected += number * probabilities
+        covariance += number * (np.diag(probabilities) - np.outer(probabilities, probabilities))
+    for one in possible:
+        measured[(one.masked - 1) * _BINS // one.raw_length] += 1
+    width = 100 // _BINS
+    labels = tuple(f"{width * index}–{width * (index + 1)} %" for index in range(_BINS))
+    return compare(subject, labels, measured, expected, covariance, forbidden)
+
+
+def masked_counts(words_N: rng.Keys, length: int | IntArray) -> IntArray:
+    """Return the numbers of masked tokens [N], in 1..length, from random words; increasing in the word.
+
+    `length` is one number, or one for each row.
+    """
     return (random_ops.as_fraction(words_N) * length).astype(np.int64) + 1
 
 

@@ -246,11 +246,19 @@ def _weights(examples: Examples, length: int) -> Tokens | npt.NDArray[np.float32
 
 def _encoder_decoder(examples: Examples, inputs_length: int, targets_length: int) -> Features:
     targets_NxT = _padded(examples.targets_NxT, targets_length)
-    return {
+    features = {
         "encoder_input_tokens": _padded(examples.inputs_NxI, inputs_length),
         "decoder_input_tokens": shift_right(targets_NxT),
         "decoder_target_tokens": targets_NxT,
         "decoder_loss_weights": _weights(examples, targets_length),
+    }
+    if examples.masked_targets_NxT is None:
+        return features
+    present_NxT = np.arange(targets_length) < examples.target_lengths_N[:, None]
+    return {
+        **features,
+        "decoder_input_tokens": _padded(examples.masked_targets_NxT, targets_length),
+        "decoder_causal_attention": present_NxT.astype(np.int32),
     }
 
 

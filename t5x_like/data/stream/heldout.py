@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from t5x_like.config.batch_spec import MAIN, RowShape, loss_weight_type, sub_batch_spec
-from t5x_like.config.continuation import continuing_objective, has_bound
+from t5x_like.config.continuation import block_objective, continuing_objective, has_bound
 from t5x_like.config.data import CorpusShareConfig, DataConfig
-from t5x_like.config.objectives import MaskedDiffusion, Objective
+from t5x_like.config.objectives import BlockDiffusion, MaskedDiffusion, Objective
+from t5x_like.data.objectives.block_diffusion import mask_blocks
 from t5x_like.data.objectives.examples import Examples, Tokens
 from t5x_like.data.objectives.masked_diffusion import mask_positions, masked_counts, random_masks
 from t5x_like.data.objectives.registry import denoise, implementation
@@ -26,6 +27,7 @@ from t5x_like.data.stream.feature_converters import Features, RowIds, convert, p
 from t5x_like.data.stream.labeled_rows import LabeledRows
 from t5x_like.data.stream.packing import PackedRows
 from t5x_like.data.stream.preference_rows import PreferenceRows
+from t5x_like.data.tokenizers.vocabulary import Vocabulary
 from t5x_like.errors import DataError
 
 Batch = dict[str, Features]
@@ -35,7 +37,7 @@ _ORDER, _NOISE, _STRATUM = 0x0DE5, 0xE7A1, 0x57A7
 
 
 BOUND_GRID = 4
-"""Numbers of masked tokens at which each window is scored for the bound of masked diffusion."""
+"""Numbers of masked tokens at which each window, or each block of it, is scored for the bound of masked diffusion."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class WindowBatches:
     Attributes:
       batches: Batches with the same window in the same row. The loss of a row, summed over the batches, is the negative
         log-likelihood of the scored tokens, given the tokens before them (one batch), or estimates its bound by masked
-        diffusion (`BOUND_GRID` batches).
+        diffusion (`BOUND_GRID` batches) or by block diffusion (as many for each block).
       window_N: Number of each window in the split: its first token is at this multiple of the length of a window.
       tokens_NxT: The scored tokens.
       texts: Exact bytes of each of them. An EOS between two documents is scored and has no bytes.
@@ -205,13 +207,15 @@ def bound_batches(
     Windows and rows are as long as in training. Of the n tokens of the second half, k are masked and scored with the
     weight n / k, for `BOUND_GRID` values of k: one in each of as many equal parts of 1..n. The values are shifted from
     window to window, evenly within the parts, so that all k occur alike and the mean over windows is that over 1..n.
-    Windows, values of k and masks are the same for every model of this row length.
+    Windows, values of k and masks are the same for every model of this row length. With block diffusion, this is done
+    for each block of the second half, given all text before it without masks; see `masked_batches`.
 
     Yields nothing unless `has_bound`, and for a corpus of pairs.
     """
     if not has_bound(data) or store.sequences_per_document > 1:
         return
-    length = MaskedDiffusion().raw_window_length(data.layout, data.inputs_length, data.targets_length)
+    objective = block_objective(data) or MaskedDiffusion()
+    length = objective.raw_window_length(data.layout, data.inputs_length, data.targets_length)
     first = 0
     for tokens_NxL, window_N in cut_windows(store.split(split), length, batch_size, num_batches):
         scored = tokens_NxL.shape[1] - tokens_NxL.shape[1] // 2
@@ -232,28 +236,50 @@ def masked_batches(
 ) -> tuple[Batch, ...]:
     """Return `BOUND_GRID` batches of windows, whose last `scored` tokens are scored; see `bound_batches`.
 
+    With block diffusion, they are cut into blocks from the first one on, and each block has as many batches.
+
     Args:
       window_N: Indices of the windows, which decide their masks.
       scored: Number of tokens at the end of each window that can be masked.
       first: Number of windows in the batches before these, over which the numbers of masked tokens are stratified.
     """
-    rows, width = tokens_NxL.shape
-    words_N = rng.stratified(rng.fold_in(_STRATUM, 1), np.arange(first, first + rows))
     ids, tokens = RowIds.of(store.vocabulary), tokens_NxL.astype(np.int32)
+    ranks_N = np.arange(first, first + len(tokens))
     batches = []
-    for part in range(BOUND_GRID):
-        # (part + fraction) / BOUND_GRID of the range, in integers: the quotient of 64-bit words is exact.
-        count_N = masked_counts(words_N // np.uint64(BOUND_GRID) + np.uint64(part * (2**64 // BOUND_GRID)), scored)
-        keys_N = rng.fold_in(rng.fold_in(_NOISE, window_N), part)
-        masked_NxL = np.zeros((rows, width), np.bool_)
-        masked_NxL[:, width - scored :] = random_masks(keys_N, count_N, scored)
-        examples = mask_positions(tokens, masked_NxL, store.vocabulary, np.full(rows, scored / BOUND_GRID))
+    for examples in _masked_examples(tokens, window_N, ranks_N, scored, block_objective(data), store.vocabulary):
         # The weights stay fractions, whatever their type in training.
         features = convert(examples, data.layout, data.inputs_length, data.targets_length, ids)
         if data.mask_document_borders:
             features = with_document_borders(features, examples, data.layout, ids)
         batches.append(padded_batch(features, batch_size, 0))
     return tuple(batches)
+
+
+def _masked_examples(
+    tokens_NxL: Tokens,
+    window_N: npt.NDArray[np.int64],
+    ranks_N: npt.NDArray[np.int64],
+    scored: int,
+    objective: BlockDiffusion | None,
+    vocabulary: Vocabulary,
+) -> Iterator[Examples]:
+    """Yield the examples of each batch of `masked_batches`."""
+    rows, width = tokens_NxL.shape
+    block = scored if objective is None else objective.block_length
+    for number, start in enumerate(range(width - scored, width, block)):
+        size = min(block, width - start)
+        words_N = rng.stratified(rng.fold_in(_STRATUM, 1 + number), ranks_N)
+        for part in range(BOUND_GRID):
+            # (part + fraction) / BOUND_GRID of the range, in integers: the quotient of 64-bit words is exact.
+            count_N = masked_counts(words_N // np.uint64(BOUND_GRID) + np.uint64(part * (2**64 // BOUND_GRID)), size)
+            keys_N = rng.fold_in(rng.fold_in(_NOISE, window_N), number * BOUND_GRID + part)
+            masked_NxB, total_N = random_masks(keys_N, count_N, size), np.full(rows, size / BOUND_GRID)
+            if objective is not None:
+                yield mask_blocks(tokens_NxL[:, : start + size], np.full(rows, start), masked_NxB, vocabulary, total_N)
+                continue
+            masked_NxL = np.zeros((rows, width), np.bool_)
+            masked_NxL[:, start:] = masked_NxB
+            yield mask_positions(tokens_NxL, masked_NxL, vocabulary, total_N)
 
 
 def _continuation(data: DataConfig) -> tuple[Objective, int]:

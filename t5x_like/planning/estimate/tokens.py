@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator
 from t5x_like.config import RunConfig, batch_spec
 from t5x_like.config.batch_spec import MAIN, row_shapes, rows_per_sub_batch, sub_batch_of, sub_batch_spec
 from t5x_like.config.data import CorpusShareConfig, DataConfig
-from t5x_like.config.layouts import has_bidirectional_prefix
 from t5x_like.config.mixture_schedule import Phase, phases, row_loss_tokens, row_tokens, rows_per_block
 from t5x_like.config.model import ModelConfig
 from t5x_like.config.objectives import Objective
@@ -103,13 +102,14 @@ def _counts(
 
 
 def prefix_lengths(run: RunConfig) -> list[tuple[int, float]]:
-    """Return the lengths of the bidirectional prefixes in the rows of a prefix LM, each with its mean number in a row.
+    """Return the lengths of the bidirectional parts of a decoder's rows (the prefix of a prefix LM, the block of block
+    diffusion), each with its mean number in a row.
 
-    Empty for other layouts, for live seqio data, and for rows of documents, whose inputs depend on the text. Labelled
+    Empty for other rows, for live seqio data, and for rows of documents, whose inputs depend on the text. Labelled
     texts are bidirectional as a whole, and count as long as their rows.
     """
     data = run.data
-    if not has_bidirectional_prefix(data.layout) or data.seqio is not None:
+    if not data.has_bidirectional_decoder or data.seqio is not None:
         return []
     if data.labelled is not None:
         return [(data.row_length, 1.0)]
@@ -159,7 +159,7 @@ def objective_costs(model: ModelConfig, data: DataConfig) -> list[ObjectiveCost]
         if not raw:
             continue
         shape = shapes[sub_batch_of(objective, data) if len(shapes) > 1 else MAIN]
-        prefixes = _prefixes(objective, data, 1.0) if has_bidirectional_prefix(data.layout) else []
+        prefixes = _prefixes(objective, data, 1.0) if data.has_bidirectional_decoder else []
         forward = forward_flops(model, sub_batch_spec(data, shape, rows=1), prefixes=prefixes)
         costs.append(ObjectiveCost(objective.name, raw, row_loss_tokens(objective, data), 3.0 * forward))
     return costs

@@ -31,7 +31,7 @@ class IdleBatcher:
     failure = None
     num_active = num_waiting = 0
     scores_prompts = True
-    fills_gaps = False
+    fills_gaps = unmasks = False
 
     def __init__(self) -> None:
         from t5x_like.decoding.continuous_batching import BatcherConfig

@@ -49,7 +49,7 @@ def test_error_message_can_be_sent(fields, message):
     ],
 )
 def test_what_a_model_that_fills_masked_positions_cannot_do_is_refused(fields, message):
-    limits = dataclasses.replace(LIMITS, fills_gaps=True)
+    limits = dataclasses.replace(LIMITS, fills_gaps=True, unmasks=True)
     body = json.dumps({"prompt": "a", **fields}).encode()
     with pytest.raises(BadRequest, match=message):
         parse(body, limits, TOKENIZER.encode)
