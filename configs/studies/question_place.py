@@ -5,13 +5,13 @@ import random
 from pathlib import Path
 
 from t5x_like.config import (
-    AdamWConfig,
     CheckpointConfig,
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     MonitoringConfig,
+    MuonConfig,
     RunConfig,
     ScheduleConfig,
     StackConfig,
@@ -23,7 +23,8 @@ from t5x_like.config.layouts import Layout
 from t5x_like.studies.study import Arm, Budget, Prediction, StepsTo, Study, Tier
 from t5x_like.utils.atomic_write import write_atomically
 
-PAIRS = 4
+PAIRS = 2
+LETTERS, DIGITS = "abcdef", "0123456789"
 ORDERS = {
     "kvq": "{pairs}{question}",
     "vkq": "{swapped}{question}",
@@ -97,7 +98,8 @@ def study(tier: Tier, folder: Path) -> Study:
         ),
         cannot_show=(
             "What a causal mask that reads the question last cannot learn: every arm can be trained until it answers.",
-            "Texts of more than a few facts, where the states of a text have to hold more.",
+            "Texts of more than two facts, where the states of a text have to hold more: with four pairs, 26 letters "
+            "and AdamW only the causal arms with the question first had begun to learn after 2,042 steps (one seed).",
             "Whether a question matters to real text, most of which answers none.",
         ),
         write_files=_write,
@@ -111,7 +113,13 @@ def _run(tier: Tier, folder: Path, layout: Layout, order: str) -> RunConfig:
     )
     return RunConfig(
         name="question_place",
-        model=ModelConfig(encoder=stack if layout == "encoder_decoder" else None, decoder=stack, vocab_size=288),
+        model=ModelConfig(
+            encoder=stack if layout == "encoder_decoder" else None,
+            decoder=stack,
+            vocab_size=288,
+            tie_embeddings=True,
+            embedding_stddev=width**-0.5,
+        ),
         data=DataConfig(
             corpus=CorpusConfig(
                 files=(str(folder / f"{order}.train.jsonl"),),
@@ -131,8 +139,8 @@ def _run(tier: Tier, folder: Path, layout: Layout, order: str) -> RunConfig:
         training=TrainingConfig(
             num_train_steps=1,
             global_batch_size=64,
-            optimizer=AdamWConfig(weight_decay=0.0),
-            schedule=ScheduleConfig(kind="cosine", learning_rate=3e-3, warmup_steps=50, final_fraction=0.1),
+            optimizer=MuonConfig(),
+            schedule=ScheduleConfig(kind="cosine", learning_rate=0.012, warmup_steps=50, final_fraction=0.1),
         ),
         checkpoints=CheckpointConfig(save_every_steps=500),
         evaluation=EvaluationConfig(every_steps=50, num_batches=15),
@@ -155,7 +163,7 @@ def _write(folder: Path) -> None:
 
 
 def _fields(rng: random.Random) -> dict[str, str]:
-    letters, digits = rng.sample("abcdefghijklmnopqrstuvwxyz", PAIRS), rng.sample("0123456789", PAIRS)
+    letters, digits = rng.sample(LETTERS, PAIRS), rng.sample(DIGITS, PAIRS)
     asked = rng.randrange(PAIRS)
     both = list(zip(letters, digits, strict=True))
     return {

@@ -336,9 +336,9 @@ def test_texts_of_the_question_study_have_one_answer_in_each_order(tmp_path: Pat
             row = json.loads(line)
             question = row["text"][-1] if order.endswith("q") else row["text"][1]
             pairs = row["text"].replace(f"?{question}", "")
-            facts = [(pairs[at], pairs[at + 1]) for at in range(0, 8, 2)]
+            facts = [(pairs[at], pairs[at + 1]) for at in range(0, len(pairs), 2)]
             digits = dict(facts) if "kv" in order else {key: value for value, key in facts}
-            assert digits[question] == row["answer"] and len({*digits.values()}) == 4
+            assert digits[question] == row["answer"] and len({*digits.values()}) == len(digits) == 2
         trained = {*(tmp_path / f"{order}.train.jsonl").read_text().splitlines()}
         assert not trained & {*lines} and len(lines) == 1_000
 
