@@ -48,7 +48,8 @@ class Budget:
     """Amount that each run of every arm may use.
 
     Attributes:
-      unit: executed_flops: FLOPs of matrix products that the devices execute, hidden pairs of attention included.
+      unit: executed_flops: FLOPs of matrix products that the devices execute at most: with recomputation and hidden
+        pairs of attention, which attention by blocks skips in part.
         model_flops: those that the model needs. loss_tokens: scored targets. raw_tokens: tokens of text. steps: steps.
       amount: Amount of one run.
     """
