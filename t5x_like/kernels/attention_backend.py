@@ -101,8 +101,8 @@ class AttentionBackend(abc.ABC):
       is_portable: It runs on every platform, so that a model with it can be exported.
       platform: The only platform of JAX that its kernels are for, such as "tpu"; None: any, or not known.
       materializes_scores: It writes the scores [B, H, Q, K] to memory; memory estimates read this.
-      needs_placement: XLA cannot partition its kernels. On a mesh of several devices it needs the placement of rows and
-        heads for `shard_map` (`SequenceSharding` without axes of the length).
+      needs_placement: XLA cannot partition its kernels or its loop over rows. On a mesh of several devices it needs the
+        placement of rows and heads for `shard_map` (`SequenceSharding` without axes of the length).
       gathers_keys: Where `context_attention="all_gather"` splits a sequence, each device gathers the keys itself, and
         the backend needs the placement of the sequence for `shard_map`. Otherwise XLA partitions the attention.
       recomputes_scores: Its backward pass computes the scores again instead of keeping them; estimates of memory and

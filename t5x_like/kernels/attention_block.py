@@ -77,7 +77,7 @@ class BlockInputs:
     keep: tuple[Array, ...] | None
 
     def of_rows(self, first: Array | int, shape: BlockShape) -> BlockInputs:
-        """Return the inputs of `shape.row_block` rows from `first` on; arrays of one row are those of all rows."""
+        """Return the inputs of `shape.row_block` rows from `first` on; all rows share an array with one row."""
         if shape.row_block == shape.rows:
             return self
 

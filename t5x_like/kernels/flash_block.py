@@ -135,7 +135,7 @@ def mask_arrays(mask: KernelMask) -> dict[str, Array | None]:
 
 
 class SoftmaxStep(NamedTuple):
-    """What a block of keys does to the running sums of the queries; columns have equal numbers in each row.
+    """Update of the running sums of the queries by a block of keys. All columns of a [b, n] array are equal.
 
     Attributes:
       weights: [b, b], exponentials of the scores.

@@ -195,7 +195,7 @@ def _call(
       body: Function of the references by name.
       setting: Static part.
       grid: Numbers of programs.
-      arrays: Inputs by name; those that are None are left out.
+      arrays: Inputs by name; None: the kernel has no such input.
       outputs: Shapes and types of the results by name.
       q_heads: Query heads of a program. More than one: the axis of heads is that of the key heads.
       rows: Rows of a program.

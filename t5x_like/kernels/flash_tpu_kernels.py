@@ -142,7 +142,7 @@ def _call(
       setting: Static part.
       grid: Its last `sequential` axes run in order.
       cell: Function from the grid's indices to (row, query head, block of queries, block of keys).
-      arrays: Inputs by name; those that are None are left out.
+      arrays: Inputs by name; None: the kernel has no such input.
       outputs: Shapes of the results by name.
       scratch: Fast memory that lives over the grid.
       sequential: Number of axes that add to the same results.

@@ -39,7 +39,7 @@ def measure_modes(run: EvaluatedCheckpoint, kinds: Sequence[Mode]) -> dict[str, 
 
     Returns:
       I_under_J: for all pairs of kinds, the held-out loss of the denoisers of kind I under the token of kind J: nats
-        per scored token, the mean over the denoisers of this kind. Windows and noise are those of `eval`.
+        per scored token, the mean over the denoisers of this kind. `eval` uses the same windows and noise.
       largest_cost_I: I_under_J - I_under_I for the J whose token costs most.
       least_cost: The least of these differences over all I and all J other than I.
       stop_rate_under_J: Fraction of prompts without sentinels whose continuation under the token of J ends in EOS

@@ -87,7 +87,9 @@ def test_dispatch_equals_one_device_for_any_routing(placement: str) -> None:
 
 def test_devices_that_are_gpus_run_kernels_for_triton_on_their_own_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     # The mesh has CPUs, and the program is lowered for GPUs.
-    on_gpus = lambda *arguments: grouped_mlp.grouped_mlp(*arguments[:-1], platform="gpu")  # noqa: E731
+    def on_gpus(*arguments: Any) -> Array:
+        return grouped_mlp.grouped_mlp(*arguments[:-1], platform="gpu")
+
     monkeypatch.setattr(expert_dispatch, "grouped_mlp", on_gpus)
     function = function_of(sharding_of("experts, length and hidden dimension"))
     text = function.trace(arrays(), routing("random")).lower(lowering_platforms=("cuda",)).as_text()

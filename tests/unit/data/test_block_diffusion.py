@@ -107,7 +107,7 @@ def test_packed_documents_keep_their_blocks_apart(tmp_path: Path) -> None:
 
 
 def test_each_block_of_the_bound_is_given_all_text_before_it(tmp_path: Path) -> None:
-    """Of a continuation of 10 tokens: two blocks of 4 and one of 2, each at four numbers of masked tokens."""
+    """A continuation of 10 tokens has two blocks of 4 and one of 2, each scored with four numbers of masked tokens."""
     store = text_store(tmp_path / "store", ["the cat sat on the mat. " * 80], ["a dog ran to the cat. " * 40])
     data = data_config("encoder_decoder", (DIFFUSION,))
     assert has_bound(data) and not list(heldout.prefix_lm_batches(store, data, 4, 2))

@@ -207,7 +207,7 @@ def test_a_pass_of_the_sampler_has_the_logits_of_training(cross_attention: Liter
 
 
 def test_relative_positions_tell_the_tokens_of_a_masked_block_apart() -> None:
-    """By their distance to the start token, since the block itself has one token only."""
+    """Only the distance to the start token differs, since all tokens of such a block are the mask token."""
     config = dataclasses.replace(model("encoder_decoder", "rope", pad_token_id=None), vocab_size=V)
     batch = features_of(TEXTS[:1], 1, BLOCK, (0, 1))
     inputs = {name: values for name, values in batch.items() if "target" not in name and "weights" not in name}
