@@ -152,8 +152,9 @@ import threading
 from t5x_like.hardware import cpu_allocator
 
 def work():
-    # Smaller than glibc's limit for blocks of their own; the last one keeps the end of the arena in use.
-    blocks = [bytes(100_000) for _ in range(600)]
+    # Smaller than glibc's limit for blocks of their own; the last one keeps the end of the arena in use. Written, since
+    # pages that were only reserved are not resident.
+    blocks = [b"x" * 100_000 for _ in range(600)]
     kept.append(blocks.pop())
 
 kept = []
