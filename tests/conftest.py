@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 # Tests compile much and compute little, here and in the processes that they start: fast machine code costs more than it
-# brings. XLA's older emitters take half the time of its MLIR ones to compile a fusion. To be set before jax is imported.
+# brings. XLA's older emitters compile a fusion in half the time of its MLIR ones. To be set before jax is imported.
 _FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILATION}".strip()
 

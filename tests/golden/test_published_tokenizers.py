@@ -321,6 +321,34 @@ def test_class_of_vocab_json_says_what_is_put_around_a_text(kind: str, tmp_path:
         load_published(tmp_path, 0)
 
 
+_STRIPPED = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False, "special": False}
+
+
+@pytest.mark.parametrize(
+    ("added", "fields"),
+    [
+        ({"<|new|>": 501, "<|im_end|>": 502}, {}),
+        ({"<|new|>": 502, "<|im_end|>": 501}, {"pad_token": "<|im_end|>"}),
+        ({"<|new|>": 501, "<|im_end|>": 502}, {"pad_token": "<pad>"}),
+        ({}, {"added_tokens_decoder": {"501": {"content": "<|new|>", **_STRIPPED}}}),
+    ],
+)
+def test_added_tokens_of_vocab_json_have_their_ids(
+    added: dict[str, int], fields: dict[str, Any], tmp_path: Path
+) -> None:
+    save_bpe(tmp_path, ["<|endoftext|>"])
+    assert len(json.loads((tmp_path / "vocab.json").read_text())) == 501
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"} | fields))
+    tokenizer, reference = load_published(tmp_path, 0), transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    text = "a <|new|> b <|im_end|>c"
+    assert tokenizer.encode(text) == reference(text)["input_ids"]
+    # transformers gives such a token the next free id, which is not the row of the model's table.
+    (tmp_path / "added_tokens.json").write_text('{"<|other|>": 600}')
+    with pytest.raises(DataError, match=r"the added token '<\|other\|>' of id 600 would have the id 50[12]"):
+        load_published(tmp_path, 0)
+
+
 @pytest.mark.parametrize("kind", TRAINED_KINDS[1:])
 def test_trained_vocabularies_are_read_by_transformers(kind: Any, tmp_path: Path) -> None:
     path = tmp_path / "model"

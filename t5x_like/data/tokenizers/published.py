@@ -34,6 +34,8 @@ _BYTE_LEVEL_CLASSES = {
 """Classes of transformers for vocab.json and merges.txt, and whether they put special tokens around a text."""
 _SPECIAL_FIELDS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Fields of tokenizer_config.json for special tokens, in the order in which transformers gives new ones their ids."""
+_PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+"""Fields of an added token of vocab.json that is not named as a special one."""
 _OFFSET_FILE = "sentencepiece.bpe.model"
 """SentencePiece model of XLM-R, mBART and CamemBERT, whose ids are not those of the file."""
 
@@ -130,8 +132,13 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     vocab, merges = (str(folder / name) for name in BPE_FILES)
     tokenizer = Tokenizer(models.BPE.from_file(vocab, merges))
+    listed = sentencepiece_json.listed_tokens(config, _json(folder / _ADDED_TOKENS), _PLAIN_TOKEN)
     # The library writes a tokenizer.json by going through all ids.
-    require_id(max(tokenizer.get_vocab().values(), default=0))
+    require_id(max(*tokenizer.get_vocab().values(), *listed, 0))
+    for token, entry in sorted(listed.items()):
+        tokenizer.add_tokens([AddedToken(**{**entry, "content": str(entry["content"])})])
+        if (found := tokenizer.token_to_id(entry["content"])) != token:
+            raise ValueError(f"the added token {entry['content']!r} of id {token} would have the id {found}")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
     tokenizer.decoder = decoders.ByteLevel()
     config = with_usual_tokens(config, lambda name: tokenizer.token_to_id(name) is not None)

@@ -124,11 +124,7 @@ def _added_tokens(kind: str, config: Part, pieces: Sequence[Piece], added: dict[
         for index, piece in enumerate(pieces)
         if not piece.holds_text or piece.is_user_defined
     }
-    decoder = config.get("added_tokens_decoder")
-    if not isinstance(decoder, dict | None):
-        raise ValueError(f"added_tokens_decoder: found a {type(decoder).__name__}, expected an object")
-    listed = {int(token): {**PLAIN_TOKEN, **entry} for token, entry in (decoder or {}).items()}
-    listed |= {token: {**PLAIN_TOKEN, "content": name} for name, token in added.items() if token not in listed}
+    listed = listed_tokens(config, added, PLAIN_TOKEN)
     for token, entry in listed.items():
         if 0 <= token < len(pieces) and entry["content"] != pieces[token].piece:
             raise ValueError(f"the added token {entry['content']!r} has the id of the piece {pieces[token].piece!r}")
@@ -150,6 +146,24 @@ def _added_tokens(kind: str, config: Part, pieces: Sequence[Piece], added: dict[
     if missing:
         raise ValueError(f"no piece for {', '.join(missing)}")
     return [{**entry, "id": token} for token, entry in sorted(entries.items())]
+
+
+def listed_tokens(config: Part, added: dict[str, int], plain: Part) -> dict[int, Part]:
+    """Return the tokens that the files beside a vocabulary list, by id.
+
+    Args:
+      config: tokenizer_config.json, whose `added_tokens_decoder` gives tokens with their fields.
+      added: added_tokens.json, which gives ids.
+      plain: Fields that are not given.
+
+    Raises:
+      ValueError: `added_tokens_decoder` is not an object.
+    """
+    decoder = config.get("added_tokens_decoder")
+    if not isinstance(decoder, dict | None):
+        raise ValueError(f"added_tokens_decoder: found a {type(decoder).__name__}, expected an object")
+    listed = {int(token): {**plain, **entry} for token, entry in (decoder or {}).items()}
+    return listed | {token: {**plain, "content": name} for name, token in added.items() if token not in listed}
 
 
 def _extra_ids(config: Part) -> int:

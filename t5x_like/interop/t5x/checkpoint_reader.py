@@ -173,7 +173,9 @@ def _files(root: Path) -> dict[str, Any]:
 
 
 def _not_a_checkpoint(directory: Path) -> str:
-    inner = sorted(path.name for path in directory.glob("checkpoint_*") if path.is_dir()) if directory.is_dir() else []
+    if not directory.is_dir():
+        return f"{directory}: {'not a directory' if directory.exists() else 'not found'}, expected a T5X checkpoint"
+    inner = sorted(path.name for path in directory.glob("checkpoint_*") if path.is_dir())
     also = f"; name one of its checkpoints: {', '.join(inner[:5])}" if inner else ""
     return (
         f"{directory}: not a T5X checkpoint: neither a file {INDEX} (legacy) nor Orbax's state/manifest.ocdbt "

@@ -309,6 +309,8 @@ def test_error_for_a_parent_directory_names_its_checkpoints(tmp_path):
     (tmp_path / "checkpoint_1000").mkdir()
     with pytest.raises(DataError, match="name one of its checkpoints: checkpoint_1000"):
         open_directory(tmp_path, EXACT)
+    with pytest.raises(DataError, match="checkpoint_2000: not found, expected a T5X checkpoint"):
+        open_directory(tmp_path / "checkpoint_2000", EXACT)
 
 
 def test_import_without_a_model_is_refused(tmp_path, capsys):
