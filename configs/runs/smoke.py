@@ -13,6 +13,7 @@ from t5x_like.config import (
     DataConfig,
     EvaluationConfig,
     MaskedLM,
+    ModelConfig,
     MuonConfig,
     RunConfig,
     ScheduleConfig,
@@ -23,11 +24,16 @@ from t5x_like.config import (
 from t5x_like.models import presets
 
 
+def _model(name: presets.SmokeModel) -> ModelConfig:
+    """Return the model, whose layers change nothing at first: it begins to learn from the embeddings alone."""
+    return presets.smoke(name, output_init_scale=0.0)
+
+
 def recipe() -> RunConfig:
     """Return the encoder-decoder with UL2's seven denoisers."""
     return RunConfig(
         name="smoke",
-        model=presets.smoke("encoder_decoder"),
+        model=_model("encoder_decoder"),
         data=DataConfig(
             tokenizer=TokenizerConfig(vocab_size=4096, num_sentinels=64),
             layout="encoder_decoder",
@@ -52,7 +58,7 @@ def prefix_lm() -> RunConfig:
     return dataclasses.replace(
         run,
         name="smoke_prefix_lm",
-        model=presets.smoke("prefix_lm"),
+        model=_model("prefix_lm"),
         data=dataclasses.replace(run.data, layout="prefix_lm"),
     )
 
@@ -63,7 +69,7 @@ def decoder() -> RunConfig:
     return dataclasses.replace(
         run,
         name="smoke_decoder",
-        model=presets.smoke("decoder"),
+        model=_model("decoder"),
         data=dataclasses.replace(run.data, layout="causal_lm", mixture=(CausalLM(),)),
     )
 
@@ -74,7 +80,7 @@ def encoder() -> RunConfig:
     return dataclasses.replace(
         run,
         name="smoke_encoder",
-        model=presets.smoke("encoder"),
+        model=_model("encoder"),
         data=dataclasses.replace(
             run.data, layout="encoder", mixture=(MaskedLM(),), inputs_length=256, targets_length=0
         ),
@@ -87,6 +93,6 @@ def electra() -> RunConfig:
     return dataclasses.replace(
         run,
         name="smoke_electra",
-        model=presets.smoke("electra"),
+        model=_model("electra"),
         data=dataclasses.replace(run.data, mixture=(MaskedLM(replace_with_mask=1.0, replace_with_random=0.0),)),
     )
