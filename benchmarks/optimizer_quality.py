@@ -92,27 +92,23 @@ def both(*changes: Change) -> Change:
     return changed
 
 
-DRAWN = initial_values(output=1.0)
-ADAMW = both(DRAWN, optimizer(AdamWConfig(weight_decay=0.1), 8e-3))
-MUON = both(DRAWN, optimizer(MuonConfig(weight_decay=0.1), 1.2e-2))
+ADAMW = optimizer(AdamWConfig(weight_decay=0.1), 8e-3)
+MUON = optimizer(MuonConfig(weight_decay=0.1), 1.2e-2)
 CANDIDATES: dict[str, Change] = {
     "recipe": lambda run: run,
     "adamw": ADAMW,
-    "adamw, steps scaled by the parameters": both(
-        DRAWN, optimizer(AdamWConfig(rms_scaled=True, weight_decay=0.0), 2e-2)
-    ),
-    "adafactor": both(DRAWN, optimizer(AdafactorConfig(), 2e-2)),
-    "lamb": both(DRAWN, optimizer(LambConfig(), 1e-2)),
-    "lion": both(DRAWN, optimizer(OptaxOptimizer(factory="lion", kwargs={"weight_decay": 0.1}), 5e-4)),
-    "schedule_free": both(DRAWN, optimizer(ScheduleFreeConfig(), 6e-3, "constant")),
+    "adamw, steps scaled by the parameters": optimizer(AdamWConfig(rms_scaled=True, weight_decay=0.0), 2e-2),
+    "adafactor": optimizer(AdafactorConfig(), 2e-2),
+    "lamb": optimizer(LambConfig(), 1e-2),
+    "lion": optimizer(OptaxOptimizer(factory="lion", kwargs={"weight_decay": 0.1}), 5e-4),
+    "schedule_free": optimizer(ScheduleFreeConfig(), 6e-3, "constant"),
     "muon": MUON,
     "recipe, GPT-2's initial values": initial_values(),
-    "recipe, outputs drawn": DRAWN,
+    "recipe, outputs 0": initial_values(output=0.0),
     "adamw, GPT-2's initial values": both(ADAMW, initial_values(embedding=0.02)),
     "muon, outputs 0": both(MUON, initial_values(output=0.0)),
     "muon, scaled embeddings": both(MUON, initial_values(output=0.0, scale=True)),
 }
-"""The recipe's kernels that write to the residual states begin with 0. The optimizers are compared with drawn ones."""
 
 
 def trained(program: Program, source: Any, seed: int, steps: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from t5x_like.config import (
     DataConfig,
     EvaluationConfig,
     MaskedLM,
-    ModelConfig,
     MuonConfig,
     RunConfig,
     ScheduleConfig,
@@ -24,16 +23,11 @@ from t5x_like.config import (
 from t5x_like.models import presets
 
 
-def _model(name: presets.SmokeModel) -> ModelConfig:
-    """Return the model, whose layers change nothing at first: it begins to learn from the embeddings alone."""
-    return presets.smoke(name, output_init_scale=0.0)
-
-
 def recipe() -> RunConfig:
     """Return the encoder-decoder with UL2's seven denoisers."""
     return RunConfig(
         name="smoke",
-        model=_model("encoder_decoder"),
+        model=presets.smoke("encoder_decoder"),
         data=DataConfig(
             tokenizer=TokenizerConfig(vocab_size=4096, num_sentinels=64),
             layout="encoder_decoder",
@@ -58,7 +52,7 @@ def prefix_lm() -> RunConfig:
     return dataclasses.replace(
         run,
         name="smoke_prefix_lm",
-        model=_model("prefix_lm"),
+        model=presets.smoke("prefix_lm"),
         data=dataclasses.replace(run.data, layout="prefix_lm"),
     )
 
@@ -69,7 +63,7 @@ def decoder() -> RunConfig:
     return dataclasses.replace(
         run,
         name="smoke_decoder",
-        model=_model("decoder"),
+        model=presets.smoke("decoder"),
         data=dataclasses.replace(run.data, layout="causal_lm", mixture=(CausalLM(),)),
     )
 
@@ -80,7 +74,7 @@ def encoder() -> RunConfig:
     return dataclasses.replace(
         run,
         name="smoke_encoder",
-        model=_model("encoder"),
+        model=presets.smoke("encoder"),
         data=dataclasses.replace(
             run.data, layout="encoder", mixture=(MaskedLM(),), inputs_length=256, targets_length=0
         ),
@@ -93,6 +87,6 @@ def electra() -> RunConfig:
     return dataclasses.replace(
         run,
         name="smoke_electra",
-        model=_model("electra"),
+        model=presets.smoke("electra"),
         data=dataclasses.replace(run.data, mixture=(MaskedLM(replace_with_mask=1.0, replace_with_random=0.0),)),
     )

@@ -1,4 +1,4 @@
-"""Presets of small models for smoke tests."""
+"""Presets of Small models for smoke tests."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from t5x_like.config.model import ModelConfig, StackConfig
 SmokeModel = Literal["encoder_decoder", "decoder", "prefix_lm", "encoder", "electra"]
 
 
-def smoke(
-    model: SmokeModel = "encoder_decoder", *, vocab_size: int = 4352, output_init_scale: float = 1.0
-) -> ModelConfig:
+def smoke(model: SmokeModel = "encoder_decoder", *, vocab_size: int = 4352) -> ModelConfig:
     """Return a small model of each architecture that learns something in minutes on two CPU cores.
 
     `electra` is the encoder with a generator of half its width. `decoder` and `prefix_lm` are the same stack: rotary
@@ -27,7 +25,6 @@ def smoke(
         head_dim=32,
         d_ff=384,
         positions="rope",
-        output_init_scale=output_init_scale,
     )
     return ModelConfig(
         encoder=stack if model in ("encoder_decoder", "encoder", "electra") else None,
