@@ -47,7 +47,7 @@ test-extended: install-dev
 
 # The tests that compare with torch and transformers; `make test` skips them where these are not installed.
 test-hf: install-hf
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $$(grep -rlE 'importorskip\("(torch|transformers)' tests)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not extended" $$(grep -rlE 'importorskip\("(torch|transformers)' tests)
 
 # Compiles for TPUs on the CPU. Its compiler (the tpu extra, 700 MB) has an environment of its own, since jax looks for TPUs
 # wherever it is installed. PYTEST_ARGS of its own: two compilations at once need twice the memory and are no faster.
