@@ -56,7 +56,7 @@ test-aot:
 
 .PHONY: compile-ahead
 compile-ahead: $(VENV)/.installed-tpu
-	$(BIN)/python -m pytest -m aot tests/aot
+	$(BIN)/python -m pytest -m "aot and not extended" tests/aot
 
 # Reads every kind of file that may come from others after random changes, for so many seconds each; `make test` reads 25.
 .PHONY: fuzz

@@ -21,20 +21,24 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 EXTENDED = re.compile(
     r"multiprocess/test_processes.*(two_processes_have|four_processes_have"
-    r"|fault_at_every_start|local_launcher_restarts|a_stopped_process)"
+    r"|fault_at_every_start|local_launcher_restarts|a_stopped_process|resumes_in_one_on_another)"
     r"|faults/test_run_faults.*(killed_run_ends.*\[prefix_lm\]|exceeded_quota|revoked_permission|maintenance_notice"
     r"|spike_of_the_loss|damaged_newest|not_finite.*\[abort\])"
     r"|faults/test_eval_faults.*computed_once_despite_kills"
     r"|integration/test_study.*that_is_killed"
     r"|integration/test_fine_tuning.*(whose_answers_it_has_read|arguments_and_constants|a_classification_head)"
     r"|integration/test_eval_generate.*eval_of_older_steps"
+    r"|integration/test_prepare\.py.*seqio_tasks"
+    r"|integration/test_step_guard.*skipped_steps"
+    r"|integration/test_block_diffusion.*held_out_text_is_learned"
+    r"|integration/test_lora_training.*loss_falls"
     r"|integration/test_continue_published.*\[(umt5|modernbert)\]"
     r"|integration/test_export_command.*gives_the_completions.*\[prefix_lm\]"
     r"|evaluation/test_heldout_loss.*sharded_parameters"
     r"|kernels/test_quantized_matmul.*layout_of_inference"
     r"|faults/test_process_faults.*(\[save\]|\[15\]|\[abort\]|\[skip\]|killed_after_its_last_save|becomes_read_only"
     r"|frozen_file_system|storage_that_is_slow|of_a_metric_writer|stacks_are_printed|on_a_full_disk|did_not_answer"
-    r"|coordinator_is_taken|loss_of_one_of_two|second_signal)"
+    r"|coordinator_is_taken|loss_of_one_of_two|second_signal|sigterm_during)"
     r"|faults/test_generate_faults.*two_killed_processes"
     r"|data/test_seqio_register_mixtures.*registered_mixture_read_live"
     r"|data/test_seqio_live_dataset.*restored_pipeline"
@@ -57,15 +61,17 @@ EXTENDED = re.compile(
     r"|parallel/test_meshes.*(-data_tensor|-fsdp|\[fsdp|mesh1|\[experts|discriminator.*\[data_fsdp_tensor)\]"
     r"|integration/test_resumed_optimizers.*\[(lion|lamb|adafactor)\]"
     r"|integration/test_mixture_training.*\[prefix_lm\]"
-    r"|integration/test_docs_shell.*\[docs/(migrate-huggingface|finetune|encoders).md\]"
+    r"|integration/test_docs_shell.*\[docs/(migrate-huggingface|finetune|encoders|studies|evaluation|seqio|adapters).md\]"
+    r"|aot/test_compile.*(\[smoke:(prefix_lm|electra)\]|is_deterministic)"
+    r"|aot/test_attention_kernels.*\[(decoder-flash|encoder-splash|all_gather)\]"
 )
-"""Slow tests of a case that another case of the same test, in the slow tier, makes unlikely to fail alone."""
+"""Slow tests, and compilations for TPUs, of a case that another one in the same tier makes unlikely to fail alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the slow tests that only `make test-extended` runs."""
+    """Mark the tests that only `make test-extended` runs."""
     for item in items:
-        if item.get_closest_marker("slow") and EXTENDED.search(item.nodeid):
+        if any(map(item.get_closest_marker, ("slow", "aot"))) and EXTENDED.search(item.nodeid):
             item.add_marker(pytest.mark.extended)
 
 
