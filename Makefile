@@ -51,12 +51,14 @@ test-hf: install-hf
 
 # Compiles for TPUs on the CPU. Its compiler (the tpu extra, 700 MB) has an environment of its own, since jax looks for TPUs
 # wherever it is installed. PYTEST_ARGS of its own: two compilations at once need twice the memory and are no faster.
+# AOT=aot adds further cases, for a release.
+AOT ?= aot and not extended
 test-aot:
 	$(MAKE) VENV=$(VENV)-tpu compile-ahead
 
 .PHONY: compile-ahead
 compile-ahead: $(VENV)/.installed-tpu
-	$(BIN)/python -m pytest -m "aot and not extended" tests/aot
+	$(BIN)/python -m pytest -m "$(AOT)" tests/aot
 
 # Reads every kind of file that may come from others after random changes, for so many seconds each; `make test` reads 25.
 .PHONY: fuzz
