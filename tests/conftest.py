@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 # Tests compile much and compute little, here and in the processes that they start: fast machine code costs more than it
-# brings. XLA's older emitters compile a fusion in half the time of its MLIR ones. To be set before jax is imported.
+# brings. At this level XLA's older emitters take half the time of the newer ones. To be set before jax is imported.
 _FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FAST_COMPILATION}".strip()
 
@@ -65,11 +65,11 @@ EXTENDED = re.compile(
     r"|aot/test_compile.*(\[smoke:(prefix_lm|electra)\]|is_deterministic)"
     r"|aot/test_attention_kernels.*\[(decoder-flash|encoder-splash|all_gather)\]"
 )
-"""Slow tests, and compilations for TPUs, of a case that another one in the same tier makes unlikely to fail alone."""
+"""Slow tests, and compilations for TPUs, of cases that other tests of CI make unlikely to fail alone."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that only `make test-extended` runs."""
+    """Mark the tests that CI leaves out, and that are run before a release."""
     for item in items:
         if any(map(item.get_closest_marker, ("slow", "aot"))) and EXTENDED.search(item.nodeid):
             item.add_marker(pytest.mark.extended)

@@ -136,9 +136,11 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     # The library writes a tokenizer.json by going through all ids.
     require_id(max(*tokenizer.get_vocab().values(), *listed, 0))
     for token, entry in sorted(listed.items()):
-        tokenizer.add_tokens([AddedToken(**{**entry, "content": str(entry["content"])})])
-        if (found := tokenizer.token_to_id(entry["content"])) != token:
-            raise ValueError(f"the added token {entry['content']!r} of id {token} would have the id {found}")
+        tokenizer.add_tokens([AddedToken(**entry)])
+        if (free := tokenizer.token_to_id(entry["content"])) != token:
+            raise ValueError(
+                f"added tokens whose ids do not follow vocab.json: {entry['content']!r} has {token}, expected {free}"
+            )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
     tokenizer.decoder = decoders.ByteLevel()
     config = with_usual_tokens(config, lambda name: tokenizer.token_to_id(name) is not None)
