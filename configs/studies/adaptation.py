@@ -13,14 +13,14 @@ from t5x_like.evaluation.results_store import BITS_OF_CONTINUATION
 from t5x_like.studies.byte_model import HALF_GIVEN, byte_run, with_merged_attention
 from t5x_like.studies.study import Arm, Budget, Prediction, StepsTo, Study, Tier
 
-ALONE = {"cpu": 30, "gpu": 300}
+ALONE = {"cpu": 15, "gpu": 300}
 """Steps for which a new cross-attention trains alone."""
 STEPS = "steps_to_the_decoder"
 
 
 def study(tier: Tier, folder: Path) -> Study:
     """Return the study: a decoder, models that begin from it, and the same models from random parameters."""
-    further = 4e12 if tier == "cpu" else 2e17
+    further = 1.8e12 if tier == "cpu" else 2e17
     decoder, total = Budget("executed_flops", 4 * further), Budget("executed_flops", 5 * further)
     causal = byte_run(tier, "causal_lm", (CausalLM(),))
     both = _short(byte_run(tier, "encoder_decoder", (HALF_GIVEN,)))
@@ -94,7 +94,7 @@ def _short(run: RunConfig) -> RunConfig:
     return dataclasses.replace(
         run,
         training=dataclasses.replace(run.training, schedule=schedule),
-        evaluation=dataclasses.replace(run.evaluation, every_steps=20),
+        evaluation=dataclasses.replace(run.evaluation, every_steps=10),
     )
 
 

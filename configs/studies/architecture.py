@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from t5x_like.config import ModelConfig, RunConfig
+from t5x_like.config import RunConfig
 from t5x_like.config.layouts import Layout
-from t5x_like.studies.byte_model import HALF_GIVEN, byte_run, with_merged_attention
+from t5x_like.studies.byte_model import HALF_GIVEN, byte_run, with_half_of_the_layers, with_merged_attention
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
 
 
@@ -26,10 +26,10 @@ def study(tier: Tier, folder: Path) -> Study:
             Arm("prefix", run("prefix_lm")),
             Arm("encdec", both),
             Arm("merged", dataclasses.replace(both, model=with_merged_attention(both.model))),
-            Arm("half", dataclasses.replace(both, model=_with_half_of_the_layers(both.model))),
+            Arm("half", dataclasses.replace(both, model=with_half_of_the_layers(both.model))),
         ),
         seeds=(0, 1, 2),
-        budget=Budget("model_flops", 1.4e13 if tier == "cpu" else 8e17),
+        budget=Budget("model_flops", 6e12 if tier == "cpu" else 8e17),
         predictions=(
             Prediction("a bidirectional prefix is ahead", "Raffel et al. 2020", "prefix", "causal", -0.03, -0.005),
             Prediction("two stacks are not worse than a prefix", "Raffel et al. 2020", "encdec", "prefix", high=0.0),
@@ -50,10 +50,3 @@ def study(tier: Tier, folder: Path) -> Study:
             "Generation, where an encoder-decoder reads a cached source.",
         ),
     )
-
-
-def _with_half_of_the_layers(model: ModelConfig) -> ModelConfig:
-    """Return the model with half of the layers in each of its stacks, which are the same."""
-    assert model.decoder is not None
-    half = dataclasses.replace(model.decoder, num_layers=model.decoder.num_layers // 2)
-    return dataclasses.replace(model, encoder=half, decoder=half)

@@ -35,7 +35,7 @@ def study(tier: Tier, folder: Path) -> Study:
         "text. The spans arm was never trained to continue a text. Diffusion has an upper bound.",
         arms=tuple(Arm(name, byte_run(tier, layout, mixture)) for name, (layout, mixture) in arms.items()),
         seeds=(0, 1, 2),
-        budget=Budget("executed_flops", 1.8e13 if tier == "cpu" else 1e18),
+        budget=Budget("executed_flops", 6e12 if tier == "cpu" else 1e18),
         predictions=(
             Prediction(
                 "rearranging half of the windows costs nothing", "Bavarian et al. 2022", "fim", "causal", -0.02, 0.03

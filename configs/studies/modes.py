@@ -34,7 +34,7 @@ def study(tier: Tier, folder: Path) -> Study:
         "under each token.",
         arms=tuple(Arm(name, byte_run(tier, "prefix_lm", mixture)) for name, mixture in arms.items()),
         seeds=(0, 1, 2),
-        budget=Budget("executed_flops", 1.8e13 if tier == "cpu" else 1e18),
+        budget=Budget("executed_flops", 8e12 if tier == "cpu" else 1e18),
         summaries=tuple(
             Summary(f"{name}-modes", (name,), functools.partial(_modes, name, kinds)) for name in ("tokens", "shuffled")
         ),

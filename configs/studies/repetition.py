@@ -8,7 +8,7 @@ from t5x_like.config import CausalLM, CorpusConfig, MaskedDiffusion, Objective, 
 from t5x_like.config.layouts import Layout
 from t5x_like.data.sources.corpus_reader import read_corpus
 from t5x_like.data.sources.document import ReadStats
-from t5x_like.studies.byte_model import byte_run
+from t5x_like.studies.byte_model import byte_run, with_half_of_the_layers
 from t5x_like.studies.study import Arm, Budget, Prediction, Study, Tier
 from t5x_like.utils.atomic_write import write_atomically
 
@@ -46,9 +46,11 @@ def study(tier: Tier, folder: Path) -> Study:
 
 def _run(tier: Tier, folder: Path, layout: Layout, mixture: tuple[Objective, ...]) -> RunConfig:
     run = byte_run(tier, layout, mixture)
+    model = with_half_of_the_layers(run.model)
+    evaluation = dataclasses.replace(run.evaluation, every_steps=100)
     corpus = CorpusConfig(files=(str(folder / "train.jsonl"),), validation_files=(str(folder / "validation.jsonl"),))
     data = dataclasses.replace(run.data, corpus=corpus, store_dir=str(folder / "stores"))
-    return dataclasses.replace(run, data=data)
+    return dataclasses.replace(run, model=model, data=data, evaluation=evaluation)
 
 
 def _write(folder: Path) -> None:

@@ -39,6 +39,7 @@ def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunC
     An encoder-decoder has two of the stacks.
     """
     width, layers, batch = (128, 4, 16) if tier == "cpu" else (512, 8, 128)
+    warmup_steps, evaluation_steps = (20, 50) if tier == "cpu" else (50, 100)
     stack = StackConfig(
         num_layers=layers,
         d_model=width,
@@ -63,10 +64,10 @@ def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunC
             num_train_steps=1,
             global_batch_size=batch,
             optimizer=AdamWConfig(),
-            schedule=ScheduleConfig(kind="cosine", learning_rate=3e-3, warmup_steps=50, final_fraction=0.1),
+            schedule=ScheduleConfig(kind="cosine", learning_rate=3e-3, warmup_steps=warmup_steps, final_fraction=0.1),
         ),
         checkpoints=CheckpointConfig(save_every_steps=200),
-        evaluation=EvaluationConfig(every_steps=100, num_batches=4, continuation=CONTINUATION),
+        evaluation=EvaluationConfig(every_steps=evaluation_steps, num_batches=4, continuation=CONTINUATION),
         monitoring=MonitoringConfig(writers=(), num_decoded_samples=0),
     )
 
@@ -85,3 +86,11 @@ def with_merged_attention(model: ModelConfig) -> ModelConfig:
     """Return an encoder-decoder whose cross-attention shares the projections and the softmax of self-attention."""
     assert model.decoder is not None
     return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, cross_attention="merged"))
+
+
+def with_half_of_the_layers(model: ModelConfig) -> ModelConfig:
+    """Return the model with half of the layers in each of its stacks."""
+    halves = {
+        name: dataclasses.replace(stack, num_layers=stack.num_layers // 2) for name, stack in model.stacks.items()
+    }
+    return dataclasses.replace(model, encoder=halves.get("encoder"), decoder=halves.get("decoder"))

@@ -6,6 +6,7 @@ arm, value or seed adds its runs only.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 import threading
@@ -150,13 +151,20 @@ def _has_windows(found: EvaluatedCheckpoint, run: StudyRun) -> bool:
 
 
 def _train_words(run: StudyRun, workdir: Location, folder: Path, further: Sequence[str]) -> list[str]:
-    """Return the command that trains a run. The configuration of an arm without recipe is written into `folder`."""
+    """Return the command that trains a run. The configuration of an arm without recipe is written into `folder`.
+
+    Runs in a local directory share their compiled programs: another seed compiles nothing.
+    """
     directory = ["--workdir", str(workdir / run.name)]
+    cache = run.run.compilation_cache
+    if cache.directory is None and isinstance(workdir, Path):
+        cache = dataclasses.replace(cache, directory=str(workdir.absolute() / run_directory.COMPILATION_CACHE))
     if run.recipe:
         recipe, *overrides = run.recipe
-        return ["train", recipe, *directory, *further, "--", *overrides]
+        shared = ["--compilation-cache.directory", cache.directory] if cache.directory else []
+        return ["train", recipe, *directory, *further, "--", *shared, *overrides]
     path = folder / f"{run.name}.json"
-    path.write_text(to_json(run.run), encoding="utf-8")
+    path.write_text(to_json(dataclasses.replace(run.run, compilation_cache=cache)), encoding="utf-8")
     return ["train", str(path), *directory, *further, *_trust_words([run])]
 
 
