@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,8 @@ from t5x_like.trainer.process_limit import ProcessLimit
 from t5x_like.utils.sanitize import say
 
 _STARTED = time.time()
+_IMPORT = "<frozen importlib._bootstrap>"
+"""File name of Python's own code that imports modules, as frames have it."""
 
 
 class _Clock(Protocol):
@@ -83,14 +86,21 @@ class RunExit:
 def recorded_exit(workdir: Path) -> Iterator[RunExit]:
     """Record in exit.json an error that ends this context; SIGTERM ends it with EXIT_RESUMABLE.
 
-    The context begins before jax is imported. When training begins, it handles the signals itself.
+    The context begins before jax is imported. When training begins, it handles the signals itself. A SIGTERM during an
+    import ends the process at once, without finalization of the modules that are loaded.
     """
     ending = RunExit(workdir)
 
     def terminate(number: int, frame: FrameType | None) -> None:
         ending.terminated = True
         say("t5x-like: stopped by SIGTERM", file=sys.stderr)
-        raise SystemExit(EXIT_RESUMABLE)
+        stop = SystemExit(EXIT_RESUMABLE)
+        if _is_importing(frame):
+            # An exception that passes through the initialization of a native module can crash the process.
+            ending.failed(stop)
+            sys.stdout.flush()
+            os._exit(EXIT_RESUMABLE)
+        raise stop
 
     previous = signal.getsignal(signal.SIGTERM)
     try:
@@ -104,3 +114,12 @@ def recorded_exit(workdir: Path) -> Iterator[RunExit]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         ending.limit.set("end", None)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a frame, or one that called it, imports a module."""
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORT:
+            return True
+        frame = frame.f_back
+    return False
