@@ -18,6 +18,8 @@ from t5x_like.evaluation.results_store import (
 )
 
 _SHOWN = ("loss", "perplexity", "accuracy", "tokens")
+_MOST_COLUMNS = 3
+"""Checkpoints that have a column each in a terminal of 80 characters."""
 
 
 def result_tables(result: Result) -> list[Table]:
@@ -100,14 +102,24 @@ def _tasks(result: Result) -> Table:
 
 
 def comparison_table(results: Sequence[tuple[str, Result]]) -> Table:
-    """Return a table of all metrics of several checkpoints, with a column for each."""
+    """Return a table of all metrics of several checkpoints: with a column for each of a few, with rows for many."""
     table = Table(title="all checkpoints")
     table.add_column("metric")
     columns = [scalars(result) for _, result in results]
+    metrics = dict.fromkeys(name for column in columns for name in column)
+    if len(results) > _MOST_COLUMNS:
+        table.add_column("checkpoint", overflow="fold")
+        for name in ("step", "value"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for metric in metrics:
+            for number, ((name, result), column) in enumerate(zip(results, columns, strict=True)):
+                table.add_row("" if number else metric, name, f"{result['step']:,}", _number(column.get(metric)))
+            table.add_section()
+        return table
     for name, result in results:
         table.add_column(f"{name}\nstep {result['step']:,}", justify="right")
-    for name in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(name, *(_number(column.get(name)) for column in columns))
+    for metric in metrics:
+        table.add_row(metric, *(_number(column.get(metric)) for column in columns))
     return table
 
 

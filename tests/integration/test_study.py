@@ -24,7 +24,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 CEILING = 37 / 48
 TINY = f"""
 import dataclasses, importlib.util
-from t5x_like.config import CompilationCacheConfig
 from t5x_like.studies.study import Arm, Budget
 
 spec = importlib.util.spec_from_file_location("shipped", {str(REPOSITORY / "configs/studies/labels_in_place.py")!r})
@@ -40,10 +39,7 @@ def study(tier, folder):
         run = found.arm(name).run
         evaluation = dataclasses.replace(run.evaluation, every_steps=10)
         checkpoints = dataclasses.replace(run.checkpoints, save_every_steps=10)
-        cache = CompilationCacheConfig(directory=str(folder / "compiled"))
-        arms.append(
-            Arm(name, dataclasses.replace(run, evaluation=evaluation, checkpoints=checkpoints, compilation_cache=cache))
-        )
+        arms.append(Arm(name, dataclasses.replace(run, evaluation=evaluation, checkpoints=checkpoints)))
     predictions = tuple(one for one in found.predictions if {{one.arm, one.than}} <= {{*ARMS, None}})
     return dataclasses.replace(
         found, arms=tuple(arms), seeds=(0,), budget=Budget("steps", STEPS), predictions=predictions
@@ -62,6 +58,11 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(runs, "run_command", run)
     return found
+
+
+def steps_compiled(workdir: Path) -> set[str]:
+    """Return the names of the training steps in the compilation cache of a study."""
+    return {path.name for path in (workdir / "compilation_cache").glob("*/jit_train-*-cache")}
 
 
 def test_a_study_that_is_killed_goes_on(
@@ -96,10 +97,13 @@ def test_a_study_that_is_killed_goes_on(
     assert page.count('class="raw"') == 0 and page.count("<figure") == 3
 
     commands.clear()
+    compiled = steps_compiled(workdir)
     assert main([*words, "--seeds", "0", "1"]) == EXIT_OK
     trained = [Path(command[command.index("--workdir") + 1]).name for command in commands if command[0] == "train"]
     assert sorted(trained) == ["causal.seed-1", "encoder.seed-1"]
     assert [command[0] for command in commands][-1] == "eval"
+    # The steps that were compiled for the first seed serve the second one.
+    assert compiled and steps_compiled(workdir) == compiled
     assert (workdir / "study.html").read_text().count('class="raw"') == 6
 
     # No model can be above the ceiling: the held-out texts before a cue are the same for both labels.

@@ -9,7 +9,7 @@ import pytest
 from helpers.small_run import small_run
 
 from t5x_like.cli.main import main
-from t5x_like.config import CausalLM, CompilationCacheConfig
+from t5x_like.config import CausalLM
 from t5x_like.config.serialization import to_json
 from t5x_like.data.store.prepare import prepare
 from t5x_like.errors import EXIT_OK, EXIT_RESUMABLE, EXIT_USAGE
@@ -40,7 +40,6 @@ def recipe(tmp_path: Path) -> str:
         [CausalLM(name="text")],
         lengths=(0, 64),
         training={"num_train_steps": 30},
-        compilation_cache=CompilationCacheConfig(directory=str(tmp_path / "compiled")),
     )
     prepare(run.data, report=lambda line: None)
     (tmp_path / "recipe.json").write_text(to_json(run))
