@@ -13,7 +13,7 @@ from t5x_like.evaluation.results_store import BITS_OF_CONTINUATION
 from t5x_like.studies.byte_model import HALF_GIVEN, byte_run, with_merged_attention
 from t5x_like.studies.study import Arm, Budget, Prediction, StepsTo, Study, Tier
 
-ALONE = {"cpu": 15, "gpu": 300}
+ALONE = {"cpu": 30, "gpu": 300}
 """Steps for which a new cross-attention trains alone."""
 STEPS = "steps_to_the_decoder"
 
@@ -94,7 +94,7 @@ def _short(run: RunConfig) -> RunConfig:
     return dataclasses.replace(
         run,
         training=dataclasses.replace(run.training, schedule=schedule),
-        evaluation=dataclasses.replace(run.evaluation, every_steps=10),
+        evaluation=dataclasses.replace(run.evaluation, every_steps=20),
     )
 
 

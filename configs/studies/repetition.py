@@ -47,7 +47,7 @@ def study(tier: Tier, folder: Path) -> Study:
 def _run(tier: Tier, folder: Path, layout: Layout, mixture: tuple[Objective, ...]) -> RunConfig:
     run = byte_run(tier, layout, mixture)
     model = with_half_of_the_layers(run.model)
-    evaluation = dataclasses.replace(run.evaluation, every_steps=100)
+    evaluation = dataclasses.replace(run.evaluation, every_steps=200)
     corpus = CorpusConfig(files=(str(folder / "train.jsonl"),), validation_files=(str(folder / "validation.jsonl"),))
     data = dataclasses.replace(run.data, corpus=corpus, store_dir=str(folder / "stores"))
     return dataclasses.replace(run, model=model, data=data, evaluation=evaluation)

@@ -19,7 +19,7 @@ from t5x_like.studies.study import Arm, Prediction, Study, Summary, Tier
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 """Widths, as fractions of the width of `byte_run`."""
-STEPS = {"cpu": (40, 80, 160), "gpu": (2_500, 5_000, 10_000)}
+STEPS = {"cpu": (80, 160, 320), "gpu": (2_500, 5_000, 10_000)}
 MODELS: dict[str, tuple[Layout, Objective]] = {
     "decoder": ("causal_lm", CausalLM()),
     "encdec": ("encoder_decoder", HALF_GIVEN),

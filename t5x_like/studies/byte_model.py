@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 
 from t5x_like.config import (
-    AdamWConfig,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     MonitoringConfig,
+    MuonConfig,
     Objective,
     PrefixLM,
     RunConfig,
@@ -38,8 +38,7 @@ def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunC
 
     An encoder-decoder has two of the stacks.
     """
-    width, layers, batch = (128, 4, 16) if tier == "cpu" else (512, 8, 128)
-    warmup_steps, evaluation_steps = (20, 50) if tier == "cpu" else (50, 100)
+    width, layers, batch = (128, 4, 8) if tier == "cpu" else (512, 8, 128)
     stack = StackConfig(
         num_layers=layers,
         d_model=width,
@@ -63,11 +62,11 @@ def byte_run(tier: Tier, layout: Layout, mixture: tuple[Objective, ...]) -> RunC
         training=TrainingConfig(
             num_train_steps=1,
             global_batch_size=batch,
-            optimizer=AdamWConfig(),
-            schedule=ScheduleConfig(kind="cosine", learning_rate=3e-3, warmup_steps=warmup_steps, final_fraction=0.1),
+            optimizer=MuonConfig(),
+            schedule=ScheduleConfig(kind="cosine", learning_rate=0.012, warmup_steps=50, final_fraction=0.1),
         ),
         checkpoints=CheckpointConfig(save_every_steps=200),
-        evaluation=EvaluationConfig(every_steps=evaluation_steps, num_batches=4, continuation=CONTINUATION),
+        evaluation=EvaluationConfig(every_steps=100, num_batches=4, continuation=CONTINUATION),
         monitoring=MonitoringConfig(writers=(), num_decoded_samples=0),
     )
 

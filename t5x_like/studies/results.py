@@ -33,7 +33,7 @@ class Estimate:
     """Score of an arm, or difference of two arms.
 
     Attributes:
-      value: Mean over the seeds.
+      value: Mean over the seeds; of a ratio, the geometric mean.
       interval: 95 % bootstrap interval over seeds and windows; with one seed over windows only. None: the runs were not
         scored on the same windows, or their rows are missing.
       by_seed: Value of each seed.
@@ -90,14 +90,14 @@ class Results:
         """Return the score of an arm minus that of another one, or divided by it.
 
         None: they have no seed in common, lack the score, or both have a run that does not reach the target of the
-        score.
+        score; or the scores of a ratio are not positive.
 
-        Seeds and windows are paired. `bootstrap.draws` draws the windows, the same for all runs. Seeds
+        The logarithms of a ratio are averaged and drawn, so that its interval is positive, and that of the inverse ratio
+        is the inverse. Seeds and windows are paired. `bootstrap.draws` draws the windows, the same for all runs. Seeds
         are drawn with replacement, and the deviations of their means are scaled so that the interval is as wide as
         Student's t has it: three seeds drawn from three vary too little for a 95 % interval.
         """
         name = name or self.measure
-        combine, neutral = (np.divide, 1.0) if is_ratio else (np.subtract, 0.0)
         pairs = []
         for seed in self.seeds(*[arm] if than is None else [arm, than]):
             first, second = self._of(arm, seed), None if than is None else self._of(than, seed)
@@ -109,16 +109,26 @@ class Results:
         sides = [self._side(name, each, one) for each, one in zip((arm, than), pairs[0], strict=True)]
         if sides == ["at least", "at least"]:
             return None
+        if is_ratio and any(one.values[name] <= 0 for one in everyone):
+            return None
+
+        def scale(score: float | FloatArray) -> FloatArray:
+            return np.asarray(np.log(score) if is_ratio else score)
+
+        def unscale(score: float | FloatArray) -> FloatArray:
+            return np.asarray(np.exp(score) if is_ratio else score)
+
         values = np.array(
-            [combine(first.values[name], second.values[name] if second else neutral) for first, second in pairs]
+            [scale(first.values[name]) - (scale(second.values[name]) if second else 0.0) for first, second in pairs]
         )
-        drawn = None
+        around = None
         if all(name in one.draws and one.examples.get(name) == everyone[0].examples.get(name) for one in everyone):
             drawn = np.array(
-                [combine(first.draws[name], second.draws[name] if second else neutral) for first, second in pairs]
+                [scale(first.draws[name]) - (scale(second.draws[name]) if second else 0.0) for first, second in pairs]
             )
-        around = None if drawn is None else interval(_both(values, drawn))
-        return Estimate(float(values.mean()), around, tuple(values.tolist()), _joined(sides))
+            around = interval(_both(values, drawn))
+        ends = None if around is None else (float(unscale(around[0])), float(unscale(around[1])))
+        return Estimate(float(unscale(values.mean())), ends, tuple(unscale(values).tolist()), _joined(sides))
 
     def _side(self, name: str, arm: str | None, run: EvaluatedCheckpoint | None) -> Side:
         """Return on which side of the score of an arm its exact value can be."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -141,6 +142,28 @@ def test_a_bound_is_judged_on_the_side_that_it_limits(
     assert verdict(prediction, Results(runs, BITS).compared("b", "a")) == expected
 
 
+def test_the_interval_of_the_inverse_ratio_is_the_inverse() -> None:
+    # Steps that vary as much as those of small models: the interval of the ratios themselves would have a negative end.
+    steps = {"a": (650.0, 1850.0, 1800.0), "b": (400.0, 300.0, 200.0)}
+    empty = checkpoint(np.zeros(WINDOWS))
+    runs = {
+        (arm, seed): dataclasses.replace(
+            empty, values={"steps": value}, draws={"steps": np.full(DRAWS, value)}, examples={"steps": "steps"}
+        )
+        for arm, values in steps.items()
+        for seed, value in enumerate(values)
+    }
+    found = Results(runs, "steps")
+    ratio, inverse = (found.compared(*arms, is_ratio=True) for arms in (("a", "b"), ("b", "a")))
+    assert ratio is not None and ratio.interval is not None
+    assert inverse is not None and inverse.interval is not None
+    by_seed = (1.625, 1850 / 300, 9.0)
+    assert ratio.by_seed == pytest.approx(by_seed)
+    assert ratio.value == pytest.approx(math.prod(by_seed) ** (1 / 3)) == pytest.approx(1 / inverse.value)
+    low, high = inverse.interval
+    assert 0 < ratio.interval[0] < min(by_seed) and ratio.interval == pytest.approx((1 / high, 1 / low))
+
+
 def test_ratios_have_the_interval_of_the_divided_draws() -> None:
     found = results({"a": 0.0, "b": 2.0}, 3)
     ratio = found.compared("b", "a", is_ratio=True)
@@ -180,9 +203,9 @@ def test_steps_of_a_run_that_does_not_reach_the_score_are_a_lower_bound(tmp_path
     found = curves(tmp_path, {"a": (2.0, 1.9), "b": (1.4, 1.3), "c": (2.0, 1.8)}, STEPS)
     score, ratio = found.score("a", "steps"), found.compared("a", "b", "steps", is_ratio=True)
     assert score is not None and (score.value, score.side) == (20, "at least")
-    assert ratio is not None and (ratio.value, ratio.side) == (2, "at least")
+    assert ratio is not None and (ratio.value, ratio.side) == (pytest.approx(2), "at least")
     inverse = found.compared("b", "a", "steps", is_ratio=True)
-    assert inverse is not None and (inverse.value, inverse.side) == (0.5, "at most")
+    assert inverse is not None and (inverse.value, inverse.side) == (pytest.approx(0.5), "at most")
     # It may be any number above its bound: two such runs cannot be compared.
     above = Prediction("", "a guess", "a", "b", low=3.0, score="steps", is_ratio=True)
     assert verdict(above, ratio) == "undecided" and verdict(dataclasses.replace(above, low=1.9), ratio) == "held"
