@@ -148,7 +148,7 @@ def _scores(
                 _css(order or arms, arm),
                 _value(estimate, signed=than is not None),
                 _around(estimate),
-                ", ".join(f"{value:.4f}" for value in estimate.by_seed),
+                "; ".join(map(formatting.number, estimate.by_seed)),
                 word,
             )
         )

@@ -92,10 +92,10 @@ class Results:
         None: they have no seed in common, lack the score, or both have a run that does not reach the target of the
         score; or the scores of a ratio are not positive.
 
-        The logarithms of a ratio are averaged and drawn, so that its interval is positive, and that of the inverse ratio
-        is the inverse. Seeds and windows are paired. `bootstrap.draws` draws the windows, the same for all runs. Seeds
+        Seeds and windows are paired. `bootstrap.draws` draws the windows, the same for all runs. Seeds
         are drawn with replacement, and the deviations of their means are scaled so that the interval is as wide as
-        Student's t has it: three seeds drawn from three vary too little for a 95 % interval.
+        Student's t has it: three seeds drawn from three vary too little for a 95 % interval. Of a ratio, the logarithms
+        are averaged and drawn, so that its interval is positive, and the inverse of that of the inverse ratio.
         """
         name = name or self.measure
         pairs = []
