@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from t5x_like.adapters.lora import LoraSpec, lora_spec
 from t5x_like.config import BatchSpec, RunConfig, batch_spec, evaluation_spec
 from t5x_like.data.stream.host_shard import HostShard
 from t5x_like.errors import ConfigError
+from t5x_like.hardware.xla_flags import options_to_run_once
 from t5x_like.model_output import ModelOutput
 from t5x_like.models.factory import ModelSpec, abstract_model, bind_params, init_params
 from t5x_like.models.model import Model
@@ -313,8 +315,5 @@ def init_program_state(program: Program) -> PyTree:
         # Zeros of an optimizer can be weakly typed, those that a step returns are not: the step would compile twice.
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
-    # Random numbers compile to large kernels, which run once: on CPUs the default level of optimization takes three
-    # times the CPU seconds, for the same bits.
-    is_cpu = program.mesh.devices.flat[0].platform == "cpu"
-    options = {"xla_backend_optimization_level": 1} if is_cpu else None
+    options = options_to_run_once(program.mesh.devices.flat[0].platform, os.environ)
     return jax.jit(make, out_shardings=shardings, compiler_options=options)()

@@ -71,6 +71,7 @@ FLAGS = (
     Flag("gpu", "NCCL_LL_BUFFSIZE", "", "-2", "NCCL's low-latency protocol", JAX_GPU),
     Flag("gpu", "NCCL_PROTO", "", "SIMPLE,LL,LL128", "NCCL's protocols", JAX_GPU),
 )
+_LEVEL = "xla_backend_optimization_level"
 _TPU_IDS = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "v7x"}
 """Generations by PCI device id, as in jax's hardware_utils."""
 _GOOGLE = "0x1ae0"
@@ -107,3 +108,14 @@ def apply_flags(environment: MutableMapping[str, str], platform: str, generation
         elif flag.name not in {word.partition("=")[0] for word in (present or "").split()}:
             environment[flag.variable] = f"{present or ''} {flag.name}={flag.value}".strip()
             yield f"{flag.name}={flag.value}"
+
+
+def options_to_run_once(platform: str, environment: Mapping[str, str]) -> dict[str, int] | None:
+    """Return options of XLA for a program that runs once, such as that of the initial values; None: the usual ones.
+
+    On CPUs the usual level of optimization takes three times as long as level 1 to compile the kernels of random
+    numbers, for the same bits. A level that the user has set in XLA_FLAGS is left as it is.
+    """
+    if platform != "cpu" or _LEVEL in environment.get("XLA_FLAGS", ""):
+        return None
+    return {_LEVEL: 1}

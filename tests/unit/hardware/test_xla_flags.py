@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from t5x_like.hardware.xla_flags import FLAGS, apply_flags, detect_platform
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t5x_like.hardware.xla_flags import FLAGS, apply_flags, detect_platform, options_to_run_once
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "operating.md"
 
@@ -50,6 +54,22 @@ def test_xla_knows_the_flags_for_gpus() -> None:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     list(apply_flags(environment, "gpu"))
     subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=environment, check=True)
+
+
+def test_initial_values_have_the_same_bits_at_the_level_that_compiles_them_faster() -> None:
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first, second = jax.random.split(key)
+        return 0.02 * jax.random.normal(first, (64, 96)), jnp.tanh(jax.random.normal(second, (33,)))
+
+    key = jax.random.key(0)
+    fast = options_to_run_once("cpu", {})
+    assert fast is not None
+    compiled = [jax.jit(draw).lower(key).compile(compiler_options=one) for one in (fast, {name: 3 for name in fast})]
+    for one, other in zip(*(each(key) for each in compiled), strict=True):
+        assert np.array_equal(np.asarray(one).view(np.int32), np.asarray(other).view(np.int32))
+    # What the user has set, and other platforms, are left as they are.
+    assert options_to_run_once("cpu", {"XLA_FLAGS": "--xla_backend_optimization_level=0"}) is None
+    assert options_to_run_once("tpu", {}) is None
 
 
 def test_documentation_lists_every_flag() -> None:
