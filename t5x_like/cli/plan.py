@@ -67,7 +67,7 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="search the batch size and remat policy with the highest throughput",
     )
-    group.add_argument("--search-trials", type=positive, default=12, metavar="N", help="maximum number (default: 12)")
+    group.add_argument("--search-trials", type=positive, default=16, metavar="N", help="maximum number (default: 16)")
 
 
 def _run(options: argparse.Namespace, overrides: list[str]) -> int:

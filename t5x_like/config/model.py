@@ -15,6 +15,7 @@ from t5x_like.config.bounds import (
     UnitFloatBelowOne,
 )
 from t5x_like.config.dataclass import config_dataclass
+from t5x_like.config.remat import Remat
 
 Architecture = Literal["encoder_decoder", "decoder", "encoder"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
@@ -23,7 +24,6 @@ NormPlacement = Literal["pre", "post", "both", "normformer", "sub"]
 Positions = Literal["relative_bias", "rope", "learned", "disentangled", "none"]
 LayerKind = Literal["global", "local"]
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full", "offload"]
 Pooling = Literal["cls", "mean", "last"]
 HeadKind = Literal["classification", "token_classification", "regression", "embedding"]
 
@@ -356,8 +356,9 @@ class ModelConfig:
     scan_layers: bool = True
     """Run the stacked layers by `lax.scan`. False unrolls them, for debugging; the parameters are the same."""
     remat: Remat = "none"
-    """Recomputation in the backward pass, by layer: nothing, everything but matrix products, or everything. offload:
-    everything, and the inputs of the layers are kept in the memory of the host."""
+    """What each layer computes again in the backward pass: none, nothing; dots, everything but products with
+    parameters; mlp, attention, qkv and outputs, everything but some of these products (those of `config.remat`); full,
+    everything. offload: everything, and the inputs of the layers are kept in the memory of the host."""
 
     @property
     def architecture(self) -> Architecture:

@@ -162,14 +162,15 @@ class Attention(nnx.Module):
         embed, kv_embed, head_dim = ("embed", config.d_model), ("embed", kv_width), ("head_dim", config.head_dim)
         q_stddev, kv_stddev, out_stddev = attention_stddevs(config)
         dense = functools.partial(Dense, rngs=rngs, quantization=config.quantization)
-        self.query = dense([embed], [heads, head_dim], stddev=q_stddev, use_bias=bias)
-        self.key = dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias)
-        self.value = dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias)
-        self.out = dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=config.use_bias)
+        self.query = dense([embed], [heads, head_dim], stddev=q_stddev, use_bias=bias, product="qkv")
+        self.key = dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, product="qkv")
+        self.value = dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, product="qkv")
+        self.out = dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=config.use_bias, product="outputs")
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, head_dim), Norm(config, head_dim)
         if config.attention_gate:
-            self.gate = dense([embed], [heads, head_dim], stddev=config.d_model**-0.5, use_bias=bias)
+            gate_stddev = config.d_model**-0.5
+            self.gate = dense([embed], [heads, head_dim], stddev=gate_stddev, use_bias=bias, product="qkv")
         if config.norm_placement == "sub":
             self.out_norm = Norm(config, ("norm", config.num_heads * config.head_dim))
 

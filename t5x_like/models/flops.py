@@ -99,6 +99,21 @@ def forward_flops_by_part(
     return parts
 
 
+def attention_output_flops(config: ModelConfig, features: Mapping[str, ArraySpec]) -> int:
+    """Return the FLOPs of the products with the output kernels of attention in one forward pass over a sub-batch. They
+    are a part of the projections of `forward_flops_by_part`."""
+    stacks = [*config.stacks.items(), ("encoder", config.generator)]
+    total = 0
+    for name, stack in stacks:
+        if stack is not None:
+            rows, length = _row_shape(features, f"{name}_input_tokens")
+            rows *= 2 if f"{REJECTED}{name}_input_tokens" in features else 1
+            is_crossed = name == "decoder" and config.encoder is not None and stack.cross_attention == "separate"
+            kernels = stack.num_layers * stack.d_model * stack.num_heads * stack.head_dim * (2 if is_crossed else 1)
+            total += 2 * rows * length * kernels
+    return total
+
+
 def _row_shape(features: Mapping[str, ArraySpec], name: str) -> tuple[int, int]:
     rows, length = features[name].shape
     return rows, length

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from t5x_like.config.model import Activation, ModelConfig, StackConfig
+from t5x_like.config.remat import Product
 from t5x_like.errors import ConfigProblem
 from t5x_like.kernels.dropout import keep_mask
 from t5x_like.kernels.matmul import Quantization, matmul
@@ -53,6 +55,7 @@ class Dense(nnx.Module):
         use_bias: bool,
         rngs: nnx.Rngs,
         quantization: Quantization | None = None,
+        product: Product | None = None,
     ):
         """Create the layer.
 
@@ -63,8 +66,10 @@ class Dense(nnx.Module):
           use_bias: Add a bias.
           rngs: Source of the initial values.
           quantization: Rounding of the product's operands; see `kernels.matmul`.
+          product: Name of the result for policies of recomputation that keep it.
         """
         self.quantization = quantization
+        self.product = product
         axes, shape = zip(*inputs, *outputs, strict=True)
         # A kernel keeps one dimension per logical axis, [embed, heads, head_dim], so that rules can split the heads;
         # the product contracts all input dimensions at once.
@@ -75,7 +80,8 @@ class Dense(nnx.Module):
     def __call__(self, x: Array, dtype: jnp.dtype | None = None) -> Array:
         """Return the product in `dtype`, by default the type of x."""
         y = matmul(x, self.kernel[...], self.contracted, dtype or x.dtype, self.quantization)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.product is None else checkpoint_name(y, self.product)
 
 
 def quantization_problems(config: ModelConfig) -> Iterator[ConfigProblem]:
@@ -219,14 +225,14 @@ class Mlp(nnx.Module):
         dense = functools.partial(Dense, use_bias=use_bias, rngs=rngs, quantization=config.quantization)
 
         def inner() -> Dense:
-            return dense([embed], [mlp], stddev=stddev)
+            return dense([embed], [mlp], stddev=stddev, product="mlp")
 
         if config.mlp_gated:
             self.wi_0, self.wi_1 = inner(), inner()
         else:
             self.wi = inner()
         out_stddev = config.output_init_scale * config.d_ff**-0.5
-        self.wo = dense([mlp], [embed], stddev=out_stddev)
+        self.wo = dense([mlp], [embed], stddev=out_stddev, product="outputs")
         if config.norm_placement in ("normformer", "sub"):
             self.norm = Norm(config, ("norm", config.d_ff))
 

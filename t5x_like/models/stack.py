@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, assert_never
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from t5x_like.config.model import LayerKind, ModelConfig, StackConfig
 from t5x_like.errors import ConfigError, ConfigProblem
@@ -32,12 +31,10 @@ from t5x_like.models.depth_weights import DepthStates, initial_weights
 from t5x_like.models.kv_cache import KeysValues, KVCache, LayerCache, slot_positions
 from t5x_like.models.layers import Dense, Embedding, Norm, dropout, param
 from t5x_like.models.moe import Routing
+from t5x_like.models.remat import name_layer_input, recompute
 from t5x_like.models.rotary import CosSin, rope
 from t5x_like.sharding.constrain import constrain
-from t5x_like.sharding.host_memory import HOST
 
-_LAYER_INPUT = "layer_input"
-"""Name of the states between two layers for the remat policy that keeps them in host memory."""
 Carry = tuple[Array, DepthStates | None]
 """States between two layers, and those before them that further sums read."""
 
@@ -355,8 +352,7 @@ class Stack(nnx.Module):
 
         def run(carry: Carry, layer: Any) -> tuple[Carry, tuple[KeysValues, Routing | None]]:
             x, depth = carry
-            if self.remat == "offload":
-                x = checkpoint_name(x, _LAYER_INPUT)
+            x = name_layer_input(x, self.remat)
             block, (number, kind, layer_cross) = layer
             inputs = shared
             if by_kind is not None:
@@ -371,28 +367,8 @@ class Stack(nnx.Module):
             x, new, routing, depth = block(x, inputs, dropout_rng=rng, cross_keys_values=layer_cross, depth=depth)
             return (x, depth), (new, routing)
 
-        # A scan already keeps the recomputation apart from the forward pass; only unrolled layers need the barrier
-        # against common-subexpression elimination.
         scans = self.scan_layers and isinstance(self.layers, Block) and not self.config.depth_weights
-        match self.remat:
-            case "none":
-                pass
-            case "dots":
-                # Keep products of activations with parameters; recompute scores and all elementwise work.
-                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                run = jax.checkpoint(run, prevent_cse=not scans, policy=policy)
-            case "full":
-                run = jax.checkpoint(run, prevent_cse=not scans)
-            case "offload":
-                policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-                    names_which_can_be_saved=[],
-                    names_which_can_be_offloaded=[_LAYER_INPUT],
-                    offload_src="device",
-                    offload_dst=HOST,
-                )
-                run = jax.checkpoint(run, prevent_cse=not scans, policy=policy)
-            case unknown:
-                assert_never(unknown)
+        run = recompute(run, self.remat, is_scanned=scans)
         carry: Carry = (x, self._depth_states(x))
         if scans:
             assert isinstance(self.layers, Block)

@@ -1,10 +1,11 @@
 """Search for the batch size and remat policy with the highest throughput, by compilation (`plan --search-batch-size`).
 
-The search follows the boundary of what fits. Saving everything (remat none) needs most memory, dots less and full
-least; a larger batch needs more. Under each policy the batch is doubled until XLA refuses it, and the next policy
-begins above the largest batch that fitted. If nothing has fitted yet, the last policy continues with halved batches.
-The best trial has most tokens per second by the roofline (its longest part); among equals, the one that recomputes
-least. A larger batch is another optimization problem: choosing its learning rate is left to the user.
+The search follows the boundary of what fits. Saving everything (remat none) needs most memory, and each policy after
+it keeps less and computes more again; a larger batch needs more. Under each policy the batch is doubled until XLA
+refuses it, and the next policy begins above the largest batch that fitted. If nothing has fitted yet, the last policy
+continues with halved batches. The best trial has most tokens per second by the roofline (its longest part); among
+equals, the one that recomputes least. A larger batch is another optimization problem: choosing its learning rate is
+left to the user.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from t5x_like.config import RunConfig
-from t5x_like.config.model import Remat
+from t5x_like.config.remat import Remat
 from t5x_like.config.validation import validate
 from t5x_like.errors import ConfigError
 from t5x_like.hardware.topologies import Topology
@@ -24,9 +25,9 @@ from t5x_like.planning.xla.roofline import roofline
 from t5x_like.utils import formatting
 from t5x_like.utils.console import Console
 
-POLICIES: tuple[Remat, ...] = ("none", "dots", "full")
+POLICIES: tuple[Remat, ...] = ("none", "dots", "mlp", "attention", "qkv", "outputs", "full")
 """Remat policies, those that recompute least first. The time that "offload" spends on copies is not known."""
-MAX_TRIALS = 12
+MAX_TRIALS = 16
 CompileStep = Callable[[RunConfig, Topology], CompiledStep]
 
 

@@ -40,7 +40,7 @@ def memory_suggestions(run: RunConfig) -> list[MemorySuggestion]:
     if model.dtype == "float32":
         suggest("--model.dtype bfloat16", "activations take half the bytes", model={"dtype": "bfloat16"})
     match model.remat:
-        case "none" | "dots":
+        case "none" | "dots" | "mlp" | "attention" | "qkv" | "outputs":
             suggest("--model.remat full", "layers are recomputed in the backward pass", model={"remat": "full"})
         case "full":
             suggest("--model.remat offload", "the inputs of layers are kept on the host", model={"remat": "offload"})

@@ -11,8 +11,12 @@ B x S with the source length S):
   remat   saved by a pre-norm layer                                            numbers per token position
   full    its input                                                            d
   offload nothing: its input is in host memory
-  dots    its input; results of the products with parameters: attention        2 d + (H + 2 G) h + 2 f
-          output, queries, keys, values, both inner products of a gated MLP
+  outputs its input, the output of attention                                   2 d
+  qkv     its input, queries, keys, values                                     d + (H + 2 G) h
+  attention its input; what outputs and qkv save                               2 d + (H + 2 G) h
+  mlp     its input, both inner products of a gated MLP                        d + 2 f
+  dots    its input; results of the products with parameters: what             2 d + (H + 2 G) h + 2 f
+          attention and mlp save
   none    inputs and results of each operation: two branch inputs and their    4 d + (2 H + 2 G) h + 3 f
           normalized form, queries, keys, values, mixed values, both inner
           products and their elementwise product
@@ -32,7 +36,8 @@ from collections.abc import Iterator, Mapping
 from typing import assert_never
 
 from t5x_like.config.batch_spec import REJECTED, ArraySpec, texts_of
-from t5x_like.config.model import ModelConfig, Remat, StackConfig
+from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.remat import Remat, kept_products
 from t5x_like.kernels.attention import get_backend
 from t5x_like.kernels.attention_backend import AttentionBackend
 from t5x_like.kernels.auto_attention import choose
@@ -189,14 +194,18 @@ def layer_activations(config: ModelConfig, stack: StackConfig, inputs: StackInpu
             return [dataclasses.replace(states, axes=("batch", "residual_length", "embed"))]
         case "offload":
             return []
-        case "dots":
+        case "dots" | "mlp" | "attention" | "qkv" | "outputs":
+            kept = kept_products(remat)
             # If norms follow the residual sum, the result of each branch is saved for them as well.
             last = 1 if stack.norm_placement in ("post", "both") else 0
-            return [
-                states.times(branches + last),
-                *_attention(stack, inputs, size, cross, elementwise=False),
-                *_mlp(stack, inputs, size, elementwise=False),
-            ]
+            arrays = [states.times(branches + last) if "outputs" in kept else states]
+            if "qkv" in kept:
+                arrays += _attention(stack, inputs, size, cross, elementwise=False)
+            if "mlp" in kept:
+                products = _mlp(stack, inputs, size, elementwise=False)
+                # The product of a router has no name: only "dots" keeps it.
+                arrays += (array for array in products if remat == "dots" or array.name != "routing")
+            return arrays
         case "none":
             # Norms on the branch input are counted with it; only a second norm after the branch saves one more array.
             norms = {"pre": 0, "post": 0, "both": 1, "normformer": 1, "sub": 1}[stack.norm_placement]
@@ -243,7 +252,7 @@ def _attention(
     merged = inputs.source_length if stack.cross_attention == "merged" else stack.num_blocks(inputs.length)
     before_norm = 1 if stack.qk_norm and elementwise else 0
     # The mixed values, which have the shape of the queries, are saved with the elementwise results.
-    yield queries((2 if elementwise else 1) + before_norm)
+    yield queries((2 if elementwise else 1) + before_norm + stack.attention_gate)
     yield keys_values(2 + before_norm, inputs.length + merged)
     if cross:
         yield queries((2 if elementwise else 1) + before_norm)

@@ -6,16 +6,17 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import assert_never
+from typing import NamedTuple
 
 from t5x_like.config import RunConfig, batch_spec
 from t5x_like.config.batch_spec import ArraySpec
 from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.config.remat import kept_products
 from t5x_like.kernels.attention import get_backend
 from t5x_like.kernels.attention_backend import AttentionRequest
 from t5x_like.kernels.auto_attention import choose
 from t5x_like.models.factory import kernels
-from t5x_like.models.flops import forward_flops_by_part
+from t5x_like.models.flops import attention_output_flops, forward_flops_by_part
 from t5x_like.planning.estimate.kv_cache_bytes import attended_tokens
 from t5x_like.planning.estimate.tokens import prefix_lengths, tokens_per_step
 
@@ -61,16 +62,18 @@ def executed_flops(run: RunConfig) -> float:
     They exceed the model's FLOPs for these reasons. The padding of a vocabulary is multiplied as its tokens are. All
     pairs of a query and a key are counted, masked or not; this is an upper bound, because backends that work in blocks
     skip masked blocks. The backward pass recomputes what was not saved: with attention by "reference" the scores; with
-    `remat` of "dots" both products of attention as well; with "full" the whole forward pass of the layers, except a
-    last product whose result is not needed. The products of the optimizer (Muon) are added. Elementwise operations are
-    not counted, and neither are the rows of no use in tiles of experts on CPUs and GPUs (`kernels.grouped_mlp`).
+    a policy of `remat` both products of attention and all experts as well, and the products with parameters that the
+    policy does not keep, except a last product whose result is not needed. The products of the optimizer (Muon) are
+    added. Elementwise operations are not counted, and neither are the rows of no use in tiles of experts on CPUs and
+    GPUs (`kernels.grouped_mlp`).
     """
-    config = run.model
-    forward: Counter[str] = Counter()
+    config = _with_padding(run.model)
+    total = float(optimizer_flops(run) + _teacher_flops(run, all_pairs=True))
     for features in batch_spec(run).values():
-        forward.update(forward_flops_by_part(_with_padding(config), features, all_pairs=True))
-    teacher = _teacher_flops(run, all_pairs=True)
-    return float((1 + BACKWARD) * sum(forward.values()) + _recomputed(config, forward) + optimizer_flops(run) + teacher)
+        forward = forward_flops_by_part(config, features, all_pairs=True)
+        outputs = attention_output_flops(config, features)
+        total += (1 + BACKWARD) * sum(forward.values()) + _recomputed(config, forward, outputs)
+    return total
 
 
 def _with_padding(config: ModelConfig) -> ModelConfig:
@@ -124,45 +127,56 @@ def decode_flops(config: ModelConfig, *, rows: int, length: int, encoder_length:
     return float(products + rows * 4 * decoder.num_heads * decoder.head_dim * keys)
 
 
-def _recomputed(config: ModelConfig, forward: Mapping[str, int]) -> float:
-    """Return the FLOPs of the layers' forward pass that the backward pass recomputes."""
-    scores = sum(count for part, count in forward.items() if part.endswith(" scores"))
-    # Every portable candidate of "auto" recomputes them.
+def _recomputed(config: ModelConfig, forward: Mapping[str, int], outputs: int) -> float:
+    """Return the FLOPs of the layers' forward pass that the backward pass recomputes.
+
+    Args:
+      config: Model.
+      forward: FLOPs of the forward pass by part.
+      outputs: Those of the products with the output kernels of attention.
+    """
+    by_kind = {
+        kind: sum(count for part, count in forward.items() if part.split()[-1] == kind)
+        for kind in ("projections", "scores")
+    }
+    # Every portable candidate of "auto" recomputes the scores.
     backend = choose(config.attention, None, AttentionRequest()).backend
-    attention = 0.5 * scores if get_backend(backend).recomputes_scores else 0.0
-    match config.remat:
-        case "none":
-            return attention
-        case "dots":
-            return attention + scores
-        case "full" | "offload":
-            layers = sum(
-                count for part, count in forward.items() if part.split()[-1] in ("projections", "scores", "mlp")
-            )
-            return attention + layers - _last_products(config, forward)
-        case _:
-            assert_never(config.remat)
+    total = 0.5 * by_kind["scores"] if get_backend(backend).recomputes_scores else 0.0
+    if config.remat == "none":
+        return total
+    kept = kept_products(config.remat)
+    total += by_kind["scores"]
+    total += 0 if "qkv" in kept else by_kind["projections"] - outputs
+    total += 0 if "outputs" in kept else outputs
+    for name, stack in [*config.stacks.items(), ("generator", config.generator)]:
+        if stack is not None:
+            shares = _mlp_shares(stack)
+            # The result of an MLP is read by a norm after it, or by nothing in the backward pass.
+            is_read = stack.norm_placement in ("post", "both") and "outputs" not in kept
+            recomputed = shares.experts + ("mlp" not in kept) * shares.inner + is_read * shares.last
+            total += forward[f"{name} mlp"] * recomputed
+    return total
 
 
-def _last_products(config: ModelConfig, forward: Mapping[str, int]) -> float:
-    """Return the FLOPs of the products that end a layer, whose results the backward pass does not read."""
-    return sum(
-        forward[f"{name} mlp"] * _last_product(stack)
-        for name, stack in [*config.stacks.items(), ("generator", config.generator)]
-        if stack is not None and stack.norm_placement in ("pre", "normformer", "sub")
-    )
+class _MlpShares(NamedTuple):
+    """Fractions of the FLOPs of a stack's MLPs: products with the first kernels and with the last one of MLPs and
+    shared experts, and all products of routed experts and routers."""
+
+    inner: float
+    last: float
+    experts: float
 
 
-def _last_product(stack: StackConfig) -> float:
-    """Return the fraction of an MLP's FLOPs that are in the product with its last kernel."""
+def _mlp_shares(stack: StackConfig) -> _MlpShares:
     kernels = 3 if stack.mlp_gated else 2
     if stack.experts is None:
-        return 1 / kernels
-    mlps = stack.experts.experts_per_token + stack.experts.num_shared_experts
-    # Of the layers without experts an MLP, of those with experts several and the router, in units of d_model * d_ff.
+        return _MlpShares((kernels - 1) / kernels, 1 / kernels, 0.0)
+    # In units of d_model * d_ff: the layers without experts have an MLP, the others experts and a router.
     with_experts = len(stack.expert_layers)
-    mlps = stack.num_layers + with_experts * (mlps - 1)
-    return mlps / (kernels * mlps + with_experts * stack.experts.num_experts / stack.d_ff)
+    dense = stack.num_layers - with_experts + with_experts * stack.experts.num_shared_experts
+    routed = with_experts * (kernels * stack.experts.experts_per_token + stack.experts.num_experts / stack.d_ff)
+    total = kernels * dense + routed
+    return _MlpShares((kernels - 1) * dense / total, dense / total, routed / total)
 
 
 def cross_attention_premium(run: RunConfig) -> float:

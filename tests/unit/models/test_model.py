@@ -157,7 +157,7 @@ def gradients(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "full"}])
+@pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "dots"}, {"remat": "qkv"}, {"remat": "full"}])
 def test_scan_unrolled_and_remat_have_the_same_gradients(changes):
     config = model("encoder_decoder", stack_changes={"dropout_rate": 0.2})
     expected, found = gradients(config), gradients(dataclasses.replace(config, **changes))

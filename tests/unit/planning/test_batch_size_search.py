@@ -51,7 +51,8 @@ def trials(run: RunConfig, memory: LinearMemory, max_trials: int = MAX_TRIALS) -
 @given(st.floats(0.05, 40), st.integers(1, MAX_TRIALS))
 def test_search_is_bounded_and_finds_what_fits(limit: float, max_trials: int) -> None:
     run = example()
-    memory = LinearMemory({"none": 4.0, "dots": 2.0, "full": 1.0}, limit * run.training.global_batch_size)
+    per_row = dict(zip(POLICIES, (4.0, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0), strict=True))
+    memory = LinearMemory(per_row, limit * run.training.global_batch_size)
     found = trials(run, memory, max_trials)
     assert 1 <= len(found) <= max_trials
     assert len({(trial.batch_size, trial.remat) for trial in found}) == len(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from t5x_like.config import AdafactorConfig, AdamWConfig, FreezeConfig, LoraConf
 from t5x_like.hardware.fake_devices import fake_devices
 from t5x_like.hardware.topologies import parse_topology
 from t5x_like.models.factory import abstract_model, bind_params, kernels
+from t5x_like.planning.batch_size_search import POLICIES
 from t5x_like.planning.estimate.memory import bytes_per_device, estimate, tiled_bytes, trained_params
 from t5x_like.planning.estimate.parameters import parameter_parts, total
 from t5x_like.planning.sharding_table import parameter_shardings
@@ -61,7 +63,10 @@ def residual_bytes(run: RunConfig) -> int:
 
 
 CASES = [("t5_1_1", "none"), ("gemma_2", "dots")]
-MORE = [(family, remat) for family in FAMILIES for remat in ("none", "dots", "full") if (family, remat) not in CASES]
+MORE = [
+    *((family, remat) for family in FAMILIES for remat in ("none", "dots", "full") if (family, remat) not in CASES),
+    *((family, remat) for family in ("t5_1_1", "bert") for remat in ("mlp", "attention", "qkv", "outputs")),
+]
 
 
 @pytest.mark.parametrize(("family", "remat"), [*CASES, *(pytest.param(*c, marks=pytest.mark.slow) for c in MORE)])
@@ -168,13 +173,14 @@ def test_loss_in_chunks_needs_the_logits_of_a_chunk_and_the_gradient_of_the_head
 
 
 def test_more_remat_saves_fewer_activations() -> None:
-    kept = [
-        estimate_for(small_run("t5gemma", rows=16, layers=4, remat=remat), "v5p:2x2x2").moments["head"][
+    kept = {
+        remat: estimate_for(small_run("t5gemma", rows=16, layers=4, remat=remat), "v5p:2x2x2").moments["head"][
             "saved activations"
         ]
-        for remat in ("none", "dots", "full")
-    ]
-    assert kept[0] > kept[1] > kept[2]
+        for remat in POLICIES
+    }
+    for policies in (["none", "dots", "attention", "qkv", "outputs", "full"], ["dots", "mlp", "full"]):
+        assert all(kept[more] > kept[less] for more, less in itertools.pairwise(policies)), kept
 
 
 def test_frozen_parameters_have_no_gradients() -> None:

@@ -1,0 +1,27 @@
+"""Names of what the layers keep for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Literal, assert_never
+
+Remat = Literal["none", "dots", "mlp", "attention", "qkv", "outputs", "full", "offload"]
+"""Policy of recomputation. From "none" to "full" each one computes more again than the one before it and keeps less,
+where MLPs have more FLOPs than the projections of attention; "offload" computes as much again as "full"."""
+Product = Literal["qkv", "outputs", "mlp"]
+"""Products of a layer with its parameters, by what they compute: queries, keys, values and gates of attention; the
+outputs of attention, and of an MLP if a norm reads them; the inner activations of an MLP."""
+
+
+def kept_products(remat: Remat) -> frozenset[Product]:
+    """Return the products whose results are kept. The results of experts are never among them."""
+    match remat:
+        case "none" | "dots":
+            return frozenset({"qkv", "outputs", "mlp"})
+        case "mlp" | "qkv" | "outputs":
+            return frozenset({remat})
+        case "attention":
+            return frozenset({"qkv", "outputs"})
+        case "full" | "offload":
+            return frozenset()
+        case unknown:
+            assert_never(unknown)
