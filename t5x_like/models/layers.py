@@ -25,8 +25,9 @@ from t5x_like.config.remat import Product
 from t5x_like.errors import ConfigProblem
 from t5x_like.kernels.dropout import keep_mask
 from t5x_like.kernels.matmul import Quantization, matmul
+from t5x_like.kernels.table_lookup import lookup
 from t5x_like.model_output import OutputProjection
-from t5x_like.sharding.constrain import constrain
+from t5x_like.sharding.constrain import constrain, lookup_sharding
 
 LogicalAxes = tuple[str | None, ...]
 
@@ -141,33 +142,13 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
         """Return the vectors [..., columns] of ids [...]. Ids beyond the table take the row of the last id."""
-        # Gather the table over fsdp before the lookup; without the constraint XLA replicates the rows that it looked
-        # up.
-        # The table is an activation here: see the conventions of `sharding.rules.ACTIVATIONS`.
-        table = constrain(self.embedding[...], self.axes)
+        table = self.embedding[...]
         if self.last_id < table.shape[0] - 1:
             ids = jnp.minimum(ids, self.last_id)
-        return _rows(table, ids).astype(dtype)
-
-
-def _rows(table: Array, ids: Array) -> Array:
-    """Return the rows of a table. The gradients of a row are added up in float32, whatever the type of the table."""
-    wide, dtype = jax.ShapeDtypeStruct(table.shape, jnp.float32), table.dtype
-
-    def looked_up(table: Array, ids: Array) -> Array:
-        return jnp.take(table, ids, axis=0, mode="clip")
-
-    rows = jax.custom_vjp(looked_up)
-
-    def forward(table: Array, ids: Array) -> tuple[Array, Array]:
-        return rows(table, ids), ids
-
-    def backward(ids: Array, cotangent: Array) -> tuple[Array, None]:
-        (gradient,) = jax.linear_transpose(lambda table: looked_up(table, ids), wide)(cotangent.astype(jnp.float32))
-        return gradient.astype(dtype), None
-
-    rows.defvjp(forward, backward)
-    return rows(table, ids)
+        flat = ids.reshape(-1, ids.shape[-1])
+        sharding = lookup_sharding(flat.shape, table.shape, self.axes)
+        rows = lookup(table, flat, dtype, sharding)
+        return rows.reshape(*ids.shape, -1)
 
 
 class Norm(nnx.Module):

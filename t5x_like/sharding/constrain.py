@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from t5x_like.kernels.attention_masks import SequenceSharding
 from t5x_like.kernels.expert_dispatch import ExpertSharding
 from t5x_like.kernels.linear_cross_entropy import LossSharding
+from t5x_like.kernels.table_lookup import LookupSharding
 from t5x_like.sharding.rules import LogicalAxes, Rules, spec, split_axes
 
 
@@ -146,6 +148,33 @@ def loss_sharding(rows: int, length: int, width: int, vocabulary: int) -> LossSh
     stored = split_axes("embed", rules.parameters, width, mesh)
     summed = (*axes["batch"], *axes["length"])
     return LossSharding(mesh, **axes, embed=tuple(axis for axis in stored if axis in summed))
+
+
+def lookup_sharding(ids: Sequence[int], table: Sequence[int], names: LogicalAxes) -> LookupSharding | None:
+    """Return the placement of ids of the shape `ids`, [rows, length], and of a table from which rows are looked up.
+
+    None outside a context, and if the mesh does not split the table.
+
+    Args:
+      ids: Shape of the ids.
+      table: Shape of the table.
+      names: Logical axes of the table.
+    """
+    active = _ACTIVE.get()
+    if active is None:
+        return None
+    mesh, rules = active
+    stored = [split_axes(name, rules.parameters, size, mesh) for name, size in zip(names, table, strict=True)]
+    if not any(stored):
+        return None
+    batch, along = (
+        split_axes(name, rules.activations, size, mesh) for name, size in zip(("batch", "length"), ids, strict=True)
+    )
+    # As the states between the layers are split, if the length allows it: see "residual_length".
+    scattered = tuple(axis for axis in stored[0] if axis not in (*batch, *along))
+    if ids[1] % math.prod(mesh.shape[axis] for axis in (*along, *scattered)):
+        scattered = ()
+    return LookupSharding(mesh, batch, along, stored[0], stored[1], scattered)
 
 
 def _caller() -> str:

@@ -33,7 +33,12 @@ def goes_to_host(x: Any) -> bool:
 
 def on_device(tree: PyTree) -> PyTree:
     """Return the tree with all arrays in the memory of the devices, within a function that is compiled."""
-    return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
+
+    def moved(x: Any) -> Any:
+        # XLA (libtpu 0.0.42.1) refuses a program that changes the shape of an array on its way from the host.
+        return jax.lax.optimization_barrier(jax.device_put(x, jax.memory.Space.Device))
+
+    return jax.tree.map(moved, tree)
 
 
 def host_shardings(shardings: PyTree, abstract: PyTree) -> PyTree:

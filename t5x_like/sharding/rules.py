@@ -65,9 +65,8 @@ ACTIVATIONS: Table = {
   (`kernels.expert_dispatch`).
 - "residual_length" is the length of the arrays between the blocks. Norms, dropout and residual sums do not need a whole
   row, so each device of "tensor" holds a part of it (sequence parallelism, Korthikanti et al. 2022).
-- A token or position table from which rows are looked up counts as an activation, ("vocab", "embed"): it is gathered
-  over fsdp first. Otherwise XLA looks up columns of rows that are split over the same axis, and reshards the result at
-  full size.
+- A table from which rows are looked up stays split as the parameter table says (`kernels.table_lookup`). If XLA
+  partitioned the lookup, it would reshard the result at full size.
 - "matrices" are the layers of a stack while the optimizer computes with their matrices (Muon).
 """
 MAY_STAY_WHOLE = frozenset({"kv_heads"})

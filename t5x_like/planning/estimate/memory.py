@@ -9,8 +9,8 @@ step, and the highest of them is the estimate:
   layers       the backward pass of a layer: all gradients, the activations saved for it and the layers before it, and
                its working memory: recomputed activations, attention scores or the cotangents of the MLP, and the
                layer's parameters gathered over fsdp; with a tied table also the logits, whose gradient is computed last
-  embeddings   all gradients, and those of the token table and of an untied head, in float32 and whole over fsdp before
-               they are reduced: one of the table for each stack that reads it, and the zeros that they are added to
+  embeddings   all gradients; those of the token table in float32, split as the table is: one for each stack that reads
+               it, and the zeros that they are added to; and that of the head, whole over fsdp before it is reduced
   update       gradients and the updates computed from them, which are float32 whatever the type of the parameters; an
                optimizer state that is kept in host memory, all of which may have arrived
 
@@ -320,7 +320,8 @@ class ActivationMemory:
         return total
 
     def tables(self) -> dict[str, int]:
-        """Return the bytes of the gradients of token table and head before they are reduced. A tied table has both."""
+        """Return the bytes of the gradients of the token table's lookups, and of the head before it is reduced. A tied
+        table has both."""
         config = self.config
         width = config.lm_head_width
         lookups = [width] * (len(config.stacks) + (config.generator is not None))
@@ -331,7 +332,7 @@ class ActivationMemory:
         has_head = config.task_head is None and self._trains(output_table)
         return {
             # The last one is added to zeros, which are an array of their own.
-            "gradients of the token table": sum(map(self._whole_table, [*lookups, lookups[-1]]))
+            "gradients of the token table": sum(map(self._stored_table, [*lookups, lookups[-1]]))
             if self._trains("token_embedder")
             else 0,
             "gradient of the head": self._whole_table(width) if has_head else 0,
@@ -340,6 +341,12 @@ class ActivationMemory:
     def _whole_table(self, width: int) -> int:
         """Return the bytes of a table or head in float32, whole over fsdp."""
         return self.bytes_of([SavedArray("table", ("vocab", "embed"), (self.config.padded_vocab_size, width), 4)])
+
+    def _stored_table(self, width: int) -> int:
+        """Return the bytes of a token table in float32, split as it is stored (`kernels.table_lookup`)."""
+        shape = (self.config.padded_vocab_size, width)
+        split = spec(("vocab", "embed"), self.program.rules.parameters, shape, self.program.mesh)
+        return self.size_of(NamedSharding(self.program.mesh, split).shard_shape(shape), 4)
 
     def _trains(self, name: str) -> bool:
         return name in trained_params(self.program)
