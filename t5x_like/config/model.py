@@ -356,9 +356,10 @@ class ModelConfig:
     scan_layers: bool = True
     """Run the stacked layers by `lax.scan`. False unrolls them, for debugging; the parameters are the same."""
     remat: Remat = "none"
-    """What each layer computes again in the backward pass: none, nothing; dots, everything but products with
-    parameters; mlp, attention, qkv and outputs, everything but some of these products (those of `config.remat`); full,
-    everything. offload: everything, and the inputs of the layers are kept in the memory of the host."""
+    """What each layer computes again in the backward pass: none, nothing; dots, everything but products with parameters
+    other than those of routed experts; mlp, attention, qkv and outputs, everything but some of these products (those of
+    `config.remat`); full, everything. offload: everything, and the inputs of the layers are kept in the memory of the
+    host."""
 
     @property
     def architecture(self) -> Architecture:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Literal, assert_never
 
 Remat = Literal["none", "dots", "mlp", "attention", "qkv", "outputs", "full", "offload"]
-"""Policy of recomputation. From "none" to "full" each one computes more again than the one before it and keeps less,
-where MLPs have more FLOPs than the projections of attention; "offload" computes as much again as "full"."""
+"""Policy of recomputation: "none" computes nothing again, "full" and "offload" everything, and the others all but some
+products."""
 Product = Literal["qkv", "outputs", "mlp"]
 """Products of a layer with its parameters, by what they compute: queries, keys, values and gates of attention; the
 outputs of attention, and of an MLP if a norm reads them; the inner activations of an MLP."""
 
 
 def kept_products(remat: Remat) -> frozenset[Product]:
-    """Return the products whose results are kept. The results of experts are never among them."""
+    """Return the products whose results are kept. Those of routed experts are never among them."""
     match remat:
         case "none" | "dots":
             return frozenset({"qkv", "outputs", "mlp"})

@@ -165,7 +165,7 @@ class Attention(nnx.Module):
         self.query = dense([embed], [heads, head_dim], stddev=q_stddev, use_bias=bias, product="qkv")
         self.key = dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, product="qkv")
         self.value = dense([kv_embed], [kv_heads, head_dim], stddev=kv_stddev, use_bias=bias, product="qkv")
-        self.out = dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=config.use_bias, product="outputs")
+        self.out = dense([heads, head_dim], [embed], stddev=out_stddev, use_bias=config.use_bias)
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, head_dim), Norm(config, head_dim)
         if config.attention_gate:

@@ -19,6 +19,7 @@ from t5x_like.models.depth_weights import DepthStates
 from t5x_like.models.kv_cache import KeysValues, LayerCache
 from t5x_like.models.layers import Embedding, Mlp, Norm, dropout, param
 from t5x_like.models.moe import MixtureOfExperts, Routing
+from t5x_like.models.remat import name_product
 from t5x_like.sharding.constrain import constrain
 
 
@@ -285,7 +286,8 @@ class Block(nnx.Module):
 
     def _add_branch(self, x: Array, branch: Array, name: str, dropout_rng: Array | None) -> Array:
         # pre: x + f(norm(x)). post: norm(x + f(x)), as in BERT. both: x + norm(f(norm(x))), as in Gemma 2.
-        branch = split_states(branch)
+        # Named after it is split, so that what is kept is split as the states between the layers are.
+        branch = name_product(split_states(branch), "outputs")
         if hasattr(self, f"{name}_post_norm"):
             branch = getattr(self, f"{name}_post_norm")(branch)
         x = x + dropout(branch, self.config, dropout_rng)

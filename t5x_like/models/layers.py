@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 
 from t5x_like.config.model import Activation, ModelConfig, StackConfig
 from t5x_like.config.remat import Product
@@ -27,6 +26,7 @@ from t5x_like.kernels.dropout import keep_mask
 from t5x_like.kernels.matmul import Quantization, matmul
 from t5x_like.kernels.table_lookup import lookup
 from t5x_like.model_output import OutputProjection
+from t5x_like.models.remat import name_product
 from t5x_like.sharding.constrain import constrain, lookup_sharding
 
 LogicalAxes = tuple[str | None, ...]
@@ -82,7 +82,7 @@ class Dense(nnx.Module):
         """Return the product in `dtype`, by default the type of x."""
         y = matmul(x, self.kernel[...], self.contracted, dtype or x.dtype, self.quantization)
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
-        return y if self.product is None else checkpoint_name(y, self.product)
+        return y if self.product is None else name_product(y, self.product)
 
 
 def quantization_problems(config: ModelConfig) -> Iterator[ConfigProblem]:
@@ -145,10 +145,10 @@ class Embedding(nnx.Module):
         table = self.embedding[...]
         if self.last_id < table.shape[0] - 1:
             ids = jnp.minimum(ids, self.last_id)
-        flat = ids.reshape(-1, ids.shape[-1])
+        flat = ids.reshape(math.prod(ids.shape[:-1]), ids.shape[-1])
         sharding = lookup_sharding(flat.shape, table.shape, self.axes)
         rows = lookup(table, flat, dtype, sharding)
-        return rows.reshape(*ids.shape, -1)
+        return rows.reshape(*ids.shape, table.shape[1])
 
 
 class Norm(nnx.Module):
@@ -213,7 +213,7 @@ class Mlp(nnx.Module):
         else:
             self.wi = inner()
         out_stddev = config.output_init_scale * config.d_ff**-0.5
-        self.wo = dense([mlp], [embed], stddev=out_stddev, product="outputs")
+        self.wo = dense([mlp], [embed], stddev=out_stddev)
         if config.norm_placement in ("normformer", "sub"):
             self.norm = Norm(config, ("norm", config.d_ff))
 

@@ -9,11 +9,16 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from t5x_like.config.remat import Remat, kept_products
+from t5x_like.config.remat import Product, Remat, kept_products
 from t5x_like.sharding.host_memory import HOST
 
 _LAYER_INPUT = "layer_input"
 """Name of the states between two layers for the policy that keeps them in host memory."""
+
+
+def name_product(x: Array, product: Product) -> Array:
+    """Return the result of a product, with its name for the policies that keep it."""
+    return checkpoint_name(x, product)
 
 
 def name_layer_input(x: Array, remat: Remat) -> Array:

@@ -1,32 +1,35 @@
 """Search for the batch size and remat policy with the highest throughput, by compilation (`plan --search-batch-size`).
 
-The search follows the boundary of what fits. Saving everything (remat none) needs most memory, and each policy after
-it keeps less and computes more again; a larger batch needs more. Under each policy the batch is doubled until XLA
-refuses it, and the next policy begins above the largest batch that fitted. If nothing has fitted yet, the last policy
-continues with halved batches. The best trial has most tokens per second by the roofline (its longest part); among
-equals, the one that recomputes least. A larger batch is another optimization problem: choosing its learning rate is
-left to the user.
+The search follows the boundary of what fits. Saving everything (remat none) needs most memory, and each policy of
+`policies` after it keeps less and computes more again; a larger batch needs more. Under each policy the batch is
+doubled until XLA refuses it, and the next policy begins above the largest batch that fitted. If nothing has fitted
+yet, the last policy continues with halved batches. The best trial has most tokens per second by the roofline (its
+longest part); among equals, the one that recomputes least. A larger batch is another optimization problem: choosing
+its learning rate is left to the user.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from t5x_like.config import RunConfig
+from t5x_like.config import RunConfig, batch_spec
 from t5x_like.config.remat import Remat
 from t5x_like.config.validation import validate
 from t5x_like.errors import ConfigError
 from t5x_like.hardware.topologies import Topology
+from t5x_like.planning.estimate.flops import executed_flops
 from t5x_like.planning.estimate.tokens import tokens_per_step
 from t5x_like.planning.xla.aot_compile import CompiledStep, compile_train_step
 from t5x_like.planning.xla.roofline import roofline
+from t5x_like.sharding.saved_activations import saved_activations
 from t5x_like.utils import formatting
 from t5x_like.utils.console import Console
 
 POLICIES: tuple[Remat, ...] = ("none", "dots", "mlp", "attention", "qkv", "outputs", "full")
-"""Remat policies, those that recompute least first. The time that "offload" spends on copies is not known."""
+"""Remat policies that are compared. The time that "offload" spends on copies is not known."""
 MAX_TRIALS = 16
 CompileStep = Callable[[RunConfig, Topology], CompiledStep]
 
@@ -63,6 +66,27 @@ class Trial:
         }
 
 
+def policies(run: RunConfig) -> list[Remat]:
+    """Return the policies of a run that can be the best one: those of which no other keeps as little and computes as
+    little again. They are in the order of what they compute again, and each keeps less than the one before."""
+
+    def costs(policy: Remat) -> tuple[float, float]:
+        changed = _with_policy(run, policy)
+        kept = (saved_activations(changed.model, features).values() for features in batch_spec(changed).values())
+        arrays = (array for stacks in kept for saved in stacks for array in saved)
+        return executed_flops(changed), sum(array.nbytes for array in arrays)
+
+    found: list[Remat] = []
+    least = math.inf
+    # Reversed, so that "full" stands for the policies that keep nothing more, as "mlp" of a model with experts alone.
+    for policy in sorted(reversed(POLICIES), key=costs):
+        _, kept = costs(policy)
+        if kept < least:
+            found.append(policy)
+            least = kept
+    return found
+
+
 def search(
     run: RunConfig,
     topology: Topology,
@@ -80,7 +104,8 @@ def search(
     """
     remaining = max_trials
     first, largest = run.training.global_batch_size, 0
-    for policy in POLICIES:
+    candidates = policies(run)
+    for policy in candidates:
         # A policy that recomputes more is tried at larger batches only: at the same size it can only be slower.
         size = max(first, 2 * largest)
         while remaining:
@@ -94,7 +119,7 @@ def search(
     size = first // 2
     while remaining and not largest and size:
         remaining -= 1
-        trial = _try(run, size, POLICIES[-1], topology, compile_step)
+        trial = _try(run, size, candidates[-1], topology, compile_step)
         yield trial
         if trial.fits or trial.compiled is None:
             return
@@ -103,14 +128,17 @@ def search(
 
 def best(trials: list[Trial]) -> Trial | None:
     """Return the fastest trial, among equals the one that recomputes least; None if nothing fits."""
-    fitting = [trial for trial in trials if trial.fits]
-    return max(fitting, key=lambda trial: (trial.tokens_per_second, -POLICIES.index(trial.remat)), default=None)
+
+    def rank(trial: Trial) -> tuple[float, float]:
+        assert trial.compiled is not None
+        return trial.tokens_per_second, -trial.compiled.executed_flops / trial.batch_size
+
+    return max((trial for trial in trials if trial.fits), key=rank, default=None)
 
 
 def _try(run: RunConfig, batch_size: int, policy: Remat, topology: Topology, compile_step: CompileStep) -> Trial:
     changed = dataclasses.replace(
-        run,
-        model=dataclasses.replace(run.model, remat=policy),
+        _with_policy(run, policy),
         # Without smaller batches before: they need less memory, and must not be larger than this one.
         training=dataclasses.replace(run.training, global_batch_size=batch_size, batch_size_ramp=()),
     )
@@ -125,6 +153,10 @@ def _try(run: RunConfig, batch_size: int, policy: Remat, topology: Topology, com
         return Trial(batch_size, policy, compiled)
     seconds = roofline(compiled).min_seconds
     return Trial(batch_size, policy, compiled, tokens_per_second=tokens_per_step(changed) / seconds)
+
+
+def _with_policy(run: RunConfig, policy: Remat) -> RunConfig:
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, remat=policy))
 
 
 def print_trial(trial: Trial, console: Console) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -153,7 +152,8 @@ def loss_sharding(rows: int, length: int, width: int, vocabulary: int) -> LossSh
 def lookup_sharding(ids: Sequence[int], table: Sequence[int], names: LogicalAxes) -> LookupSharding | None:
     """Return the placement of ids of the shape `ids`, [rows, length], and of a table from which rows are looked up.
 
-    None outside a context, and if the mesh does not split the table.
+    None outside a context, if the mesh does not split the table, and without ids. Rows of the table that are split over
+    axes of the tokens, by a rule of the user, are gathered before the lookup.
 
     Args:
       ids: Shape of the ids.
@@ -161,20 +161,20 @@ def lookup_sharding(ids: Sequence[int], table: Sequence[int], names: LogicalAxes
       names: Logical axes of the table.
     """
     active = _ACTIVE.get()
-    if active is None:
+    if active is None or 0 in ids:
         return None
     mesh, rules = active
-    stored = [split_axes(name, rules.parameters, size, mesh) for name, size in zip(names, table, strict=True)]
-    if not any(stored):
+    rows, columns = (split_axes(name, rules.parameters, size, mesh) for name, size in zip(names, table, strict=True))
+    if not rows and not columns:
         return None
-    batch, along = (
-        split_axes(name, rules.activations, size, mesh) for name, size in zip(("batch", "length"), ids, strict=True)
+    batch, length, along = (
+        split_axes(name, rules.activations, size, mesh)
+        for name, size in (("batch", ids[0]), ("length", ids[1]), ("residual_length", ids[1]))
     )
-    # As the states between the layers are split, if the length allows it: see "residual_length".
-    scattered = tuple(axis for axis in stored[0] if axis not in (*batch, *along))
-    if ids[1] % math.prod(mesh.shape[axis] for axis in (*along, *scattered)):
-        scattered = ()
-    return LookupSharding(mesh, batch, along, stored[0], stored[1], scattered)
+    rows = tuple(axis for axis in rows if axis not in (*batch, *length))
+    # As the states between the layers are split.
+    scattered = tuple(axis for axis in along if axis in rows) if along[: len(length)] == length else ()
+    return LookupSharding(mesh, batch, length, rows, columns, scattered)
 
 
 def _caller() -> str:

@@ -56,7 +56,6 @@ ACTIVATIONS: Table = {
     "kv_heads": ("tensor",),
     "experts": ("expert",),
     "head_dim": (),
-    "positions": (),
     "matrices": ("fsdp", "context"),
 }
 """Conventions of the activation table:
@@ -65,7 +64,7 @@ ACTIVATIONS: Table = {
   (`kernels.expert_dispatch`).
 - "residual_length" is the length of the arrays between the blocks. Norms, dropout and residual sums do not need a whole
   row, so each device of "tensor" holds a part of it (sequence parallelism, Korthikanti et al. 2022).
-- A table from which rows are looked up stays split as the parameter table says (`kernels.table_lookup`). If XLA
+- A table from which rows are looked up is split as the parameter table says (`kernels.table_lookup`). If XLA
   partitioned the lookup, it would reshard the result at full size.
 - "matrices" are the layers of a stack while the optimizer computes with their matrices (Muon).
 """

@@ -22,10 +22,11 @@ B x S with the source length S):
           products and their elementwise product
 
 with d = d_model, f = d_ff, h = head_dim, H = num_heads, G = num_kv_heads. Cross-attention of a decoder adds its own
-arrays: 2 d + 2 H h with none, d + H h with dots, and with both 2 G h per source position. An MLP without a gate has one
-f less. Norms after a branch save their inputs. Dropout that is not shared over the length saves its masks, one byte per
-number. Attention by "reference" never saves scores, because it recomputes them; "xla" saves them unless the layer is
-recomputed. The carry of the scan over layers is the input of each layer, which is counted above.
+arrays: 2 d + 2 H h with none, d with outputs, H h with qkv, and with none and qkv 2 G h per source position. Gates of
+attention add 3 H h with none and H h with qkv. An MLP without a gate has one f less. Norms after a branch save their
+inputs. Dropout that is not shared over the length saves its masks, one byte per number. Attention by "reference" never
+saves scores, because it recomputes them; "xla" saves them unless the layer is recomputed. The carry of the scan over
+layers is the input of each layer, which is counted above.
 """
 
 from __future__ import annotations
@@ -186,19 +187,23 @@ def layer_activations(config: ModelConfig, stack: StackConfig, inputs: StackInpu
     """
     size = itemsize(config)
     states = _saved(inputs, "states", ("embed", stack.d_model), size)
+    between = dataclasses.replace(states, axes=("batch", "residual_length", "embed"))
     cross = inputs.source_length > 0 and stack.cross_attention == "separate"
     branches = 3 if cross else 2
     match remat:
         case "full":
             # The input of a layer is saved between blocks, where the length is split over "tensor" too.
-            return [dataclasses.replace(states, axes=("batch", "residual_length", "embed"))]
+            return [between]
         case "offload":
             return []
         case "dots" | "mlp" | "attention" | "qkv" | "outputs":
             kept = kept_products(remat)
-            # If norms follow the residual sum, the result of each branch is saved for them as well.
-            last = 1 if stack.norm_placement in ("post", "both") else 0
-            arrays = [states.times(branches + last) if "outputs" in kept else states]
+            arrays = [between]
+            if "outputs" in kept:
+                # If norms follow the residual sum, the result of each branch is saved for them as well.
+                last = 1 if stack.norm_placement in ("post", "both") else 0
+                # "dots" keeps them before the sum over "tensor" splits them.
+                arrays.append((states if remat == "dots" else between).times(branches - 1 + last))
             if "qkv" in kept:
                 arrays += _attention(stack, inputs, size, cross, elementwise=False)
             if "mlp" in kept:
@@ -252,7 +257,9 @@ def _attention(
     merged = inputs.source_length if stack.cross_attention == "merged" else stack.num_blocks(inputs.length)
     before_norm = 1 if stack.qk_norm and elementwise else 0
     # The mixed values, which have the shape of the queries, are saved with the elementwise results.
-    yield queries((2 if elementwise else 1) + before_norm + stack.attention_gate)
+    # A gate, its activation, and what it is multiplied to.
+    gates = stack.attention_gate * (3 if elementwise else 1)
+    yield queries((2 if elementwise else 1) + before_norm + gates)
     yield keys_values(2 + before_norm, inputs.length + merged)
     if cross:
         yield queries((2 if elementwise else 1) + before_norm)

@@ -36,7 +36,7 @@ def inconsistent_model(model: ModelConfig) -> Problems:
         yield degenerate_buckets("model.encoder", "an encoder attends to")
     for name, stack in model.stacks.items():
         if stack.depth_weights and model.remat == "offload":
-            expected = "none, dots or full: the layers read the states of all layers below, which stay on the devices"
+            expected = "another policy: the layers read the states of all layers below, which stay on the devices"
             yield ConfigProblem("model.remat", f"'offload' with model.{name}.depth_weights", expected)
     yield from _embedding_width(model)
     yield from _generator(model)

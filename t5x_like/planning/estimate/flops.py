@@ -154,29 +154,33 @@ def _recomputed(config: ModelConfig, forward: Mapping[str, int], outputs: int) -
             # The result of an MLP is read by a norm after it, or by nothing in the backward pass.
             is_read = stack.norm_placement in ("post", "both") and "outputs" not in kept
             recomputed = shares.experts + ("mlp" not in kept) * shares.inner + is_read * shares.last
+            # Without a name, the product of a router is kept by "dots" alone.
+            recomputed += (config.remat != "dots") * shares.router
             total += forward[f"{name} mlp"] * recomputed
     return total
 
 
 class _MlpShares(NamedTuple):
     """Fractions of the FLOPs of a stack's MLPs: products with the first kernels and with the last one of MLPs and
-    shared experts, and all products of routed experts and routers."""
+    shared experts, all products of routed experts, and those of routers."""
 
     inner: float
     last: float
     experts: float
+    router: float
 
 
 def _mlp_shares(stack: StackConfig) -> _MlpShares:
     kernels = 3 if stack.mlp_gated else 2
     if stack.experts is None:
-        return _MlpShares((kernels - 1) / kernels, 1 / kernels, 0.0)
+        return _MlpShares((kernels - 1) / kernels, 1 / kernels, 0.0, 0.0)
     # In units of d_model * d_ff: the layers without experts have an MLP, the others experts and a router.
     with_experts = len(stack.expert_layers)
     dense = stack.num_layers - with_experts + with_experts * stack.experts.num_shared_experts
-    routed = with_experts * (kernels * stack.experts.experts_per_token + stack.experts.num_experts / stack.d_ff)
-    total = kernels * dense + routed
-    return _MlpShares((kernels - 1) * dense / total, dense / total, routed / total)
+    routed = with_experts * kernels * stack.experts.experts_per_token
+    router = with_experts * stack.experts.num_experts / stack.d_ff
+    total = kernels * dense + routed + router
+    return _MlpShares((kernels - 1) * dense / total, dense / total, routed / total, router / total)
 
 
 def cross_attention_premium(run: RunConfig) -> float:

@@ -10,7 +10,8 @@ step, and the highest of them is the estimate:
                its working memory: recomputed activations, attention scores or the cotangents of the MLP, and the
                layer's parameters gathered over fsdp; with a tied table also the logits, whose gradient is computed last
   embeddings   all gradients; those of the token table in float32, split as the table is: one for each stack that reads
-               it, and the zeros that they are added to; and that of the head, whole over fsdp before it is reduced
+               it, and the zeros that they are added to; a chunk of its rows and the gradient of the head, both whole
+               over fsdp
   update       gradients and the updates computed from them, which are float32 whatever the type of the parameters; an
                optimizer state that is kept in host memory, all of which may have arrived
 
@@ -32,6 +33,7 @@ from jax.sharding import NamedSharding
 from t5x_like.config import RunConfig
 from t5x_like.config.batch_spec import ArraySpec
 from t5x_like.config.model import ModelConfig, StackConfig
+from t5x_like.kernels import table_lookup
 from t5x_like.program import Program
 from t5x_like.sharding import saved_activations
 from t5x_like.sharding.host_memory import is_on_host
@@ -335,8 +337,22 @@ class ActivationMemory:
             "gradients of the token table": sum(map(self._stored_table, [*lookups, lookups[-1]]))
             if self._trains("token_embedder")
             else 0,
+            "rows of the token table": self._rows_of_table(max(lookups)) if self._trains("token_embedder") else 0,
             "gradient of the head": self._whole_table(width) if has_head else 0,
         }
+
+    def _rows_of_table(self, width: int) -> int:
+        """Return the bytes of the rows of the token table that are added up at once, in float32 and whole over fsdp."""
+        mesh, rules = self.program.mesh, self.program.rules
+        shape = (self.config.padded_vocab_size, width)
+        stored = spec(("vocab", "embed"), rules.parameters, shape, mesh)
+        rows, columns = NamedSharding(mesh, stored).shard_shape(shape)
+        if (rows, columns) == shape:
+            return 0
+        ids = [array.shape for features in self.sub_batches for array in features.values() if len(array.shape) == 2]
+        of_ids = (NamedSharding(mesh, spec(("batch", "length"), rules.activations, shape, mesh)) for shape in ids)
+        tokens = max(math.prod(sharding.shard_shape(shape)) for sharding, shape in zip(of_ids, ids, strict=True))
+        return self.size_of((table_lookup.chunk_rows(rows, width, tokens), width), 4)
 
     def _whole_table(self, width: int) -> int:
         """Return the bytes of a table or head in float32, whole over fsdp."""

@@ -6,12 +6,14 @@ import dataclasses
 
 import pytest
 from helpers.config_examples import example
+from helpers.planning_runs import FAMILIES, small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5x_like.config import BatchSizeStage, RunConfig
 from t5x_like.hardware.topologies import Topology, parse_topology
-from t5x_like.planning.batch_size_search import MAX_TRIALS, POLICIES, Trial, best, search
+from t5x_like.planning.batch_size_search import MAX_TRIALS, POLICIES, Trial, best, policies, search
+from t5x_like.planning.estimate.flops import executed_flops
 from t5x_like.planning.xla.aot_compile import CompiledStep
 
 TOPOLOGY = parse_topology("v5e:2x2")
@@ -31,7 +33,7 @@ class LinearMemory:
         return CompiledStep(
             step="train",
             work="",
-            executed_flops=1e12,
+            executed_flops=executed_flops(run),
             topology=topology,
             mesh={"fsdp": 4},
             effort="low",
@@ -51,7 +53,8 @@ def trials(run: RunConfig, memory: LinearMemory, max_trials: int = MAX_TRIALS) -
 @given(st.floats(0.05, 40), st.integers(1, MAX_TRIALS))
 def test_search_is_bounded_and_finds_what_fits(limit: float, max_trials: int) -> None:
     run = example()
-    per_row = dict(zip(POLICIES, (4.0, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0), strict=True))
+    found = policies(run)
+    per_row: dict[str, float] = {policy: 2.0 ** (len(found) - 1 - place) for place, policy in enumerate(found)}
     memory = LinearMemory(per_row, limit * run.training.global_batch_size)
     found = trials(run, memory, max_trials)
     assert 1 <= len(found) <= max_trials
@@ -68,10 +71,9 @@ def test_search_is_bounded_and_finds_what_fits(limit: float, max_trials: int) ->
 
 
 def test_among_equal_throughputs_the_policy_that_recomputes_least_wins() -> None:
-    found = [
-        Trial(8, remat, LinearMemory(dict.fromkeys(POLICIES, 1.0), 8)(example(), TOPOLOGY))
-        for remat in reversed(POLICIES)
-    ]
+    run, compiler = example(), LinearMemory(dict.fromkeys(POLICIES, 1.0), 8)
+    runs = {remat: dataclasses.replace(run, model=dataclasses.replace(run.model, remat=remat)) for remat in POLICIES}
+    found = [Trial(8, remat, compiler(runs[remat], TOPOLOGY)) for remat in reversed(POLICIES)]
     same = [dataclasses.replace(trial, tokens_per_second=5.0) for trial in found]
     chosen = best(same)
     assert chosen is not None and chosen.remat == "none"
@@ -89,3 +91,13 @@ def test_batch_is_halved_if_nothing_fits(ramp: bool) -> None:
         run.training.global_batch_size // 4,
     ]
     assert found[-1].fits
+
+
+def test_each_policy_of_the_search_keeps_less_and_computes_more_again_than_the_one_before() -> None:
+    found = {family: policies(small_run(family, width=256)) for family in FAMILIES}
+    for family, names in found.items():
+        assert names[0] == "none" and names[-1] == "full", family
+    # The MLP is the largest part of a layer.
+    assert found["llama_3"].index("mlp") < found["llama_3"].index("qkv")
+    # Without names of their own, nothing of routed experts is kept by "mlp".
+    assert "mlp" not in found["mixtral"]
