@@ -152,7 +152,7 @@ def compile_lowered(step: str, lowered: Any, program: Program, topology: Topolog
     slices = [getattr(device, "slice_index", 0) or 0 for device in program.mesh.devices.flatten()]
     return dataclasses.replace(
         compiled,
-        # XLA counts arguments in the memory of the host as well; its limit does not.
+        # XLA (libtpu 0.0.42.1) counts arguments in the memory of the host as well; its limit does not.
         peak_bytes=memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
