@@ -77,7 +77,13 @@ def study(tier: Tier, folder: Path) -> Study:
                 high=0.0,
                 score="loss/mlm",
             ),
-            Prediction("so is masked diffusion", "Ye et al. 2025", "diffusion", "diffusion_scratch", high=0.0),
+            Prediction(
+                "masked diffusion from the decoder is ahead at equal total FLOPs",
+                "Ye et al. 2025",
+                "diffusion",
+                "diffusion_scratch",
+                high=0.0,
+            ),
         ),
         cannot_show=(
             "The best learning rate of each start: all arms have that of the decoder.",
