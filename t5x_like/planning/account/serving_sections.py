@@ -112,7 +112,29 @@ def throughput(subject: Subject, claim: Claim | None) -> Section:
     if largest:
         fullest = dataclasses.replace(inference, rows=largest).tokens_per_second()
         figures.append(Figure(f"batch of {largest:,}", fullest, "tokens per second", "at most, while answering"))
-    return Section("throughput", tuple(figures), () if claim is None else (examined(claim, inference),))
+    common = [_batch_of_caches(inference, largest), _rate_of_weights(inference)]
+    if claim is not None:
+        common.append(examined(claim, inference))
+    return Section("throughput", tuple(figures), tuple(common))
+
+
+def _batch_of_caches(inference: Inference, largest: int) -> CommonFormula:
+    """Return the batch that fits by the common formula of the cache."""
+    decoder = inference.model.decoder
+    assert decoder is not None
+    per_token = 2 * decoder.num_layers * decoder.d_model * ITEM_BYTES[inference.cache_dtype]
+    rows = inference.memory_bytes / (per_token * (inference.prompt + inference.answer))
+    found = f"{rows / largest:.3g} times the largest batch" if largest else "a batch that does not fit"
+    remark = f"This is {found}: the formula leaves out the weights and takes as many heads of keys as of queries."
+    return CommonFormula("memory / (2 L d bytes per token)", rows, "rows", remark)
+
+
+def _rate_of_weights(inference: Inference) -> CommonFormula:
+    """Return the tokens per second of steps that read the weights and nothing else."""
+    rate = inference.rows * inference.bytes_per_second / inference.decoding_weight_bytes
+    factor = rate / inference.tokens_per_second()
+    remark = f"This is {factor:.3g} times the bound: a step reads the cache of each row as well, and computes."
+    return CommonFormula("batch x bandwidth / weights", rate, "tokens per second", remark)
 
 
 def _texts_per_second(inference: Inference) -> Section:

@@ -47,7 +47,13 @@ def test_account_of_llama_on_an_a100(capsys: pytest.CaptureFixture[str]) -> None
     cache = found["KV cache"]
     assert cache["per token", "bytes"] == 327_680
     assert cache["2 L 2 d bytes per token"]["value"] == 16 * 327_680
-    assert found["throughput"]["largest batch", "rows"] == 0
+    throughput = found["throughput"]
+    assert throughput["largest batch", "rows"] == 0
+    assert "does not fit" in throughput["memory / (2 L d bytes per token)"]["remark"]
+    # 64 rows of a step that reads 139 GB of weights, and in truth the caches as well.
+    weights_alone = throughput["batch x bandwidth / weights"]["value"]
+    assert weights_alone == pytest.approx(64 * 2.039e12 / 139.0e9, rel=0.01)
+    assert weights_alone > throughput["batch of 64", "tokens per second"]
     short = next(common for formula, common in found["parameters"].items() if "int(P" in formula)
     assert short["value"] == 0 and "here 80." in short["remark"]
     time = found["least time"]

@@ -78,3 +78,48 @@ def test_the_mean_loss_is_the_bound_and_never_below_the_negative_log_likelihood(
             assert float(metrics["loss"].weight) == pytest.approx(N, rel=1e-6)
             expected += float(metrics["loss"].sum) / N / math.comb(N, len(subset))
         assert expected == pytest.approx(bound[text], rel=1e-4)
+
+
+def test_the_entropy_of_a_markov_chain_is_reached_by_its_own_conditionals_and_beaten_by_no_others() -> None:
+    random = np.random.default_rng(0)
+    first, then = random.dirichlet(np.ones(V)), random.dirichlet(np.ones(V), V)
+    joint = first[:, None, None] * then[:, :, None] * then[None]
+    probability = joint[tuple(TEXTS.T)]
+    entropy = -float((probability * np.log(probability)).sum())
+
+    def conditionals(subset: tuple[int, ...]) -> np.ndarray:
+        """Return log p of each token at each masked position given those outside of the subset, [texts, N, V]."""
+        found = np.zeros((len(TEXTS), N, V))
+        for position in subset:
+            marginal = joint.sum(axis=tuple(set(subset) - {position}), keepdims=True)
+            conditional = np.broadcast_to(marginal / marginal.sum(axis=position, keepdims=True), joint.shape)
+            others = [TEXTS[:, other] for other in range(N) if other != position]
+            found[:, position] = np.log(np.moveaxis(conditional, position, -1)[tuple(others)])
+        return found
+
+    def bound(noise: float) -> float:
+        """Return the mean training loss over texts, numbers of masked tokens and subsets, of these conditionals with
+        noise on their logits."""
+        total = 0.0
+        for subset in SUBSETS:
+            logits = conditionals(subset) + noise * random.normal(size=(len(TEXTS), N, V))
+            features = features_of(TEXTS, subset, "encoder")
+            # Each text counts as often as the chain makes it.
+            weighted = {
+                name: values * probability[:, None] if "weights" in name else values
+                for name, values in features.items()
+            }
+            metrics, _ = batch_metrics(
+                lambda params, features, key, logits=logits: np.float32(logits),  # type: ignore[misc]
+                {},
+                {"main": weighted},  # type: ignore[dict-item]
+                None,
+                z_loss=0.0,
+                label_smoothing=0.0,
+                denoisers=(),
+            )
+            total += float(metrics["loss"].sum) / N / math.comb(N, len(subset))
+        return total
+
+    assert bound(0.0) == pytest.approx(entropy, rel=1e-4)
+    assert all(bound(noise) > entropy * (1 + 1e-3) for noise in (0.2, 1.0, 3.0))
