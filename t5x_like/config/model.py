@@ -356,10 +356,10 @@ class ModelConfig:
     scan_layers: bool = True
     """Run the stacked layers by `lax.scan`. False unrolls them, for debugging; the parameters are the same."""
     remat: Remat = "none"
-    """What each layer computes again in the backward pass: none, nothing; dots, everything but products with parameters
-    other than those of routed experts; mlp, attention, qkv and outputs, everything but some of these products (those of
-    `config.remat`); full, everything. offload: everything, and the inputs of the layers are kept in the memory of the
-    host."""
+    """Rematerialization policy of the layers. "none" saves all activations. "dots" saves the results of products with
+    parameters, except those of routed experts, and recomputes the others in the backward pass. "mlp", "attention",
+    "qkv" and "outputs" save some of these results (`config.remat`). "full" saves the inputs of the layers only, and
+    "offload" keeps these in the memory of the host."""
 
     @property
     def architecture(self) -> Architecture:

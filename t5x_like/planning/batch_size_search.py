@@ -76,11 +76,12 @@ def policies(run: RunConfig) -> list[Remat]:
         arrays = (array for stacks in kept for saved in stacks for array in saved)
         return executed_flops(changed), sum(array.nbytes for array in arrays)
 
+    cost_of = {policy: costs(policy) for policy in POLICIES}
     found: list[Remat] = []
     least = math.inf
     # Reversed, so that "full" stands for the policies that keep nothing more, as "mlp" of a model with experts alone.
-    for policy in sorted(reversed(POLICIES), key=costs):
-        _, kept = costs(policy)
+    for policy in sorted(reversed(POLICIES), key=cost_of.__getitem__):
+        _, kept = cost_of[policy]
         if kept < least:
             found.append(policy)
             least = kept

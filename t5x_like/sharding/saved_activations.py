@@ -257,7 +257,7 @@ def _attention(
     merged = inputs.source_length if stack.cross_attention == "merged" else stack.num_blocks(inputs.length)
     before_norm = 1 if stack.qk_norm and elementwise else 0
     # The mixed values, which have the shape of the queries, are saved with the elementwise results.
-    # A gate, its activation, and what it is multiplied to.
+    # A gate, its activation, and the gated output.
     gates = stack.attention_gate * (3 if elementwise else 1)
     yield queries((2 if elementwise else 1) + before_norm + gates)
     yield keys_values(2 + before_norm, inputs.length + merged)

@@ -344,10 +344,8 @@ class ActivationMemory:
     def _rows_of_table(self, width: int) -> int:
         """Return the bytes of the rows of the token table that are added up at once, in float32 and whole over fsdp."""
         mesh, rules = self.program.mesh, self.program.rules
-        shape = (self.config.padded_vocab_size, width)
-        stored = spec(("vocab", "embed"), rules.parameters, shape, mesh)
-        rows, columns = NamedSharding(mesh, stored).shard_shape(shape)
-        if (rows, columns) == shape:
+        rows, columns = self._stored_shape(width)
+        if (rows, columns) == (self.config.padded_vocab_size, width):
             return 0
         ids = [array.shape for features in self.sub_batches for array in features.values() if len(array.shape) == 2]
         of_ids = (NamedSharding(mesh, spec(("batch", "length"), rules.activations, shape, mesh)) for shape in ids)
@@ -360,9 +358,13 @@ class ActivationMemory:
 
     def _stored_table(self, width: int) -> int:
         """Return the bytes of a token table in float32, split as it is stored (`kernels.table_lookup`)."""
+        return self.size_of(self._stored_shape(width), 4)
+
+    def _stored_shape(self, width: int) -> tuple[int, ...]:
+        """Return the shape of a token table on a device."""
         shape = (self.config.padded_vocab_size, width)
         split = spec(("vocab", "embed"), self.program.rules.parameters, shape, self.program.mesh)
-        return self.size_of(NamedSharding(self.program.mesh, split).shard_shape(shape), 4)
+        return NamedSharding(self.program.mesh, split).shard_shape(shape)
 
     def _trains(self, name: str) -> bool:
         return name in trained_params(self.program)

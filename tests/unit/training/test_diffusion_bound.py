@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.model_examples import forward, model, parameters
@@ -97,29 +98,27 @@ def test_the_entropy_of_a_markov_chain_is_reached_by_its_own_conditionals_and_be
             found[:, position] = np.log(np.moveaxis(conditional, position, -1)[tuple(others)])
         return found
 
+    def mean_loss(subset: tuple[int, ...], noise: float) -> float:
+        """Return the mean training loss of texts that are drawn from the chain."""
+        logits = jnp.asarray(conditionals(subset) + noise * random.normal(size=(len(TEXTS), N, V)), jnp.float32)
+        features = {
+            name: jnp.asarray(values * probability[:, None] if "weights" in name else values)
+            for name, values in features_of(TEXTS, subset, "encoder").items()
+        }
+        metrics, _ = batch_metrics(
+            lambda params, features, key: logits,
+            {},
+            {"main": features},
+            None,
+            z_loss=0.0,
+            label_smoothing=0.0,
+            denoisers=(),
+        )
+        return float(metrics["loss"].sum) / N
+
     def bound(noise: float) -> float:
-        """Return the mean training loss over texts, numbers of masked tokens and subsets, of these conditionals with
-        noise on their logits."""
-        total = 0.0
-        for subset in SUBSETS:
-            logits = conditionals(subset) + noise * random.normal(size=(len(TEXTS), N, V))
-            features = features_of(TEXTS, subset, "encoder")
-            # Each text counts as often as the chain makes it.
-            weighted = {
-                name: values * probability[:, None] if "weights" in name else values
-                for name, values in features.items()
-            }
-            metrics, _ = batch_metrics(
-                lambda params, features, key, logits=logits: np.float32(logits),  # type: ignore[misc]
-                {},
-                {"main": weighted},  # type: ignore[dict-item]
-                None,
-                z_loss=0.0,
-                label_smoothing=0.0,
-                denoisers=(),
-            )
-            total += float(metrics["loss"].sum) / N / math.comb(N, len(subset))
-        return total
+        """Return the mean over numbers of masked tokens and subsets, with noise on the logits."""
+        return sum(mean_loss(subset, noise) / math.comb(N, len(subset)) for subset in SUBSETS)
 
     assert bound(0.0) == pytest.approx(entropy, rel=1e-4)
     assert all(bound(noise) > entropy * (1 + 1e-3) for noise in (0.2, 1.0, 3.0))
